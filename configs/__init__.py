@@ -1,0 +1,1 @@
+"""Recipes and draft configs; installed as ``specforge.configs``."""

@@ -1,0 +1,326 @@
+"""What every draft algorithm shares: the frozen target, the global loss normaliser, optimizer, metrics, checkpoints.
+
+An algorithm is a subclass in a file of its own in this folder. It says what it needs (:meth:`spec`), turns a
+batch into a sum of losses and a count (:meth:`compute`), and gives evaluation its logits
+(:meth:`draft_logits`) and its drafter (:meth:`drafter`). Nothing else in the project names an algorithm.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lightning_modules.optimizers import OptimizerOptions, build_optimizer
+from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBatch
+from specforge.data.vocabulary import coverage, draft_vocabulary
+from specforge.decoding.drafters import Drafter
+from specforge.errors import UserError
+from specforge.export.checkpoint import read_checkpoint
+from specforge.modeling.draft import Draft, config_fields, read_draft
+from specforge.modeling.target_head import TargetHead
+from specforge.target_files import TargetFiles
+
+CHECKPOINT_KEY = "specforge"
+
+
+class StepOutput(NamedTuple):
+    """What an algorithm makes of one batch.
+
+    Attributes:
+        loss: scalar, the *sum* over the batch's rows, with its gradient.
+        count: supervised tokens that the sum is over.
+        losses: ``[T]`` sum of the unweighted losses of each drafted position.
+        hits: ``[T]`` int64, rows of each position whose likeliest token is the label.
+        rows: ``[T]`` int64, rows of each position, dropped ones included.
+        chains: per supervised span, ``[starts, T]`` bool: whether the k-th token drafted from each start is right.
+            Only in validation.
+    """
+
+    loss: Tensor
+    count: int
+    losses: Tensor
+    hits: Tensor
+    rows: Tensor
+    chains: tuple[np.ndarray, ...] = ()
+
+
+class LogitTile(NamedTuple):
+    """Draft logits of some labels, for evaluation.
+
+    Attributes:
+        labels: ``[C]`` flat token that the rows predict.
+        logits: ``[C, T, D]`` fp32, position t's logits over the draft vocabulary.
+        target_hidden: ``[C, H]`` the target's last hidden state that predicts the label.
+    """
+
+    labels: Tensor
+    logits: Tensor
+    target_hidden: Tensor
+
+
+class DraftModule(pl.LightningModule):
+    """Trains one draft against one frozen target.
+
+    Args:
+        target: folder or hub name of the target.
+        draft: the network.
+        spec: what the algorithm asks of the data path.
+        init_from: where the weights came from, if not at random; the vocabulary then comes from there too.
+        optimizer: optimizer and schedule.
+        gamma: tokens drafted a round in validation.
+
+    Attributes:
+        algorithm: the name in tables and files.
+        architectures: names under which drafts of this algorithm are saved.
+    """
+
+    algorithm: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, target: TargetFiles, draft: Draft, spec: StrategySpec, *, has_vocabulary: bool,
+        optimizer: OptimizerOptions, gamma: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.target, self.draft, self.spec = target, draft, spec
+        self.optimizer_options, self.gamma = optimizer, gamma
+        self._has_vocabulary = has_vocabulary or draft.d2t.shape == draft.t2d.shape
+        self._head: TargetHead | None = None
+        self._window_count = 0
+        self.grad_norm: Tensor | None = None
+
+    # What an algorithm defines.
+
+    @classmethod
+    @abstractmethod
+    def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
+        """What to capture of a target: the given layers, or the algorithm's own choice."""
+
+    @abstractmethod
+    def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
+        """Losses of a batch; with ``positions``, evaluate that many drafted positions against the data tokens."""
+
+    @abstractmethod
+    def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
+        """Logits of every supervised token's ``positions`` students, a tile at a time."""
+
+    @abstractmethod
+    def drafter(self, head: TargetHead, dtype: torch.dtype) -> Drafter:
+        """A drafter that decodes with the present weights."""
+
+    # The frozen target.
+
+    def target_head(self, device: torch.device) -> TargetHead:
+        """Embedding and lm_head of the target, read at the first use, on ``device``."""
+        if self._head is None:
+            self._head = TargetHead.load(self.target, self.head_dtype)
+        if self._head.embedding.device != device:
+            self._head.to(device)
+        return self._head
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """bf16 under a bf16 precision, else fp32."""
+        trainer = self._trainer
+        return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else torch.float32
+
+    # Training.
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the target, and choose the draft vocabulary of a new run."""
+        data = getattr(self.trainer, "datamodule", None)
+        refs: list[SampleRef] = getattr(data, "sample_refs", lambda: [])()
+        for ref in refs[:1]:
+            if ref.provenance.target_fingerprint != self.target.fingerprint:
+                raise UserError(
+                    f"features were captured from {ref.provenance.target} "
+                    f"({ref.provenance.target_fingerprint[:8]}), but model.target is {self.target.name} "
+                    f"({self.target.fingerprint[:8]})"
+                )
+        counts = getattr(data, "token_counts", lambda: None)()
+        if self._has_vocabulary or counts is None or stage != "fit":
+            return
+        ids = draft_vocabulary(counts, len(self.draft.d2t))
+        self.draft.set_vocabulary(ids)
+        self._has_vocabulary = True
+        pl.utilities.rank_zero_info(
+            f"draft vocabulary: {len(ids)} of {len(self.draft.t2d)} tokens, {coverage(counts, ids):.1%} of the answers"
+        )
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
+        """Sum of the batch's losses; the division by the window's count happens before clipping."""
+        output = self.compute(batch, self.target_head(batch.input_ids.device))
+        self._window_count += output.count
+        return {"loss": output.loss, "output": output._replace(loss=output.loss.detach())}
+
+    def validation_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput | None:
+        """Drafted chains of the held-out documents; None for an empty batch."""
+        if not batch.spans:
+            return None
+        return self.compute(batch, self.target_head(batch.input_ids.device), positions=self.gamma)
+
+    def test_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput | None:
+        """As :meth:`validation_step`."""
+        return self.validation_step(batch, batch_idx)
+
+    def empty_output(self, positions: int) -> StepOutput:
+        """Output of a batch without supervised rows: zero, but touching every parameter, as DDP requires."""
+        loss = sum((p.sum() * 0.0 for p in self.draft.parameters() if p.requires_grad), torch.zeros(()))
+        zeros = torch.zeros(positions, device=self.device)
+        return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long())
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Turn the summed gradients into those of the mean over the optimizer window and all ranks, then clip.
+
+        Lightning has divided by ``accumulate_grad_batches`` and the strategy by the number of ranks; both
+        are undone together with the division by the supervised tokens, in the one pass that clipping takes.
+        """
+        count = torch.tensor(float(self._window_count), device=self.device)
+        self._window_count = 0
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(count)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count.clamp(min=1.0)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * scale
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch._foreach_mul_(grads, scale)
+            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+        else:
+            clip = 1.0 if not gradient_clip_val else torch.clamp(gradient_clip_val / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(grads, scale * clip)
+        self.grad_norm = norm.detach()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer and a schedule by optimizer step."""
+        optimizer, schedule = build_optimizer(self.optimizer_options, self.draft, self._total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        # Not trainer.estimated_stepping_batches: it builds the loader anew and loses its resumed position.
+        limits = []
+        if self.trainer.max_steps > 0:
+            limits.append(self.trainer.max_steps)
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
+            batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+            limit = self.trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            limits.append(self.trainer.max_epochs * -(-batches // self.trainer.accumulate_grad_batches))
+        if not limits:
+            raise UserError("trainer: set max_steps or max_epochs; the schedule needs the length of the run")
+        return max(1, min(limits))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy without waiting; the loader has pinned the memory where that helps."""
+        return batch.to(device, non_blocking=True) if isinstance(batch, TrainBatch) else batch
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the draft is, so that evaluation and export need nothing but the file."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "algorithm": self.algorithm,
+            "draft_config": config_fields(self.draft),
+            "target": self.target.name,
+            "target_fingerprint": self.target.fingerprint,
+            "spec": self.spec.to_json(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another algorithm, network or target.
+
+        Raises:
+            UserError: names what differs.
+        """
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None:
+            raise UserError("the checkpoint is not one of SpecForge's")
+        if saved["algorithm"] != self.algorithm:
+            raise UserError(f"the checkpoint is of {saved['algorithm']}, but the model is {self.algorithm}")
+        if saved["target_fingerprint"] != self.target.fingerprint:
+            raise UserError(
+                f"the checkpoint was trained on {saved['target']} ({saved['target_fingerprint'][:8]}), but "
+                f"model.target is {self.target.name} ({self.target.fingerprint[:8]})"
+            )
+        mine = config_fields(self.draft)
+        for key in sorted(set(mine) | set(saved["draft_config"])):
+            was, now = saved["draft_config"].get(key), mine.get(key)
+            if was != now and key not in ("transformers_version", "dtype"):
+                raise UserError(f"the checkpoint's draft has {key} {was}, but the model's has {now}")
+        self._has_vocabulary = True
+
+
+def draft_config_for(
+    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Fields of a draft config: a JSON file, or the algorithm's defaults with some fields replaced.
+
+    Args:
+        target: the target it must fit.
+        given: path of a JSON file; or fields that replace the defaults; or None.
+        defaults: the algorithm's config for this target.
+
+    Returns:
+        The fields, and what to call them in an error message.
+
+    Raises:
+        UserError: the file cannot be read, or a field does not fit the target.
+    """
+    if isinstance(given, str):
+        from specforge.files import read_json
+
+        config, where = dict(read_json(Path(given))), given
+    else:
+        config, where = {**defaults, **(given or {})}, "model.draft_config"
+    fits = {
+        "vocab_size": target.vocab_size,
+        "target_hidden_size": target.hidden_size,
+    }
+    for key, value in fits.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
+    if config.get("draft_vocab_size", 1) > target.vocab_size:
+        raise UserError(
+            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has {target.vocab_size} tokens"
+        )
+    if config.get("hidden_size") != target.hidden_size:
+        raise UserError(
+            f"{where}: hidden_size is {config.get('hidden_size')}, but the draft reads the embedding of "
+            f"{target.name}, whose width is {target.hidden_size}"
+        )
+    return config, where
+
+
+def load_weights(draft: Draft, path: Path) -> None:
+    """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
+
+    Raises:
+        UserError: tensors are missing, unknown, or of another shape.
+    """
+    if path.is_dir():
+        from specforge.export.names import from_hf
+
+        tensors = from_hf(*read_draft(path), where=str(path))
+    else:
+        state = read_checkpoint(path)["state_dict"]
+        tensors = {k.removeprefix("draft."): v for k, v in state.items() if k.startswith("draft.")}
+    own = draft.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise UserError(f"{path}: tensor {name} has no place in the draft")
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{path}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(own[name].shape)}")
+    missing = sorted(set(own) - set(tensors))
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing")
+    draft.load_state_dict(tensors)

@@ -1,0 +1,66 @@
+"""Acceptance length of the held-out answers in every validation: exact offline τ with its interval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from specforge.contracts import TrainBatch
+from specforge.eval.metrics import AcceptanceLength
+
+
+class AcceptanceLengthEvaluation(pl.Callback):
+    """Logs ``val/tau``, its 95 % interval, ``val/acceptance_k`` and ``val/loss``.
+
+    Works for any module whose ``validation_step`` returns the drafted chains of each answer.
+    """
+
+    def __init__(self) -> None:
+        self._metric: AcceptanceLength | None = None
+        self._loss = torch.zeros(2, dtype=torch.float64)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start counting."""
+        self._metric = AcceptanceLength(pl_module.gamma).to(pl_module.device)
+        self._loss = torch.zeros(2, dtype=torch.float64)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Count the answers of each document."""
+        if outputs is None or self._metric is None:
+            return
+        answers = dict.fromkeys(range(len(batch.lengths)), ())
+        ends = torch.tensor(batch.lengths).cumsum(0)
+        for (start, _), chain in zip(batch.spans, outputs.chains, strict=True):
+            document = int(torch.searchsorted(ends, start, right=True))
+            answers[document] = (*answers[document], chain)
+        for chains in answers.values():
+            self._metric.update(chains)
+        self._loss += torch.tensor([float(outputs.losses[0]), outputs.count], dtype=torch.float64)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Log what was counted, over all ranks."""
+        if self._metric is None:
+            return
+        result = self._metric.compute()
+        tau = result["tau"]
+        if tau.value != tau.value:
+            return
+        loss = self._loss.to(dtype=torch.float32, device=pl_module.device)
+        loss = trainer.strategy.reduce(loss, reduce_op="sum")
+        values = {
+            "val/tau_low": tau.low, "val/tau_high": tau.high,
+            "val/loss": float(loss[0] / loss[1].clamp(min=1)),
+        }  # fmt: skip
+        values |= {f"val/acceptance_{k + 1}": a for k, a in enumerate(result["acceptance"])}
+        pl_module.log_dict(values, rank_zero_only=True)
+        pl_module.log("val/tau", tau.value, prog_bar=True, rank_zero_only=True)
+
+    # The test loop asks the same question of the same data.
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

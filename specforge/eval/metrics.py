@@ -1,0 +1,62 @@
+"""Acceptance metrics that add up: counts over batches and ranks first, ratios last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from specforge.eval.tau import Tau, jump, t_quantile
+
+
+class AcceptanceLength(Metric):
+    """Exact offline τ of greedy decoding, with its interval clustered by prompt.
+
+    Only sums are kept (n, ΣN, ΣR, ΣN², ΣNR, ΣR² and counts by position), so any split of the prompts over
+    batches and ranks gives the same result to the last bit of an integer sum.
+
+    Args:
+        gamma: tokens drafted a round.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    drafted: Tensor
+    accepted: Tensor
+
+    def __init__(self, gamma: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gamma = gamma
+        self.add_state("sums", torch.zeros(6, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("drafted", torch.zeros(gamma, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("accepted", torch.zeros(gamma, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, answers: Sequence[np.ndarray]) -> None:
+        """Add one prompt: ``[starts, γ]`` bool of each of its answers, from :func:`specforge.eval.tau.chains`."""
+        tokens = rounds = 0
+        for accept in answers:
+            replayed, drafted, accepted = jump(accept[:, : self.gamma])
+            tokens += int(replayed.tokens)
+            rounds += int(replayed.rounds)
+            self.drafted += torch.from_numpy(drafted).to(self.device)
+            self.accepted += torch.from_numpy(accepted).to(self.device)
+        if rounds:
+            row = [1, tokens, rounds, tokens * tokens, tokens * rounds, rounds * rounds]
+            self.sums += torch.tensor(row, device=self.device)
+
+    def compute(self) -> dict[str, Any]:
+        """``tau`` (a :class:`Tau`), and ``acceptance [γ]``: P(accept k | accepted up to k)."""
+        n, tokens, rounds, tokens2, product, rounds2 = (float(x) for x in self.sums)
+        acceptance = (self.accepted.double() / self.drafted.clamp(min=1)).tolist()
+        if n == 0:
+            return {"tau": Tau(float("nan"), float("nan"), float("nan")), "acceptance": acceptance}
+        tau = tokens / rounds
+        half = float("nan")
+        if n > 1:
+            residual = max(0.0, tokens2 - 2 * tau * product + tau * tau * rounds2)
+            half = t_quantile(int(n) - 1) * (residual / (n * (n - 1))) ** 0.5 / (rounds / n)
+        return {"tau": Tau(tau, tau - half, tau + half), "acceptance": acceptance}

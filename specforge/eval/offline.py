@@ -1,0 +1,74 @@
+"""Offline τ: the rounds of a draft replayed over the target's own answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specforge.decoding.drafters import NGramDrafter
+from specforge.decoding.verify import Sampling
+from specforge.eval.cache import Reference
+from specforge.eval.tau import Rounds, chains, expected_rounds, jump
+from specforge.modeling.target_head import TargetHead
+
+
+@torch.inference_mode()
+def draft_rounds(
+    module: Any, head: TargetHead, reference: Reference, gamma: int, sampling: Sampling
+) -> Rounds:
+    """Rounds of a trained draft over one answer, teacher-forced.
+
+    Args:
+        module: a draft module with ``draft_logits``.
+        head: the target's.
+        reference: the answer and its features.
+        gamma: tokens drafted a round.
+        sampling: the sampler that wrote the answer; greedy answers are jumped, sampled ones expected.
+    """
+    batch = reference.batch().to(head.embedding.device)
+    ids = module.draft.draft_ids(batch.input_ids)
+    labels: list[int] = []
+    rows: list[Tensor] = []
+    for tile in module.draft_logits(batch, head, gamma):
+        labels += tile.labels.tolist()
+        if sampling.greedy:
+            rows.append((tile.logits.argmax(-1) == ids[tile.labels].unsqueeze(1)).double().cpu())
+            continue
+        q = sampling.probs(tile.logits.flatten(0, 1)).unflatten(0, tile.logits.shape[:2])
+        known = ids[tile.labels].clamp(min=0).view(-1, 1, 1).expand(-1, gamma, 1)
+        drafted = q.gather(-1, known).squeeze(-1) * (ids[tile.labels] >= 0).unsqueeze(1)
+        p = sampling.probs(F.linear(tile.target_hidden.to(head.lm_head.dtype), head.lm_head))
+        emitted = p.gather(-1, batch.input_ids[tile.labels].unsqueeze(1)).double()
+        rows.append((drafted.double() / emitted.clamp(min=1e-30)).clamp(max=1).cpu())
+    accept = torch.cat(rows).numpy() if rows else np.zeros((0, gamma))
+    tables = chains(accept, labels, batch.spans)
+    if sampling.greedy:
+        parts = [jump(table > 0.5)[0] for table in tables]
+    else:
+        parts = [expected_rounds(table) for table in tables]
+    return Rounds(sum(p.tokens for p in parts), sum(p.rounds for p in parts))
+
+
+def ngram_rounds(reference: Reference, gamma: int) -> Rounds:
+    """Rounds of the n-gram drafter over one greedy answer; exact, because its drafts depend on the text alone."""
+    drafter = NGramDrafter()
+    answer = reference.answer
+    drafter.observe([*reference.prompt, answer[0]], None)
+    position, rounds = 1, 0
+    while position < len(answer):
+        proposal = drafter.propose(min(gamma, len(answer) - position), Sampling())
+        accepted = 0
+        for token in proposal.tokens:
+            if token != answer[position + accepted]:
+                break
+            accepted += 1
+        step = min(accepted + 1, len(answer) - position)
+        drafter.observe(answer[position : position + step], None)
+        position += step
+        rounds += 1
+    return Rounds(len(answer) - 1, rounds)
+

@@ -1,0 +1,136 @@
+"""Acceptance length τ: committed tokens per verification pass of the target, bonus token included.
+
+τ is pooled: all tokens over all rounds. Rounds of one prompt are alike, so intervals are clustered by prompt.
+The first token of an answer comes from the prefill and is not counted; a last round that the end of the
+answer cuts short counts with what it committed.
+
+Offline τ replays the rounds over an answer that exists already, from the probability w[s, k] that the k-th
+token drafted from start s is accepted when everything before it was: 0 or 1 for greedy decoding, and
+min(1, q(x)/p(x)) for a sampled answer x (given that x was emitted, that is how likely it was an accepted
+draft). Teacher forcing is exact, because up to the first rejection the draft's tokens *are* the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Rounds(NamedTuple):
+    """Committed ``tokens`` and verification ``rounds`` of one prompt; rounds may be an expectation."""
+
+    tokens: float
+    rounds: float
+
+
+class Tau(NamedTuple):
+    """A pooled ratio with its 95 % interval (NaN where one prompt gives none)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def jump(accept: np.ndarray) -> tuple[Rounds, np.ndarray, np.ndarray]:
+    """Replay greedy rounds: from start s, a leading accepts, then start s + a + 1.
+
+    Args:
+        accept: ``[starts, γ]`` bool; entries past the end of the answer are False.
+
+    Returns:
+        Tokens and rounds, and per position how often it was drafted and accepted, ``[γ]`` each.
+    """
+    starts, gamma = accept.shape
+    drafted, accepted = np.zeros(gamma, np.int64), np.zeros(gamma, np.int64)
+    leading = np.where(accept.all(1), gamma, (~accept).argmax(1)) if gamma else np.zeros(starts, np.int64)
+    start = rounds = 0
+    while start < starts:
+        a = int(leading[start])
+        drafted[: min(a + 1, gamma, starts - start)] += 1
+        accepted[:a] += 1
+        start += a + 1
+        rounds += 1
+    return Rounds(starts, rounds), drafted, accepted
+
+
+def expected_rounds(accept: np.ndarray) -> Rounds:
+    """Exact expectation of the rounds, by dynamic programming over starts.
+
+    R(s) = 1 + Σ_a P(a | s) R(s + a + 1), with P(a | s) = (Π_{k<a} w[s, k]) (1 - w[s, a]).
+
+    Args:
+        accept: ``[starts, γ]`` probabilities w; entries past the end of the answer are 0.
+    """
+    starts, gamma = accept.shape
+    rounds = np.zeros(starts + gamma + 2)
+    survive = np.concatenate([np.ones((starts, 1)), np.cumprod(accept, axis=1)], axis=1)
+    stop = survive.copy()
+    stop[:, :-1] -= survive[:, 1:]
+    for start in range(starts - 1, -1, -1):
+        rounds[start] = 1 + stop[start] @ rounds[start + 1 : start + gamma + 2]
+    return Rounds(starts, float(rounds[0]))
+
+
+def pooled_tau(prompts: Iterable[Rounds]) -> Tau:
+    """τ = ΣN / ΣR with a t interval from the delta method, clustered by prompt.
+
+    SE = sqrt(Σ(N_i - τ R_i)² / (n (n - 1))) / mean(R).
+    """
+    counts = np.array([(p.tokens, p.rounds) for p in prompts], dtype=np.float64).reshape(-1, 2)
+    counts = counts[counts[:, 1] > 0]
+    n = len(counts)
+    if n == 0:
+        return Tau(float("nan"), float("nan"), float("nan"))
+    tokens, rounds = counts.sum(0)
+    tau = tokens / rounds
+    if n == 1:
+        return Tau(float(tau), float("nan"), float("nan"))
+    residual = counts[:, 0] - tau * counts[:, 1]
+    error = np.sqrt((residual**2).sum() / (n * (n - 1))) / counts[:, 1].mean()
+    half = t_quantile(n - 1) * error
+    return Tau(float(tau), float(tau - half), float(tau + half))
+
+
+def t_quantile(freedom: int, p: float = 0.975) -> float:
+    """Quantile of Student's t distribution, by bisection of its CDF (numerical integration)."""
+    from math import exp, lgamma, log, pi, sqrt
+
+    log_scale = lgamma((freedom + 1) / 2) - lgamma(freedom / 2) - log(sqrt(freedom * pi))
+
+    def cdf(x: float) -> float:
+        grid = np.linspace(0.0, x, 2001)
+        density = np.exp(-(freedom + 1) / 2 * np.log1p(grid**2 / freedom))
+        return 0.5 + exp(log_scale) * float(np.trapezoid(density, grid))
+
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cdf(middle) < p else (low, middle)
+    return (low + high) / 2
+
+
+def chains(hits: np.ndarray, labels: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Regroup students by the round that would draft them.
+
+    Args:
+        hits: ``[M, T]`` bool or probability: the student of label m at position k is right.
+        labels: ``[M]`` flat token of each label, ascending.
+        spans: the answers, as flat ``(first token, stop)`` runs.
+
+    Returns:
+        For each span ``[starts, T]``: start s follows the s-th token of the answer and its k-th draft is token
+        s + 1 + k; zero past the end.
+    """
+    row = {int(label): m for m, label in enumerate(labels)}
+    out = []
+    for first, stop in spans:
+        table = np.zeros((max(0, stop - first - 1), hits.shape[1]), dtype=hits.dtype)
+        for start in range(len(table)):
+            for k in range(min(hits.shape[1], len(table) - start)):
+                m = row.get(first + 1 + start + k)
+                if m is not None:
+                    table[start, k] = hits[m, k]
+        out.append(table)
+    return out

@@ -1,0 +1,103 @@
+"""Tensor names of EAGLE-3 drafts in the field, and the checks that an export or import is whole.
+
+SpecForge keeps the names of the EAGLE-3 code (``midlayer.*``), which SGLang and vLLM load. Others write
+``layers.0.*``, a ``model.`` prefix, or SGLang's older ``aux_norm_*``. SGLang skips names that it does not know
+without a word, so an exporter must not let one through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge.errors import UserError
+
+_ALIASES = (
+    ("model.", ""),
+    ("layers.0.", "midlayer."),
+    ("aux_norm_low.", "fc_norm.0."),
+    ("aux_norm_mid.", "fc_norm.1."),
+    ("aux_norm_high.", "fc_norm.2."),
+)
+_NOT_THE_DRAFTS = ("embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")
+_INIT_STD = 0.02
+
+
+def from_hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Tensors of somebody's EAGLE-3 draft under SpecForge's names, in fp32.
+
+    Args:
+        config: its config.json.
+        tensors: its tensors.
+        where: what to call it in an error message.
+
+    Raises:
+        UserError: it has no vocabulary map where it needs one.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = name
+        for old, replacement in _ALIASES:
+            if new.startswith(old):
+                new = replacement + new.removeprefix(old)
+        if new not in _NOT_THE_DRAFTS:
+            renamed[new] = tensor.float() if tensor.is_floating_point() else tensor
+    size, vocab = config.get("draft_vocab_size") or config["vocab_size"], config["vocab_size"]
+    if "d2t" not in renamed:
+        if size != vocab:
+            raise UserError(f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens")
+        renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
+    renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool)
+    renamed["t2d"][torch.arange(size) + renamed["d2t"]] = True
+    return renamed
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that a server would load as damage, silently.
+
+    Args:
+        tensors: what is to be written, in the precision it was trained in.
+        expected: a tensor of the right shape for every name.
+        where: what to call it in an error message.
+
+    Raises:
+        UserError: names the first tensor that is unknown, missing, misshapen, not finite, zero or untrained.
+    """
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise UserError(f"{where}: tensor {unknown[0]} is unknown to the server, which would skip it silently")
+    missing = sorted(set(expected) - set(tensors))
+    if missing:
+        raise UserError(f"{where}: tensor {missing[0]} is missing")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        if tensor.is_floating_point():
+            _check_trained(name, tensor, where)
+    _check_vocabulary(tensors, where)
+
+
+def _check_trained(name: str, tensor: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{where}: tensor {name} holds NaN or infinity")
+    if not bool(tensor.any()):
+        raise UserError(f"{where}: tensor {name} is all zeros")
+    if tensor.ndim == 1 and bool((tensor == 1).all()):
+        raise UserError(f"{where}: tensor {name} is all ones, as it was initialised: the draft is not trained")
+    if tensor.ndim == 2 and tensor.numel() >= 100_000:
+        # The standard deviation of n normal values is known to 1 / sqrt(2 n); training moves it much further.
+        off = abs(float(tensor.double().std()) / _INIT_STD - 1)
+        if off < 3 / (2 * tensor.numel()) ** 0.5 and abs(float(tensor.double().mean())) < 3 * _INIT_STD / tensor.numel() ** 0.5:
+            raise UserError(f"{where}: tensor {name} is random, as it was initialised: the draft is not trained")
+
+
+def _check_vocabulary(tensors: Mapping[str, Tensor], where: str) -> None:
+    d2t, t2d = tensors["d2t"], tensors["t2d"]
+    ids = torch.arange(len(d2t)) + d2t
+    if int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids[1:] <= ids[:-1]).any()):
+        raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
+    if int(t2d.sum()) != len(d2t) or not bool(t2d[ids].all()):
+        raise UserError(f"{where}: t2d marks other tokens than d2t maps to")

@@ -1,0 +1,110 @@
+"""Prompts to committed features: the producer of every workload.
+
+Prompts are planned into batches of similar length before the first forward pass. The plan depends only on
+the prompts, so a run that was killed repeats exactly the batches that it had not finished and its features
+are the ones of a run that was never killed. Features are flushed to the store first and committed
+second; what is committed is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specforge.contracts import INPUT_IDS, LOSS_MASK, PromptTask, Provenance, SampleRef, content_id
+from specforge.inference.target_engine import TargetEngine
+from specforge.runtime.data_plane.store import FeatureStore
+
+
+def sample_id(task: PromptTask, provenance: Provenance) -> str:
+    """Identity of a sample: its tokens and mask, the target, and what is captured of it."""
+    return content_id(task.task_id, provenance.target_fingerprint, provenance.capture.to_json())
+
+
+def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[PromptTask]]:
+    """Sort by length and cut into batches of at most ``batch_tokens`` tokens with padding (at least one sample)."""
+    batches: list[list[PromptTask]] = []
+    for task in sorted(tasks, key=lambda t: (len(t.input_ids), t.task_id)):
+        if not batches or (len(batches[-1]) + 1) * len(task.input_ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(task)
+    return batches
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one batch added: ``samples`` and ``tokens`` captured, and those ``resumed`` from before."""
+
+    samples: int
+    tokens: int
+    resumed: int
+
+
+class RolloutWorker:
+    """Runs the target over prompts and commits what it captures.
+
+    Args:
+        engine: the frozen target.
+        store: takes the tensors.
+        commit: takes the references of flushed samples.
+        provenance: written into every reference.
+        flush_bytes: flush and commit when this much is waiting.
+    """
+
+    def __init__(
+        self,
+        engine: TargetEngine,
+        store: FeatureStore,
+        commit: Callable[[Sequence[SampleRef]], object],
+        provenance: Provenance,
+        flush_bytes: int = 128 << 20,
+    ) -> None:
+        self.engine, self.store, self.commit = engine, store, commit
+        self.provenance, self.flush_bytes = provenance, flush_bytes
+        self._refs: list[SampleRef] = []
+
+    def run(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
+        """Capture every task that the store does not hold yet.
+
+        Args:
+            tasks: prompts.
+            batch_tokens: most tokens of a forward pass, padding included.
+
+        Raises:
+            UserError: the target cannot meet the policy, or the store cannot be written.
+        """
+        self.engine.check(self.provenance.capture)
+        for batch in plan_batches(tasks, batch_tokens):
+            ids = [sample_id(task, self.provenance) for task in batch]
+            missing = [name not in self.store for name in ids]
+            if not any(missing):
+                yield Progress(0, 0, len(batch))
+                continue
+            # The whole batch runs again, so that the features do not depend on where the last run stopped.
+            features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
+            tokens = 0
+            for task, name, new, tensors in zip(batch, ids, missing, features, strict=True):
+                if not new:
+                    continue
+                tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
+                tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
+                self._refs.append(
+                    self.store.put(
+                        name, tensors, num_supervised=sum(task.loss_mask), source=task.source,
+                        provenance=self.provenance,
+                    )
+                )  # fmt: skip
+                tokens += len(task.input_ids)
+            if self.store.pending() >= self.flush_bytes:
+                self.flush()
+            yield Progress(sum(missing), tokens, len(batch) - sum(missing))
+        self.flush()
+
+    def flush(self) -> None:
+        """Make the captured samples durable, then commit them."""
+        self.store.flush()
+        if self._refs:
+            self.commit(self._refs)
+            self._refs = []

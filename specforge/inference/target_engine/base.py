@@ -1,0 +1,54 @@
+"""What every target engine does: run the frozen target over token ids and hand back chosen hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from specforge.contracts import CapturePolicy
+from specforge.errors import UserError
+
+
+class TargetEngine(Protocol):
+    """Runs the target for its features.
+
+    Attributes:
+        dtype: name of the compute dtype.
+    """
+
+    dtype: str
+
+    def check(self, policy: CapturePolicy) -> None:
+        """Prove on two tokens that the policy can be met.
+
+        Raises:
+            UserError: a layer does not exist, or a feature comes out with the wrong width or dtype.
+        """
+        ...
+
+    def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
+        """Features of each sequence, on the CPU, without padding.
+
+        Args:
+            input_ids: token ids, preferably of similar lengths.
+            policy: what to keep.
+
+        Returns:
+            For each sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
+        """
+        ...
+
+
+def check_layers(policy: CapturePolicy, num_layers: int, target: str) -> None:
+    """Refuse layer ids that the target does not have.
+
+    Raises:
+        UserError: names the first such id.
+    """
+    for layer in policy.layer_ids:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"layer {layer}: {target} has {num_layers} layers, 0 to {num_layers - 1}")
+    if len(set(policy.layer_ids)) != len(policy.layer_ids):
+        raise UserError(f"layers {list(policy.layer_ids)}: one is named twice")

@@ -1,0 +1,6 @@
+"""Distillation losses and their chunked linear form."""
+
+from specforge.losses.chunked import DistillationResult, TeacherRows, chunked_distillation
+from specforge.losses.objectives import make_objective
+
+__all__ = ["DistillationResult", "TeacherRows", "chunked_distillation", "make_objective"]

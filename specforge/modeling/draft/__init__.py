@@ -1,0 +1,18 @@
+"""Draft networks. Importing the package registers every file in it."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from specforge.modeling.draft.registry import (
+    Draft,
+    build_draft,
+    config_fields,
+    read_draft,
+    register_draft,
+    save_draft,
+)
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Draft", "build_draft", "config_fields", "read_draft", "register_draft", "save_draft"]

@@ -1,0 +1,122 @@
+"""Which rows a training-time test computes, planned on the host from document lengths and supervised spans.
+
+Row p of step s reads the embedding of token p+1+s and predicts token p+2+s (EAGLE-3, arXiv 2503.01840,
+section 3.2). Reading the plan from the label's side: the supervised token j is predicted by T students,
+row j-2-s at step s, and all of them share one teacher, the target's distribution at token j-1. A row
+that no student needs is not a query at any step; it only contributes its step-0 key and value.
+
+Shape legend: N tokens of the packed batch, R query rows, M labels (supervised tokens), T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specforge.modeling.layers.attention import Segment
+
+# Matrix libraries prepare a kernel for every new shape, which on a CPU in bf16 takes several times longer than
+# the product itself. Rounded row counts repeat.
+ROUND = 32
+
+
+@dataclass(frozen=True)
+class UnrollPlan:
+    """Index tensors of one packed batch.
+
+    Attributes:
+        steps: T, how often the layer is applied.
+        count: supervised tokens; M and R are padded to a multiple of :data:`ROUND`.
+        rows: ``[R]`` flat token of each query row.
+        segments: the rows as runs of consecutive tokens; padded rows are in none.
+        positions: ``[N]`` position of each token in its document.
+        next_tokens: ``[N]`` the token whose embedding a row reads at step 0 (clamped to its document).
+        row_tokens: ``[T, R]`` the token whose embedding a query row reads at step s (clamped).
+        labels: ``[M]`` flat token that the M-th group of students predicts.
+        students: ``[M, T]`` row (0..R-1) that predicts the label at step s; 0 where there is none.
+        valid: ``[M, T]`` whether that student exists: its row lies in the label's document, and the label is not padding.
+        longest: tokens of the longest document.
+    """
+
+    steps: int
+    count: int
+    rows: Tensor
+    segments: tuple[Segment, ...]
+    positions: Tensor
+    next_tokens: Tensor
+    row_tokens: Tensor
+    labels: Tensor
+    students: Tensor
+    valid: Tensor
+    longest: int
+
+    def to(self, device: torch.device) -> UnrollPlan:
+        """The same plan with its tensors on ``device``."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return UnrollPlan(**{**vars(self), **moved})
+
+
+def plan_unroll(
+    lengths: Sequence[int], spans: Sequence[tuple[int, int]], steps: int, tokens: int | None = None
+) -> UnrollPlan:
+    """Plan T steps over packed documents.
+
+    Args:
+        lengths: tokens of each document, in order; what lies behind them is padding.
+        spans: supervised tokens as flat ``(start, stop)`` runs, sorted, none crossing a document's border.
+        steps: T.
+        tokens: N when the batch is padded; the sum of ``lengths`` when not given.
+    """
+    total = sum(lengths)
+    tokens = total if tokens is None else tokens
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begin = np.full(tokens, total, dtype=np.int64)
+    end = np.full(tokens, tokens, dtype=np.int64)
+    begin[:total] = np.repeat(ends - np.asarray(lengths, dtype=np.int64), lengths)
+    end[:total] = np.repeat(ends, lengths)
+    flat = np.arange(tokens, dtype=np.int64)
+
+    labels = np.concatenate([flat[start:stop] for start, stop in spans] or [flat[:0]])
+    labels = labels[labels - 2 >= begin[labels]]
+    count = len(labels)
+    labels = np.pad(labels, (0, -count % ROUND), mode="edge" if count else "constant")
+    predictors = labels[:, None] - 2 - np.arange(steps)
+    valid = (predictors >= begin[labels][:, None]) & (np.arange(len(labels)) < count)[:, None]
+    needed = np.zeros(tokens, dtype=bool)
+    needed[predictors[valid]] = True
+    rows = np.flatnonzero(needed)
+    rank = np.cumsum(needed) - 1
+    segments = _segments(rows, begin)
+    rows = np.pad(rows, (0, -len(rows) % ROUND), mode="edge" if count else "constant")
+
+    row_tokens = np.minimum(rows + 1 + np.arange(steps)[:, None], end[rows] - 1)
+    as_tensor = torch.from_numpy
+    return UnrollPlan(
+        steps=steps,
+        count=count,
+        rows=as_tensor(rows),
+        segments=segments,
+        positions=as_tensor(flat - begin),
+        next_tokens=as_tensor(np.minimum(flat + 1, end - 1)),
+        row_tokens=as_tensor(row_tokens),
+        labels=as_tensor(labels),
+        students=as_tensor(np.where(valid, rank[np.where(valid, predictors, 0)], 0)),
+        valid=as_tensor(valid),
+        longest=max(lengths, default=0),
+    )
+
+
+def _segments(rows: np.ndarray, begin: np.ndarray) -> tuple[Segment, ...]:
+    if not len(rows):
+        return ()
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(begin[rows]) != 0)) + 1
+    firsts = np.concatenate([[0], breaks])
+    counts = np.diff(np.concatenate([firsts, [len(rows)]]))
+    return tuple(
+        Segment(row=int(i), start=int(rows[i]), stop=int(rows[i] + n), document=int(begin[rows[i]]))
+        for i, n in zip(firsts, counts, strict=True)
+    )

@@ -1,0 +1,194 @@
+"""Attention of a training-time test: causal keys of step 0 plus each row's own keys of the later steps.
+
+Query row p of step s sees the step-0 keys of its document up to p, and of every step 1..s only its own
+key (EAGLE-3, arXiv 2503.01840, fig. 6). The first part is an ordinary causal product and goes to
+PyTorch's fused kernel; the second is one dot product a step, so no mask and no score matrix of the
+whole row is ever built. Both parts share one softmax: they are merged by their log-sum-exp, and because
+a flash backward needs nothing but the *final* output and log-sum-exp, feeding it the merged ones gives
+the exact gradient of the joint softmax.
+
+Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d head size,
+S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """A run of consecutive query rows of one document.
+
+    Attributes:
+        row: first row among the R query rows.
+        start: flat token of that row; the rows are tokens ``start .. stop - 1``.
+        stop: one past the last token.
+        document: flat token at which their document begins.
+    """
+
+    row: int
+    start: int
+    stop: int
+    document: int
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Fused attention of ``[L, heads, d]`` tensors: output ``[L, h, d]`` and log-sum-exp ``[L, h]``."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+    else:
+        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, is_causal=causal
+        )
+    return out[0].transpose(0, 1), lse[0, :, : query.shape[0]].transpose(0, 1)
+
+
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`_flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
+    g, q, k, v, o = (x.transpose(0, 1).unsqueeze(0) for x in (grad, query, key, value, out))
+    log_sum = lse.transpose(0, 1).unsqueeze(0).contiguous()
+    if query.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, o, log_sum, 0.0, causal
+        )
+    else:
+        heads, kv_heads = q.shape[1], k.shape[1]
+        # The kernel wants the log-sum-exp padded to a multiple of 32 rows.
+        log_sum = torch.nn.functional.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
+        zero = torch.zeros((), dtype=torch.int64, device=q.device)
+        grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), None, o, log_sum, zero, zero, 0.0,
+            [True, True, True, False], causal,
+        )  # fmt: skip
+        grads = grad_q, _sum_heads(grad_k, kv_heads), _sum_heads(grad_v, kv_heads)
+    return tuple(x[0].transpose(0, 1) for x in grads)  # type: ignore[return-value]
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sum_heads(x: Tensor, kv_heads: int) -> Tensor:
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the union of two key sets, from each set's output ``[.., d]`` and log-sum-exp ``[..]``."""
+    total = torch.logaddexp(lse, other_lse)
+    merged = out * (lse - total).exp().unsqueeze(-1) + other * (other_lse - total).exp().unsqueeze(-1)
+    return merged, total
+
+
+class _TTTAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *own: Tensor
+    ) -> Tensor:
+        # Zero, not empty: padded rows are in no segment.
+        out = torch.zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+        lse = out.new_zeros(query.shape[:2])
+        for row, start, stop, document in segments:
+            rows = slice(row, row + stop - start)
+            part, part_lse = _flash(query[rows], key[start:stop], value[start:stop], causal=True)
+            if document < start:
+                prompt = _flash(query[rows], key[document:start], value[document:start], causal=False)
+                part, part_lse = _merge(part, part_lse, *prompt)
+            out[rows], lse[rows] = part, part_lse
+        scores = _own_scores(query, own[0::2])
+        if scores:
+            total = torch.logaddexp(lse, torch.stack(scores, -1).logsumexp(-1))
+            out.mul_((lse - total).exp_().unsqueeze(-1))
+            for score, own_value in zip(scores, own[1::2], strict=True):
+                _grouped(out, own_value).addcmul_(
+                    _grouped((score - total).exp().unsqueeze(-1), own_value), own_value.unsqueeze(2)
+                )
+            lse = total
+        out = out.to(query.dtype)
+        ctx.segments = segments
+        ctx.save_for_backward(query, key, value, out, lse, *own)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out, lse, *own = ctx.saved_tensors
+        dtype = query.dtype
+        wide = lse.dtype
+        if grad.device.type == "cpu":  # whose backward kernel is several times slower in bf16 than in fp32
+            grad, query, key, value, out = (x.to(wide) for x in (grad, query, key, value, out))
+        grad = grad.contiguous()
+        grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
+        grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
+        grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
+        for row, start, stop, document in ctx.segments:
+            rows = slice(row, row + stop - start)
+            at = (grad[rows], query[rows])
+            result = out[rows], lse[rows]
+            dq, dk, dv = _flash_backward(*at, key[start:stop], value[start:stop], *result, causal=True)
+            grad_query[rows] = dq
+            grad_key[start:stop] += dk
+            grad_value[start:stop] += dv
+            if document < start:
+                prompt = slice(document, start)
+                dq, dk, dv = _flash_backward(*at, key[prompt], value[prompt], *result, causal=False)
+                grad_query[rows] += dq
+                grad_key[prompt] += dk
+                grad_value[prompt] += dv
+        own_grads: list[Tensor] = []
+        if own:
+            g, q = grad.to(wide), query.to(wide)
+            delta = torch.linalg.vecdot(g, out.to(wide))
+            scale = query.shape[-1] ** -0.5
+            for own_key, own_value, score in zip(own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True):
+                weight = (score - lse).exp_()
+                slope = (_own_dot(g, own_value).sub_(delta)).mul_(weight).mul_(scale).unsqueeze(-1)
+                _grouped(grad_query, own_key).addcmul_(_grouped(slope, own_key), own_key.unsqueeze(2))
+                own_grads += [
+                    _grouped(slope * q, own_key).sum(2).to(own_key.dtype),
+                    _grouped(weight.unsqueeze(-1) * g, own_key).sum(2).to(own_value.dtype),
+                ]
+        return (
+            grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, *own_grads,
+        )  # fmt: skip
+
+
+def _grouped(x: Tensor, like: Tensor) -> Tensor:
+    """View ``[R, h, ...]`` as ``[R, k, h / k, ...]``: query heads by the key head of ``like`` they share."""
+    return x.unflatten(1, (like.shape[1], -1))
+
+
+def _own_dot(query: Tensor, own: Tensor) -> Tensor:
+    """Dot product of each query head with its row's own key or value: ``[R, h]`` in fp32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.linalg.vecdot(_grouped(query.to(wide), own), own.to(wide).unsqueeze(2)).flatten(1)
+
+
+def _own_scores(query: Tensor, own_keys: Sequence[Tensor]) -> list[Tensor]:
+    scale = query.shape[-1] ** -0.5
+    return [_own_dot(query, own_key).mul_(scale) for own_key in own_keys]
+
+
+def ttt_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], own: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Attention of one step of the training-time test, exact, without a mask.
+
+    Args:
+        query: ``[R, h, d]``, positions already applied.
+        key: step-0 keys of all tokens, ``[N, k, d]``; ``k`` divides ``h`` (grouped-query attention).
+        value: step-0 values, ``[N, k, d]``.
+        segments: which tokens the query rows are; rows in none are padding.
+        own: keys and values of steps 1..s, each ``[R, k, d]``; empty at step 0.
+
+    Returns:
+        ``[R, h, d]`` in the dtype of ``query``.
+    """
+    flat = [x for pair in own for x in pair]
+    return _TTTAttention.apply(query, key, value, segments, *flat)  # type: ignore[no-any-return]

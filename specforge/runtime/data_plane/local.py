@@ -1,0 +1,150 @@
+"""The local backends: memory, and memory-mapped safetensors shards on disk.
+
+A shard is an ordinary safetensors file whose tensors are named ``<sample id>.<generation>/<feature>``; rows
+are unpadded. Writes are collected and become a shard when they are flushed: the file is written under a
+temporary name, synced and renamed, so a shard is there whole or not at all, and a second session only
+ever adds shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specforge.files import disk_error, sync_folder
+
+_SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+
+
+class MemoryBackend:
+    """Tensors in a dictionary."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, dict[str, Tensor]] = {}
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Keep the tensors."""
+        self._groups[key] = dict(tensors)
+        return ""
+
+    def read(self, key: str, uri: str) -> dict[str, Tensor]:
+        """The tensors themselves, not copies."""
+        return dict(self._groups[key])
+
+    def remove(self, key: str, uri: str) -> None:
+        """Drop them."""
+        self._groups.pop(key, None)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def pending(self) -> int:
+        """Always 0."""
+        return 0
+
+
+class ShardBackend:
+    """Safetensors shards in one folder.
+
+    Args:
+        folder: created if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(m.group(1)) for p in folder.iterdir() if (m := _SHARD.fullmatch(p.name))]
+        self._next = max(numbers, default=-1) + 1
+        self._buffer: dict[str, dict[str, Tensor]] = {}
+        self._bytes = 0
+        self._open: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        self._removed: dict[str, set[str]] = {}
+        self._lock = threading.Lock()
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Collect for the next shard, whose name is the uri."""
+        self._buffer[key] = dict(tensors)
+        self._bytes += sum(x.nbytes for x in tensors.values())
+        return self._name()
+
+    def read(self, key: str, uri: str) -> dict[str, Tensor]:
+        """Views into the memory-mapped shard."""
+        with self._lock:
+            if uri not in self._open:
+                self._open[uri] = self._map(uri)
+            file, names = self._open[uri]
+        try:
+            return {name: file.get_tensor(f"{key}/{name}") for name in names[key]}
+        except SafetensorError as error:
+            raise OSError(f"{uri} is damaged ({error})") from error
+
+    def remove(self, key: str, uri: str) -> None:
+        """Delete the shard once nothing in it is left."""
+        if self._buffer.pop(key, None) is not None:
+            return
+        try:
+            with self._lock:
+                if uri not in self._open:
+                    self._open[uri] = self._map(uri)
+                gone = self._removed.setdefault(uri, set())
+                gone.add(key)
+                if gone < set(self._open[uri][1]):
+                    return
+                del self._open[uri], self._removed[uri]
+            (self.folder / uri).unlink(missing_ok=True)
+        except OSError:
+            return
+
+    def flush(self) -> None:
+        """Write what was collected as one shard.
+
+        Raises:
+            UserError: the disk is full or not writable; the shard does not exist.
+        """
+        if not self._buffer:
+            return
+        path = self.folder / self._name()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        flat = {f"{key}/{name}": x for key, group in self._buffer.items() for name, x in group.items()}
+        try:
+            save_file(flat, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(self.folder)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise disk_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+        self._buffer, self._bytes = {}, 0
+        self._next += 1
+
+    def pending(self) -> int:
+        """Bytes collected for the next shard."""
+        return self._bytes
+
+    def _name(self) -> str:
+        return f"shard-{self._next:05d}.safetensors"
+
+    def _map(self, uri: str) -> tuple[Any, dict[str, list[str]]]:
+        if not _SHARD.fullmatch(uri):
+            raise OSError(f"{uri!r} is not the name of a shard")
+        path = self.folder / uri
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size if path.exists() else 0
+            state = f"damaged or cut off at {size} bytes" if path.exists() else "missing"
+            raise OSError(f"{path} is {state} ({error}); delete it and capture again") from error
+        names: dict[str, list[str]] = {}
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            key, feature = name.split("/", 1)
+            names.setdefault(key, []).append(feature)
+        return file, names

@@ -1,0 +1,167 @@
+"""`specforge fit|validate|test`: LightningCLI over the algorithms and datamodules."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+import datamodules  # noqa: F401 - makes the built-in classes known by name
+import lightning_modules  # noqa: F401
+from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
+from specforge.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from specforge.callbacks.metrics import TrainingMetrics
+from specforge.callbacks.preemption import Preemption
+from specforge.callbacks.report import RunReport
+from specforge.callbacks.resume import ExactResume
+from specforge.callbacks.strategies import register_strategies
+from specforge.errors import UserError
+from specforge.files import write_file
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs/run",
+    "gradient_clip_val": 0.5,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run's folder."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write ``config.yaml``; a resumed run writes it again."""
+        if stage == "fit":
+            text = self.parser.dump(self.config, skip_none=False)
+            write_file(Path(trainer.default_root_dir) / "config.yaml", text)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with our defaults, one-line errors, and a resume that does not change the configuration."""
+
+    command = "fit"
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that was asked for: building a parser costs a second."""
+        return {cls.command: LightningCLI.subcommands()[cls.command]}
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Checkpoints are configured under their own keys."""
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse; a mistake becomes one line with the nearest valid name."""
+        subparser = self._subcommand_parsers[self.command]
+        parser.exit_on_error = subparser.exit_on_error = False
+        try:
+            self.config = parser.parse_args(args)
+        except (jsonargparse.ArgumentError, KeyError) as error:
+            raise UserError(explain(str(error), known_keys(subparser))) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration as given: Lightning would let the checkpoint's override it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the checkpoint writer and, unless another is configured, the TensorBoard logger."""
+        config = self._get(self.config_init, "trainer", default={})
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        kwargs["plugins"] = plugins
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="tensorboard", version="")
+        if config.get("enable_progress_bar") is not False:
+            kwargs["callbacks"] = [*(config.get("callbacks") or []), RichProgressBar(refresh_rate=20)]
+        return super().instantiate_trainer(**kwargs)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Every option of a parser, the class options of the built-in models and data included."""
+    keys = [action.dest for action in parser._actions]
+    for base, classes in (("model", _subclasses(pl.LightningModule)), ("data", _subclasses(pl.LightningDataModule))):
+        for cls in classes:
+            if cls.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
+                import inspect
+
+                keys += [f"{base}.init_args.{name}" for name in inspect.signature(cls).parameters]
+    return keys
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [x for child in cls.__subclasses__() for x in (child, *_subclasses(child))]
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """The useful line of a parser's error, with the nearest valid option where one was not accepted."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = re.sub(r"^error: ", "", lines[0]) if lines else "unknown error"
+    for line in lines:
+        for pattern in (
+            r"does not accept option '([\w.]+)'",
+            r"Option '([\w.]+)' is not accepted",
+            r"[Kk]ey '([\w.]+)' is not",
+            r"Unrecognized arguments: --?([\w.]+)",
+            r"No action for key \"?'?([\w.]+)",
+        ):
+            match = re.search(pattern, line)
+            if match:
+                return _nearest(match.group(1), keys)
+    detail = next((line for line in lines[1:] if "Expected" in line or "Problem" in line), "")
+    return f"{text} {detail}".strip()[:400]
+
+
+def _nearest(name: str, keys: list[str]) -> str:
+    last = name.rsplit(".", 1)[-1]
+    close = get_close_matches(name, keys, 1, 0.75) or [
+        key for key in keys if get_close_matches(last, [key.rsplit(".", 1)[-1]], 1, 0.7)
+    ]
+    hint = f"; did you mean '{close[0].replace('.init_args', '')}'?" if close else ""
+    return f"unknown option '{name}'{hint}"
+
+
+def main(argv: list[str]) -> int:
+    """Run one of Lightning's subcommands.
+
+    Returns:
+        The exit status: 143 after a signal, else 0.
+    """
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    register_strategies()
+    preemption = Preemption()
+    always = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport(preemption)]
+    command = type("Command", (TrainingCLI,), {"command": argv[0]})
+    sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
+    command(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": always},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"prog": "specforge", "default_env": True, "env_prefix": "SPECFORGE"},
+    )
+    return 143 if preemption.stopped else 0
+
+

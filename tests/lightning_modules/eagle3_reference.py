@@ -1,0 +1,119 @@
+"""EAGLE-3 written out from its definition: one document, one step, one row, one head at a time, in the dtype given.
+
+The oracle of the fast module: no packing, no chunking, no fused kernels, no shared code with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate one head ``[d]``: dimension i pairs with i + d/2."""
+    half = len(x) // 2
+    out = []
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        out.append(x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        out.append(x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
+    return torch.stack(out)
+
+
+class Reference:
+    def __init__(self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor) -> None:
+        self.w, self.config, self.embedding, self.lm_head = weights, config, embedding, lm_head
+        self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
+
+    def states(self, tokens: Tensor, aux: Tensor, steps: int) -> list[list[Tensor | None]]:
+        """Normed state of every row at every step; None where the row's next token would be past the end."""
+        c, w = self.config, self.w
+        length, eps = len(tokens), c.rms_norm_eps
+        hidden = []
+        for p in range(length):
+            x = aux[p]
+            if "input_norm.weight" in w:
+                x = rms_norm(x, w["input_norm.weight"], eps)
+            if "fc_norm.0.weight" in w:
+                parts = x.chunk(len(c.eagle_config["eagle_aux_hidden_state_layer_ids"]))
+                x = torch.cat([rms_norm(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)])
+            hidden.append(w["fc.weight"] @ x)
+        keys: list[list] = []
+        values: list[list] = []
+        out: list[list[Tensor | None]] = []
+        group = c.num_attention_heads // c.num_key_value_heads
+        for step in range(steps):
+            keys.append([None] * length)
+            values.append([None] * length)
+            normed: list[Tensor | None] = [None] * length
+            queries: list = [None] * length
+            for p in range(length - 1 - step):
+                embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps)
+                state = rms_norm(hidden[p], w["midlayer.hidden_norm.weight"], eps)
+                x = torch.cat([embed, state])
+                attn = "midlayer.self_attn."
+                theta = c.rope_parameters["rope_theta"]
+                q, k, v = (w[attn + name] @ x for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+                queries[p] = [rotate(h, p + step, theta) for h in q.split(c.head_dim)]
+                keys[step][p] = [rotate(h, p + step, theta) for h in k.split(c.head_dim)]
+                values[step][p] = list(v.split(c.head_dim))
+            for p in range(length - 1 - step):
+                seen = [(0, j) for j in range(p + 1)] + [(s, p) for s in range(1, step + 1)]
+                heads = []
+                for h in range(c.num_attention_heads):
+                    scores = torch.stack([queries[p][h] @ keys[s][j][h // group] for s, j in seen])
+                    probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
+                    heads.append(sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True)))
+                x = hidden[p] + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+                y = rms_norm(x, w["midlayer.post_attention_layernorm.weight"], eps)
+                gate, up = w["midlayer.mlp.gate_proj.weight"] @ y, w["midlayer.mlp.up_proj.weight"] @ y
+                x = x + w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+                normed[p] = rms_norm(x, w["norm.weight"], eps)
+                hidden[p] = normed[p] if getattr(c, "norm_output", False) else x
+            out.append(normed)
+        return out
+
+    def document(
+        self, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, *, steps: int, decay: float, loss: str,
+        label: str, eta: float = 3.0,
+    ) -> tuple[Tensor, int, list[int]]:  # fmt: skip
+        """Sum of the loss, number of supervised tokens, and hits of each step, of one document."""
+        states = self.states(tokens, aux, steps)
+        total = torch.zeros((), dtype=aux.dtype)
+        hits = [0] * steps
+        ids = torch.tensor(self.target_ids)
+        for step in range(steps):
+            for p in range(len(tokens) - 2 - step):
+                if not mask[p + 2 + step]:
+                    continue
+                target = torch.softmax(self.lm_head @ last[p + 1 + step], 0)
+                right = int(target.argmax()) if label == "target" else int(tokens[p + 2 + step])
+                logits = self.w["lm_head.weight"] @ states[step][p]
+                if right not in self.target_ids:
+                    continue
+                hits[step] += int(self.target_ids[int(logits.argmax())] == right)
+                q = torch.softmax(logits, 0)
+                on_draft = target[ids]
+                renormalised = on_draft / on_draft.sum()
+                kl = sum(a * (a.log() - b.log()) for a, b in zip(renormalised, q, strict=True))
+                accept = sum(torch.minimum(a, b) for a, b in zip(on_draft, q, strict=True))
+                row = {
+                    "kl": lambda kl=kl: kl,
+                    "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
+                    "lk_alpha": lambda accept=accept: -accept.log(),
+                    "lk_lambda": lambda kl=kl, accept=accept: (
+                        torch.exp(-eta * accept.detach()) * kl
+                        + (1 - torch.exp(-eta * accept.detach())) * (1 - accept)
+                    ),
+                }[loss]()
+                total = total + decay**step * row
+        count = int(mask[2:].sum())
+        return total, count, hits
