@@ -1,0 +1,45 @@
+"""What the tests share: the tiny target, its prompts and its features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from specforge.cli import main
+from tests.tiny import write_conversations, write_target
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny target."""
+    return write_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 40 conversations, 8 of them held out."""
+    return write_conversations(tmp_path_factory.mktemp("data") / "conversations.jsonl")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory, target: Path, conversations: Path) -> Path:
+    """The conversations as prompt sets of the tiny target."""
+    folder = tmp_path_factory.mktemp("prompts")
+    assert main(["prepare", "--data", str(conversations), "--target", str(target), "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory, target: Path, prompts: Path) -> Path:
+    """Their features for EAGLE-3, in fp32."""
+    folder = tmp_path_factory.mktemp("features")
+    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32"]
+    assert main([str(word) for word in command]) == 0
+    return folder
