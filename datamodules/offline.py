@@ -60,7 +60,9 @@ class OfflineDataModule(pl.LightningDataModule):
         if self.val_features is None and (self.folder / "heldout").exists():
             self.val_features = FeatureFolder.open(self.folder / "heldout")
         if stage != "fit" and self.val_features is None:
-            raise UserError(f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on")
+            raise UserError(
+                f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on"
+            )
 
     def sample_refs(self) -> Sequence[SampleRef]:
         """References of the samples to train on."""

@@ -178,7 +178,10 @@ class DraftModule(pl.LightningModule):
         return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long())
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Turn the summed gradients into those of the mean over the optimizer window and all ranks, then clip.
 
@@ -195,7 +198,9 @@ class DraftModule(pl.LightningModule):
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * scale
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch._foreach_mul_(grads, scale)
-            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(
+                [p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val
+            )
         else:
             clip = 1.0 if not gradient_clip_val else torch.clamp(gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, scale * clip)
@@ -319,7 +324,9 @@ def load_weights(draft: Draft, path: Path) -> None:
         if name not in own:
             raise UserError(f"{path}: tensor {name} has no place in the draft")
         if tensor.shape != own[name].shape:
-            raise UserError(f"{path}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(own[name].shape)}")
+            raise UserError(
+                f"{path}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(own[name].shape)}"
+            )
     missing = sorted(set(own) - set(tensors))
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")

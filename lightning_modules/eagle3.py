@@ -98,7 +98,9 @@ class Eagle3Module(DraftModule):
         )
         self.steps, self.step_decay, self.label, self.chunk = steps, step_decay, label, chunk
         self.objective = make_objective(loss, lk_eta)
-        self.needs_full_vocabulary = any(name.startswith("lk") for name in ([loss] if isinstance(loss, str) else loss))
+        self.needs_full_vocabulary = any(
+            name.startswith("lk") for name in ([loss] if isinstance(loss, str) else loss)
+        )
 
     @classmethod
     def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
@@ -190,7 +192,11 @@ class Eagle3Module(DraftModule):
         """A chain drafter with the present weights."""
         draft = self.draft
         return ChainDrafter(
-            draft.decoder(dtype), head.embed, draft.target_ids.clone(), self.target.vocab_size, draft.layer_ids
+            draft.decoder(dtype),
+            head.embed,
+            draft.target_ids.clone(),
+            self.target.vocab_size,
+            draft.layer_ids,
         )
 
 

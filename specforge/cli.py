@@ -18,7 +18,10 @@ COMMANDS = {
     "fit": ("specforge.training:main", "Train a draft (LightningCLI)."),
     "validate": ("specforge.training:main", "Offline acceptance length of a checkpoint (LightningCLI)."),
     "test": ("specforge.training:main", "The same on the test data (LightningCLI)."),
-    "evaluate": ("specforge.commands:run", "Decode held-out prompts speculatively: tau, speed, losslessness."),
+    "evaluate": (
+        "specforge.commands:run",
+        "Decode held-out prompts speculatively: tau, speed, losslessness.",
+    ),
     "export": ("specforge.commands:run", "Write a draft for SGLang, vLLM or transformers."),
     "doctor": ("specforge.doctor:main", "Say what this machine can run."),
     "recipes": ("specforge.recipes:main", "List or copy the shipped recipes."),

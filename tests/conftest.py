@@ -32,7 +32,9 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(tmp_path_factory: pytest.TempPathFactory, target: Path, conversations: Path) -> Path:
     """The conversations as prompt sets of the tiny target."""
     folder = tmp_path_factory.mktemp("prompts")
-    assert main(["prepare", "--data", str(conversations), "--target", str(target), "--output", str(folder)]) == 0
+    assert (
+        main(["prepare", "--data", str(conversations), "--target", str(target), "--output", str(folder)]) == 0
+    )
     return folder
 
 

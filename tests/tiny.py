@@ -15,7 +15,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QUESTIONS = ("What is {a} plus {b}?", "Name {a} birds and {b} fish.", "Say {a} words about the number {b}.")
-ANSWERS = ("{a} plus {b} is {c}.", "Here are {a} birds and {b} fish: one, two, three.", "The number {b} is {b}, {b}, {a}.")
+ANSWERS = (
+    "{a} plus {b} is {c}.",
+    "Here are {a} birds and {b} fish: one, two, three.",
+    "The number {b} is {b}, {b}, {a}.",
+)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -110,7 +110,12 @@ class TrainingMetrics(pl.Callback):
 
     def _append(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         if self._path is not None:
-            row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": self._elapsed, **values}
+            row = {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "seconds": self._elapsed,
+                **values,
+            }
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -67,7 +67,9 @@ class Preemption(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, LastCheckpoint):
                 callback.save_now(trainer)
-        pl.utilities.rank_zero_info(f"stopped by a signal after step {trainer.global_step}; resume with --ckpt_path last")
+        pl.utilities.rank_zero_info(
+            f"stopped by a signal after step {trainer.global_step}; resume with --ckpt_path last"
+        )
 
     def _agreed(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:

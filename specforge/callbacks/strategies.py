@@ -42,4 +42,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 def register_strategies() -> None:
     """Make ``fsdp2`` known to Lightning."""
     if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, one reduction per optimizer step")
+        StrategyRegistry.register(
+            "fsdp2", FSDP2Strategy, description="FSDP2, one reduction per optimizer step"
+        )

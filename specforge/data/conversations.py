@@ -136,7 +136,9 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, 
             yield f"{name}[{split}], row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"data {name!r}: no such file, and not readable as a hub dataset ({reason})") from error
+        raise UserError(
+            f"data {name!r}: no such file, and not readable as a hub dataset ({reason})"
+        ) from error
 
 
 def parse_record(source: str, row: Any) -> DataRecord:
@@ -202,7 +204,9 @@ def _message(source: str, index: int, message: Any) -> dict[str, Any]:
     name = message.get("role", message.get("from"))
     role = _ROLES.get(str(name))
     if role is None:
-        raise RecordError(source, f"{where} has the role {name!r}; use one of {', '.join(sorted(set(_ROLES.values())))}")
+        raise RecordError(
+            source, f"{where} has the role {name!r}; use one of {', '.join(sorted(set(_ROLES.values())))}"
+        )
     parsed: dict[str, Any] = {"role": role}
     content = message.get("content", message.get("value"))
     if content is None and not message.get("tool_calls"):
@@ -237,7 +241,9 @@ def _tool_calls(source: str, where: str, calls: Any) -> list[dict[str, Any]]:
             raise RecordError(source, f"{where}.tool_calls has a call without a function name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _loads(source, f"{where}.tool_calls: arguments of {function['name']}", arguments or "{}")
+            arguments = _loads(
+                source, f"{where}.tool_calls: arguments of {function['name']}", arguments or "{}"
+            )
         parsed.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
     return parsed
 

@@ -44,8 +44,12 @@ class PromptSet:
 
     def save(self, folder: Path) -> None:
         """Write the folder; it appears whole or not at all."""
-        ids = np.concatenate([np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)])
-        mask = np.concatenate([np.asarray(t.loss_mask, dtype=np.uint8) for t in self.tasks] or [np.empty(0, np.uint8)])
+        ids = np.concatenate(
+            [np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)]
+        )
+        mask = np.concatenate(
+            [np.asarray(t.loss_mask, dtype=np.uint8) for t in self.tasks] or [np.empty(0, np.uint8)]
+        )
         lengths = [len(t.input_ids) for t in self.tasks]
         tensors = {
             "input_ids": torch.from_numpy(ids),
@@ -60,7 +64,9 @@ class PromptSet:
             "task_ids": [t.task_id for t in self.tasks],
             "sources": [t.source for t in self.tasks],
         }
-        write_folder(folder, {"prompts.json": json.dumps(meta).encode(), "prompts.safetensors": save(tensors)})
+        write_folder(
+            folder, {"prompts.json": json.dumps(meta).encode(), "prompts.safetensors": save(tensors)}
+        )
 
     @classmethod
     def load(cls, folder: Path) -> PromptSet:
@@ -75,7 +81,9 @@ class PromptSet:
             raise UserError(f"{folder}: not a prompt set; make one with `specforge prepare`")
         meta = read_json(folder / "prompts.json")
         if meta.get("format") != FORMAT:
-            raise UserError(f"{folder / 'prompts.json'}: format {meta.get('format')}, this version reads {FORMAT}")
+            raise UserError(
+                f"{folder / 'prompts.json'}: format {meta.get('format')}, this version reads {FORMAT}"
+            )
         with open_safetensors(folder / "prompts.safetensors") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         ids, mask = tensors["input_ids"].tolist(), tensors["loss_mask"].tolist()

@@ -152,15 +152,15 @@ class ChatTemplate:
             )
         if count == 0:
             return ""
-        messages = [{k: v for k, v in m.items() if k != "finish_reason"} for m in conversation.messages[:count]]
+        messages = [
+            {k: v for k, v in m.items() if k != "finish_reason"} for m in conversation.messages[:count]
+        ]
         text: str = self.tokenizer.apply_chat_template(
             messages, tools=list(conversation.tools) or None, tokenize=False, add_generation_prompt=generate
         )
         return text
 
-    def _tokenise(
-        self, text: str, spans: Sequence[tuple[int, int]], cut_off: Sequence[bool]
-    ) -> TokenSample:
+    def _tokenise(self, text: str, spans: Sequence[tuple[int, int]], cut_off: Sequence[bool]) -> TokenSample:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         mask = [0] * len(ids)

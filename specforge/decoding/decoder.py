@@ -39,7 +39,9 @@ class TargetRunner:
         self._kept = torch.zeros(rows, 0, dtype=torch.int64)
         self._appended = [0] * rows
 
-    def forward(self, tokens: Sequence[Sequence[int]], last_only: bool = False) -> list[tuple[Tensor, Tensor | None]]:
+    def forward(
+        self, tokens: Sequence[Sequence[int]], last_only: bool = False
+    ) -> list[tuple[Tensor, Tensor | None]]:
         """Append tokens to every row.
 
         Args:
@@ -136,7 +138,9 @@ class _Sequence:
         self.result.tokens.append(first)
         self.drafter.observe([*self.prompt, first], features)
 
-    def commit(self, proposal: Any, logits: Tensor, features: Tensor | None, sampling: Sampling, ends: frozenset[int]) -> int:
+    def commit(
+        self, proposal: Any, logits: Tensor, features: Tensor | None, sampling: Sampling, ends: frozenset[int]
+    ) -> int:
         """Verify a proposal; returns how many of the tokens that the target processed stay."""
         result = self.result
         verdict = verify(proposal, logits, sampling, self.generator)
@@ -211,7 +215,9 @@ def _round(
     for sequence in active:
         room = max_new_tokens - len(sequence.result.tokens)
         proposals.append(sequence.drafter.propose(min(gamma, room - 1), sampling, sequence.generator))
-    outputs = runner.forward([[s.result.tokens[-1], *p.tokens] for s, p in zip(active, proposals, strict=True)])
+    outputs = runner.forward(
+        [[s.result.tokens[-1], *p.tokens] for s, p in zip(active, proposals, strict=True)]
+    )
     kept = [
         sequence.commit(proposal, logits, features, sampling, ends)
         for sequence, proposal, (logits, features) in zip(active, proposals, outputs, strict=True)

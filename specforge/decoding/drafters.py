@@ -38,9 +38,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def propose(
-        self, count: int, sampling: Sampling, generator: torch.Generator | None = None
-    ) -> Proposal:
+    def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """Draft at most ``count`` tokens to follow the committed ones."""
         ...
 
@@ -56,9 +54,7 @@ class NoDrafter:
     def observe(self, tokens: Sequence[int], features: Tensor | None) -> None:
         """Nothing to learn."""
 
-    def propose(
-        self, count: int, sampling: Sampling, generator: torch.Generator | None = None
-    ) -> Proposal:
+    def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """No tokens."""
         return Proposal(())
 
@@ -90,9 +86,7 @@ class NGramDrafter:
                 self._after[n - 1][tuple(self._tokens[end - n :])] = end
             self._tokens.append(token)
 
-    def propose(
-        self, count: int, sampling: Sampling, generator: torch.Generator | None = None
-    ) -> Proposal:
+    def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """What followed the longest suffix that occurred before."""
         end = len(self._tokens)
         for n in range(min(self.longest, end), 0, -1):
@@ -164,9 +158,7 @@ class ChainDrafter:
         self._features.append(features)
 
     @torch.inference_mode()
-    def propose(
-        self, count: int, sampling: Sampling, generator: torch.Generator | None = None
-    ) -> Proposal:
+    def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """Extend the cache by what was committed, then draft ``count`` tokens."""
         if count == 0:
             return Proposal(())

@@ -123,7 +123,9 @@ class Evaluation:
         limit = int(self.target.config.get("max_position_embeddings", 1 << 30))
         longest = max(map(len, prompts)) + self.options.max_new_tokens + self.options.gamma
         if longest > limit:
-            raise UserError(f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}")
+            raise UserError(
+                f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}"
+            )
         references = self._references(prompts)
         methods = self._methods()
         speeds = self._time(methods, prompts)
@@ -180,7 +182,9 @@ class Evaluation:
                 temperature=options.sampling.temperature, top_p=options.sampling.top_p, top_k=options.sampling.top_k,
                 seed=options.seed + start,
             )  # fmt: skip
-            features = engine.capture([[*prompts[i], *a] for i, a in zip(part, answers, strict=True)], capture)
+            features = engine.capture(
+                [[*prompts[i], *a] for i, a in zip(part, answers, strict=True)], capture
+            )
             for i, answer, tensors in zip(part, answers, features, strict=True):
                 found[i] = Reference(list(prompts[i]), answer, tensors)
         return [found[i] for i in range(len(prompts))]
@@ -196,8 +200,14 @@ class Evaluation:
             decoded = self._decode_all(method, references)
         rounds = [Rounds(d.counted, d.rounds) for d in decoded]
         tau = pooled_tau(rounds) if method.name != "none" else Tau(1.0, 1.0, 1.0)
-        drafted = np.array([d.drafted for d in decoded if d.drafted]).sum(0) if method.name != "none" else np.zeros(0)
-        accepted = np.array([d.accepted for d in decoded if d.accepted]).sum(0) if drafted.size else np.zeros(0)
+        drafted = (
+            np.array([d.drafted for d in decoded if d.drafted]).sum(0)
+            if method.name != "none"
+            else np.zeros(0)
+        )
+        accepted = (
+            np.array([d.accepted for d in decoded if d.accepted]).sum(0) if drafted.size else np.zeros(0)
+        )
         identical = ties = None
         if self.options.sampling.greedy:
             identical, ties = self._compare(decoded, references)
@@ -261,7 +271,10 @@ class Evaluation:
         options = self.options
         if not options.speed_prompts:
             return {}
-        chosen = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)]
+        chosen = [
+            prompts[i]
+            for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)
+        ]
         self.progress(f"timing {len(chosen)} prompts one at a time in {options.speed_dtype}")
         engine = self._engine(options.speed_dtype)
         factories = {m.name: m.make(options.speed_dtype) for m in methods}

@@ -71,4 +71,3 @@ def ngram_rounds(reference: Reference, gamma: int) -> Rounds:
         position += step
         rounds += 1
     return Rounds(len(answer) - 1, rounds)
-

@@ -167,7 +167,16 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _evaluation(content: dict[str, Any]) -> str:
-    head = ("method", "τ", "95 % interval", "offline τ", "acceptance by position", "tok/s", "speed-up", "identical")
+    head = (
+        "method",
+        "τ",
+        "95 % interval",
+        "offline τ",
+        "acceptance by position",
+        "tok/s",
+        "speed-up",
+        "identical",
+    )
     body = []
     for row in content["methods"]:
         low, high = row["tau_ci95"]

@@ -57,14 +57,14 @@ def check_contract(config: dict[str, Any], target: TargetFiles) -> None:
     if width == config["hidden_size"]:
         raise UserError("export: features as wide as the draft's states; SGLang would skip fc")
     if config.get("draft_vocab_size") is None:
-        raise UserError("export: the draft config has no draft_vocab_size; the server would use the target's lm_head")
+        raise UserError(
+            "export: the draft config has no draft_vocab_size; the server would use the target's lm_head"
+        )
     if config.get("tie_word_embeddings"):
         raise UserError("export: tie_word_embeddings is set; the server would use the embedding as lm_head")
 
 
-def _write(
-    draft: Draft, target: TargetFiles, folder: Path, dtype: str, extra: dict[str, Tensor]
-) -> None:
+def _write(draft: Draft, target: TargetFiles, folder: Path, dtype: str, extra: dict[str, Tensor]) -> None:
     where = f"export to {folder}"
     state = {name: x.detach().cpu() for name, x in draft.state_dict().items()}
     config = config_fields(draft)

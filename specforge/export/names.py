@@ -68,13 +68,17 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     """
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
-        raise UserError(f"{where}: tensor {unknown[0]} is unknown to the server, which would skip it silently")
+        raise UserError(
+            f"{where}: tensor {unknown[0]} is unknown to the server, which would skip it silently"
+        )
     missing = sorted(set(expected) - set(tensors))
     if missing:
         raise UserError(f"{where}: tensor {missing[0]} is missing")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+            raise UserError(
+                f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            )
         if tensor.is_floating_point():
             _check_trained(name, tensor, where)
     _check_vocabulary(tensors, where)
@@ -86,12 +90,19 @@ def _check_trained(name: str, tensor: Tensor, where: str) -> None:
     if not bool(tensor.any()):
         raise UserError(f"{where}: tensor {name} is all zeros")
     if tensor.ndim == 1 and bool((tensor == 1).all()):
-        raise UserError(f"{where}: tensor {name} is all ones, as it was initialised: the draft is not trained")
+        raise UserError(
+            f"{where}: tensor {name} is all ones, as it was initialised: the draft is not trained"
+        )
     if tensor.ndim == 2 and tensor.numel() >= 100_000:
         # The standard deviation of n normal values is known to 1 / sqrt(2 n); training moves it much further.
         off = abs(float(tensor.double().std()) / _INIT_STD - 1)
-        if off < 3 / (2 * tensor.numel()) ** 0.5 and abs(float(tensor.double().mean())) < 3 * _INIT_STD / tensor.numel() ** 0.5:
-            raise UserError(f"{where}: tensor {name} is random, as it was initialised: the draft is not trained")
+        if (
+            off < 3 / (2 * tensor.numel()) ** 0.5
+            and abs(float(tensor.double().mean())) < 3 * _INIT_STD / tensor.numel() ** 0.5
+        ):
+            raise UserError(
+                f"{where}: tensor {name} is random, as it was initialised: the draft is not trained"
+            )
 
 
 def _check_vocabulary(tensors: Mapping[str, Tensor], where: str) -> None:

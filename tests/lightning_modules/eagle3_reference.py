@@ -56,7 +56,9 @@ class Reference:
             normed: list[Tensor | None] = [None] * length
             queries: list = [None] * length
             for p in range(length - 1 - step):
-                embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps)
+                embed = rms_norm(
+                    self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps
+                )
                 state = rms_norm(hidden[p], w["midlayer.hidden_norm.weight"], eps)
                 x = torch.cat([embed, state])
                 attn = "midlayer.self_attn."
@@ -71,7 +73,9 @@ class Reference:
                 for h in range(c.num_attention_heads):
                     scores = torch.stack([queries[p][h] @ keys[s][j][h // group] for s, j in seen])
                     probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
-                    heads.append(sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True)))
+                    heads.append(
+                        sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True))
+                    )
                 x = hidden[p] + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
                 y = rms_norm(x, w["midlayer.post_attention_layernorm.weight"], eps)
                 gate, up = w["midlayer.mlp.gate_proj.weight"] @ y, w["midlayer.mlp.up_proj.weight"] @ y

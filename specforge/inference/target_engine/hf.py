@@ -76,7 +76,9 @@ class HFTargetEngine:
         try:
             model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=torch_dtype(dtype))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{target.folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"{target.folder}: transformers cannot load it ({str(error).splitlines()[0]})"
+            ) from error
         self.model = model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()

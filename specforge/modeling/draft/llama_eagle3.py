@@ -110,7 +110,9 @@ class LlamaEagle3(Draft):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         if config.num_hidden_layers != 1:
-            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: an EAGLE-3 draft has one layer")
+            raise ValueError(
+                f"num_hidden_layers is {config.num_hidden_layers}: an EAGLE-3 draft has one layer"
+            )
         self.layer_ids = tuple(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
         width = getattr(config, "target_hidden_size", None) or config.hidden_size
         eps = config.rms_norm_eps
@@ -152,7 +154,9 @@ class LlamaEagle3(Draft):
         with torch.autocast(embeds.device.type, enabled=False):
             return self._unroll(aux_hidden_states, embeds, plan, dtype)
 
-    def _unroll(self, aux_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan, dtype: torch.dtype) -> Tensor:
+    def _unroll(
+        self, aux_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan, dtype: torch.dtype
+    ) -> Tensor:
         layer, attn, w = self.midlayer, self.midlayer.self_attn, self.midlayer.weights(dtype)
         q_width = attn.heads * attn.head_dim
         embed_qkv = layer.input_layernorm.linear(embeds.to(dtype), w.embed_qkv)

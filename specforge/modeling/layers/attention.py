@@ -93,7 +93,9 @@ class _TTTAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *own: Tensor
     ) -> Tensor:
         # Zero, not empty: padded rows are in no segment.
-        out = torch.zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+        out = torch.zeros(
+            query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device
+        )
         lse = out.new_zeros(query.shape[:2])
         for row, start, stop, document in segments:
             rows = slice(row, row + stop - start)
@@ -146,7 +148,9 @@ class _TTTAttention(torch.autograd.Function):
             g, q = grad.to(wide), query.to(wide)
             delta = torch.linalg.vecdot(g, out.to(wide))
             scale = query.shape[-1] ** -0.5
-            for own_key, own_value, score in zip(own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True):
+            for own_key, own_value, score in zip(
+                own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True
+            ):
                 weight = (score - lse).exp_()
                 slope = (_own_dot(g, own_value).sub_(delta)).mul_(weight).mul_(scale).unsqueeze(-1)
                 _grouped(grad_query, own_key).addcmul_(_grouped(slope, own_key), own_key.unsqueeze(2))
@@ -176,7 +180,11 @@ def _own_scores(query: Tensor, own_keys: Sequence[Tensor]) -> list[Tensor]:
 
 
 def ttt_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], own: Sequence[tuple[Tensor, Tensor]]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    own: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Attention of one step of the training-time test, exact, without a mask.
 

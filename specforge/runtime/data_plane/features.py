@@ -45,7 +45,9 @@ class FeatureFolder:
     counts: TokenCounts
 
     @classmethod
-    def create(cls, folder: Path, provenance: Provenance, encoding: str, counts: TokenCounts) -> FeatureFolder:
+    def create(
+        cls, folder: Path, provenance: Provenance, encoding: str, counts: TokenCounts
+    ) -> FeatureFolder:
         """Start a folder, or go on with one that was made from the same target in the same way.
 
         Raises:
@@ -60,7 +62,9 @@ class FeatureFolder:
             for key, value in _flat(meta).items():
                 was = _flat(found).get(key)
                 if was != value and key != "provenance.target":
-                    raise UserError(f"{folder}: holds features with {key} {was}, not {value}; choose another folder")
+                    raise UserError(
+                        f"{folder}: holds features with {key} {was}, not {value}; choose another folder"
+                    )
         else:
             tensors = {"supervised": counts.supervised, "context": counts.context}
             write_file(folder / _COUNTS, save(tensors))
@@ -98,5 +102,3 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-

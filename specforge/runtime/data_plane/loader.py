@@ -116,7 +116,9 @@ class FeatureDataLoader:
         """
         for key, value in self._identity.items():
             if state.get(key) != value:
-                what = "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
+                what = (
+                    "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
+                )
                 raise UserError(
                     f"cannot resume in the middle of the data: {what} changed since the checkpoint; restore it, "
                     "or start a new run from the weights alone (model.init_from)"
@@ -131,7 +133,9 @@ class FeatureDataLoader:
 
     def _stream(self, epoch: int, first: int) -> Iterator[TrainBatch]:
         batches = self.plan.epoch(epoch)[self.rank :: self.world_size]
-        work = [(number, batches[number] if number < len(batches) else ()) for number in range(first, len(self))]
+        work = [
+            (number, batches[number] if number < len(batches) else ()) for number in range(first, len(self))
+        ]
         cursors = [{"epoch": epoch, "batch": number + 1} for number, _ in work]
         torch.get_num_threads()  # fixes this thread's number before the fetching thread sets its own
         if self.prefetch == 0:
@@ -173,7 +177,9 @@ class FeatureDataLoader:
 
     def _quarantine(self, ref: SampleRef, error: BadSampleError) -> None:
         if self.bad_samples == "error":
-            raise UserError(f"{error} (from {ref.source}); skip such samples with data.bad_samples: skip") from error
+            raise UserError(
+                f"{error} (from {ref.source}); skip such samples with data.bad_samples: skip"
+            ) from error
         if ref.sample_id not in self.quarantined:
             self.quarantined[ref.sample_id] = error.reason
             logger.warning("left out %s (from %s)", error, ref.source)
@@ -238,7 +244,9 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
             )
         missing = sorted(set(spec.features) - {feature.name for feature in ref.features})
         if missing:
-            raise UserError(f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads")
+            raise UserError(
+                f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads"
+            )
         if ref.num_tokens < spec.min_tokens:
             raise UserError(
                 f"sample {ref.sample_id} (from {ref.source}) has {ref.num_tokens} tokens; "

@@ -190,7 +190,9 @@ class FeatureStore:
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
-                raise StoreFullError(f"{self._nbytes + nbytes} bytes would exceed the limit of {self.max_bytes}")
+                raise StoreFullError(
+                    f"{self._nbytes + nbytes} bytes would exceed the limit of {self.max_bytes}"
+                )
             generation = self._generations.get(sample_id, 0) + 1
             self._generations[sample_id] = generation
             self._nbytes += nbytes
