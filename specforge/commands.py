@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specforge.contracts import CapturePolicy, Provenance
+from specforge.contracts import Provenance
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.host import keep_freed_memory
@@ -315,13 +315,13 @@ def evaluate(
 
 
 def export(
-    checkpoint: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
+    draft: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> None:  # fmt: skip
     """Write a trained draft in the form that servers load.
 
     Args:
-        checkpoint: SpecForge checkpoint, or a draft's folder.
+        draft: SpecForge checkpoint, or a draft's folder.
         output: folder; replaced if it exists.
         to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
         target: folder or hub name; by default the one the draft was trained on.
@@ -329,7 +329,7 @@ def export(
     """
     from specforge.export import to_hf, to_sglang
 
-    module = load_module(checkpoint, target)
+    module = load_module(draft, target)
     {"sglang": to_sglang, "hf": to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
     _console.print(

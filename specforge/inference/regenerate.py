@@ -18,7 +18,7 @@ from typing import Any
 from specforge.data.conversations import Conversation, DataRecord
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
-from specforge.files import disk_error
+from specforge.files import disk_error, write_file
 from specforge.inference.target_engine.hf import HFTargetEngine
 
 
@@ -45,7 +45,7 @@ def regenerate(
     records: Sequence[DataRecord], engine: HFTargetEngine, template: ChatTemplate, output: Path,
     options: RegenerateOptions,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Answer every conversation and append it to a JSONL file.
+    """Answer every conversation and append it to a JSONL file; at the end put the file into the order of ``records``.
 
     Args:
         records: conversations; their assistant turns are replaced.
@@ -75,6 +75,15 @@ def regenerate(
         answered, tokens = _answer(batch, engine, template, options)
         _append(output, [_row(record, messages) for record, messages in zip(batch, answered, strict=True)])
         yield len(batch), tokens
+    _sort(output, ids)
+
+
+def _sort(output: Path, ids: Sequence[str]) -> None:
+    order = {id_: i for i, id_ in enumerate(ids)}
+    lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
+    ordered = sorted(lines, key=lambda line: order.get(str(json.loads(line)["id"]), len(order)))
+    if ordered != lines:
+        write_file(output, b"".join(ordered))
 
 
 def _answer(

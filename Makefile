@@ -1,0 +1,45 @@
+# make quickstart: train, measure and export a draft for a real model on two CPU cores
+# make test:       the whole test suite
+# Both make .venv first. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
+
+VENV ?= .venv
+PYTHON ?= python3
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
+# Where PyTorch publishes CPU builds; left out where it does not answer, the package index then serves torch.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+SPECFORGE := $(VENV)/bin/specforge
+TARGET := models/SmolLM2-135M-Instruct
+RUN := runs/quickstart
+
+.PHONY: install quickstart test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
+	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
+	index=$$($(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=3)" 2>/dev/null \
+	  && echo --extra-index-url $(CPU_WHEELS)); \
+	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf]'
+	touch $@
+
+quickstart: install
+	$(SPECFORGE) target fetch --name SmolLM2-135M-Instruct --output models
+	$(SPECFORGE) prepare --data configs/quickstart/conversations.jsonl --target $(TARGET) --output $(RUN)/prompts
+	$(SPECFORGE) capture --target $(TARGET) --prompts $(RUN)/prompts --output $(RUN)/features
+	$(SPECFORGE) fit --config quickstart.yaml --ckpt_path last
+	$(SPECFORGE) export --draft $(RUN)/checkpoints/best.ckpt --output $(RUN)/draft --to sglang
+	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/best.ckpt --prompts $(RUN)/prompts --json $(RUN)/evaluation.json
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
