@@ -24,8 +24,10 @@ from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
 from specforge.export.checkpoint import read_checkpoint
+from specforge.files import read_json
 from specforge.modeling.draft import Draft, config_fields, read_draft
 from specforge.modeling.target_head import TargetHead
+from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
 CHECKPOINT_KEY = "specforge"
@@ -272,7 +274,7 @@ def draft_config_for(
 
     Args:
         target: the target it must fit.
-        given: path of a JSON file; or fields that replace the defaults; or None.
+        given: path of a JSON file, or name of a shipped one; or fields that replace the defaults; or None.
         defaults: the algorithm's config for this target.
 
     Returns:
@@ -282,9 +284,7 @@ def draft_config_for(
         UserError: the file cannot be read, or a field does not fit the target.
     """
     if isinstance(given, str):
-        from specforge.files import read_json
-
-        config, where = dict(read_json(Path(given))), given
+        config, where = dict(read_json(find_draft_config(given))), given
     else:
         config, where = {**defaults, **(given or {})}, "model.draft_config"
     fits = {

@@ -17,8 +17,10 @@ def recipe_folder() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Shipped recipes by file name."""
-    return {path.name: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    """Shipped recipes by file name; the presets to lay over them are called ``debug/...``."""
+    folder = recipe_folder()
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("debug/*.yaml"))]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def resolve_recipes(argv: Sequence[str]) -> list[str]:
@@ -50,6 +52,18 @@ def _find(name: str) -> str:
     raise UserError(f"--config {name}: no such file, and no such recipe{hint} (see `specforge recipes`)")
 
 
+def find_draft_config(name: str) -> Path:
+    """A draft config by path or, where there is no such file, by the name of a shipped one.
+
+    Raises:
+        UserError: there is neither.
+    """
+    shipped = {path.name: path for path in sorted((recipe_folder() / "draft").glob("*.json"))}
+    if not Path(name).exists() and name not in shipped:
+        raise UserError(f"{name}: no such file, and no such draft config (there are {', '.join(shipped)})")
+    return Path(name) if Path(name).exists() else shipped[name]
+
+
 def describe(path: Path) -> Iterator[str]:
     """The comment lines at the head of a recipe."""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -76,7 +90,7 @@ def main(argv: list[str]) -> int:
     if options.copy not in recipes():
         raise UserError(f"--copy {options.copy}: no such recipe (there are {', '.join(recipes())})")
     target = Path(options.to)
-    target = target / options.copy if target.is_dir() else target
+    target = target / Path(options.copy).name if target.is_dir() else target
     if target.exists():
         raise UserError(f"{target}: exists already")
     shutil.copyfile(recipes()[options.copy], target)

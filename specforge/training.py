@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
 from specforge.errors import UserError
 from specforge.files import write_file
+from specforge.host import keep_freed_memory
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/run",
@@ -147,6 +147,10 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
+    keep_freed_memory()
     register_strategies()
     preemption = Preemption()
     always = [
