@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ class OfflineDataModule(pl.LightningDataModule):
         features: folder with ``train`` and, for validation, ``heldout``.
         batch_size: documents of a micro-batch; or
         max_tokens: most tokens of a micro-batch. Exactly one of the two.
-        limit_samples: train on the first so many samples of the manifest; all by default.
+        limit_samples: train on so many samples, drawn by the seed; all by default.
         seed: of the epochs' orders.
         prefetch: batches fetched ahead.
         bad_samples: what to do with a damaged sample: ``error`` stops, ``skip`` leaves it out and counts it.
@@ -67,7 +68,10 @@ class OfflineDataModule(pl.LightningDataModule):
     def sample_refs(self) -> Sequence[SampleRef]:
         """References of the samples to train on."""
         features = self.train_features or self.val_features
-        return features.refs[: self.limit_samples] if features is not None else []
+        refs = features.refs if features is not None else []
+        if self.limit_samples is None or self.limit_samples >= len(refs):
+            return refs
+        return random.Random(self.seed).sample(refs, self.limit_samples)
 
     def token_counts(self) -> TokenCounts | None:
         """Token counts of the training prompts."""

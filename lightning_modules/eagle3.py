@@ -39,7 +39,8 @@ class Eagle3Module(DraftModule):
         draft_config: JSON file of the draft, or fields that replace those derived from the target.
         layer_ids: three decoder layers of the target whose outputs the draft reads; by default those of the
             draft config, else the second, the middle and the fourth from the end.
-        init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only).
+        init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only); or
+            ``target``: from the target's own last layer and head. By default at random.
         steps: T, how many drafted positions are trained.
         step_decay: weight of position s is ``step_decay ** s``.
         loss: ``kl``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
@@ -84,7 +85,8 @@ class Eagle3Module(DraftModule):
         if steps < 1 or gamma < 1:
             raise UserError(f"model: steps is {steps} and gamma is {gamma}; both must be at least 1")
         draft.apply(_initialise)
-        if init_from is not None:
+        starts_at_target = init_from == "target"
+        if init_from is not None and not starts_at_target:
             load_weights(draft, Path(init_from))
         spec = StrategySpec(
             algorithm=self.algorithm,
@@ -94,13 +96,20 @@ class Eagle3Module(DraftModule):
             min_tokens=3,
         )
         super().__init__(
-            files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma
+            files, draft, spec, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer, gamma=gamma
         )
+        self.starts_at_target = starts_at_target
         self.steps, self.step_decay, self.label, self.chunk = steps, step_decay, label, chunk
         self.objective = make_objective(loss, lk_eta)
         self.needs_full_vocabulary = any(
             name.startswith("lk") for name in ([loss] if isinstance(loss, str) else loss)
         )
+
+    def setup(self, stage: str) -> None:
+        """Copy what starts at the target; only now is the draft vocabulary known."""
+        super().setup(stage)
+        if self.starts_at_target and stage == "fit":
+            self.draft.start_from_target(self.target)
 
     @classmethod
     def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:

@@ -104,6 +104,14 @@ class TargetFiles:
             return self.embedding()
         return self._first(_HEAD_NAMES, "lm_head")
 
+    def final_norm(self) -> Tensor:
+        """Weight of the norm before ``lm_head``, ``[H]``."""
+        return self._first(("norm.weight",), "final norm")
+
+    def layer_tensor(self, layer: int, name: str) -> Tensor:
+        """A tensor of a decoder layer, such as ``mlp.up_proj.weight``."""
+        return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
+
     def _first(self, names: tuple[str, ...], what: str) -> Tensor:
         ends = [n for n in self.weight_files if any(n == x or n.endswith("." + x) for x in names)]
         if not ends:

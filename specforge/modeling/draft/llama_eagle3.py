@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
+from specforge.errors import UserError
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
+from specforge.target_files import TargetFiles
 
 
 class _Weights(NamedTuple):
@@ -51,6 +53,10 @@ class Eagle3Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def inputs(self) -> dict[str, nn.Linear]:
+        """The projections of the doubled input, by their letters."""
+        return {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
 
 
 class SwiGLUMLP(nn.Module):
@@ -78,7 +84,7 @@ class Eagle3Layer(nn.Module):
     def weights(self, dtype: torch.dtype) -> _Weights:
         """Cast and fuse the layer's matrices."""
         attn, mlp = self.self_attn, self.mlp
-        qkv = torch.cat([p.weight.to(dtype) for p in (attn.q_proj, attn.k_proj, attn.v_proj)])
+        qkv = torch.cat([p.weight.to(dtype) for p in attn.inputs().values()])
         half = qkv.shape[1] // 2
         return _Weights(
             embed_qkv=qkv[:, :half],
@@ -127,6 +133,31 @@ class LlamaEagle3(Draft):
         self.norm = RMSNorm(config.hidden_size, eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = RotaryTable(config)
+
+    @torch.no_grad()
+    def start_from_target(self, target: TargetFiles) -> None:
+        """Start near the target: its last layer reads the last captured one, and its own head reads that.
+
+        What has no counterpart stays random: the embedding's half of the attention input, and (near zero) what
+        ``fc`` reads of the other captured layers.
+
+        Raises:
+            UserError: the target's last layer is no Llama layer of the draft's dimensions.
+        """
+        last, layer, width = target.num_layers - 1, self.midlayer, self.fc.out_features
+        half = [(p.weight[:, width:], f"self_attn.{n}_proj.weight") for n, p in layer.self_attn.inputs().items()]
+        whole = [(layer.self_attn.o_proj.weight, "self_attn.o_proj.weight")]
+        whole += [(p.weight, f"mlp.{n}.weight") for n, p in layer.mlp.named_children()]
+        norms = [
+            (layer.hidden_norm.weight, "input_layernorm.weight"),
+            (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
+        ]
+        for parameter, name in [*half, *whole, *norms]:
+            _copy(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
+        _copy(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
+        _copy(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
+        self.fc.weight.normal_(std=0.002)
+        self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
 
     def fuse(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         """Fuse captured layers ``[N, A]`` into draft states ``[N, H]``."""
@@ -196,6 +227,12 @@ class LlamaEagle3(Draft):
     def decoder(self, dtype: torch.dtype) -> Eagle3Decoder:
         """A snapshot of the draft for decoding in ``dtype``."""
         return Eagle3Decoder(self, dtype)
+
+
+def _copy(parameter: Tensor, value: Tensor, what: str) -> None:
+    if parameter.shape != value.shape:
+        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+    parameter.copy_(value)
 
 
 class Eagle3Decoder:
