@@ -36,14 +36,16 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_target(folder: Path, seed: int = 0, layers: int = 8, hidden: int = 32, **options: object) -> Path:
+def write_target(
+    folder: Path, seed: int = 0, layers: int = 8, hidden: int = 32, vocab_size: int = 264, heads: int = 4
+) -> Path:
     """A random Llama of a few thousand weights, saved as users' targets are: config, safetensors, tokenizer."""
     write_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=264, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=256, pad_token_id=257, **options,
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, pad_token_id=min(257, vocab_size - 1),
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

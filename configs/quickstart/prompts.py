@@ -1,4 +1,4 @@
-"""The quickstart's prompts: thirty families of everyday instructions, filled in from lists.
+"""The quickstart's prompts: thirty-one families of everyday instructions, filled in from lists.
 
     python configs/quickstart/prompts.py > prompts.jsonl
     specforge regenerate --data prompts.jsonl --target models/SmolLM2-135M-Instruct \
@@ -15,7 +15,8 @@ import random
 from dataclasses import dataclass
 from itertools import zip_longest
 
-TRAIN, HELD_OUT = 56, 2
+# How many prompts of a family to train on and to hold out: about as many answer tokens held out of every category.
+COUNTS = {"arithmetic": (80, 2), "code": (80, 2), "rewriting": (56, 2), "questions": (48, 1), "instructions": (48, 1)}
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,14 @@ class Family:
 
     def split(self, rng: random.Random) -> tuple[list[str], list[str]]:
         """Prompts to train on, and prompts to hold out, whose main word (of the longest list) is in none of the former."""
+        train, held_out = COUNTS[self.category]
         if not self.slots:
-            found = self._fill(rng, TRAIN + HELD_OUT, self.slots)
-            return found[HELD_OUT:], found[:HELD_OUT]
+            found = self._fill(rng, train + held_out, self.slots)
+            return found[held_out:], found[:held_out]
         main = max(self.slots, key=lambda slot: len(self.slots[slot]))
         values = rng.sample(self.slots[main], len(self.slots[main]))
-        held_out = self._fill(rng, HELD_OUT, {**self.slots, main: values[:HELD_OUT]})
-        return self._fill(rng, TRAIN, {**self.slots, main: values[HELD_OUT:]}), held_out
+        kept = self._fill(rng, held_out, {**self.slots, main: values[:held_out]})
+        return self._fill(rng, train, {**self.slots, main: values[held_out:]}), kept
 
     def _fill(self, rng: random.Random, count: int, slots: dict[str, list[str]]) -> list[str]:
         found: dict[str, None] = {}
@@ -195,7 +197,7 @@ FAMILIES = (
         "Write a function in Python that {task}, and explain how it works.",
         "How do I write a Python function that {task}?",
     ), {"task": FUNCTIONS}),
-    Family("code", "javascript", ("Write a JavaScript function that {task}.", "Show me JavaScript code that {task}."), {"task": FUNCTIONS}),
+    Family("code", "javascript", ("Write a JavaScript function that {task}.", "Show me JavaScript code that {task}.", "How do I write a JavaScript function that {task}?"), {"task": FUNCTIONS}),
     Family("code", "explain", (
         "Explain what this Python function does:\n\ndef {f}(x):\n    return {e}",
         "What does this code print?\n\nfor x in {values}:\n    print({e})",
