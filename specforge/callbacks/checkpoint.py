@@ -61,18 +61,9 @@ class DraftCheckpoint(ModelCheckpoint):
         )  # fmt: skip
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save under the run's folder; refuse to start a new run over an old one."""
+        """Save under the run's folder."""
         self._place(trainer)
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or trainer.ckpt_path is not None or trainer.fast_dev_run:
-            return
-        old = sorted(p.name for p in Path(str(self.dirpath)).glob("*.ckpt"))
-        if old:
-            raise UserError(
-                f"{self.dirpath}: holds {old[-1]} of an earlier run; resume it with --ckpt_path last, or choose "
-                "another trainer.default_root_dir"
-            )
-
     def _place(self, trainer: pl.Trainer) -> None:
         if self.dirpath is None:
             self.dirpath = os.path.realpath(os.path.join(trainer.default_root_dir, FOLDER))
@@ -96,7 +87,10 @@ class DraftCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove files that a crash left between writing the new and removing the old."""
         super().on_train_start(trainer, pl_module)
-        if trainer.ckpt_path is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        if trainer.ckpt_path is None:
+            self._refuse_an_old_run()
             return
         mine = str(self.filename).split("-", 1)[0]
         for path in Path(str(self.dirpath)).glob(f"{mine}-*.ckpt"):
@@ -104,6 +98,14 @@ class DraftCheckpoint(ModelCheckpoint):
             stale = match is not None and int(match.group(1)) <= trainer.global_step
             if stale and str(path) not in self.best_k_models and str(path) != str(trainer.ckpt_path):
                 path.unlink()
+
+    def _refuse_an_old_run(self) -> None:
+        old = sorted(path.name for path in Path(str(self.dirpath)).glob("*.ckpt"))
+        if old:
+            raise UserError(
+                f"{self.dirpath}: holds {old[-1]} of an earlier run; resume it with --ckpt_path last, or choose "
+                "another trainer.default_root_dir"
+            )
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:

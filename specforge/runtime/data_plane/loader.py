@@ -99,10 +99,11 @@ class FeatureDataLoader:
         return -(-len(self.plan) // self.world_size)
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        """Stream one epoch: the next one, or the rest of the one that a loaded state names."""
-        epoch, first = self._start
-        self._start = (epoch + 1, 0)
-        return self._stream(epoch, first)
+        """Stream one epoch: the next one, or the rest of the one that a loaded state names.
+
+        An iterator that nobody draws from, such as Lightning's trial of every loader, moves nothing.
+        """
+        return self._stream()
 
     def state_dict(self) -> dict[str, Any]:
         """Position behind the last acknowledged batch, and what the plan was made from."""
@@ -131,7 +132,9 @@ class FeatureDataLoader:
         """Record that a batch was trained."""
         self._acknowledged = batch.cursor
 
-    def _stream(self, epoch: int, first: int) -> Iterator[TrainBatch]:
+    def _stream(self) -> Iterator[TrainBatch]:
+        epoch, first = self._start
+        self._start = (epoch + 1, 0)
         batches = self.plan.epoch(epoch)[self.rank :: self.world_size]
         work = [
             (number, batches[number] if number < len(batches) else ()) for number in range(first, len(self))

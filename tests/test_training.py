@@ -1,0 +1,293 @@
+"""`specforge fit` end to end on the tiny target: the loss's normaliser, crashes, resuming, Lightning's traps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from specforge.cli import main
+from tests.tiny import recipe
+
+FIT = [str(Path(sys.executable).with_name("specforge")), "fit"]
+
+
+def fit(path: Path, *options: object) -> Path:
+    """Run `specforge fit` here; returns the run's folder."""
+    assert main(["fit", "--config", str(path), *map(str, options)]) == 0
+    return Path(yaml.safe_load(path.read_text())["trainer"]["default_root_dir"])
+
+
+def start(path: Path, *options: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*FIT, "--config", str(path), *map(str, options)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def assert_same_weights(a: Path, b: Path, **tolerance: float) -> None:
+    mine, others = weights(a), weights(b)
+    assert mine.keys() == others.keys()
+    for name in mine:
+        if tolerance:
+            torch.testing.assert_close(mine[name], others[name], **tolerance)
+        else:
+            assert torch.equal(mine[name], others[name]), name
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+    """Return once the run has logged so many steps."""
+    while process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"train/loss":') >= steps:
+            return
+        time.sleep(0.01)  # there is nothing to wait on but the file
+    raise AssertionError(f"the run ended too early:\n{process.stdout.read()}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(target, features, tmp_path_factory):
+    """A run of 12 steps with a checkpoint every 4th, shuffled over more than one epoch."""
+    return fit(recipe(target, features, tmp_path_factory.mktemp("undisturbed"), **LONG))
+
+
+LONG = {"trainer__max_steps": 12, "checkpoint": {"every_n_train_steps": 4}}
+
+
+def test_batch_of_4_is_accumulation_of_4(target, features, tmp_path):
+    data = {"features": str(features), "batch_size": 4}
+    wide = fit(recipe(target, features, tmp_path / "wide", data__init_args=data))
+    narrow = fit(
+        recipe(
+            target, features, tmp_path / "narrow", data__init_args={**data, "batch_size": 1},
+            trainer__accumulate_grad_batches=4,
+        )  # fmt: skip
+    )
+    assert losses(wide).keys() == losses(narrow).keys()
+    assert_same_weights(wide, narrow, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_are_one(target, features, tmp_path):
+    """8 documents on one rank, 4 on each of two: the same updates, though the ranks' token counts differ."""
+    one = fit(recipe(target, features, tmp_path / "one", data__init_args__batch_size=8))
+    path = recipe(
+        target, features, tmp_path / "two", trainer__devices=2, trainer__strategy="ddp", data__init_args__batch_size=4
+    )
+    process = start(path)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert_same_weights(one, tmp_path / "two" / "run", rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_of_uneven_data_finish_together(target, features, tmp_path):
+    """32 samples in batches of 5 are 7 batches: the second rank's last one is empty."""
+    path = recipe(
+        target, features, tmp_path, trainer__devices=2, trainer__strategy="ddp", data__init_args__batch_size=5,
+        trainer__max_steps=-1, trainer__max_epochs=2,
+    )  # fmt: skip
+    process = start(path)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert sorted(losses(tmp_path / "run"))[-1] == 8
+
+
+@pytest.mark.parametrize("step", [3, 7, 10])
+def test_kill_9_and_resume_is_bit_identical(target, features, tmp_path, undisturbed, step):
+    path = recipe(target, features, tmp_path, **LONG)
+    process = start(path)
+    wait_for_steps(process, tmp_path / "run", step)
+    process.kill()
+    process.wait()
+    run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+
+
+def test_resume_in_the_middle_of_an_accumulation_window(target, features, tmp_path):
+    changes = {**LONG, "trainer__accumulate_grad_batches": 3, "data__init_args__batch_size": 2}
+    whole = fit(recipe(target, features, tmp_path / "whole", **changes))
+    path = recipe(target, features, tmp_path / "cut", **changes)
+    process = start(path)
+    wait_for_steps(process, tmp_path / "cut" / "run", 6)
+    process.kill()
+    process.wait()
+    cut = fit(path, "--ckpt_path", "last")
+    assert losses(cut) == losses(whole)
+    assert_same_weights(cut, whole)
+
+
+def test_sigterm_saves_the_finished_step_and_exits_143(target, features, tmp_path, undisturbed):
+    path = recipe(target, features, tmp_path, **{**LONG, "checkpoint": {"every_n_train_steps": 1000}})
+    process = start(path)
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "resume with --ckpt_path last" in output
+    run = fit(path, "--ckpt_path", "last")
+    assert_same_weights(run, undisturbed)
+
+
+# The eight traps of Lightning's defaults.
+
+
+def test_trap_loader_state_is_saved_and_restored(undisturbed):
+    saved = torch.load(undisturbed / "checkpoints" / "step-00000008.ckpt", weights_only=True)
+    (state,) = saved["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert (state["epoch"], state["batch"]) == (0, 8)
+
+
+def test_trap_no_batch_is_repeated_or_skipped_over_a_resume(target, features, tmp_path, monkeypatch):
+    seen: list[tuple[str, ...]] = []
+    from lightning_modules.eagle3 import Eagle3Module
+
+    original = Eagle3Module.training_step
+    monkeypatch.setattr(
+        Eagle3Module, "training_step", lambda self, batch, i: (seen.append(batch.sample_ids), original(self, batch, i))[1]
+    )
+    path = recipe(target, features, tmp_path, **LONG)
+    fit(path, "--trainer.max_steps", 5)
+    first, seen[:] = list(seen), []
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").symlink_to("step-00000004.ckpt")
+    fit(path, "--ckpt_path", "last", "--trainer.max_steps", 8)
+    assert seen[0] == first[4]  # step 5 was trained after the checkpoint of step 4: it comes again
+    epoch = [name for batch in [*first[:4], *seen] for name in batch]
+    assert len(epoch) == len(set(epoch)) == 32
+
+
+def test_trap_a_torn_checkpoint_is_never_last(target, features, tmp_path, monkeypatch):
+    path = recipe(target, features, tmp_path, **LONG)
+    fit(path, "--trainer.max_steps", 4)
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+
+    def torn(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", torn)
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last"]) != 0
+    monkeypatch.undo()
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "last.ckpt").read_bytes() == before
+    assert not [p for p in folder.iterdir() if p.is_file() and not p.is_symlink() and p.suffix != ".ckpt"]
+
+
+def test_trap_the_checkpoint_does_not_override_the_configuration(target, features, tmp_path):
+    path = recipe(target, features, tmp_path, trainer__max_steps=4, model__init_args__gamma=2)
+    fit(path)
+    run = fit(path, "--ckpt_path", "last", "--trainer.max_steps", 8, "--model.gamma", 3)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["gamma"] == 3
+    assert max(losses(run)) == 8
+
+
+def test_trap_the_best_checkpoint_survives_a_restart(target, features, tmp_path):
+    path = recipe(
+        target, features, tmp_path, trainer__max_steps=4, trainer__check_val_every_n_epoch=None,
+        trainer__val_check_interval=2, checkpoint={"every_n_train_steps": 2},
+    )  # fmt: skip
+    run = fit(path)
+    best = (run / "checkpoints" / "best.ckpt").resolve()
+    score = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    fit(path, "--ckpt_path", "last", "--trainer.max_steps", 6, "--model.optimizer.lr", 0.0)
+    assert (run / "checkpoints" / "best.ckpt").resolve().exists()
+    after = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    key = next(k for k in score if k.startswith("BestCheckpoint"))
+    assert after[key]["best_model_score"] >= score[key]["best_model_score"]
+    assert best.exists() or after[key]["best_model_score"] > score[key]["best_model_score"]
+
+
+def test_trap_checkpoints_hold_no_frozen_target(undisturbed, target):
+    saved = weights(undisturbed)
+    assert all(name.startswith("draft.") for name in saved)
+    assert not any("embed" in name for name in saved)
+
+
+def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
+    """Two ranks, accumulation of 2: the gradient buckets are reduced once a window."""
+    code = (
+        "import sys, torch.distributed as d\n"
+        "from torch.nn.parallel import DistributedDataParallel as D\n"
+        "import specforge.training\n"
+        "count = 0\n"
+        "def hook(state, bucket):\n"
+        "    global count; count += bucket.is_last()\n"
+        "    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
+        "    return allreduce_hook(state, bucket)\n"
+        "original = D.__init__\n"
+        "def init(self, *a, **k): original(self, *a, **k); self.register_comm_hook(None, hook)\n"
+        "D.__init__ = init\n"
+        "from specforge.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print('reductions', count)\n"
+        "sys.exit(status)\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    path = recipe(
+        target, features, tmp_path, trainer__devices=2, trainer__strategy="ddp", trainer__accumulate_grad_batches=2,
+        trainer__max_steps=3, data__init_args__batch_size=2,
+    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(
+        [sys.executable, str(script), "fit", "--config", str(path)], env=environment, capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "reductions 3" in result.stdout
+
+
+def test_trap_another_number_of_ranks_is_refused(target, features, tmp_path, undisturbed):
+    checkpoint = undisturbed / "checkpoints" / "step-00000008.ckpt"
+    process = start(
+        recipe(target, features, tmp_path, **LONG), "--trainer.devices", 2, "--trainer.strategy", "ddp",
+        "--ckpt_path", checkpoint,
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "1 ranks, this run has 2" in output or "world_size" in output
+
+
+def test_tau_does_not_move_with_the_batch_size_of_the_validation(target, features, tmp_path):
+    found = []
+    for size in (1, 3, 8):
+        path = recipe(
+            target, features, tmp_path / str(size), data__init_args__val_batch_size=size, trainer__val_check_interval=1.0
+        )
+        run = fit(path, "--trainer.max_steps", -1, "--trainer.max_epochs", 1)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found.append([row["val/tau"] for row in rows if "val/tau" in row])
+    assert found[0]
+    assert found[1] == pytest.approx(found[0])
+    assert found[2] == pytest.approx(found[0])
+
+
+def test_the_report_is_one_file_with_pictures_beside_it(undisturbed):
+    html = (undisturbed / "report.html").read_text()
+    assert "data:image/png;base64" in html
+    assert "src=\"http" not in html
+    assert list((undisturbed / "report").glob("*.png"))
+
+
+def test_validate_and_test_run_on_a_checkpoint(target, features, tmp_path, undisturbed, capsys):
+    path = recipe(target, features, tmp_path)
+    for command in ("validate", "test"):
+        assert main([command, "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
+        assert "val/tau" in capsys.readouterr().out
