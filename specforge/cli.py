@@ -58,12 +58,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _dispatch(argv)
-    except UserError as error:
-        print(f"specforge: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(f"specforge: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _mistake(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error; jsonargparse wraps what a class raises when it is built."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _dispatch(argv: list[str]) -> int:

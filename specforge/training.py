@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import warnings
@@ -119,14 +120,23 @@ def explain(message: str, keys: list[str]) -> str:
             r"does not accept option '([\w.]+)'",
             r"Option '([\w.]+)' is not accepted",
             r"[Kk]ey '([\w.]+)' is not",
-            r"Unrecognized arguments: --?([\w.]+)",
+            r"[Uu]nrecognized arguments: --?([\w.]+)",
             r"No action for key \"?'?([\w.]+)",
         ):
             match = re.search(pattern, line)
             if match:
                 return _nearest(match.group(1), keys)
-    detail = next((line for line in lines[1:] if "Expected" in line or "Problem" in line), "")
-    return f"{text} {detail}".strip()[:400]
+    unknown = re.search(r"Expected a dot import path string: (\w+)", message)
+    if unknown:
+        names = [c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)]
+        close = get_close_matches(unknown.group(1), names, 1)
+        return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
+    places = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))]
+    if places:
+        key, after = ".".join(name for _, name in places), lines[places[-1][0] + 1 :]
+        detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
+        return f"{key}: {detail}"[:400]
+    return text[:400]
 
 
 def _nearest(name: str, keys: list[str]) -> str:
@@ -150,6 +160,8 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     keep_freed_memory()
     register_strategies()
     preemption = Preemption()

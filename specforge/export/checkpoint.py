@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from specforge.errors import UserError
 
@@ -26,7 +27,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: holds pickled objects, which SpecForge never loads; a draft to start from is a folder with "
             "config.json and model.safetensors"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or "specforge" not in content or "state_dict" not in content:
         raise UserError(f"{path}: not a checkpoint of SpecForge's")

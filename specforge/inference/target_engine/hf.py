@@ -71,10 +71,15 @@ class HFTargetEngine:
 
     def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self.target, self.dtype, self.device = target, dtype, torch.device(device)
+        _ = target.weight_files  # refuses pickles, before transformers would look at them
         try:
-            model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=torch_dtype(dtype))
+            model = AutoModelForCausalLM.from_pretrained(
+                target.folder, dtype=torch_dtype(dtype), use_safetensors=True
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{target.folder}: transformers cannot load it ({str(error).splitlines()[0]})"
