@@ -129,7 +129,7 @@ def explain(message: str, keys: list[str]) -> str:
     unknown = re.search(r"Expected a dot import path string: (\w+)", message)
     if unknown:
         names = [c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)]
-        close = get_close_matches(unknown.group(1), names, 1)
+        close = get_close_matches(unknown.group(1), names, 1, 0.4)
         return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
     places = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))]
     if places:

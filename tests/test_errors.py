@@ -156,7 +156,9 @@ def test_features_of_another_target(refused, features, tmp_path):
 
 
 def test_features_of_other_layers(refused, target, features, tmp_path):
-    line = refused("fit", "--config", recipe(target, features, tmp_path, model__init_args__layer_ids=[0, 3, 5]))
+    line = refused(
+        "fit", "--config", recipe(target, features, tmp_path, model__init_args__layer_ids=[0, 3, 5])
+    )
     assert "[1, 3, 4]" in line.replace("(", "[").replace(")", "]")
     assert "[0, 3, 5]" in line.replace("(", "[").replace(")", "]")
 
@@ -211,7 +213,15 @@ def test_capture_does_not_mix_layers_in_one_folder(refused, target, prompts, bro
 
 def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_path):
     line = refused(
-        "capture", "--target", target, "--prompts", prompts, "--output", tmp_path / "out", "--layer_ids", "[1, 3, 99]"
+        "capture",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        "--layer_ids",
+        "[1, 3, 99]",
     )
     assert "99" in line
     assert not (tmp_path / "out").exists()
@@ -221,10 +231,13 @@ def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_size", 64), ("vocab_size", 1000), ("draft_vocab_size", 9999), ("num_hidden_layers", 2)]
+    ("field", "value"),
+    [("hidden_size", 64), ("vocab_size", 1000), ("draft_vocab_size", 9999), ("num_hidden_layers", 2)],
 )
 def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, field, value):
-    line = refused("fit", "--config", recipe(target, features, tmp_path, model__init_args__draft_config={field: value}))
+    line = refused(
+        "fit", "--config", recipe(target, features, tmp_path, model__init_args__draft_config={field: value})
+    )
     assert field in line
     assert str(value) in line
 
@@ -242,7 +255,9 @@ def test_checkpoint_of_another_algorithm(refused, target, features, tmp_path):
 
 
 def test_missing_checkpoint(refused, target, features, tmp_path):
-    line = refused("fit", "--config", recipe(target, features, tmp_path), "--ckpt_path", tmp_path / "none.ckpt")
+    line = refused(
+        "fit", "--config", recipe(target, features, tmp_path), "--ckpt_path", tmp_path / "none.ckpt"
+    )
     assert "none.ckpt" in line
 
 

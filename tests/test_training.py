@@ -77,7 +77,10 @@ def test_batch_of_4_is_accumulation_of_4(target, features, tmp_path):
     wide = fit(recipe(target, features, tmp_path / "wide", data__init_args=data))
     narrow = fit(
         recipe(
-            target, features, tmp_path / "narrow", data__init_args={**data, "batch_size": 1},
+            target,
+            features,
+            tmp_path / "narrow",
+            data__init_args={**data, "batch_size": 1},
             trainer__accumulate_grad_batches=4,
         )  # fmt: skip
     )
@@ -89,7 +92,12 @@ def test_two_ranks_are_one(target, features, tmp_path):
     """8 documents on one rank, 4 on each of two: the same updates, though the ranks' token counts differ."""
     one = fit(recipe(target, features, tmp_path / "one", data__init_args__batch_size=8))
     path = recipe(
-        target, features, tmp_path / "two", trainer__devices=2, trainer__strategy="ddp", data__init_args__batch_size=4
+        target,
+        features,
+        tmp_path / "two",
+        trainer__devices=2,
+        trainer__strategy="ddp",
+        data__init_args__batch_size=4,
     )
     process = start(path)
     output, _ = process.communicate(timeout=180)
@@ -161,7 +169,9 @@ def test_trap_no_batch_is_repeated_or_skipped_over_a_resume(target, features, tm
 
     original = Eagle3Module.training_step
     monkeypatch.setattr(
-        Eagle3Module, "training_step", lambda self, batch, i: (seen.append(batch.sample_ids), original(self, batch, i))[1]
+        Eagle3Module,
+        "training_step",
+        lambda self, batch, i: (seen.append(batch.sample_ids), original(self, batch, i))[1],
     )
     path = recipe(target, features, tmp_path, **LONG)
     fit(path, "--trainer.max_steps", 5)
@@ -269,7 +279,11 @@ def test_tau_does_not_move_with_the_batch_size_of_the_validation(target, feature
     found = []
     for size in (1, 3, 8):
         path = recipe(
-            target, features, tmp_path / str(size), data__init_args__val_batch_size=size, trainer__val_check_interval=1.0
+            target,
+            features,
+            tmp_path / str(size),
+            data__init_args__val_batch_size=size,
+            trainer__val_check_interval=1.0,
         )
         run = fit(path, "--trainer.max_steps", -1, "--trainer.max_epochs", 1)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -282,12 +296,23 @@ def test_tau_does_not_move_with_the_batch_size_of_the_validation(target, feature
 def test_the_report_is_one_file_with_pictures_beside_it(undisturbed):
     html = (undisturbed / "report.html").read_text()
     assert "data:image/png;base64" in html
-    assert "src=\"http" not in html
+    assert 'src="http' not in html
     assert list((undisturbed / "report").glob("*.png"))
 
 
 def test_validate_and_test_run_on_a_checkpoint(target, features, tmp_path, undisturbed, capsys):
     path = recipe(target, features, tmp_path)
     for command in ("validate", "test"):
-        assert main([command, "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
+        assert (
+            main(
+                [
+                    command,
+                    "--config",
+                    str(path),
+                    "--ckpt_path",
+                    str(undisturbed / "checkpoints" / "last.ckpt"),
+                ]
+            )
+            == 0
+        )
         assert "val/tau" in capsys.readouterr().out

@@ -22,13 +22,21 @@ def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("small") / "target", hidden=H, vocab_size=V, heads=4)
 
 
-def make_module(target: Path, seed: int = 0, draft_vocab: int = 20, config: dict | None = None, **options) -> Eagle3Module:
+def make_module(
+    target: Path, seed: int = 0, draft_vocab: int = 20, config: dict | None = None, **options
+) -> Eagle3Module:
     torch.manual_seed(seed)
-    fields = {"draft_vocab_size": draft_vocab, "head_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    fields = {
+        "draft_vocab_size": draft_vocab,
+        "head_dim": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    }
     module = Eagle3Module(str(target), draft_config={**fields, **(config or {})}, steps=STEPS, **options)
     module.draft.double()
     for parameter in module.draft.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(
+            parameter, 0.5, 1.5
+        )
     if draft_vocab < V:
         module.draft.set_vocabulary(torch.randperm(V)[:draft_vocab].sort().values)
     return module
@@ -63,10 +71,14 @@ def pack(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
     mask = join([d.loss_mask for d in documents])
     names = documents[0].features
     features = {name: join([d.features[name] for d in documents]) for name in names}
-    return TrainBatch(join([d.input_ids for d in documents]), mask, features, lengths, mask_spans(mask, lengths))
+    return TrainBatch(
+        join([d.input_ids for d in documents]), mask, features, lengths, mask_spans(mask, lengths)
+    )
 
 
-def run(module: Eagle3Module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def run(
+    module: Eagle3Module, head: TargetHead, batches: list[TrainBatch]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Summed loss, gradients and hits of some batches."""
     module.zero_grad()
     outputs = [module.compute(batch, head) for batch in batches]
@@ -100,13 +112,16 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "kl"}, 20, {"norm_before_fc": True}, 0.6),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
+def test_loss_gradients_and_hits_are_those_of_the_definition(
+    small_target, options, draft_vocab, config, share
+):
     module, head = make_module(small_target, draft_vocab=draft_vocab, config=config, **options), make_head()
     documents = make_documents((9, 12, 3, 7, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
     documents[1].spans = mask_spans(documents[1].loss_mask, (12,))
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point())
+        for name, x in module.draft.state_dict().items()
     }
     reference = Reference(weights, module.draft.config, head.embedding, head.lm_head)
     loss, count, hits = torch.zeros((), dtype=torch.float64), 0, torch.zeros(STEPS)
@@ -182,7 +197,10 @@ def test_validation_chains_are_the_draft_greedy_choices(small_target):
     (document,) = make_documents((12,), share=1.0)
     chains = module.compute(document, head, positions=3).chains
     reference = Reference(
-        {n: x.detach() for n, x in module.draft.state_dict().items()}, module.draft.config, head.embedding, head.lm_head
+        {n: x.detach() for n, x in module.draft.state_dict().items()},
+        module.draft.config,
+        head.embedding,
+        head.lm_head,
     )
     states = reference.states(document.input_ids, document.features[AUX_HIDDEN_STATES], 3)
     right = torch.zeros(12, 3, dtype=torch.bool)  # by first drafted token
@@ -202,7 +220,8 @@ def test_start_from_target_copies_its_last_layer_and_head(small_target):
     last = files.num_layers - 1
     assert torch.equal(draft.lm_head.weight, files.lm_head()[draft.target_ids].double())
     assert torch.equal(
-        draft.midlayer.self_attn.k_proj.weight[:, H:], files.layer_tensor(last, "self_attn.k_proj.weight").double()
+        draft.midlayer.self_attn.k_proj.weight[:, H:],
+        files.layer_tensor(last, "self_attn.k_proj.weight").double(),
     )
     assert torch.equal(
         draft.midlayer.mlp.down_proj.weight, files.layer_tensor(last, "mlp.down_proj.weight").double()
