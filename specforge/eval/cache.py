@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,11 +85,13 @@ class EvalCache:
         """
         path = self.folder / f"{key.digest(prompts)}.safetensors"
         if not path.exists():
-            self._store(path, produce())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):  # a second process waits, then reads
+                if not path.exists():
+                    self._store(path, produce())
         return self._load(path, prompts)
 
     def _store(self, path: Path, references: Sequence[Reference]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
         tensors = {}
         for i, reference in enumerate(references):
