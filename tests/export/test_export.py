@@ -1,0 +1,124 @@
+"""Exported drafts: the field's names, nothing damaged, the same logits when read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_modules.eagle3 import Eagle3Module
+from specforge.errors import UserError
+from specforge.export import to_hf, to_sglang
+from specforge.export.eagle3 import check_contract
+from specforge.export.names import from_hf
+
+
+@pytest.fixture
+def module(target) -> Eagle3Module:
+    """A draft that looks trained: no weight as it was initialised."""
+    torch.manual_seed(0)
+    module = Eagle3Module(str(target), draft_config={"draft_vocab_size": 64})
+    module.draft.set_vocabulary(torch.arange(64) * 4)
+    with torch.no_grad():
+        for parameter in module.draft.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+def test_sglang_form(module, target, tmp_path):
+    to_sglang(module.draft, module.target, tmp_path / "draft")
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["draft_vocab_size"] == 64
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_config"]["use_aux_hidden_state"] is True
+    assert {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} <= set(tensors)
+    layer = {name.split(".", 1)[1] for name in tensors if name.startswith("midlayer.")}
+    assert {"self_attn.q_proj.weight", "mlp.gate_proj.weight", "hidden_norm.weight", "input_layernorm.weight"} <= layer
+    assert (torch.arange(64) + tensors["d2t"]).tolist() == [4 * i for i in range(64)]
+    assert tensors["t2d"].nonzero().flatten().tolist() == [4 * i for i in range(64)]
+    assert tensors["fc.weight"].dtype == torch.bfloat16
+    assert torch.equal(tensors["fc.weight"], module.draft.fc.weight.bfloat16())
+
+
+def test_hf_form_brings_the_embedding(module, tmp_path):
+    to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], module.target.embedding().float())
+
+
+@pytest.mark.parametrize("write", [to_hf, to_sglang])
+def test_an_exported_draft_can_be_started_from(module, target, tmp_path, write):
+    write(module.draft, module.target, tmp_path / "draft", "float32")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    again = Eagle3Module(str(target), draft_config=config, init_from=str(tmp_path / "draft"))
+    for name, tensor in module.draft.state_dict().items():
+        assert torch.equal(again.draft.state_dict()[name], tensor), name
+
+
+def test_other_peoples_names_are_understood(module, target, tmp_path):
+    to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    renamed = {name.replace("midlayer.", "layers.0."): x for name, x in tensors.items() if name != "t2d"}
+    found = from_hf(config, renamed, "theirs")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_draft_without_its_map_is_refused(module, tmp_path):
+    with pytest.raises(UserError, match="d2t"):
+        from_hf({"vocab_size": 264, "draft_vocab_size": 64}, {"fc.weight": torch.zeros(1)}, "theirs")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: p.zero_(), "all zeros"),
+        (lambda p: p.fill_(float("nan")), "NaN"),
+    ],
+)
+def test_damaged_tensors_are_refused_and_nothing_is_written(module, tmp_path, damage, words):
+    with torch.no_grad():
+        damage(module.draft.midlayer.mlp.up_proj.weight)
+    with pytest.raises(UserError, match=f"midlayer.mlp.up_proj.weight.*{words}"):
+        to_sglang(module.draft, module.target, tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_an_untrained_draft_is_refused(target, tmp_path):
+    module = Eagle3Module(str(target), draft_config={"draft_vocab_size": 64})
+    module.draft.set_vocabulary(torch.arange(64))
+    with pytest.raises(UserError, match="not trained"):
+        to_sglang(module.draft, module.target, tmp_path / "draft")
+
+
+def test_unknown_and_missing_tensors_are_refused(module, target, tmp_path):
+    to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    path = tmp_path / "draft" / "model.safetensors"
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    tensors = load_file(path)
+    for change, words in (({"extra.weight": torch.ones(1)}, "extra.weight"), ({}, "fc.weight")):
+        changed = {**tensors, **change}
+        if not change:
+            del changed["fc.weight"]
+        save_file(changed, path)
+        with pytest.raises(UserError, match=words):
+            Eagle3Module(str(target), draft_config=config, init_from=str(tmp_path / "draft"))
+
+
+def test_a_missing_eagle_config_is_refused(module):
+    with pytest.raises(UserError, match="eagle_config"):
+        check_contract({"architectures": ["LlamaForCausalLMEagle3"]}, module.target)
+
+
+def test_an_export_replaces_the_old_one_whole(module, tmp_path):
+    folder = tmp_path / "draft"
+    to_sglang(module.draft, module.target, folder)
+    (folder / "stale.txt").write_text("x")
+    to_sglang(module.draft, module.target, folder)
+    assert not (folder / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["draft"]
