@@ -47,7 +47,7 @@ class StepOutput(NamedTuple):
     """
 
     loss: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
     losses: Tensor
     hits: Tensor
     rows: Tensor
@@ -296,7 +296,8 @@ def draft_config_for(
             raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
     if config.get("draft_vocab_size", 1) > target.vocab_size:
         raise UserError(
-            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has {target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
+            f"{target.vocab_size} tokens"
         )
     if config.get("hidden_size") != target.hidden_size:
         raise UserError(

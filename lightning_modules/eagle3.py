@@ -96,7 +96,12 @@ class Eagle3Module(DraftModule):
             min_tokens=3,
         )
         super().__init__(
-            files, draft, spec, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer, gamma=gamma
+            files,
+            draft,
+            spec,
+            has_vocabulary=init_from not in (None, "target"),
+            optimizer=optimizer,
+            gamma=gamma,
         )
         self.starts_at_target = starts_at_target
         self.steps, self.step_decay, self.label, self.chunk = steps, step_decay, label, chunk
@@ -163,8 +168,8 @@ class Eagle3Module(DraftModule):
         )  # fmt: skip
         found: tuple[Any, ...] = ()
         if positions:
-            hits, known = result.hits[: plan.count].cpu().numpy(), plan.labels[: plan.count].tolist()
-            found = tuple(chains(hits, known, batch.spans))
+            right, known = result.hits[: plan.count].cpu().numpy(), plan.labels[: plan.count].tolist()
+            found = tuple(chains(right, known, batch.spans))
         hits = (result.hits & plan.valid).sum(0)
         return StepOutput(result.loss, plan.count, result.losses, hits, plan.valid.sum(0), found)
 

@@ -412,39 +412,32 @@ def _prompt(task: Any) -> list[int]:
 
 
 def print_table(results: list[Any], run: dict[str, Any]) -> None:
-    """The evaluation as a table."""
-    table = Table(
-        title=f"{run['algorithm']} for {run['target']}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}"
-    )
-    for column in (
-        "method",
-        "tau",
-        "95 % interval",
-        "offline tau",
-        "acceptance by position",
-        "tok/s",
-        "speed-up",
-        "lossless",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    """The evaluation as a table of 80 columns, and what it does not hold as lines below."""
+    name = Path(run["target"]).name
+    table = Table(title=f"{name}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}")
+    for column in ("method", "tau", "95 % interval", "offline tau", "tok/s", "speed-up", "lossless"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for r in results:
         low, high = r.tau_ci95
         table.add_row(
             r.method, f"{r.tau:.3f}", f"{low:.2f} - {high:.2f}", f"{r.offline_tau:.3f}",
-            " ".join(f"{a:.2f}" for a in r.acceptance_per_position) or "-",
             "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
             "-" if r.speedup is None else f"{r.speedup:.2f}x",
-            "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" ({r.ties} ties)" if r.ties else ""),
+            "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" +{r.ties} ties" if r.ties else ""),
         )  # fmt: skip
     _console.print(table)
+    for r in results:
+        if r.acceptance_per_position:
+            rates = " ".join(f"{a:.2f}" for a in r.acceptance_per_position)
+            _console.print(f"{r.method}: acceptance by position {rates}")
     timed = [r for r in results if r.speed_identical is not None]
     if timed and run["temperature"] == 0:
         same = ", ".join(
             f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none"
         )
         _console.print(
-            f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where near-ties "
-            f"flip with the shape of a product: identical there {same}."
+            f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where "
+            f"near-ties flip with the shape of a product: identical there {same}."
         )
 
 

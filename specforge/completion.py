@@ -5,14 +5,14 @@ from __future__ import annotations
 from specforge.errors import UserError
 
 _BASH = """_specforge() {
-  local words="@WORDS@"
+  local words="@WORDS@" word="${COMP_WORDS[COMP_CWORD]}"
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[1]}"))
   else
     case "${COMP_WORDS[COMP_CWORD-1]}" in
-      --config|-c) COMPREPLY=($(compgen -W "@RECIPES@" -- "${COMP_WORDS[COMP_CWORD]}") $(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")) ;;
-      target) COMPREPLY=($(compgen -W "fetch" -- "${COMP_WORDS[COMP_CWORD]}")) ;;
-      *) COMPREPLY=($(compgen -W "@OPTIONS@" -- "${COMP_WORDS[COMP_CWORD]}") $(compgen -f -- "${COMP_WORDS[COMP_CWORD]}")) ;;
+      --config|-c) COMPREPLY=($(compgen -W "@RECIPES@" -- "$word") $(compgen -f -- "$word")) ;;
+      target) COMPREPLY=($(compgen -W "fetch" -- "$word")) ;;
+      *) COMPREPLY=($(compgen -W "@OPTIONS@" -- "$word") $(compgen -f -- "$word")) ;;
     esac
   fi
 }

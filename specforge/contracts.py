@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -175,7 +176,7 @@ class StrategySpec(Record):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How often each token id occurs in the prompts: ``supervised [V]`` under the loss mask, ``context [V]`` elsewhere."""
+    """How often each token occurs in the prompts: ``supervised [V]`` under the loss mask, ``context [V]`` elsewhere."""
 
     supervised: Tensor
     context: Tensor
@@ -264,5 +265,4 @@ def mask_spans(loss_mask: Sequence[bool] | Tensor, lengths: Sequence[int]) -> tu
         if position < len(mask) and bool(mask[position]) and bool(mask[position - 1]):
             bounds.add(position)
     points = sorted(bounds)
-    runs = zip(points, points[1:], strict=False)
-    return tuple((start, stop) for start, stop in runs if bool(mask[start]))
+    return tuple((start, stop) for start, stop in pairwise(points) if bool(mask[start]))

@@ -100,7 +100,8 @@ def _accelerators(memory: int) -> Iterator[tuple[str, str]]:
 def _fitting(gib: float, gpu: bool) -> str:
     from specforge.recipes import describe, recipes
 
-    fits, large = [], []
+    fits: list[str] = []
+    large: list[str] = []
     for name, path in recipes().items():
         needs = [line for line in describe(path) if line.startswith("Needs ")]
         gpu_gib = next(

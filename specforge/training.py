@@ -108,7 +108,8 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [x for child in cls.__subclasses__() for x in (child, *_subclasses(child))]
+    children: list[type] = cls.__subclasses__()
+    return [x for child in children for x in (child, *_subclasses(child))]
 
 
 def explain(message: str, keys: list[str]) -> str:
@@ -128,10 +129,14 @@ def explain(message: str, keys: list[str]) -> str:
                 return _nearest(match.group(1), keys)
     unknown = re.search(r"Expected a dot import path string: (\w+)", message)
     if unknown:
-        names = [c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)]
+        names = [
+            c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)
+        ]
         close = get_close_matches(unknown.group(1), names, 1, 0.4)
         return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
-    places = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))]
+    places = [
+        (i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))
+    ]
     if places:
         key, after = ".".join(name for _, name in places), lines[places[-1][0] + 1 :]
         detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
@@ -161,7 +166,9 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: "litlogger" not in r.getMessage()
+    )
     keep_freed_memory()
     register_strategies()
     preemption = Preemption()

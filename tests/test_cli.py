@@ -104,7 +104,14 @@ def test_printed_configuration_can_be_run(target, features, tmp_path, capsys):
 
 def test_options_come_from_the_environment_too(target, conversations, tmp_path):
     environment = {**os.environ, "SPECFORGE_PREPARE_TARGET": str(target), "OMP_NUM_THREADS": "1"}
-    words = [str(Path(sys.executable).with_name("specforge")), "prepare", "--data", conversations, "--output", tmp_path]
+    words = [
+        str(Path(sys.executable).with_name("specforge")),
+        "prepare",
+        "--data",
+        conversations,
+        "--output",
+        tmp_path,
+    ]
     subprocess.run([str(word) for word in words], env=environment, check=True, capture_output=True)
     assert (tmp_path / "train").is_dir()
 

@@ -82,7 +82,7 @@ def test_batch_of_4_is_accumulation_of_4(target, features, tmp_path):
             tmp_path / "narrow",
             data__init_args={**data, "batch_size": 1},
             trainer__accumulate_grad_batches=4,
-        )  # fmt: skip
+        )
     )
     assert losses(wide).keys() == losses(narrow).keys()
     assert_same_weights(wide, narrow, rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
         """Count the answers of each document."""
         if outputs is None or self._metric is None:
             return
-        answers = dict.fromkeys(range(len(batch.lengths)), ())
+        answers: dict[int, tuple[Any, ...]] = dict.fromkeys(range(len(batch.lengths)), ())
         ends = torch.tensor(batch.lengths).cumsum(0)
         for (start, _), chain in zip(batch.spans, outputs.chains, strict=True):
             document = int(torch.searchsorted(ends, start, right=True))

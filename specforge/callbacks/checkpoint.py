@@ -64,8 +64,9 @@ class DraftCheckpoint(ModelCheckpoint):
         """Save under the run's folder."""
         self._place(trainer)
         super().setup(trainer, pl_module, stage)
+
     def _place(self, trainer: pl.Trainer) -> None:
-        if self.dirpath is None:
+        if self.dirpath is None:  # type: ignore[has-type]
             self.dirpath = os.path.realpath(os.path.join(trainer.default_root_dir, FOLDER))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

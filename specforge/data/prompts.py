@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class PromptSet:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         ids, mask = tensors["input_ids"].tolist(), tensors["loss_mask"].tolist()
         offsets = tensors["offsets"].tolist()
-        spans = zip(offsets, offsets[1:], strict=False)
+        spans = pairwise(offsets)
         tasks = [
             PromptTask(name, tuple(ids[a:b]), tuple(mask[a:b]), source)
             for name, source, (a, b) in zip(meta["task_ids"], meta["sources"], spans, strict=True)

@@ -140,7 +140,7 @@ class ChatTemplate:
         before = self._render(conversation, turn)
         asked = self._render(conversation, turn, generate=True)
         answered = self._render(conversation, turn + 1)
-        start = len(os.path.commonprefix([asked, answered]))
+        start = len(os.path.commonprefix([asked, answered]))  # noqa: RUF071 - characters are meant
         if not answered.startswith(before) or start < len(before) or not text.startswith(answered):
             return None
         return start, len(answered)

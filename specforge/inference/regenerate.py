@@ -69,13 +69,17 @@ def regenerate(
         raise UserError(f"id {twice!r} is used twice; answers are resumed by id")
     done = _finished(output)
     todo = [record for record in records if record.id not in done]
-    todo.sort(key=lambda record: sum(len(m["content"]) for m in record.content.messages))  # type: ignore[union-attr]
+    todo.sort(key=_length)
     for start in range(0, len(todo), options.batch_size):
         batch = todo[start : start + options.batch_size]
         answered, tokens = _answer(batch, engine, template, options)
         _append(output, [_row(record, messages) for record, messages in zip(batch, answered, strict=True)])
         yield len(batch), tokens
     _sort(output, ids)
+
+
+def _length(record: DataRecord) -> int:
+    return sum(len(m["content"]) for m in record.content.messages)  # type: ignore[union-attr, misc]
 
 
 def _sort(output: Path, ids: Sequence[str]) -> None:
@@ -105,7 +109,7 @@ def _answer(
         for i in asking:
             if pending[i]:
                 pending[i].pop(0)
-            conversation = replace(batch[i].content, messages=tuple(histories[i]))
+            conversation = replace(batch[i].content, messages=tuple(histories[i]))  # type: ignore[arg-type]
             text = template.prompt(conversation)  # type: ignore[arg-type]
             prompts.append(template.tokenizer(text, add_special_tokens=False)["input_ids"])
         answers = engine.generate(

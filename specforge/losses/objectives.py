@@ -139,7 +139,8 @@ class Mix:
             part, slope = objective(student._replace(probs=student.probs.clone()), teacher)
             loss = part * weight if loss is None else loss.add_(part, alpha=weight)
             grad = slope * weight if grad is None else grad.add_(slope, alpha=weight)
-        assert loss is not None and grad is not None
+        assert loss is not None
+        assert grad is not None
         return loss, grad
 
 

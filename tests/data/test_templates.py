@@ -17,7 +17,8 @@ TRIMMING = (
     "{% for m in messages %}{% if m.role == 'system' %}[SYS]{{ m.content | trim }}[/SYS]{% elif m.role == 'user' %}"
     "[U]{{ m.content | trim }}[/U]{% elif m.role == 'tool' %}[T]{{ m.content }}[/T]{% else %}[A]"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ (m.content or '') | trim }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{% endfor %}"
     "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
 )
 
@@ -126,7 +127,7 @@ def test_tokenised_and_formatted_records(target):
     ],
 )
 def test_unusable_records_say_where_and_why(row, words):
-    with pytest.raises(UserError, match="file.jsonl, line 3") as error:
+    with pytest.raises(UserError, match=r"file\.jsonl, line 3") as error:
         parse_record("file.jsonl, line 3", row)
     assert words in str(error.value)
 
@@ -137,6 +138,6 @@ def test_a_missing_chat_template_is_named(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.load(TargetFiles.find(str(folder)))
     with pytest.raises(UserError, match="chat template"):
-        template = ChatTemplate.load(TargetFiles.find(str(folder)))
         template.encode(parse_record("x", {"messages": [user("Hi"), assistant("Hello.")]}))

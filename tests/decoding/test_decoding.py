@@ -168,7 +168,7 @@ def test_drafting_computes_what_training_computes(engine, module, prompts):
     trained = {
         int(t): row
         for tile in module.draft_logits(batch, head, 3)
-        for t, row in zip(tile.labels, tile.logits)
+        for t, row in zip(tile.labels, tile.logits, strict=True)
     }
     for prefix in range(2, len(ids) - 3):
         drafter = module.drafter(head, torch.float32)

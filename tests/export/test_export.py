@@ -37,7 +37,12 @@ def test_sglang_form(module, target, tmp_path):
     assert config["eagle_config"]["use_aux_hidden_state"] is True
     assert {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} <= set(tensors)
     layer = {name.split(".", 1)[1] for name in tensors if name.startswith("midlayer.")}
-    assert {"self_attn.q_proj.weight", "mlp.gate_proj.weight", "hidden_norm.weight", "input_layernorm.weight"} <= layer
+    assert {
+        "self_attn.q_proj.weight",
+        "mlp.gate_proj.weight",
+        "hidden_norm.weight",
+        "input_layernorm.weight",
+    } <= layer
     assert (torch.arange(64) + tensors["d2t"]).tolist() == [4 * i for i in range(64)]
     assert tensors["t2d"].nonzero().flatten().tolist() == [4 * i for i in range(64)]
     assert tensors["fc.weight"].dtype == torch.bfloat16

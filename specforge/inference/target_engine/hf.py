@@ -50,7 +50,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: none of its module lists has as many entries as the config has layers.
     """
-    config = model.config.get_text_config()
+    config: Any = model.config
+    config = config.get_text_config()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module

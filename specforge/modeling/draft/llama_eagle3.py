@@ -145,9 +145,11 @@ class LlamaEagle3(Draft):
             UserError: the target's last layer is no Llama layer of the draft's dimensions.
         """
         last, layer, width = target.num_layers - 1, self.midlayer, self.fc.out_features
-        half = [(p.weight[:, width:], f"self_attn.{n}_proj.weight") for n, p in layer.self_attn.inputs().items()]
+        half = [
+            (p.weight[:, width:], f"self_attn.{n}_proj.weight") for n, p in layer.self_attn.inputs().items()
+        ]
         whole = [(layer.self_attn.o_proj.weight, "self_attn.o_proj.weight")]
-        whole += [(p.weight, f"mlp.{n}.weight") for n, p in layer.mlp.named_children()]
+        whole += [(p, f"mlp.{name}") for name, p in layer.mlp.named_parameters()]
         norms = [
             (layer.hidden_norm.weight, "input_layernorm.weight"),
             (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
@@ -231,7 +233,9 @@ class LlamaEagle3(Draft):
 
 def _copy(parameter: Tensor, value: Tensor, what: str) -> None:
     if parameter.shape != value.shape:
-        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+        raise UserError(
+            f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there"
+        )
     parameter.copy_(value)
 
 

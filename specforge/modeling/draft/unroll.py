@@ -38,7 +38,7 @@ class UnrollPlan:
         row_tokens: ``[T, R]`` the token whose embedding a query row reads at step s (clamped).
         labels: ``[M]`` flat token that the M-th group of students predicts.
         students: ``[M, T]`` row (0..R-1) that predicts the label at step s; 0 where there is none.
-        valid: ``[M, T]`` whether that student exists: its row lies in the label's document, and the label is not padding.
+        valid: ``[M, T]`` whether that student exists: its row lies in the label's document, which is not padding.
         longest: tokens of the longest document.
     """
 

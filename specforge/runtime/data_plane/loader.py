@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -157,7 +157,7 @@ class FeatureDataLoader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, indices: Sequence[int], cursor: dict[str, int]) -> TrainBatch:
+    def _load(self, indices: Iterable[int], cursor: dict[str, int]) -> TrainBatch:
         samples: list[dict[str, Tensor]] = []
         kept: list[SampleRef] = []
         leases = []

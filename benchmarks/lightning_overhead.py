@@ -1,0 +1,107 @@
+"""What Lightning and our callbacks add to a training step: `trainer.fit` against a bare loop over the same batches.
+
+    python -m benchmarks.lightning_overhead
+
+CPU time of whole runs of the `tiny` step with the optimizer, in turn; the difference of two lengths of run cancels
+what starting and ending cost. Medians of the repetitions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks.train_step import SHAPES, eagle3_module, make_batch
+from lightning_modules.base import DraftModule
+from lightning_modules.optimizers import build_optimizer
+from specforge.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
+from specforge.callbacks.metrics import TrainingMetrics
+from specforge.callbacks.preemption import Preemption
+from specforge.callbacks.resume import ExactResume
+from specforge.contracts import TrainBatch
+from specforge.host import keep_freed_memory
+
+
+class Replay(pl.LightningDataModule):
+    """The same batch, as often as asked for, with the face of a feature loader."""
+
+    def __init__(self, batch: TrainBatch, count: int) -> None:
+        super().__init__()
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        yield from [self.batch] * self.count
+
+    def acknowledge(self, batch: TrainBatch) -> None:
+        """Nothing to remember."""
+
+    def train_dataloader(self) -> Replay:
+        """Itself."""
+        return self
+
+    def batches_per_epoch(self) -> int:
+        """All of them."""
+        return self.count
+
+
+def bare(module: DraftModule, batch: TrainBatch, steps: int) -> None:
+    """A loop that does what training has to."""
+    head = module.target_head(torch.device("cpu"))
+    optimizer, schedule = build_optimizer(module.optimizer_options, module.draft, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = module.compute(batch, head)
+        output.loss.backward()
+        grads = [p.grad for p in module.draft.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, 1.0 / output.count)
+        torch.nn.utils.clip_grad_norm_(module.draft.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+
+
+def fit(module: DraftModule, batch: TrainBatch, steps: int) -> None:
+    """`specforge fit` without the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        pl.Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, gradient_clip_val=0.5, log_every_n_steps=10,
+            default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, logger=False,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[ExactResume(), TrainingMetrics(), Preemption(), LastCheckpoint(10**6)],
+        ).fit(module, datamodule=Replay(batch, steps))  # fmt: skip
+
+
+def cpu_seconds(run, steps: int) -> float:
+    """CPU time of one run on a fresh module."""
+    module, batch = eagle3_module(SHAPES["tiny"]), make_batch(SHAPES["tiny"])
+    start = time.process_time()
+    run(module, batch, steps)
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure in turn and print."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    short, long = 2, 22
+    found: dict[str, list[float]] = {"bare": [], "fit": []}
+    for _ in range(4):
+        for name, run in (("bare", bare), ("fit", fit)):
+            found[name].append((cpu_seconds(run, long) - cpu_seconds(run, short)) / (long - short))
+    step = {name: statistics.median(values[1:]) for name, values in found.items()}
+    print(
+        f"bare {step['bare']:.4f} CPU-s a step, fit {step['fit']:.4f}: {step['fit'] / step['bare'] - 1:+.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
