@@ -286,32 +286,36 @@ def evaluate(
     options = EvaluateOptions(
         gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place
     )
+    ends = sorted(template.end_ids)
     evaluation = Evaluation(
-        files,
-        module,
-        sorted(template.end_ids),
-        template.fingerprint,
-        EvalCache(cache),
-        options,
-        _console.print,
+        files, module, ends, template.fingerprint, EvalCache(cache), options, _console.print
     )
     results = evaluation.run([_prompt(task) for task in tasks])
-    run = {
-        "target": files.name, "target_fingerprint": files.fingerprint, "draft": str(draft),
-        "algorithm": module.algorithm, "prompts": str(folder), "num_prompts": len(tasks), "gamma": gamma,
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-        "dtype": dtype, "speed_dtype": speed_dtype, "speed_prompts": min(speed_prompts, len(tasks)),
-        "device": place, "threads": torch.get_num_threads(), "seed": seed, "tau": "bonus token included",
-        "versions": versions(),
-    }  # fmt: skip
+    run = _run_fields(module, draft, folder, len(tasks), options) | {"versions": versions()}
     print_table(results, run)
     if json is not None:
-        write_json(json, as_json(results, run))
-        _console.print(f"wrote {json}")
-        from specforge.eval.report import write_report
+        _write_results(json, as_json(results, run))
 
-        if (json.parent / "metrics.jsonl").exists():
-            _console.print(f"wrote {write_report(json.parent)}")
+
+def _run_fields(module: Any, draft: Path, prompts: Path, count: int, options: Any) -> dict[str, Any]:
+    sampling = options.sampling
+    return {
+        "target": module.target.name, "target_fingerprint": module.target.fingerprint, "draft": str(draft),
+        "algorithm": module.algorithm, "prompts": str(prompts), "num_prompts": count, "gamma": options.gamma,
+        "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "top_k": sampling.top_k, "dtype": options.dtype, "speed_dtype": options.speed_dtype,
+        "speed_prompts": min(options.speed_prompts, count), "device": options.device,
+        "threads": torch.get_num_threads(), "seed": options.seed, "tau": "bonus token included",
+    }  # fmt: skip
+
+
+def _write_results(path: Path, content: dict[str, Any]) -> None:
+    write_json(path, content)
+    _console.print(f"wrote {path}")
+    from specforge.eval.report import write_report
+
+    if (path.parent / "metrics.jsonl").exists():
+        _console.print(f"wrote {write_report(path.parent)}")
 
 
 def export(
