@@ -29,8 +29,8 @@ quickstart: install
 	$(SPECFORGE) prepare --data configs/quickstart/conversations.jsonl --target $(TARGET) --output $(RUN)/prompts
 	$(SPECFORGE) capture --target $(TARGET) --prompts $(RUN)/prompts --output $(RUN)/features --layer_ids '[14, 22, 28]'
 	$(SPECFORGE) fit --config quickstart.yaml --ckpt_path last
-	$(SPECFORGE) export --draft $(RUN)/checkpoints/best.ckpt --output $(RUN)/draft --to sglang
-	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/best.ckpt --prompts $(RUN)/prompts --json $(RUN)/evaluation.json
+	$(SPECFORGE) export --draft $(RUN)/checkpoints/last.ckpt --output $(RUN)/draft --to sglang
+	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/prompts --json $(RUN)/evaluation.json
 
 test: install
 	$(VENV)/bin/python -m pytest
