@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
 from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBatch
@@ -135,6 +136,14 @@ class DraftModule(pl.LightningModule):
         return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else torch.float32
 
     # Training.
+
+    def configure_model(self) -> None:
+        """Shard the draft over the devices where the strategy has a mesh (``fsdp2``); once."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is None or isinstance(self.draft, FSDPModule):
+            return
+        # The draft is one layer and a head: one group of shards, gathered once a step, is all there is to gain.
+        fully_shard(self.draft, mesh=mesh["data_parallel"], reshard_after_forward=False)
 
     def setup(self, stage: str) -> None:
         """Check the data against the target, and choose the draft vocabulary of a new run."""

@@ -1,1 +1,1 @@
-"""Package."""
+"""Lightning callbacks and plugins: checkpoints, exact resume, acceptance length, metrics, preemption, strategies."""

@@ -1,1 +1,1 @@
-"""Package."""
+"""Conversations to token ids and loss masks, and the draft vocabulary."""

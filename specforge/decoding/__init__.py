@@ -1,1 +1,1 @@
-"""Package."""
+"""Lossless verification, drafters, and the reference decoder."""

@@ -1,1 +1,1 @@
-"""Package."""
+"""The substrate: feature stores, references, batches. It knows no algorithm, model or trainer."""
