@@ -182,9 +182,12 @@ class DraftModule(pl.LightningModule):
         """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
-    def empty_output(self, positions: int) -> StepOutput:
-        """Output of a batch without supervised rows: zero, but touching every parameter, as DDP requires."""
-        loss = sum((p.sum() * 0.0 for p in self.draft.parameters() if p.requires_grad), torch.zeros(()))
+    def empty_output(self, positions: int, states: Tensor) -> StepOutput:
+        """Output of a batch without supervised rows: zero, but with the draft's states and parameters in its graph.
+
+        A rank whose part of the data ran out has to take part in the reductions of the others.
+        """
+        loss = sum((p.sum() * 0.0 for p in self.draft.parameters() if p.requires_grad), states.sum() * 0.0)
         zeros = torch.zeros(positions, device=self.device)
         return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long())
 

