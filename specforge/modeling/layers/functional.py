@@ -81,30 +81,44 @@ class _NormLinear(torch.autograd.Function):
 class _NormMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate_up: Tensor, down: Tensor) -> Tensor:
-        rstd = _rstd(x, eps)
-        gate, up = F.linear(_scale(x, rstd, weight), gate_up).chunk(2, dim=-1)
+        rstd, out = _rstd(x, eps), torch.empty_like(x)
+        for rows in _blocks(x):
+            gate, up = F.linear(_scale(x[rows], rstd[rows], weight), gate_up).chunk(2, dim=-1)
+            torch.addmm(x[rows], F.silu(gate).mul_(up), down.t(), out=out[rows])
         ctx.save_for_backward(x, weight, rstd, gate_up, down)
-        return F.linear(F.silu(gate).mul_(up), down).add_(x)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, rstd, gate_up, down = ctx.saved_tensors
-        normed = _scale(x, rstd, weight)
-        projected = F.linear(normed, gate_up)
-        gate, up = projected.chunk(2, dim=-1)
-        activation, grad_product = F.silu(gate), grad @ down
-        grad_down = grad.t() @ (activation * up)
-        # From here on `projected` becomes its own gradient, half by half.
-        activation.mul_(grad_product)
-        grad_product.mul_(up)
-        up.copy_(activation)
-        del activation
-        torch.ops.aten.silu_backward.grad_input(grad_product, gate, grad_input=gate)
-        del grad_product
-        grad_gate_up = projected.t() @ normed
-        grad_x, grad_weight = _norm_backward(projected @ gate_up, x, rstd, weight, need_x=True)
-        assert grad_x is not None
-        return grad_x.add_(grad).to(x.dtype), grad_weight, None, grad_gate_up, grad_down
+        grad_x = torch.empty_like(x)
+        grad_weight, grad_gate_up, grad_down = (torch.zeros_like(w) for w in (weight, gate_up, down))
+        for rows in _blocks(x):
+            normed = _scale(x[rows], rstd[rows], weight)
+            projected = F.linear(normed, gate_up)
+            gate, up = projected.chunk(2, dim=-1)
+            activation, grad_product = F.silu(gate), grad[rows] @ down
+            grad_down.addmm_(grad[rows].t(), activation * up)
+            # From here on `projected` becomes its own gradient, half by half.
+            activation.mul_(grad_product)
+            grad_product.mul_(up)
+            up.copy_(activation)
+            torch.ops.aten.silu_backward.grad_input(grad_product, gate, grad_input=gate)
+            grad_gate_up.addmm_(projected.t(), normed)
+            part, part_weight = _norm_backward(projected @ gate_up, x[rows], rstd[rows], weight, need_x=True)
+            torch.add(part, grad[rows], out=grad_x[rows])
+            grad_weight += part_weight
+        return grad_x, grad_weight, None, grad_gate_up, grad_down
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """At most four runs of the rows: the MLP's widest tensors exist for one at a time.
+
+    Not more, because the gradients of the matrices are summed over them in the compute dtype.
+    """
+    least = 256 if x.device.type == "cpu" else 4096
+    size = max(least, -(-len(x) // 4))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 class RMSNorm(nn.Module):
