@@ -43,7 +43,7 @@ class Eagle3Module(DraftModule):
             ``target``: from the target's own last layer and head. By default at random.
         steps: T, how many drafted positions are trained.
         step_decay: weight of position s is ``step_decay ** s``.
-        loss: ``kl``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
+        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
         lk_eta: η of ``lk_lambda``.
         label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
             They are the same where the target wrote the data greedily, and ``data`` then saves a product
@@ -106,9 +106,6 @@ class Eagle3Module(DraftModule):
         self.starts_at_target = starts_at_target
         self.steps, self.step_decay, self.label, self.chunk = steps, step_decay, label, chunk
         self.objective = make_objective(loss, lk_eta)
-        self.needs_full_vocabulary = any(
-            name.startswith("lk") for name in ([loss] if isinstance(loss, str) else loss)
-        )
 
     def setup(self, stage: str) -> None:
         """Copy what starts at the target; only now is the draft vocabulary known."""
@@ -183,7 +180,7 @@ class Eagle3Module(DraftModule):
         self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan, last: Tensor, label: str
     ) -> tuple[Tensor, Tensor | None]:
         """Draft ids of the labels (-1 outside the draft vocabulary), and full-vocabulary log-sums if needed."""
-        if label == "data" and not self.needs_full_vocabulary:
+        if label == "data" and not self.objective.full_vocabulary:
             return self.draft.draft_ids(batch.input_ids[plan.labels]), None
         rows = head.rows(last)
         ids = rows.argmax if label == "target" else batch.input_ids[plan.labels]
@@ -210,7 +207,7 @@ class Eagle3Module(DraftModule):
             head.embed,
             draft.target_ids.clone(),
             self.target.vocab_size,
-            draft.layer_ids,
+            CapturePolicy(draft.layer_ids, last_hidden_states=False),
         )
 
 

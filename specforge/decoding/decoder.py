@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge.decoding.drafters import Drafter
+from specforge.contracts import CapturePolicy
+from specforge.decoding.drafters import Drafter, Features
 from specforge.decoding.verify import Sampling, verify
-from specforge.inference.target_engine.hf import LayerTap
+from specforge.inference.target_engine.hf import FeatureTap
 
 
 class TargetRunner:
@@ -25,23 +26,23 @@ class TargetRunner:
 
     Args:
         model: the target, in eval mode.
-        layer_ids: layers whose outputs to return with the logits.
+        capture: features to return with the logits; None for none.
         rows: sequences in the batch.
     """
 
-    def __init__(self, model: Any, layer_ids: Sequence[int] = (), rows: int = 1) -> None:
+    def __init__(self, model: Any, capture: CapturePolicy | None = None, rows: int = 1) -> None:
         from transformers import DynamicCache
 
         self.model = model
         self._cache = DynamicCache()
-        self._tap = LayerTap(model, layer_ids) if layer_ids else None
+        self._tap = None if capture is None else FeatureTap(model, capture)
         self._lockstep = rows > 1
         self._kept = torch.zeros(rows, 0, dtype=torch.int64)
         self._appended = [0] * rows
 
     def forward(
         self, tokens: Sequence[Sequence[int]], last_only: bool = False
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    ) -> list[tuple[Tensor, Features]]:
         """Append tokens to every row.
 
         Args:
@@ -49,7 +50,7 @@ class TargetRunner:
             last_only: compute logits of each row's last token only.
 
         Returns:
-            For each row, logits ``[n or 1, V]`` on the CPU and captured layers ``[n, A]`` on the model's device.
+            For each row, logits ``[n or 1, V]`` on the CPU and its features ``[n, width]`` on the model's device.
         """
         self._appended = [len(row) for row in tokens]
         width = max(self._appended)
@@ -68,9 +69,9 @@ class TargetRunner:
             logits_to_keep=1 if last_only else 0, **options,
         )  # fmt: skip
         logits = output.logits.cpu()
-        features = None if self._tap is None else self._tap.concatenated()
+        features = {} if self._tap is None else self._tap.features()
         return [
-            (logits[i] if last_only else logits[i, pad:], None if features is None else features[i, pad:])
+            (logits[i] if last_only else logits[i, pad:], {name: x[i, pad:] for name, x in features.items()})
             for i, pad in enumerate(pads)
         ]
 
@@ -130,7 +131,7 @@ class _Sequence:
         self.result = Decoded(drafted=[0] * gamma, accepted=[0] * gamma)
         drafter.reset()
 
-    def start(self, logits: Tensor, features: Tensor | None, sampling: Sampling) -> None:
+    def start(self, logits: Tensor, features: Features, sampling: Sampling) -> None:
         if sampling.greedy:
             first = int(logits[-1].argmax())
         else:
@@ -139,13 +140,14 @@ class _Sequence:
         self.drafter.observe([*self.prompt, first], features)
 
     def commit(
-        self, proposal: Any, logits: Tensor, features: Tensor | None, sampling: Sampling, ends: frozenset[int]
+        self, proposal: Any, logits: Tensor, features: Features, sampling: Sampling, ends: frozenset[int]
     ) -> int:
         """Verify a proposal; returns how many of the tokens that the target processed stay."""
         result = self.result
         verdict = verify(proposal, logits, sampling, self.generator)
         committed = [*proposal.tokens[: verdict.accepted], verdict.next]
-        self.drafter.observe(committed, None if features is None else features[: verdict.accepted + 1])
+        kept = {name: x[: verdict.accepted + 1] for name, x in features.items()}
+        self.drafter.observe(committed, kept)
         ended = next((i + 1 for i, token in enumerate(committed) if token in ends), len(committed))
         result.rounds += 1
         result.tokens += committed[:ended]
@@ -183,7 +185,7 @@ def decode(
     sampling, ends = sampling or Sampling(), frozenset(end_ids)
     active = [_Sequence(p, drafter(), gamma, seed + i) for i, p in enumerate(prompts)]
     everything = list(active)
-    runner = TargetRunner(model, active[0].drafter.layer_ids, len(active))
+    runner = TargetRunner(model, active[0].drafter.capture, len(active))
     try:
         prefill = runner.forward([s.prompt for s in active], last_only=True)
         start = time.perf_counter()

@@ -6,35 +6,37 @@ target's features of every token that the target has processed: all but the last
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
 from specforge.decoding.verify import Proposal, Sampling
+
+Features = Mapping[str, Tensor]
 
 
 class Drafter(Protocol):
-    """Proposes the next tokens of one sequence.
+    """Proposes the next tokens of one sequence."""
 
-    Attributes:
-        layer_ids: target layers whose outputs it wants, concatenated; empty for none.
-    """
-
-    layer_ids: tuple[int, ...]
+    @property
+    def capture(self) -> CapturePolicy | None:
+        """The features of the target that it wants; None for none."""
+        ...
 
     def reset(self) -> None:
         """Forget the sequence."""
         ...
 
-    def observe(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Learn of committed tokens.
 
         Args:
             tokens: the prompt with its first answer token, at first; later what each round committed.
-            features: ``[n, A]`` captured layers of the tokens that the target processed since the last call;
-                these lag the committed tokens by one. None unless ``layer_ids`` asks for them.
+            features: named tensors ``[n, width]`` of the tokens that the target processed since the last call;
+                these lag the committed tokens by one. Empty unless ``capture`` asks for some.
         """
         ...
 
@@ -46,12 +48,12 @@ class Drafter(Protocol):
 class NoDrafter:
     """Proposes nothing: plain decoding, one token a pass."""
 
-    layer_ids: tuple[int, ...] = ()
+    capture: CapturePolicy | None = None
 
     def reset(self) -> None:
         """Nothing to forget."""
 
-    def observe(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Nothing to learn."""
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
@@ -66,7 +68,7 @@ class NGramDrafter:
         longest: longest suffix to look for; shorter ones are tried after it.
     """
 
-    layer_ids: tuple[int, ...] = ()
+    capture: CapturePolicy | None = None
 
     def __init__(self, longest: int = 3) -> None:
         self.longest = longest
@@ -78,7 +80,7 @@ class NGramDrafter:
         # For every n-gram that has a follower: the position behind its latest occurrence.
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(self.longest)]
 
-    def observe(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Index the n-grams that now have a follower."""
         for token in tokens:
             end = len(self._tokens)
@@ -126,7 +128,7 @@ class ChainDrafter:
         embed: embeddings ``[n, H]`` of token ids ``[n]``.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
-        layer_ids: target layers that the network reads.
+        capture: features that the network reads.
         deterministic: when sampling, draft the likeliest token rather than a sample of the draft's own
             distribution. Both are lossless; the latter accepts more.
     """
@@ -137,11 +139,11 @@ class ChainDrafter:
         embed: Callable[[Tensor], Tensor],
         target_ids: Tensor,
         vocab_size: int,
-        layer_ids: tuple[int, ...],
+        capture: CapturePolicy,
         deterministic: bool = False,
     ) -> None:
         self.decoder, self.embed, self.target_ids = decoder, embed, target_ids
-        self.vocab_size, self.layer_ids, self.deterministic = vocab_size, layer_ids, deterministic
+        self.vocab_size, self.capture, self.deterministic = vocab_size, capture, deterministic
         self.reset()
 
     def reset(self) -> None:
@@ -151,11 +153,10 @@ class ChainDrafter:
         self._committed = 0  # rows made from features of the target
         self._features: list[Tensor] = []
 
-    def observe(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Keep tokens and features for the next proposal."""
-        assert features is not None
         self._tokens += tokens
-        self._features.append(features)
+        self._features.append(features[AUX_HIDDEN_STATES])
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:

@@ -57,7 +57,7 @@ def ngram_rounds(reference: Reference, gamma: int) -> Rounds:
     """Rounds of the n-gram drafter over one greedy answer; exact, because its drafts depend on the text alone."""
     drafter = NGramDrafter()
     answer = reference.answer
-    drafter.observe([*reference.prompt, answer[0]], None)
+    drafter.observe([*reference.prompt, answer[0]], {})
     position, rounds = 1, 0
     while position < len(answer):
         proposal = drafter.propose(min(gamma, len(answer) - position), Sampling())
@@ -67,7 +67,7 @@ def ngram_rounds(reference: Reference, gamma: int) -> Rounds:
                 break
             accepted += 1
         step = min(accepted + 1, len(answer) - position)
-        drafter.observe(answer[position : position + step], None)
+        drafter.observe(answer[position : position + step], {})
         position += step
         rounds += 1
     return Rounds(len(answer) - 1, rounds)

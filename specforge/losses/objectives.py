@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Student(NamedTuple):
 class Objective(Protocol):
     """A per-row loss with its gradient."""
 
+    @property
+    def full_vocabulary(self) -> bool:
+        """Whether it reads ``Teacher.mass``, the share of p that the draft vocabulary holds."""
+        ...
+
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """Loss of each row, ``[C, T]``, and its gradient by the logits, ``[C, T, D]``."""
         ...
@@ -66,6 +71,8 @@ class Objective(Protocol):
 class ForwardKL:
     """KL(p̃ ‖ q) over the draft vocabulary: EAGLE-3's loss (arXiv 2503.01840) less the teacher's entropy."""
 
+    full_vocabulary: ClassVar[bool] = False
+
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - p̃."""
         return student.cross_entropy - teacher.entropy, student.probs.sub_(teacher.probs)
@@ -74,6 +81,8 @@ class ForwardKL:
 @dataclass(frozen=True)
 class CrossEntropy:
     """-log q(label), the label being the data token or the target's argmax."""
+
+    full_vocabulary: ClassVar[bool] = False
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - 1[label]."""
@@ -91,9 +100,59 @@ def _overlap(student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
     return accept, grad
 
 
+def _softmax_grad(probs: Tensor, slope: Tensor) -> Tensor:
+    """Gradient by the logits from that by the probabilities: q ⊙ (g - Σ q g)."""
+    weighted = probs * slope
+    return weighted.sub_(probs * weighted.sum(-1, keepdim=True))
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(q ‖ p̃) over the draft vocabulary."""
+
+    full_vocabulary: ClassVar[bool] = False
+
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """∂/∂q = log q - log p̃ (+ 1, which the softmax cancels)."""
+        slope = _log(student.probs).sub_(_log(teacher.probs))
+        return torch.linalg.vecdot(student.probs, slope), _softmax_grad(student.probs, slope)
+
+
+@dataclass(frozen=True)
+class JensenShannon:
+    """½ KL(p̃ ‖ m) + ½ KL(q ‖ m), m = ½ (p̃ + q), over the draft vocabulary (Lin 1991)."""
+
+    full_vocabulary: ClassVar[bool] = False
+
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """∂/∂q = ½ log(q / m)."""
+        middle = _log((student.probs + teacher.probs).div_(2))
+        slope = _log(student.probs).sub_(middle).div_(2)
+        apart = torch.linalg.vecdot(teacher.probs.expand_as(middle), middle).add_(teacher.entropy)
+        return torch.linalg.vecdot(student.probs, slope) - apart / 2, _softmax_grad(student.probs, slope)
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """1 - α = ½ ‖p - q‖₁ with the full-vocabulary p: the probability that a sampled draft is rejected."""
+
+    full_vocabulary: ClassVar[bool] = True
+
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """See :func:`_overlap`."""
+        accept, grad = _overlap(student, teacher)
+        return 1 - accept, grad
+
+
 @dataclass(frozen=True)
 class LKAlpha:
     """-log α, α = Σ min(p, q) with the full-vocabulary p (LK losses, arXiv 2602.23881)."""
+
+    full_vocabulary: ClassVar[bool] = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The total-variation gradient over α."""
@@ -111,6 +170,7 @@ class LKLambda:
     """
 
     eta: float = 3.0
+    full_vocabulary: ClassVar[bool] = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The two gradients under the same weights."""
@@ -130,6 +190,7 @@ class Mix:
 
     def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
         self.parts = parts
+        self.full_vocabulary = any(objective.full_vocabulary for _, objective in parts)
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The sum of the losses and of their gradients."""
@@ -148,14 +209,16 @@ def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0) -> Obje
     """An objective by name, or a weighted mix of several.
 
     Args:
-        loss: one of ``kl``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
+        loss: one of ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those
+            names.
         lk_eta: η of ``lk_lambda``.
 
     Raises:
         UserError: there is no objective of that name, or the mix is empty.
     """
     known: dict[str, Objective] = {
-        "kl": ForwardKL(), "ce": CrossEntropy(), "lk_alpha": LKAlpha(), "lk_lambda": LKLambda(lk_eta),
+        "kl": ForwardKL(), "reverse_kl": ReverseKL(), "js": JensenShannon(), "tv": TotalVariation(),
+        "ce": CrossEntropy(), "lk_alpha": LKAlpha(), "lk_lambda": LKLambda(lk_eta),
     }  # fmt: skip
     parts = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     for name in parts:

@@ -143,7 +143,7 @@ def test_ngram_continues_the_latest_occurrence_of_the_longest_suffix():
     tokens = torch.randint(0, 4, (200,), generator=g).tolist()
     drafter = NGramDrafter(3)
     for end in range(1, 200):
-        drafter.observe([tokens[end - 1]], None)
+        drafter.observe([tokens[end - 1]], {})
         text = tokens[:end]
         expected: list[int] = []
         for n in (3, 2, 1):
@@ -174,7 +174,7 @@ def test_drafting_computes_what_training_computes(engine, module, prompts):
         drafter = module.drafter(head, torch.float32)
         drafter.reset()
         # Tokens up to `prefix` are committed; the target has processed all but the last of them.
-        drafter.observe(ids[: prefix + 1], features[AUX_HIDDEN_STATES][:prefix])
+        drafter.observe(ids[: prefix + 1], {AUX_HIDDEN_STATES: features[AUX_HIDDEN_STATES][:prefix]})
         tokens = drafter.propose(1, Sampling()).tokens
         assert tokens[0] == int(trained[prefix + 1][0].argmax())
 

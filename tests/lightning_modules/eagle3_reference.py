@@ -111,6 +111,20 @@ class Reference:
                 accept = sum(torch.minimum(a, b) for a, b in zip(on_draft, q, strict=True))
                 row = {
                     "kl": lambda kl=kl: kl,
+                    "reverse_kl": lambda q=q, r=renormalised: sum(
+                        b * (b.log() - a.log()) for a, b in zip(r, q, strict=True)
+                    ),
+                    "js": lambda q=q, r=renormalised: sum(
+                        (a * (2 * a / (a + b)).log() + b * (2 * b / (a + b)).log()) / 2
+                        for a, b in zip(r, q, strict=True)
+                    ),
+                    "tv": lambda q=q, target=target: (
+                        sum(
+                            abs(target[v] - (q[self.target_ids.index(v)] if v in self.target_ids else 0))
+                            for v in range(len(target))
+                        )
+                        / 2
+                    ),
                     "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
                     "lk_alpha": lambda accept=accept: -accept.log(),
                     "lk_lambda": lambda kl=kl, accept=accept: (

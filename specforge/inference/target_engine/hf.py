@@ -14,29 +14,40 @@ from specforge.inference.target_engine.base import check_layers
 from specforge.target_files import TargetFiles, torch_dtype
 
 
-class LayerTap:
-    """Keeps the outputs of chosen decoder layers of every forward pass.
+class FeatureTap:
+    """Keeps what a policy asks for of every forward pass.
 
     Args:
-        model: a transformers model.
-        layer_ids: 0-based decoder layers.
+        model: a transformers causal LM.
+        policy: which layers, and whether the state after the final norm.
     """
 
-    def __init__(self, model: nn.Module, layer_ids: Sequence[int]) -> None:
-        layers = decoder_layers(model)
-        self.outputs: dict[int, Tensor] = {}
-        self.layer_ids = tuple(layer_ids)
-        self._handles = [layers[i].register_forward_hook(self._keep(i)) for i in layer_ids]
+    def __init__(self, model: Any, policy: CapturePolicy) -> None:
+        self.policy = policy
+        self._outputs: dict[int, Tensor] = {}
+        self._last: Tensor | None = None
+        layers = decoder_layers(model) if policy.layer_ids else ()
+        self._handles = [layers[i].register_forward_hook(self._keep(i)) for i in policy.layer_ids]
+        if policy.last_hidden_states:
+            self._handles.append(model.base_model.register_forward_hook(self._keep_last))
 
     def _keep(self, layer: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[layer] = output[0] if isinstance(output, tuple) else output
+            self._outputs[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def concatenated(self) -> Tensor:
-        """The outputs of the last pass, ``[B, L, k H]``."""
-        return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1)
+    def _keep_last(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._last = output.last_hidden_state
+
+    def features(self) -> dict[str, Tensor]:
+        """Features of the last pass: ``aux_hidden_states [B, L, k H]``, ``last_hidden_states [B, L, H]``."""
+        features: dict[str, Tensor] = {}
+        if self.policy.layer_ids:
+            features[AUX_HIDDEN_STATES] = torch.cat([self._outputs[i] for i in self.policy.layer_ids], dim=-1)
+        if self._last is not None:
+            features[LAST_HIDDEN_STATES] = self._last
+        return features
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -96,7 +107,9 @@ class HFTargetEngine:
         """
         check_layers(policy, self.target.num_layers, self.target.name)
         features = self.capture([[0, 0]], policy)[0]
-        widths = {AUX_HIDDEN_STATES: len(policy.layer_ids) * self.target.hidden_size}
+        widths = (
+            {AUX_HIDDEN_STATES: len(policy.layer_ids) * self.target.hidden_size} if policy.layer_ids else {}
+        )
         if policy.last_hidden_states:
             widths[LAST_HIDDEN_STATES] = self.target.hidden_size
         for name, width in widths.items():
@@ -117,15 +130,12 @@ class HFTargetEngine:
         padded = torch.zeros(len(input_ids), longest, dtype=torch.int64)
         for row, ids in zip(padded, input_ids, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        tap = LayerTap(self.model, policy.layer_ids)
+        tap = FeatureTap(self.model, policy)
         try:
-            output = self.model.base_model(input_ids=padded.to(self.device), use_cache=False)
-            features = {AUX_HIDDEN_STATES: tap.concatenated()}
+            self.model.base_model(input_ids=padded.to(self.device), use_cache=False)
+            features = {name: x.cpu() for name, x in tap.features().items()}
         finally:
             tap.close()
-        if policy.last_hidden_states:
-            features[LAST_HIDDEN_STATES] = output.last_hidden_state
-        features = {name: x.cpu() for name, x in features.items()}
         return [
             {name: x[i, : len(ids)].contiguous() for name, x in features.items()}
             for i, ids in enumerate(input_ids)

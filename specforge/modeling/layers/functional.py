@@ -106,6 +106,7 @@ class _NormMLP(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(grad_product, gate, grad_input=gate)
             grad_gate_up.addmm_(projected.t(), normed)
             part, part_weight = _norm_backward(projected @ gate_up, x[rows], rstd[rows], weight, need_x=True)
+            assert part is not None
             torch.add(part, grad[rows], out=grad_x[rows])
             grad_weight += part_weight
         return grad_x, grad_weight, None, grad_gate_up, grad_down

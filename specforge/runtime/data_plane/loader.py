@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specforge.contracts import (
+    AUX_HIDDEN_STATES,
     INPUT_IDS,
     LOSS_MASK,
     SampleRef,
@@ -240,7 +241,7 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
         raise UserError("features: there are no samples")
     for ref in refs:
         captured = ref.provenance.capture
-        if captured.layer_ids != spec.capture.layer_ids:
+        if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
             raise UserError(
                 f"features of sample {ref.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
                 f"reads {list(spec.capture.layer_ids)}; capture them again or set model.layer_ids"
