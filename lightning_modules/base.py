@@ -8,7 +8,7 @@ batch into a sum of losses and a count (:meth:`compute`), and gives evaluation i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBat
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
+from specforge.eval.tau import chains
 from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
 from specforge.modeling.draft import Draft, config_fields, read_draft
@@ -172,24 +173,30 @@ class DraftModule(pl.LightningModule):
         self._window_count += output.count
         return {"loss": output.loss, "output": output._replace(loss=output.loss.detach())}
 
-    def validation_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput | None:
-        """Drafted chains of the held-out documents; None for an empty batch."""
-        if not batch.spans:
-            return None
+    def validation_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput:
+        """Drafted chains of the held-out documents; a rank's empty batch runs too, for a sharded draft's sake."""
         return self.compute(batch, self.target_head(batch.input_ids.device), positions=self.gamma)
 
-    def test_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput | None:
+    def test_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput:
         """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
-    def empty_output(self, positions: int, states: Tensor) -> StepOutput:
+    def empty_output(
+        self, positions: int, states: Tensor, spans: Sequence[tuple[int, int]] = ()
+    ) -> StepOutput:
         """Output of a batch without supervised rows: zero, but with the draft's states and parameters in its graph.
 
         A rank whose part of the data ran out has to take part in the reductions of the others.
+
+        Args:
+            positions: T.
+            states: what the draft made of the batch.
+            spans: in validation, the batch's; nothing drafted for them is right.
         """
         loss = sum((p.sum() * 0.0 for p in self.draft.parameters() if p.requires_grad), states.sum() * 0.0)
         zeros = torch.zeros(positions, device=self.device)
-        return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long())
+        missed = tuple(chains(np.zeros((0, positions), dtype=bool), [], spans))
+        return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long(), missed)
 
     def configure_gradient_clipping(
         self,

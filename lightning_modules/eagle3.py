@@ -153,7 +153,7 @@ class Eagle3Module(DraftModule):
         steps = positions or self.steps
         plan, states = self._unroll(batch, head, steps)
         if not plan.count:
-            return self.empty_output(steps, states)
+            return self.empty_output(steps, states, batch.spans if positions else ())
         last = batch.features[LAST_HIDDEN_STATES][plan.labels - 1]
         labels, log_sum = self._labels(batch, head, plan, last, "data" if positions else self.label)
         decay = self.step_decay ** torch.arange(steps, device=states.device)

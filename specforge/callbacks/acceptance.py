@@ -31,7 +31,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Count the answers of each document."""
-        if outputs is None or self._metric is None:
+        if self._metric is None:
             return
         answers: dict[int, tuple[Any, ...]] = dict.fromkeys(range(len(batch.lengths)), ())
         ends = torch.tensor(batch.lengths).cumsum(0)
