@@ -22,6 +22,8 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePo
 from specforge.decoding.drafters import ChainDrafter
 from specforge.errors import UserError
 from specforge.eval.tau import chains
+from specforge.export import DraftFormat
+from specforge.export.eagle3 import Eagle3Format
 from specforge.inference.target_engine.base import check_layers
 from specforge.losses import TeacherRows, chunked_distillation, make_objective
 from specforge.modeling.draft import build_draft
@@ -55,6 +57,7 @@ class Eagle3Module(DraftModule):
 
     algorithm: ClassVar[str] = "eagle3"
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3",)
+    export_format: ClassVar[DraftFormat] = Eagle3Format()
     draft: LlamaEagle3
 
     def __init__(
@@ -87,7 +90,7 @@ class Eagle3Module(DraftModule):
         draft.apply(_initialise)
         starts_at_target = init_from == "target"
         if init_from is not None and not starts_at_target:
-            load_weights(draft, Path(init_from))
+            load_weights(draft, Path(init_from), self.export_format)
         spec = StrategySpec(
             algorithm=self.algorithm,
             capture=CapturePolicy(draft.layer_ids),
