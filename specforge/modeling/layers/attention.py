@@ -36,28 +36,38 @@ class Segment(NamedTuple):
     document: int
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Fused attention of ``[L, heads, d]`` tensors: output ``[L, h, d]`` and log-sum-exp ``[L, h]``."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fused attention of ``[L, heads, d]`` tensors: output ``[L, h, d]`` and log-sum-exp ``[L, h]``.
+
+    All tensors may have one more dimension in front. ``mask [L, keys]`` is added to the scores.
+    """
+    q, k, v = (_heads_first(x) for x in (query, key, value))
     if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=causal, attn_mask=None if mask is None else mask[None, None]
+        )
     else:
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, is_causal=causal
+            q, k, v, _bias(mask, q), True, is_causal=causal
         )
-    return out[0].transpose(0, 1), lse[0, :, : query.shape[0]].transpose(0, 1)
+        lse = lse[..., : q.shape[2]]
+    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+    return (out, lse) if query.ndim == 4 else (out[0], lse[0])
 
 
 def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`_flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
-    g, q, k, v, o = (x.transpose(0, 1).unsqueeze(0) for x in (grad, query, key, value, out))
-    log_sum = lse.transpose(0, 1).unsqueeze(0).contiguous()
+    g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
+    log_sum = (lse if lse.ndim == 3 else lse.unsqueeze(0)).transpose(1, 2).contiguous()
     if query.device.type == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, log_sum, 0.0, causal
+            g, q, k, v, o, log_sum, 0.0, causal, attn_mask=None if mask is None else mask[None, None]
         )
     else:
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -65,11 +75,24 @@ def _flash_backward(
         log_sum = torch.nn.functional.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
         zero = torch.zeros((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), None, o, log_sum, zero, zero, 0.0,
+            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), _bias(mask, q), o, log_sum, zero, zero, 0.0,
             [True, True, True, False], causal,
         )  # fmt: skip
         grads = grad_q, _sum_heads(grad_k, kv_heads), _sum_heads(grad_v, kv_heads)
-    return tuple(x[0].transpose(0, 1) for x in grads)  # type: ignore[return-value]
+    back = tuple(x.transpose(1, 2) for x in grads)
+    return back if query.ndim == 4 else tuple(x[0] for x in back)  # type: ignore[return-value]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return (x if x.ndim == 4 else x.unsqueeze(0)).transpose(1, 2)
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask for every head, its rows aligned as the kernel of accelerators wants them."""
+    if mask is None:
+        return None
+    aligned = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 16))[:, : mask.shape[-1]]
+    return aligned.expand(query.shape[0], query.shape[1], -1, -1)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:

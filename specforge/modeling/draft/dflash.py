@@ -1,0 +1,303 @@
+"""The block backbone: a few decoder layers that draft a whole block at once from the target's features.
+
+DFlash (arXiv 2602.06036, section 4): the captured layers are fused to a context, which every draft layer reads
+through its own key and value projections, as keys and values only. A block is the embedding of a known token,
+the anchor, and then mask tokens; it sees the context strictly before the anchor (the anchor's own features are
+not there when drafting) and itself, in both directions. Embedding and head are the target's, frozen.
+
+Other block drafters add heads to this backbone and keep its names (``DFlashDraftModel``).
+
+Shape legend: N tokens, n blocks, b slots of a block, R = n b rows, M wanted rows, H hidden size, A captured layers
+x target hidden size, h / k query / key heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen3Config
+
+from specforge.modeling.draft.blocks import BlockPlan
+from specforge.modeling.draft.llama_eagle3 import SwiGLUMLP
+from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.layers.block_attention import block_attention
+from specforge.modeling.layers.functional import RMSNorm, compute_dtype
+from specforge.modeling.layers.rope import RotaryTable, apply_rope
+
+
+class _Weights(NamedTuple):
+    """A layer's matrices in the compute dtype, fused."""
+
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class _Heads(NamedTuple):
+    """Queries ``[R, h, d]``, keys and values ``[R, k, d]``, without positions."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class BlockAttention(nn.Module):
+    """Projections of a draft layer, with a norm per query and key head unless ``qk_norm`` is off."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, width = config.head_dim, config.hidden_size
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        normed = getattr(config, "qk_norm", True)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+
+
+def _per_head(norm: RMSNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
+
+
+class BlockLayer(nn.Module):
+    """A Qwen3 or Llama decoder layer whose keys and values come from the context too."""
+
+    def __init__(self, config: Qwen3Config, kind: str) -> None:
+        super().__init__()
+        self.window: int | None = config.sliding_window if kind == "sliding_attention" else None
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = BlockAttention(config)
+        self.mlp = SwiGLUMLP(config)
+
+    def weights(self, dtype: torch.dtype) -> _Weights:
+        """Cast and fuse the layer's matrices."""
+        attn, mlp = self.self_attn, self.mlp
+        return _Weights(
+            qkv=torch.cat([p.weight.to(dtype) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]),
+            out=attn.o_proj.weight.to(dtype),
+            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
+            down=mlp.down_proj.weight.to(dtype),
+        )
+
+    def project(self, hidden: Tensor, w: _Weights) -> _Heads:
+        """Heads of a block's rows ``[R, H]``."""
+        attn = self.self_attn
+        qkv = self.input_layernorm.linear(hidden, w.qkv).unflatten(1, (-1, attn.head_dim))
+        query, key, value = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
+        return _Heads(_per_head(attn.q_norm, query), _per_head(attn.k_norm, key), value)
+
+    def inject(self, context: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""
+        attn = self.self_attn
+        kv = F.linear(context, w.qkv[attn.heads * attn.head_dim :])
+        key, value = kv.unflatten(1, (-1, attn.head_dim)).chunk(2, dim=1)
+        return _per_head(attn.k_norm, key), value
+
+    def finish(self, hidden: Tensor, attention: Tensor, w: _Weights) -> Tensor:
+        """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, d]`` to ``[R, H]``."""
+        hidden = hidden + F.linear(attention.flatten(1), w.out)
+        return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
+
+
+@register_draft("DFlashDraftModel", config_class=Qwen3Config)
+class DFlash(Draft):
+    """The block backbone.
+
+    Args:
+        config: a ``Qwen3Config`` with ``block_size`` and ``dflash_config`` (``mask_token_id``,
+            ``target_layer_ids``; a ``block_size`` there wins). ``layer_types`` with ``sliding_window`` makes
+            sliding layers, which are causal in the block; ``qk_norm: false`` makes Llama layers; optional
+            ``target_hidden_size`` and ``draft_vocab_size``.
+
+    Raises:
+        ValueError: a field is missing or asks for a network that this class is not.
+
+    Attributes:
+        block_size: b.
+        mask_token_id: the token of slots 1 and later.
+        layer_ids: captured layers.
+        shift: 1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own.
+    """
+
+    shift = 0
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        fields = config.dflash_config
+        self.block_size = int(fields.get("block_size", getattr(config, "block_size", 16)))
+        self.mask_token_id, self.layer_ids = fields["mask_token_id"], tuple(fields["target_layer_ids"])
+        kinds = config.layer_types
+        _check(config, self.block_size, self.mask_token_id, self.drafts)
+        width, eps = getattr(config, "target_hidden_size", None) or config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(width * len(self.layer_ids), config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps)
+        self.layers = nn.ModuleList(BlockLayer(config, kind) for kind in kinds)
+        self.norm = RMSNorm(config.hidden_size, eps)
+        self.rotary = RotaryTable(config)
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that a block drafts: T."""
+        return self.block_size - 1 + self.shift
+
+    def rows(self, block: Tensor, depth: Tensor) -> Tensor:
+        """Row among the R of each draft, given its block and which of the block's drafts it is."""
+        return block * self.block_size + depth + 1 - self.shift
+
+    def context(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Fuse captured layers ``[N, A]`` into the context ``[N, H]`` that all layers read."""
+        return self.hidden_norm(F.linear(aux_hidden_states.to(dtype), self.fc.weight.to(dtype)))  # type: ignore[no-any-return]
+
+    def forward(self, aux_hidden_states: Tensor, embeds: Tensor, plan: BlockPlan, rows: Tensor) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            aux_hidden_states: ``[N, A]`` captured layers, concatenated.
+            embeds: ``[n + 1, H]`` the target's embedding of every anchor and, last, of the mask token.
+            plan: the blocks, from :func:`plan_blocks`.
+            rows: ``[M]`` rows that are wanted.
+
+        Returns:
+            ``[M, H]`` normed states, what the target's head reads, in the compute dtype.
+        """
+        dtype = compute_dtype(self.fc.weight)
+        with torch.autocast(embeds.device.type, enabled=False):
+            context = self.context(aux_hidden_states, dtype)
+            if not len(plan.anchors):
+                return context[:0]
+            return self._run(context, embeds.to(dtype), plan, rows)
+
+    def _run(self, context: Tensor, embeds: Tensor, plan: BlockPlan, rows: Tensor) -> Tensor:
+        cos, sin = self.rotary(plan.longest + self.block_size, embeds.device)
+        slots = torch.arange(self.block_size, device=embeds.device)
+        places = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
+        at, angles = (cos[plan.positions], sin[plan.positions]), (cos[places], sin[places])
+        hidden = embeds
+        for number, layer in enumerate(self.layers):
+            w = layer.weights(embeds.dtype)
+            heads = layer.project(hidden, w)
+            if number == 0:  # where every mask token is the same, until it has a position
+                hidden, *parts = (self._spread(x) for x in (hidden, *heads))
+                heads = _Heads(*parts)
+            key, value = layer.inject(context, w)
+            attention = block_attention(
+                apply_rope(heads.query, *angles), apply_rope(key, *at), value, apply_rope(heads.key, *angles),
+                heads.value.contiguous(), plan.anchors, plan.groups, layer.window,
+            )  # fmt: skip
+            if number == len(self.layers) - 1:
+                hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
+            hidden = layer.finish(hidden, attention, w)
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Rows of every block, ``[n b, ...]``, from those of the anchors and the mask token, ``[n + 1, ...]``."""
+        anchors, mask = x[:-1].unsqueeze(1), x[-1:].unsqueeze(1)
+        masks = mask.expand(len(anchors), self.block_size - 1, *x.shape[1:])
+        return torch.cat([anchors, masks], dim=1).flatten(0, 1)
+
+    def decoder(self, dtype: torch.dtype) -> BlockDecoder:
+        """A snapshot of the backbone for decoding in ``dtype``."""
+        return BlockDecoder(self, dtype)
+
+
+def _check(config: Qwen3Config, block_size: int, mask_token_id: int, drafts: int) -> None:
+    if drafts < 1:
+        raise ValueError(f"block_size is {block_size}: such a block drafts nothing")
+    if not 0 <= mask_token_id < config.vocab_size:
+        raise ValueError(f"mask_token_id is {mask_token_id}, outside a vocabulary of {config.vocab_size} tokens")
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; a draft has at least one layer")
+    if getattr(config, "attention_bias", False):
+        raise ValueError("attention_bias is set; the draft's projections have none")
+    if "sliding_attention" in config.layer_types:
+        window = config.sliding_window
+        if window is None or window < block_size:
+            raise ValueError(
+                f"sliding_window is {window}; a sliding layer needs one of at least the block, {block_size} "
+                "(and use_sliding_window)"
+            )
+
+
+class BlockDecoder:
+    """Drafts one block at a time over a growing context; later changes of the draft's weights do not reach it.
+
+    Args:
+        draft: the network.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, draft: DFlash, dtype: torch.dtype) -> None:
+        self.draft, self.dtype = draft, dtype
+        self.device = draft.fc.weight.device
+        self._weights = [layer.weights(dtype) for layer in draft.layers]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the context."""
+        self.length = 0
+        self._cos, self._sin = self.draft.rotary(0, self.device)
+        self._room = 0
+        self._cache: list[tuple[Tensor, Tensor]] = []
+        for layer in self.draft.layers:
+            attn = layer.self_attn
+            empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
+            self._cache.append((empty, empty))
+
+    @torch.inference_mode()
+    def extend(self, aux_hidden_states: Tensor) -> None:
+        """Append the features ``[n, A]`` of tokens that the target has processed."""
+        before, self.length = self.length, self.length + len(aux_hidden_states)
+        self._grow(self.length + self.draft.block_size)
+        context = self.draft.context(aux_hidden_states, self.dtype)
+        new, angles = slice(before, self.length), self._angles(before, self.length)
+        for layer, w, (keys, values) in zip(self.draft.layers, self._weights, self._cache, strict=True):
+            key, values[new] = layer.inject(context, w)
+            keys[new] = apply_rope(key, *angles)
+
+    @torch.inference_mode()
+    def block(self, embeds: Tensor) -> Tensor:
+        """Normed states ``[b, H]`` of a block.
+
+        Args:
+            embeds: ``[b, H]`` embeddings of the token behind the context and of the mask tokens.
+        """
+        hidden, size = embeds.to(self.dtype), self.draft.block_size
+        angles = self._angles(self.length, self.length + size)
+        for layer, w, (keys, values) in zip(self.draft.layers, self._weights, self._cache, strict=True):
+            query, key, value = layer.project(hidden, w)
+            first = 0 if layer.window is None else max(0, self.length - layer.window + 1)
+            keys = torch.cat([keys[first : self.length], apply_rope(key, *angles)])
+            values = torch.cat([values[first : self.length], value])
+            attention = F.scaled_dot_product_attention(
+                apply_rope(query, *angles).transpose(0, 1)[None], keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None], self._mask(layer.window, first), enable_gqa=True,
+            )  # fmt: skip
+            hidden = layer.finish(hidden, attention[0].transpose(0, 1), w)
+        return self.draft.norm(hidden)  # type: ignore[no-any-return]
+
+    def _mask(self, window: int | None, first: int) -> Tensor | None:
+        if window is None:
+            return None
+        rows = torch.arange(self.length, self.length + self.draft.block_size, device=self.device).unsqueeze(1)
+        keys = torch.arange(first, self.length + self.draft.block_size, device=self.device)
+        return (keys <= rows) & (keys > rows - window)
+
+    def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self._cos[start:stop], self._sin[start:stop]
+
+    def _grow(self, rows: int) -> None:
+        if rows <= self._room:
+            return
+        more, self._room = max(128, 2 * rows) - self._room, max(128, 2 * rows)
+        self._cache = [
+            (torch.cat([k, k.new_empty(more, *k.shape[1:])]), torch.cat([v, v.new_empty(more, *v.shape[1:])]))
+            for k, v in self._cache
+        ]
+        self._cos, self._sin = self.draft.rotary(self._room, self.device)
