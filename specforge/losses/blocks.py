@@ -139,7 +139,7 @@ class _BlockLoss(torch.autograd.Function):
             if extra is not None and narrow is not None:
                 logits = tile.scores(extra[part], narrow, add=True)
             probs, log_probs, best = tile.softmax(logits, labels, tile.probs)
-            weights = job.weights[part].clone()
+            weights = job.weights[part].to(tile.wide, copy=True)
             if job.weigh is not None:
                 known = torch.where(job.labels[start:stop] >= 0, log_probs[:count].exp(), 0.0)
                 weights[:count] *= job.weigh(slice(start, stop), known)

@@ -88,7 +88,7 @@ def sample_anchors(
     for key, begin, end in zip(keys, ends[:-1], ends[1:], strict=True):
         own = every[np.searchsorted(every, begin) : np.searchsorted(every, end)]
         if len(own) > most:
-            generator = np.random.default_rng(xxhash.xxh3_64_intdigest(key))
+            generator = np.random.default_rng(xxhash.xxh3_64_intdigest(key.encode()))
             own = np.sort(generator.choice(own, most, replace=False))
         drawn.append(own)
     return np.concatenate(drawn) if drawn else every

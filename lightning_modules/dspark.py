@@ -1,0 +1,141 @@
+"""DSpark: a block of drafts, each corrected by the token before it, with a confidence (arXiv 2607.05147).
+
+Slot k of the block at anchor a predicts token a + 1 + k (k = 0 .. b-1), given the true token a + k. The loss is
+Σ w (0.1 CE + 0.9 ‖q - p‖₁ + 1.0 BCE(confidence, 1 - ‖q - p‖₁ / 2)) / (supervised slots of the optimizer window),
+w = exp(-k/γ); p is the target's distribution, q the draft's, and the BCE's aim has no gradient. A token that is not
+supervised ends its block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.dflash import DFlashModule
+from lightning_modules.optimizers import OptimizerOptions
+from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
+from specforge.errors import UserError
+from specforge.export import DraftFormat
+from specforge.export.dspark import DSparkFormat
+from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
+from specforge.modeling.draft.blocks import BlockPlan
+from specforge.modeling.draft.dflash import DFlash
+from specforge.modeling.draft.dspark import DSpark, MarkovCorrector
+from specforge.modeling.target_head import TargetHead
+from specforge.target_files import TargetFiles
+
+
+class DSparkModule(DFlashModule):
+    """DSpark.
+
+    Args:
+        target: folder or hub name of the frozen target.
+        draft_config: JSON file of the draft, or fields that replace those derived from the target.
+        layer_ids: decoder layers of the target whose outputs the draft reads; by default those of the draft
+            config, else five from the second to the third from the end.
+        init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only). By default
+            at random.
+        anchors: most blocks of a document in an epoch.
+        decay: γ of the weights; by default 7, 5 or 4 for blocks of 16, 10 or fewer tokens.
+        ce: weight of the cross-entropy.
+        l1: weight of ‖q - p‖₁, which is twice the total variation.
+        confidence: weight of the confidence's binary cross-entropy.
+        label: the token of the cross-entropy: the one in the ``data``, or the ``target``'s likeliest.
+        anchor_seed: of the anchors.
+        gamma: tokens drafted a round in validation, from every token of the answers.
+        optimizer: optimizer and schedule.
+        chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
+    """
+
+    algorithm: ClassVar[str] = "dspark"
+    architectures: ClassVar[tuple[str, ...]] = ("Qwen3DSparkModel",)
+    export_format: ClassVar[DraftFormat] = DSparkFormat()
+    network: ClassVar[type[DFlash]] = DSpark
+    contiguous: ClassVar[bool] = True
+    draft: DSpark
+
+    def __init__(
+        self,
+        target: str,
+        draft_config: str | dict[str, Any] | None = None,
+        layer_ids: list[int] | None = None,
+        init_from: str | None = None,
+        anchors: int = 512,
+        decay: float | None = None,
+        ce: float = 0.1,
+        l1: float = 0.9,
+        confidence: float = 1.0,
+        label: Literal["data", "target"] = "data",
+        anchor_seed: int = 0,
+        gamma: int = 4,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
+        chunk: int | None = None,
+    ) -> None:
+        if min(ce, l1, confidence) < 0 or ce + l1 == 0:
+            raise UserError(f"model: ce is {ce}, l1 {l1}, confidence {confidence}; want none negative, and ce or l1")
+        super().__init__(
+            target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
+            anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,
+        )  # fmt: skip
+        self.ce, self.l1, self.confidence = ce, l1, confidence
+
+    @classmethod
+    def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
+        """DFlash's, with blocks of 7 and a vanilla Markov head of rank 256."""
+        return {
+            **super().default_draft_config(target),
+            "block_size": 7,
+            "markov_rank": 256,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+        }
+
+    @staticmethod
+    def _needs_target(label: str) -> bool:
+        return True
+
+    def _before(self, batch: TrainBatch, plan: BlockPlan, states: Tensor) -> Tensor:
+        return self.draft.markov_head.embed(batch.input_ids[plan.labels - 1], states.dtype)
+
+    def _correction(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor) -> Correction:
+        return self._corrected(self._before(batch, plan, states), plan, states)
+
+    def _corrected(self, before: Tensor, plan: BlockPlan, states: Tensor) -> Correction:
+        count = plan.count
+        real = self.draft.corrections(before[:count], states[:count], plan.block[:count], plan.depth[:count])
+        padded = F.pad(real, (0, 0, 0, len(states) - count))
+        return Correction(padded, self.draft.markov_head.markov_w2.weight)
+
+    def _corrector(self, head: TargetHead, dtype: torch.dtype) -> MarkovCorrector:
+        return MarkovCorrector(self.draft, dtype)
+
+    def _loss(
+        self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor, labels: Tensor, trained: Tensor
+    ) -> BlockLoss:
+        matrix = head.sliced(self.draft.target_ids).to(states.dtype)
+        last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
+        partial = len(matrix) < len(head.lm_head)
+        # Rows of one label share its teacher.
+        order = plan.labels.argsort(stable=True)
+        objective = Acceptance(
+            matrix, last, plan.labels[order], head.rows(last).log_sum if partial else None, self.ce, self.l1
+        )
+        before = self._before(batch, plan, states)
+        correction = self._corrected(before, plan, states)
+        weights = self._decay(plan) * trained
+        result = block_loss(
+            states[order], matrix, labels[order], weights[order],
+            correction=correction._replace(states=correction.states[order]), objective=objective, chunk=self.chunk,
+        )  # fmt: skip
+        back = order.argsort()
+        loss = result.loss
+        logits = self.draft.confidence(before, states)
+        if logits is not None and self.confidence:
+            aim = objective.accept[back]
+            entropy = F.binary_cross_entropy_with_logits(logits.to(aim.dtype), aim, reduction="none")
+            loss = loss + self.confidence * (entropy * weights).sum()
+        return BlockLoss(loss, result.losses[back], result.hits[back])
