@@ -2,6 +2,9 @@
 
     python -m benchmarks.train_step --algorithm eagle3 --shape tiny --threads 1 --json step.json
 
+The block drafters (dflash, dpace, dspark) train one layer on 64 blocks of 16 tokens a document, over the whole
+vocabulary.
+
 Each variant runs in a process of its own, on random features: `fast` is the module as `specforge fit` runs it;
 `naive` is the same loss written plainly (dense masks, every row, full logits, ordinary autograd). Medians over
 the timed steps. The gradient error is relative to the naive form in fp64.
@@ -81,26 +84,38 @@ def make_batch(shape: Shape) -> TrainBatch:
     return TrainBatch(ids, mask, features, lengths, mask_spans(mask, lengths))
 
 
-def eagle3_module(shape: Shape):
+BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
+    "dflash": ("dflash", {}), "dpace": ("dflash", {"weights": "dpace"}), "dspark": ("dspark", {}),
+}  # fmt: skip
+
+
+def make_module(algorithm: str, shape: Shape):
     """The module of `specforge fit`, with a fixed vocabulary; its target need not stay on disk."""
-    from lightning_modules.eagle3 import Eagle3Module
+    from lightning_modules import algorithms
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        module = Eagle3Module(
-            write_target(shape, Path(folder)), draft_config={"draft_vocab_size": shape.draft_vocab}, steps=shape.steps,
-            label="data",
-        )  # fmt: skip
-        if shape.draft_vocab < shape.vocab:
-            module.draft.set_vocabulary(torch.arange(shape.draft_vocab))
+        target = write_target(shape, Path(folder))
+        if algorithm in BLOCKS:
+            name, options = BLOCKS[algorithm]
+            config = {"num_hidden_layers": 1, "block_size": 16}
+            module = algorithms()[name](
+                target, draft_config=config, layer_ids=[1, 7, 12], anchors=64, **options
+            )
+        else:
+            module = algorithms()[algorithm](
+                target, draft_config={"draft_vocab_size": shape.draft_vocab}, steps=shape.steps, label="data"
+            )
+            if shape.draft_vocab < shape.vocab:
+                module.draft.set_vocabulary(torch.arange(shape.draft_vocab))
         module.target_head(torch.device("cpu"))
         _ = module.target.fingerprint
     return module
 
 
-def fast_step(shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
+def fast_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
     """The step as it is trained."""
-    module, batch = eagle3_module(shape), make_batch(shape)
+    module, batch = make_module(algorithm, shape), make_batch(shape)
     head = module.target_head(torch.device("cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     head.embedding, head.lm_head = head.embedding.to(dtype), head.lm_head.to(dtype)
@@ -115,39 +130,42 @@ def fast_step(shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch
     return step, module.draft
 
 
-def naive_step(shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
+def naive_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
     """The same loss, plainly: dense S x S masks, logits of every row, autograd."""
-    from benchmarks.naive_eagle3 import naive_loss
+    from benchmarks import naive_blocks, naive_eagle3
 
-    module, batch = eagle3_module(shape), make_batch(shape)
+    module, batch = make_module(algorithm, shape), make_batch(shape)
     head, draft = module.target_head(torch.device("cpu")), module.draft
     dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
     draft.to(dtype)
     weights = (head.embedding.to(dtype), head.lm_head.to(dtype))
 
     def step() -> Tensor:
-        loss = naive_loss(
-            draft, batch, *weights, steps=shape.steps, length=shape.length, decay=module.step_decay
-        )
+        if algorithm in BLOCKS:
+            loss = naive_blocks.naive_loss(module, batch, *weights)
+        else:
+            loss = naive_eagle3.naive_loss(
+                draft, batch, *weights, steps=shape.steps, length=shape.length, decay=module.step_decay
+            )
         loss.backward()
         return loss.detach()
 
     return step, draft
 
 
-def gradients(variant: str, shape: Shape, precision: str) -> Tensor:
+def gradients(algorithm: str, variant: str, shape: Shape, precision: str) -> Tensor:
     """Gradients of one step, end to end, in fp64."""
-    step, draft = {"fast": fast_step, "naive": naive_step}[variant](shape, precision)
+    step, draft = {"fast": fast_step, "naive": naive_step}[variant](algorithm, shape, precision)
     step()
     return torch.cat(
         [p.grad.double().flatten() for _, p in sorted(draft.named_parameters()) if p.grad is not None]
     )
 
 
-def measure(variant: str, shape: Shape, precision: str, count: int) -> dict[str, float]:
+def measure(algorithm: str, variant: str, shape: Shape, precision: str, count: int) -> dict[str, float]:
     """Medians over ``count`` steps, after two to warm up."""
     keep_freed_memory()
-    step, draft = {"fast": fast_step, "naive": naive_step}[variant](shape, precision)
+    step, draft = {"fast": fast_step, "naive": naive_step}[variant](algorithm, shape, precision)
     seconds, loss = [], torch.zeros(())
     for number in range(count + 2):
         draft.zero_grad()
@@ -174,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--algorithm", choices=["eagle3"], default="eagle3")
+    parser.add_argument("--algorithm", choices=["eagle3", *BLOCKS], default="eagle3")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -188,21 +206,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     shape = SHAPES[options.shape]
     if options.only:
-        print(json.dumps(measure(options.only[0], shape, options.only[1], options.steps)))
+        print(json.dumps(measure(options.algorithm, options.only[0], shape, options.only[1], options.steps)))
         return
     if options.error:
-        exact = gradients("naive", shape, "fp64")
+        exact = gradients(options.algorithm, "naive", shape, "fp64")
         forms = [("fast", "fp32"), ("fast", "bf16"), ("naive", "fp32")]
         print(
             json.dumps(
                 {
-                    " ".join(f): float((gradients(f[0], shape, f[1]) - exact).norm() / exact.norm())
+                    " ".join(f): float(
+                        (gradients(options.algorithm, f[0], shape, f[1]) - exact).norm() / exact.norm()
+                    )
                     for f in forms
                 }
             )
         )
         return
-    common = ("--shape", options.shape, "--threads", options.threads, "--steps", options.steps)
+    common = (
+        "--algorithm", options.algorithm, "--shape", options.shape, "--threads", options.threads,
+        "--steps", options.steps,
+    )  # fmt: skip
     variants = {
         f"{variant} {precision}": in_a_process(*common, "--only", variant, precision)
         for variant, precision in (("fast", "fp32"), ("fast", "bf16"), ("naive", "fp32"))
