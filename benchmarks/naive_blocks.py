@@ -67,7 +67,9 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
     weights = torch.exp(-torch.arange(draft.drafts) / module.decay) * valid
     if module.algorithm == "dspark":
         return _dspark(module, batch, states, logits, labels, weights, lm_head)
-    entropy = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(labels.shape)
+    entropy = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(
+        labels.shape
+    )
     if module.weights == "dpace":
         smooth = torch.where(valid, (1 - module.alpha) * (-entropy.detach()).exp() + module.alpha, 1.0)
         weights = (smooth.cumprod(1) * valid).flip(1).cumsum(1).flip(1) * valid
@@ -75,14 +77,22 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
 
 
 def _dspark(
-    module: Any, batch: TrainBatch, states: Tensor, logits: Tensor, labels: Tensor, weights: Tensor, lm_head: Tensor
+    module: Any,
+    batch: TrainBatch,
+    states: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    lm_head: Tensor,
 ) -> Tensor:
     draft = module.draft
     before = draft.markov_head.markov_w1(batch.input_ids[labels - 1])
     logits = logits + draft.markov_head.markov_w2(before)
     teacher = F.linear(batch.features[LAST_HIDDEN_STATES].to(states.dtype)[labels - 1], lm_head).softmax(-1)
     distance = (logits.softmax(-1) - teacher).abs().sum(-1)
-    entropy = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(labels.shape)
+    entropy = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(
+        labels.shape
+    )
     guess = draft.confidence_head.proj(torch.cat([states, before], -1)).squeeze(-1)
     aim = 1 - distance.detach() / 2
     sure = F.binary_cross_entropy_with_logits(guess, aim.clamp(0, 1), reduction="none")

@@ -82,7 +82,7 @@ class DFlashModule(DraftModule):
         chunk: int | None = None,
     ) -> None:
         files = TargetFiles.find(target)
-        draft, where = self._build(files, draft_config, layer_ids)
+        draft = self._build(files, draft_config, layer_ids)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         if anchors < 1 or not 0 <= alpha <= 1 or (decay is not None and decay <= 0):
             raise UserError(
@@ -92,20 +92,26 @@ class DFlashModule(DraftModule):
         draft.apply(_initialise)
         if init_from is not None:
             load_weights(draft, Path(init_from), self.export_format)
-        features = (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
-        spec = StrategySpec(self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2)
+        features = (
+            (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
+        )
+        spec = StrategySpec(
+            self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2
+        )
         super().__init__(
             files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma
         )
         self._check_positions(gamma)
         self.anchors, self.weights, self.alpha, self.label = anchors, weights, alpha, label
-        self.decay = decay or next(g for size, g in ((16, 7.0), (10, 5.0), (0, 4.0)) if draft.block_size >= size)
+        self.decay = decay or next(
+            g for size, g in ((16, 7.0), (10, 5.0), (0, 4.0)) if draft.block_size >= size
+        )
         self.anchor_seed, self.chunk = anchor_seed, chunk
 
     @classmethod
     def _build(
         cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None
-    ) -> tuple[DFlash, str]:
+    ) -> DFlash:
         defaults = cls.default_draft_config(files)
         config, where = draft_config_for(files, given, defaults)
         if not isinstance(given, str):
@@ -115,7 +121,7 @@ class DFlashModule(DraftModule):
         draft = build_draft(config, where)
         if type(draft) is not cls.network:
             raise UserError(f"{where}: {draft.architecture} is not a draft of {cls.algorithm}")
-        return draft, where
+        return draft
 
     @classmethod
     def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
@@ -157,7 +163,7 @@ class DFlashModule(DraftModule):
         """Losses of a batch; with ``positions``, chains of that length from every token of the answers."""
         depths = positions or self.draft.drafts
         plan = self._plan(batch, positions)
-        rows, states = self._states(batch, head, plan)
+        states = self._states(batch, head, plan)
         if not plan.count:
             return self.empty_output(depths, states, batch.spans if positions else ())
         labels = self.draft.draft_ids(self._labels(batch, head, plan, "data" if positions else self.label))
@@ -166,7 +172,10 @@ class DFlashModule(DraftModule):
         depth = plan.depth[: plan.count]
         zeros = torch.zeros(depths, dtype=result.losses.dtype, device=states.device)
         losses = zeros.index_add(0, depth, torch.where(trained, result.losses, 0.0)[: plan.count])
-        hits, count = zeros.long().index_add(0, depth, result.hits[: plan.count].long()), depth.bincount(minlength=depths)
+        hits, count = (
+            zeros.long().index_add(0, depth, result.hits[: plan.count].long()),
+            depth.bincount(minlength=depths),
+        )
         if not positions:
             return StepOutput(result.loss, plan.count, losses, hits, count)
         found = np.zeros((plan.blocks, depths), dtype=bool)
@@ -195,12 +204,12 @@ class DFlashModule(DraftModule):
                 "tokens a round"
             )
 
-    def _states(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan) -> tuple[Tensor, Tensor]:
-        """Rows of the drafts, ``[M]``, and their states, ``[M, H]``."""
+    def _states(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan) -> Tensor:
+        """States of the drafts, ``[M, H]``."""
         rows = self.draft.rows(plan.block, plan.depth)
         mask = batch.input_ids.new_tensor([self.draft.mask_token_id])
         embeds = head.embed(torch.cat([batch.input_ids[plan.anchors], mask]))
-        return rows, self.draft(batch.features[AUX_HIDDEN_STATES], embeds, plan, rows)
+        return self.draft(batch.features[AUX_HIDDEN_STATES], embeds, plan, rows)  # type: ignore[no-any-return]
 
     def _labels(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, label: str) -> Tensor:
         if label == "data":
@@ -216,7 +225,13 @@ class DFlashModule(DraftModule):
         return label == "target"
 
     def _loss(
-        self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor, labels: Tensor, trained: Tensor
+        self,
+        batch: TrainBatch,
+        head: TargetHead,
+        plan: BlockPlan,
+        states: Tensor,
+        labels: Tensor,
+        trained: Tensor,
     ) -> BlockLoss:
         """Loss of the drafts, given their states, the draft ids of their labels, and which are trained."""
         matrix = head.sliced(self.draft.target_ids)
@@ -244,7 +259,7 @@ class DFlashModule(DraftModule):
     def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
         """Logits of every supervised token's ``positions`` drafts, 256 labels at a time."""
         plan = self._plan(batch, positions)
-        _, states = self._states(batch, head, plan)
+        states = self._states(batch, head, plan)
         correction = self._correction(batch, head, plan, states) if plan.count else None
         rows = plan.labels.new_full((batch.num_tokens, positions), -1)
         count = plan.count

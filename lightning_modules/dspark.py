@@ -75,7 +75,9 @@ class DSparkModule(DFlashModule):
         chunk: int | None = None,
     ) -> None:
         if min(ce, l1, confidence) < 0 or ce + l1 == 0:
-            raise UserError(f"model: ce is {ce}, l1 {l1}, confidence {confidence}; want none negative, and ce or l1")
+            raise UserError(
+                f"model: ce is {ce}, l1 {l1}, confidence {confidence}; want none negative, and ce or l1"
+            )
         super().__init__(
             target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
             anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,
@@ -114,7 +116,13 @@ class DSparkModule(DFlashModule):
         return MarkovCorrector(self.draft, dtype)
 
     def _loss(
-        self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor, labels: Tensor, trained: Tensor
+        self,
+        batch: TrainBatch,
+        head: TargetHead,
+        plan: BlockPlan,
+        states: Tensor,
+        labels: Tensor,
+        trained: Tensor,
     ) -> BlockLoss:
         matrix = head.sliced(self.draft.target_ids).to(states.dtype)
         last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)

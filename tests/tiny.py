@@ -26,6 +26,7 @@ ANSWERS = (
 TINY_OPTIONS: dict[str, dict[str, object]] = {
     "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
     "DFlashModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+    "DSparkModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
 }
 
 

@@ -29,7 +29,9 @@ class DFlashFormat(DraftFormat):
                 f"{target.vocab_size} tokens of the target's head"
             )
         if config.get("qk_norm") is False:
-            raise UserError("export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights")
+            raise UserError(
+                "export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights"
+            )
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the vocabulary maps where they say nothing."""

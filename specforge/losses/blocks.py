@@ -33,7 +33,9 @@ class Correction(NamedTuple):
 class RowLoss(Protocol):
     """A loss of single rows with its gradient."""
 
-    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
         """Loss of each row of a tile, and its gradient by the logits.
 
         Args:
@@ -66,7 +68,9 @@ class BlockLoss(NamedTuple):
 class HardLabel:
     """Cross-entropy with the label, -log q(label)."""
 
-    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - 1[label]."""
         index = labels.unsqueeze(1)
         return -log_probs, probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))
@@ -183,7 +187,9 @@ class _Grads:
         scale = weights.to(self.states.dtype).unsqueeze(1)
         if base is not None:
             base.lerp_(grad, 1 - share)
-        if self.given is not None and self.extra is not None and self.matrix is not None:
+        if self.given is not None and self.extra is not None:
+            assert self.matrix is not None
+            assert self.matrix_given is not None
             slope = self.tile.slope(grad)
             own = scale * (1 - share)
             self.extra[part] += (slope @ self.matrix_given).mul_(own)
@@ -298,11 +304,20 @@ class Acceptance:
     def __init__(
         self, head: Tensor, hidden: Tensor, tokens: Tensor, log_sum: Tensor | None, ce: float, l1: float
     ) -> None:
-        self.head, self.hidden, self.tokens, self.log_sum, self.ce, self.l1 = head, hidden, tokens, log_sum, ce, l1
+        self.head, self.hidden, self.tokens, self.log_sum, self.ce, self.l1 = (
+            head,
+            hidden,
+            tokens,
+            log_sum,
+            ce,
+            l1,
+        )
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.accept = torch.zeros(len(tokens), dtype=wide, device=tokens.device)
 
-    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
         """∂‖q - p‖₁/∂z = 2 q ⊙ (Σ_{q≤p} q - 1[q ≤ p])."""
         tokens, inverse = torch.unique_consecutive(self.tokens[rows], return_inverse=True)
         logits = F.linear(self.hidden[tokens - 1], self.head).to(probs.dtype)

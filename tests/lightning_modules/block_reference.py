@@ -16,8 +16,16 @@ from tests.lightning_modules.eagle3_reference import rms_norm, rotate
 class BlockReference:
     """The backbone; ``shift`` is 1 where slot k predicts the token after its own position."""
 
-    def __init__(self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor, shift: int = 0) -> None:
-        self.w, self.config, self.embedding, self.lm_head, self.shift = weights, config, embedding, lm_head, shift
+    def __init__(
+        self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor, shift: int = 0
+    ) -> None:
+        self.w, self.config, self.embedding, self.lm_head, self.shift = (
+            weights,
+            config,
+            embedding,
+            lm_head,
+            shift,
+        )
         self.ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
         self.size = config.block_size
         self.drafts = self.size - 1 + shift
@@ -43,7 +51,8 @@ class BlockReference:
             places = list(range(anchor)) + [anchor + k for k in range(self.size)]
             sources = context + inputs
             keys = [
-                [rotate(h, p, theta) for h in self.heads(x, n, "k")] for p, x in zip(places, sources, strict=True)
+                [rotate(h, p, theta) for h in self.heads(x, n, "k")]
+                for p, x in zip(places, sources, strict=True)
             ]
             values = [(w[f"layers.{n}.self_attn.v_proj.weight"] @ x).split(c.head_dim) for x in sources]
             new = []
@@ -55,7 +64,9 @@ class BlockReference:
                 out = []
                 for h, query in enumerate(queries):
                     scores = torch.stack([query @ keys[i][h // group] for i in seen]) / math.sqrt(c.head_dim)
-                    out.append(sum(a * values[i][h // group] for a, i in zip(scores.softmax(0), seen, strict=True)))
+                    out.append(
+                        sum(a * values[i][h // group] for a, i in zip(scores.softmax(0), seen, strict=True))
+                    )
                 x = hidden[k] + w[f"layers.{n}.self_attn.o_proj.weight"] @ torch.cat(out)
                 y = rms_norm(x, w[f"layers.{n}.post_attention_layernorm.weight"], eps)
                 mlp = f"layers.{n}.mlp."
@@ -97,7 +108,8 @@ def dpace(q: dict[int, Tensor], drafts: int, alpha: float, form: str) -> dict[in
         prefix[k] = total
     following = {k: sum(prefix[j] for j in q if j >= k) for k in q}
     return {
-        k: {"dpace": following[k], "prefix": prefix[k], "continuation": following[k] / prefix[k]}[form] for k in q
+        k: {"dpace": following[k], "prefix": prefix[k], "continuation": following[k] / prefix[k]}[form]
+        for k in q
     }
 
 

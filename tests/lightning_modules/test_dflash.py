@@ -17,7 +17,11 @@ from tests.lightning_modules.block_reference import BlockReference, dflash_docum
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import write_target
 
-SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 5}
+SLIDING = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 5,
+}
 
 EAGLE = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -74,7 +78,9 @@ def slow(module, reference_class, head, documents, document, **options):
         )  # fmt: skip
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
-    gradients = {n: weights[n].grad for n, _ in module.draft.named_parameters() if weights[n].grad is not None}
+    gradients = {
+        n: weights[n].grad for n, _ in module.draft.named_parameters() if weights[n].grad is not None
+    }
     return (loss.detach(), gradients, hits.long()), count
 
 
@@ -192,7 +198,9 @@ def test_validation_chains_are_the_drafts_greedy_choices(small_target):
         for start in range(len(expected)):
             drafts = reference.logits(document.input_ids, document.features[AUX_HIDDEN_STATES], first + start)
             for k in range(min(3, len(expected) - start)):
-                expected[start, k] = int(drafts[k][2].argmax()) == int(document.input_ids[first + start + 1 + k])
+                expected[start, k] = int(drafts[k][2].argmax()) == int(
+                    document.input_ids[first + start + 1 + k]
+                )
         assert found.tolist() == expected.tolist()
 
 
@@ -206,7 +214,9 @@ def test_anchors_are_drawn_by_document_and_depend_on_nothing_else():
     assert (drawn[10:] - 50).tolist() == alone.tolist()
     assert sample_anchors((40,), ((10, 40),), 10, ["other"]).tolist() != alone.tolist()
     assert sample_anchors((40,), ((10, 40),), 100, ["b"]).tolist() == list(range(10, 39))
-    share = np.mean([np.isin(np.arange(10, 39), sample_anchors((40,), ((10, 40),), 10, [str(i)])) for i in range(2000)], 0)
+    share = np.mean(
+        [np.isin(np.arange(10, 39), sample_anchors((40,), ((10, 40),), 10, [str(i)])) for i in range(2000)], 0
+    )
     assert np.abs(share - 10 / 29).max() < 0.06  # five standard deviations
 
 

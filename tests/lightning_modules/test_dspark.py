@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_modules.dspark import DSparkModule
 from specforge.contracts import mask_spans
 from specforge.errors import UserError
 from tests.lightning_modules.block_reference import BlockReference
-from tests.lightning_modules.test_dflash import make_module, slow, small_target  # noqa: F401 - a fixture
-from tests.lightning_modules.test_eagle3 import V, make_documents, make_head, pack, run, same
+from tests.lightning_modules.test_dflash import make_module, slow
+from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
+from tests.tiny import write_target
+
+
+@pytest.fixture(scope="module")
+def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("small") / "target", hidden=H, vocab_size=V, heads=4)
 
 
 class DSparkReference(BlockReference):
@@ -88,7 +94,11 @@ def make(target, draft_vocab=V, config=None, **options):
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, share  # noqa: F811
+    small_target,
+    options,
+    draft_vocab,
+    config,
+    share,
 ):
     module, head = make(small_target, draft_vocab, config, **options), make_head()
     documents = make_documents((9, 11, 3, 6, 1, 2), share=share)
@@ -103,7 +113,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
 
 @pytest.mark.parametrize("kind", ["vanilla", "rnn"])
 @pytest.mark.parametrize("share", [0.7, 1.0])
-def test_packing_padding_order_and_chunks_change_nothing(small_target, share, kind):  # noqa: F811
+def test_packing_padding_order_and_chunks_change_nothing(small_target, share, kind):
     module, head = make(small_target, config={"markov_head_type": kind}), make_head()
     documents = make_documents((8, 3, 11, 5), share=share)
     expected = run(module, head, documents)
@@ -124,6 +134,6 @@ def test_packing_padding_order_and_chunks_change_nothing(small_target, share, ki
         ({}, {"architectures": ["DFlashDraftModel"]}, "DFlashDraftModel is not a draft of dspark"),
     ],
 )
-def test_bad_input_is_refused_by_name(small_target, options, config, message):  # noqa: F811
+def test_bad_input_is_refused_by_name(small_target, options, config, message):
     with pytest.raises(UserError, match=message):
         make(small_target, config=config, **options)

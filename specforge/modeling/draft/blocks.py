@@ -152,8 +152,6 @@ def _groups(anchors: np.ndarray, begin: np.ndarray) -> tuple[BlockGroup, ...]:
         stop = first + 1
         while stop < len(anchors) and stop - first < _GROUP and begin[anchors[stop]] == document:
             stop += 1
-        found.append(
-            BlockGroup(first, stop, int(document), int(anchors[first]), int(anchors[stop - 1]))
-        )
+        found.append(BlockGroup(first, stop, int(document), int(anchors[first]), int(anchors[stop - 1])))
         first = stop
     return tuple(found)

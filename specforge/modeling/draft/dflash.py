@@ -147,6 +147,11 @@ class DFlash(Draft):
         """Tokens that a block drafts: T."""
         return self.block_size - 1 + self.shift
 
+    @property
+    def decoder_layers(self) -> list[BlockLayer]:
+        """The layers, by their type."""
+        return list(self.layers)  # type: ignore[arg-type]
+
     def rows(self, block: Tensor, depth: Tensor) -> Tensor:
         """Row among the R of each draft, given its block and which of the block's drafts it is."""
         return block * self.block_size + depth + 1 - self.shift
@@ -180,7 +185,7 @@ class DFlash(Draft):
         places = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
         at, angles = (cos[plan.positions], sin[plan.positions]), (cos[places], sin[places])
         hidden = embeds
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.decoder_layers):
             w = layer.weights(embeds.dtype)
             heads = layer.project(hidden, w)
             if number == 0:  # where every mask token is the same, until it has a position
@@ -211,7 +216,9 @@ def _check(config: Qwen3Config, block_size: int, mask_token_id: int, drafts: int
     if drafts < 1:
         raise ValueError(f"block_size is {block_size}: such a block drafts nothing")
     if not 0 <= mask_token_id < config.vocab_size:
-        raise ValueError(f"mask_token_id is {mask_token_id}, outside a vocabulary of {config.vocab_size} tokens")
+        raise ValueError(
+            f"mask_token_id is {mask_token_id}, outside a vocabulary of {config.vocab_size} tokens"
+        )
     if config.num_hidden_layers < 1:
         raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; a draft has at least one layer")
     if getattr(config, "attention_bias", False):
@@ -236,7 +243,7 @@ class BlockDecoder:
     def __init__(self, draft: DFlash, dtype: torch.dtype) -> None:
         self.draft, self.dtype = draft, dtype
         self.device = draft.fc.weight.device
-        self._weights = [layer.weights(dtype) for layer in draft.layers]
+        self._weights = [layer.weights(dtype) for layer in draft.decoder_layers]
         self.reset()
 
     def reset(self) -> None:
@@ -245,7 +252,7 @@ class BlockDecoder:
         self._cos, self._sin = self.draft.rotary(0, self.device)
         self._room = 0
         self._cache: list[tuple[Tensor, Tensor]] = []
-        for layer in self.draft.layers:
+        for layer in self.draft.decoder_layers:
             attn = layer.self_attn
             empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
             self._cache.append((empty, empty))
@@ -257,7 +264,9 @@ class BlockDecoder:
         self._grow(self.length + self.draft.block_size)
         context = self.draft.context(aux_hidden_states, self.dtype)
         new, angles = slice(before, self.length), self._angles(before, self.length)
-        for layer, w, (keys, values) in zip(self.draft.layers, self._weights, self._cache, strict=True):
+        for layer, w, (keys, values) in zip(
+            self.draft.decoder_layers, self._weights, self._cache, strict=True
+        ):
             key, values[new] = layer.inject(context, w)
             keys[new] = apply_rope(key, *angles)
 
@@ -270,7 +279,9 @@ class BlockDecoder:
         """
         hidden, size = embeds.to(self.dtype), self.draft.block_size
         angles = self._angles(self.length, self.length + size)
-        for layer, w, (keys, values) in zip(self.draft.layers, self._weights, self._cache, strict=True):
+        for layer, w, (keys, values) in zip(
+            self.draft.decoder_layers, self._weights, self._cache, strict=True
+        ):
             query, key, value = layer.project(hidden, w)
             first = 0 if layer.window is None else max(0, self.length - layer.window + 1)
             keys = torch.cat([keys[first : self.length], apply_rope(key, *angles)])

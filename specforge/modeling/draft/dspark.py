@@ -32,7 +32,9 @@ class MarkovHead(nn.Module):
         kind: ``vanilla``, ``gated`` or ``rnn``.
     """
 
-    def __init__(self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, kind: str) -> None:
+    def __init__(
+        self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, kind: str
+    ) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
@@ -46,7 +48,9 @@ class MarkovHead(nn.Module):
         """``W1`` of some tokens."""
         return F.embedding(tokens, self.markov_w1.weight).to(dtype)
 
-    def forward(self, before: Tensor, states: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, before: Tensor, states: Tensor, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What ``markov_w2`` reads.
 
         Args:
@@ -102,11 +106,17 @@ class DSpark(DFlash):
         super().__init__(config)
         rank, kind = getattr(config, "markov_rank", 256), getattr(config, "markov_head_type", "vanilla")
         if kind not in KINDS or rank < 1:
-            raise ValueError(f"markov_head_type is {kind!r} and markov_rank {rank}; use {', '.join(KINDS)} and >= 1")
-        self.markov_head = MarkovHead(config.vocab_size, config.draft_vocab_size, config.hidden_size, rank, kind)
+            raise ValueError(
+                f"markov_head_type is {kind!r} and markov_rank {rank}; use {', '.join(KINDS)} and >= 1"
+            )
+        self.markov_head = MarkovHead(
+            config.vocab_size, config.draft_vocab_size, config.hidden_size, rank, kind
+        )
         self.with_markov = bool(getattr(config, "confidence_head_with_markov", True))
         width = config.hidden_size + (rank if self.with_markov else 0)
-        self.confidence_head = ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
+        self.confidence_head = (
+            ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
+        )
 
     def corrections(self, before: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
         """What the Markov head's second matrix reads for every draft.

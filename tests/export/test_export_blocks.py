@@ -1,0 +1,58 @@
+"""Exported block drafters: the field's names, and the same draft when read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_modules import algorithms
+from specforge.errors import UserError
+
+
+def trained(name: str, target, **config):
+    """A draft that looks trained: no weight as it was initialised."""
+    torch.manual_seed(0)
+    module = algorithms()[name](
+        str(target), layer_ids=[1, 3, 4], draft_config={"num_hidden_layers": 2, **config}
+    )
+    with torch.no_grad():
+        for parameter in module.draft.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+@pytest.mark.parametrize(("name", "size"), [("dflash", 16), ("dspark", 7)])
+def test_a_served_draft_has_the_fields_names_and_can_be_started_from(name, size, target, tmp_path):
+    module = trained(name, target)
+    module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["architectures"] == list(module.architectures)
+    assert config["block_size"] == size
+    assert config["dflash_config"] == {"mask_token_id": 263, "target_layer_ids": [1, 3, 4]}
+    assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= set(tensors)
+    assert {"layers.1.self_attn.q_norm.weight", "layers.0.mlp.up_proj.weight"} <= set(tensors)
+    assert not {"d2t", "t2d", "lm_head.weight", "embed_tokens.weight"} & set(tensors)
+    if name == "dspark":
+        assert config["markov_rank"] == 256
+        assert {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"} <= set(tensors)
+        assert tensors["confidence_head.proj.weight"].shape == (1, 32 + 256)
+    again = type(module)(str(target), draft_config=config, init_from=str(tmp_path / "draft"))
+    for key, tensor in module.draft.state_dict().items():
+        assert torch.equal(again.draft.state_dict()[key], tensor), key
+
+
+def test_what_the_server_would_misread_is_refused(target, tmp_path):
+    for config, words in (
+        ({"draft_vocab_size": 64}, "draft_vocab_size is 64"),
+        ({"qk_norm": False}, "qk_norm"),
+    ):
+        module = trained("dflash", target, **config)
+        with pytest.raises(UserError, match=words):
+            module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
+    module = trained("dflash", target, draft_vocab_size=64)
+    module.export_format.to_hf(module.draft, module.target, tmp_path / "draft")
+    assert {"d2t", "t2d"} <= set(load_file(tmp_path / "draft" / "model.safetensors"))
