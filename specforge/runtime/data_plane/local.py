@@ -172,6 +172,6 @@ class ShardBackend:
             raise OSError(f"{path} is {state} ({error}); delete it and capture again") from error
         names: dict[str, list[str]] = {}
         for name in file.keys():  # noqa: SIM118 - not a dict
-            key, feature = name.split("/", 1)
+            key, _, feature = name.partition("/")  # where damage took the slash, the feature is missing
             names.setdefault(key, []).append(feature)
         return file, names

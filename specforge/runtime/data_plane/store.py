@@ -368,7 +368,7 @@ class FeatureStore:
                 continue
             with self._lock:
                 entry = self._entries.get(sample_id)
-                if entry is not None and (entry.generation, entry.uri) == (int(generation), uri):
+                if entry is not None and (str(entry.generation), entry.uri) == (generation, uri):
                     entry.doomed = True
                     self._collect(sample_id, entry)
                 else:
