@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
@@ -301,22 +301,47 @@ def dump_task(task: PromptTask) -> str:
 
 def load_task(text: str) -> PromptTask:
     """A prompt from its JSON."""
-    return PromptTask.from_json(json.loads(text))
+    found = json.loads(text)
+    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
+    return PromptTask(**found)
+
+
+# References are three lines of JSON: what differs from sample to sample, the tensors' shapes, and where they come
+# from. Runs have few different second lines and one third, so those are made and read once.
 
 
 def dump_ref(ref: SampleRef) -> str:
-    """JSON of a reference."""
-    return json.dumps(ref.to_json(), separators=(",", ":"))
+    """Text of a reference.
+
+    Raises:
+        TypeError: something in it is neither text nor a number.
+    """
+    own = json.dumps([getattr(ref, name) for name in _OWN_FIELDS])
+    return f"{own}\n{_dump(ref.features)}\n{_dump((ref.provenance,))}"
 
 
 def load_ref(text: str) -> SampleRef:
-    """A reference from its JSON; references of one run share their provenance."""
-    fields: dict[str, Any] = json.loads(text)
-    fields["provenance"] = _provenance(json.dumps(fields["provenance"]))
-    fields["features"] = tuple(FeatureSpec.from_json(f) for f in fields["features"])
-    return SampleRef(**fields)
+    """A reference from its text; those of one run share their provenance."""
+    own, features, provenance = text.split("\n")
+    return SampleRef(
+        **dict(zip(_OWN_FIELDS, json.loads(own), strict=True)), features=_load_features(features),
+        provenance=_load_provenance(provenance),
+    )  # fmt: skip
+
+
+_OWN_FIELDS = tuple(f.name for f in fields(SampleRef) if f.name not in ("features", "provenance"))
+
+
+@lru_cache(maxsize=8192)
+def _dump(records: tuple[FeatureSpec, ...] | tuple[Provenance]) -> str:
+    return json.dumps([record.to_json() for record in records])
+
+
+@lru_cache(maxsize=8192)
+def _load_features(text: str) -> tuple[FeatureSpec, ...]:
+    return tuple(FeatureSpec.from_json(item) for item in json.loads(text))
 
 
 @lru_cache(maxsize=64)
-def _provenance(text: str) -> Provenance:
-    return Provenance.from_json(json.loads(text))
+def _load_provenance(text: str) -> Provenance:
+    return Provenance.from_json(json.loads(text)[0])

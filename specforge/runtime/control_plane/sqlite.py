@@ -31,11 +31,12 @@ from specforge.runtime.control_plane.metadata import (
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS samples (
-    seq INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, task TEXT NOT NULL, state TEXT NOT NULL,
+    seq INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state TEXT NOT NULL,
     ref TEXT NOT NULL DEFAULT '', owner TEXT NOT NULL DEFAULT '', deadline REAL NOT NULL DEFAULT 0,
     tries INTEGER NOT NULL DEFAULT 0, step INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
+CREATE TABLE IF NOT EXISTS tasks (seq INTEGER PRIMARY KEY, task TEXT NOT NULL) STRICT;
 """
 _VERSION = 1
 _KEYS = "key IN (SELECT value FROM json_each(?))"
@@ -83,9 +84,16 @@ class SQLiteMetadataStore:
 
     def ingest(self, items: Sequence[tuple[str, str]]) -> list[bool]:
         """See :class:`MetadataStore`."""
+        # Prompts lie in a table of their own: a change of state rewrites its row, which should be short.
+        insert = f"INSERT OR IGNORE INTO samples (key, state) VALUES (?, '{QUEUED}')"
+        new: list[bool] = []
         with self._transaction() as db:
-            insert = f"INSERT OR IGNORE INTO samples (key, task, state) VALUES (?, ?, '{QUEUED}')"
-            return [db.execute(insert, item).rowcount > 0 for item in items]
+            for key, task in items:
+                row = db.execute(insert, (key,))
+                new.append(row.rowcount > 0)
+                if new[-1]:
+                    db.execute("INSERT INTO tasks VALUES (?, ?)", (row.lastrowid, task))
+        return new
 
     def lease(self, owner: str, count: int, now: float, deadline: float, max_tries: int) -> list[Grant]:
         """See :class:`MetadataStore`."""
@@ -96,7 +104,10 @@ class SQLiteMetadataStore:
                 f"WHERE state = '{LEASED}' AND deadline <= ?",
                 (max_tries, now),
             )
-            select = f"SELECT key, task, tries FROM samples WHERE state = '{QUEUED}' ORDER BY seq LIMIT ?"
+            select = (
+                "SELECT key, task, tries FROM samples JOIN tasks USING (seq) "
+                f"WHERE state = '{QUEUED}' ORDER BY seq LIMIT ?"
+            )
             grants = [Grant(*row) for row in db.execute(select, (count,))]
             db.executemany(
                 f"UPDATE samples SET state = '{LEASED}', owner = ?, deadline = ?, tries = tries + 1 WHERE key = ?",
@@ -131,13 +142,15 @@ class SQLiteMetadataStore:
 
     def commit(self, items: Sequence[tuple[str, str]]) -> list[bool]:
         """See :class:`MetadataStore`."""
-        update = (
-            f"UPDATE samples SET state = '{COMMITTED}', ref = ? "
-            f"WHERE key = ? AND state IN ('{QUEUED}', '{LEASED}', '{DEAD}')"
-        )
         with self._transaction() as db:
-            self._found(db, [key for key, _ in items], STATES, "committed")
-            return [db.execute(update, (ref, key)).rowcount > 0 for key, ref in items]
+            found = self._found(db, [key for key, _ in items], STATES, "committed")
+            fresh = {key: row[0] in (QUEUED, LEASED, DEAD) for key, row in found.items()}
+            new = [fresh.pop(key, False) for key, _ in items]  # a key that comes twice is new once
+            db.executemany(
+                f"UPDATE samples SET state = '{COMMITTED}', ref = ? WHERE key = ?",
+                [(ref, key) for (key, ref), first in zip(items, new, strict=True) if first],
+            )
+        return new
 
     def deliver(self, keys: Sequence[str]) -> list[str]:
         """See :class:`MetadataStore`."""
