@@ -23,7 +23,7 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.inference.target_engine.base import check_layers
-from specforge.losses import TeacherRows, chunked_distillation, make_objective
+from specforge.losses import TeacherRows, chunked_distillation, feature_distance, make_objective
 from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.llama_eagle3 import LlamaEagle3
 from specforge.modeling.draft.unroll import UnrollPlan, plan_unroll
@@ -32,7 +32,11 @@ from specforge.target_files import TargetFiles
 
 
 class Eagle3Module(DraftModule):
-    """EAGLE-3 and, by options of its draft config, EAGLE-3.1.
+    """EAGLE-3; by options of its draft config EAGLE-3.1, by options of its loss HASS.
+
+    EAGLE-3.1 is ``fc_norm`` (a norm of each captured layer before ``fc``) and ``norm_output`` (the normed state is
+    fed back). HASS (arXiv 2408.15766) aligns the context by the same unroll and adds the losses ``topk`` and
+    ``feature_weight``.
 
     Args:
         target: folder or hub name of the frozen target.
@@ -43,8 +47,12 @@ class Eagle3Module(DraftModule):
             ``target``: from the target's own last layer and head. By default at random.
         steps: T, how many drafted positions are trained.
         step_decay: weight of position s is ``step_decay ** s``.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
+        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or weights by
+            those names.
         lk_eta: η of ``lk_lambda``.
+        topk: K of ``topk``.
+        feature_weight: weight of the smooth L1 distance between the state that the draft's head reads and the
+            one that the target's reads (EAGLE, arXiv 2401.15077; HASS); meant for a head that is the target's.
         label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
             They are the same where the target wrote the data greedily, and ``data`` then saves a product
             with the whole vocabulary.
@@ -67,6 +75,8 @@ class Eagle3Module(DraftModule):
         step_decay: float = 0.8,
         loss: str | dict[str, float] = "kl",
         lk_eta: float = 3.0,
+        topk: int = 10,
+        feature_weight: float = 0.0,
         label: Literal["target", "data"] = "target",
         gamma: int = 4,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
@@ -105,7 +115,7 @@ class Eagle3Module(DraftModule):
         )
         self.starts_at_target = starts_at_target
         self.steps, self.step_decay, self.label, self.chunk = steps, step_decay, label, chunk
-        self.objective = make_objective(loss, lk_eta)
+        self.objective, self.feature_weight = make_objective(loss, lk_eta, topk), feature_weight
 
     def setup(self, stage: str) -> None:
         """Copy what starts at the target; only now is the draft vocabulary known."""
@@ -163,12 +173,16 @@ class Eagle3Module(DraftModule):
             TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, labels),
             self.objective, chunk=self.chunk,
         )  # fmt: skip
+        loss = result.loss
+        if self.feature_weight:
+            distance = feature_distance(states.flatten(0, 1), _flat_students(plan), weights, last)
+            loss = loss + self.feature_weight * distance
         found: tuple[Any, ...] = ()
         if positions:
             right, known = result.hits[: plan.count].cpu().numpy(), plan.labels[: plan.count].tolist()
             found = tuple(chains(right, known, batch.spans))
         hits = (result.hits & plan.valid).sum(0)
-        return StepOutput(result.loss, plan.count, result.losses, hits, plan.valid.sum(0), found)
+        return StepOutput(loss, plan.count, result.losses, hits, plan.valid.sum(0), found)
 
     def _unroll(self, batch: TrainBatch, head: TargetHead, steps: int) -> tuple[UnrollPlan, Tensor]:
         device = batch.input_ids.device

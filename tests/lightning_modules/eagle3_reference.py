@@ -87,7 +87,7 @@ class Reference:
 
     def document(
         self, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, *, steps: int, decay: float, loss: str,
-        label: str, eta: float = 3.0,
+        label: str, eta: float = 3.0, topk: int = 10, feature_weight: float = 0.0,
     ) -> tuple[Tensor, int, list[int]]:  # fmt: skip
         """Sum of the loss, number of supervised tokens, and hits of each step, of one document."""
         states = self.states(tokens, aux, steps)
@@ -126,12 +126,18 @@ class Reference:
                         / 2
                     ),
                     "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
+                    "topk": lambda q=q, r=renormalised: -sum(
+                        r[i] * q[i].log() for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk]
+                    ),
                     "lk_alpha": lambda accept=accept: -accept.log(),
                     "lk_lambda": lambda kl=kl, accept=accept: (
                         torch.exp(-eta * accept.detach()) * kl
                         + (1 - torch.exp(-eta * accept.detach())) * (1 - accept)
                     ),
                 }[loss]()
-                total = total + decay**step * row
+                apart = 0.0
+                for a, b in zip(states[step][p], last[p + 1 + step], strict=True):
+                    apart = apart + ((a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5) / len(last[p])
+                total = total + decay**step * (row + feature_weight * apart)
         count = int(mask[2:].sum())
         return total, count, hits

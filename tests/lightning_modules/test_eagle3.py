@@ -111,6 +111,9 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "reverse_kl"}, 20, {}, 0.6),
         ({"loss": "js", "chunk": 2}, 20, {}, 0.6),
         ({"loss": "tv"}, 20, {}, 0.6),
+        ({"loss": "topk", "topk": 3, "chunk": 2}, 20, {}, 0.6),
+        ({"loss": "topk"}, 5, {}, 1.0),
+        ({"loss": "topk", "topk": 4, "feature_weight": 0.7}, 20, {}, 0.6),
         ({"loss": "kl"}, 20, {"fc_norm": True, "norm_output": True}, 0.6),
         ({"loss": "kl"}, 20, {"norm_before_fc": True}, 0.6),
     ],
@@ -132,6 +135,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
         part, rows, right = reference.document(
             d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES],
             steps=STEPS, decay=0.8, loss=options["loss"], label=options.get("label", "target"),
+            topk=options.get("topk", 10), feature_weight=options.get("feature_weight", 0.0),
         )  # fmt: skip
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
