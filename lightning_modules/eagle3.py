@@ -25,7 +25,7 @@ from specforge.eval.tau import chains
 from specforge.inference.target_engine.base import check_layers
 from specforge.losses import TeacherRows, chunked_distillation, feature_distance, make_objective
 from specforge.modeling.draft import build_draft
-from specforge.modeling.draft.llama_eagle3 import LlamaEagle3
+from specforge.modeling.draft.eagle3 import Eagle3Draft
 from specforge.modeling.draft.unroll import UnrollPlan, plan_unroll
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
@@ -63,7 +63,7 @@ class Eagle3Module(DraftModule):
 
     algorithm: ClassVar[str] = "eagle3"
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3",)
-    draft: LlamaEagle3
+    draft: Eagle3Draft
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Eagle3Module(DraftModule):
                 **config.get("eagle_config", {}), "eagle_aux_hidden_state_layer_ids": list(layer_ids),
             }  # fmt: skip
         draft = build_draft(config, where)
-        if not isinstance(draft, LlamaEagle3):
+        if not isinstance(draft, Eagle3Draft):
             raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         if steps < 1 or gamma < 1:
