@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from specforge.modeling.draft.eagle3 import Angles, Eagle3Attention, Eagle3Draft
+from specforge.modeling.draft.eagle3 import Eagle3Draft
+from specforge.modeling.draft.fused import Angles, Eagle3Attention
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.rope import apply_rope
 
