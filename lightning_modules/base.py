@@ -25,6 +25,7 @@ from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
 from specforge.eval.tau import chains
+from specforge.export import DraftFormat
 from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
 from specforge.modeling.draft import Draft, config_fields, read_draft
@@ -84,10 +85,12 @@ class DraftModule(pl.LightningModule):
     Attributes:
         algorithm: the name in tables and files.
         architectures: names under which drafts of this algorithm are saved.
+        export_format: how its drafts look to others.
     """
 
     algorithm: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
+    export_format: ClassVar[DraftFormat]
 
     def __init__(
         self, target: TargetFiles, draft: Draft, spec: StrategySpec, *, has_vocabulary: bool,
@@ -326,16 +329,14 @@ def draft_config_for(
     return config, where
 
 
-def load_weights(draft: Draft, path: Path) -> None:
+def load_weights(draft: Draft, path: Path, form: DraftFormat) -> None:
     """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
 
     Raises:
         UserError: tensors are missing, unknown, or of another shape.
     """
     if path.is_dir():
-        from specforge.export.names import from_hf
-
-        tensors = from_hf(*read_draft(path), where=str(path))
+        tensors = form.read(*read_draft(path), where=str(path))
     else:
         state = read_checkpoint(path)["state_dict"]
         tensors = {k.removeprefix("draft."): v for k, v in state.items() if k.startswith("draft.")}

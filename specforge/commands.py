@@ -331,20 +331,16 @@ def export(
         target: folder or hub name; by default the one the draft was trained on.
         dtype: dtype of the written tensors.
     """
-    from specforge.export import to_hf, to_sglang
-
     module = load_module(draft, target)
-    {"sglang": to_sglang, "hf": to_hf}[to](module.draft, module.target, output, dtype)
+    form = module.export_format
+    {"sglang": form.to_sglang, "hf": form.to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
     _console.print(
         f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}"
     )
-    if to == "sglang":
-        _console.print(
-            f"serve it: python -m sglang.launch_server --model-path {module.target.name} "
-            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {output} "
-            "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5"
-        )
+    command = form.serve(module.target.name, output)
+    if to == "sglang" and command:
+        _console.print(f"serve it: {command}", soft_wrap=True)
 
 
 def pick_device(name: str) -> str:

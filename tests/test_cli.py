@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 
 from specforge.cli import COMMANDS, main
 from specforge.recipes import recipe_folder, recipes
-from tests.tiny import recipe
+from tests.tiny import TINY_OPTIONS, recipe
 
 
 def test_help_imports_nothing_heavy():
@@ -75,11 +76,13 @@ def test_a_recipe_in_the_current_folder_comes_first(target, features, tmp_path, 
 @pytest.mark.parametrize("path", sorted(recipe_folder().glob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_trains_on_the_tiny_target(path, target, features, tmp_path):
     """As shipped, but for the target, the features and the hardware."""
-    assert path.read_text().startswith("#")
+    text = path.read_text()
+    assert text.startswith("#")
+    tiny = TINY_OPTIONS[yaml.safe_load(text)["model"]["class_path"]]
     options = {
         "--trainer.accelerator": "cpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 2,
         "--trainer.precision": "32-true", "--trainer.default_root_dir": tmp_path, "--model.target": target,
-        "--model.layer_ids": "[1, 3, 4]", "--model.draft_config": "{draft_vocab_size: 64}", "--data.features": features,
+        "--data.features": features, **{f"--model.{name}": json.dumps(value) for name, value in tiny.items()},
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     assert main(["fit", "--config", path.name, *words]) == 0

@@ -22,6 +22,12 @@ ANSWERS = (
 )
 
 
+# With what options every shipped recipe of a module is run on the tiny target, whose features hold layers 1, 3 and 4.
+TINY_OPTIONS: dict[str, dict[str, object]] = {
+    "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+}
+
+
 def write_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer of 256 bytes and three special tokens, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

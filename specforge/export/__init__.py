@@ -1,5 +1,5 @@
-"""Drafts in the form that servers load."""
+"""Drafts in the form that servers load, and from the form that others write."""
 
-from specforge.export.eagle3 import to_hf, to_sglang
+from specforge.export.format import DraftFormat
 
-__all__ = ["to_hf", "to_sglang"]
+__all__ = ["DraftFormat"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.errors import UserError
-from specforge.export import to_hf, to_sglang
-from specforge.export.eagle3 import check_contract
-from specforge.export.names import from_hf
+from specforge.export.eagle3 import Eagle3Format
+
+FORM = Eagle3Format()
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def module(target) -> Eagle3Module:
 
 
 def test_sglang_form(module, target, tmp_path):
-    to_sglang(module.draft, module.target, tmp_path / "draft")
+    FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
@@ -50,12 +50,12 @@ def test_sglang_form(module, target, tmp_path):
 
 
 def test_hf_form_brings_the_embedding(module, tmp_path):
-    to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    FORM.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     assert torch.equal(tensors["embed_tokens.weight"], module.target.embedding().float())
 
 
-@pytest.mark.parametrize("write", [to_hf, to_sglang])
+@pytest.mark.parametrize("write", [FORM.to_hf, FORM.to_sglang])
 def test_an_exported_draft_can_be_started_from(module, target, tmp_path, write):
     write(module.draft, module.target, tmp_path / "draft", "float32")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -65,18 +65,18 @@ def test_an_exported_draft_can_be_started_from(module, target, tmp_path, write):
 
 
 def test_other_peoples_names_are_understood(module, target, tmp_path):
-    to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    FORM.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     renamed = {name.replace("midlayer.", "layers.0."): x for name, x in tensors.items() if name != "t2d"}
-    found = from_hf(config, renamed, "theirs")
+    found = FORM.read(config, renamed, "theirs")
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_a_draft_without_its_map_is_refused(module, tmp_path):
     with pytest.raises(UserError, match="d2t"):
-        from_hf({"vocab_size": 264, "draft_vocab_size": 64}, {"fc.weight": torch.zeros(1)}, "theirs")
+        FORM.read({"vocab_size": 264, "draft_vocab_size": 64}, {"fc.weight": torch.zeros(1)}, "theirs")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_damaged_tensors_are_refused_and_nothing_is_written(module, tmp_path, da
     with torch.no_grad():
         damage(module.draft.midlayer.mlp.up_proj.weight)
     with pytest.raises(UserError, match=f"midlayer.mlp.up_proj.weight.*{words}"):
-        to_sglang(module.draft, module.target, tmp_path / "draft")
+        FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
 
 
@@ -98,11 +98,11 @@ def test_an_untrained_draft_is_refused(target, tmp_path):
     module = Eagle3Module(str(target), draft_config={"draft_vocab_size": 64})
     module.draft.set_vocabulary(torch.arange(64))
     with pytest.raises(UserError, match="not trained"):
-        to_sglang(module.draft, module.target, tmp_path / "draft")
+        FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
 
 
 def test_unknown_and_missing_tensors_are_refused(module, target, tmp_path):
-    to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    FORM.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
     path = tmp_path / "draft" / "model.safetensors"
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     tensors = load_file(path)
@@ -117,13 +117,13 @@ def test_unknown_and_missing_tensors_are_refused(module, target, tmp_path):
 
 def test_a_missing_eagle_config_is_refused(module):
     with pytest.raises(UserError, match="eagle_config"):
-        check_contract({"architectures": ["LlamaForCausalLMEagle3"]}, module.target)
+        FORM.check({"architectures": ["LlamaForCausalLMEagle3"]}, module.target)
 
 
 def test_an_export_replaces_the_old_one_whole(module, tmp_path):
     folder = tmp_path / "draft"
-    to_sglang(module.draft, module.target, folder)
+    FORM.to_sglang(module.draft, module.target, folder)
     (folder / "stale.txt").write_text("x")
-    to_sglang(module.draft, module.target, folder)
+    FORM.to_sglang(module.draft, module.target, folder)
     assert not (folder / "stale.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["draft"]

@@ -127,21 +127,20 @@ def config_fields(draft: Draft) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def save_draft(draft: Draft, folder: Path, extra: Mapping[str, Tensor] | None = None) -> None:
+def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``; the folder appears whole or not at all.
 
     Args:
-        draft: the network; its tensors are written in their own dtype.
+        config: fields of ``config.json``.
+        tensors: by the names to write, each in its own dtype, on the CPU.
         folder: replaced if it exists.
-        extra: more tensors to write, by name.
     """
-    tensors = {name: x.detach().contiguous().cpu() for name, x in draft.state_dict().items()}
-    tensors.update(extra or {})
+    content = {name: x.contiguous() for name, x in tensors.items()}
     write_folder(
         folder,
         {
-            "config.json": json.dumps(config_fields(draft), indent=2, sort_keys=True).encode() + b"\n",
-            "model.safetensors": save(tensors, metadata={"format": "pt"}),
+            "config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+            "model.safetensors": save(content, metadata={"format": "pt"}),
         },
     )
 

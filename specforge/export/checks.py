@@ -1,58 +1,15 @@
-"""Tensor names of EAGLE-3 drafts in the field, and the checks that an export or import is whole.
-
-SpecForge keeps the names of the EAGLE-3 code (``midlayer.*``), which SGLang and vLLM load. Others write
-``layers.0.*``, a ``model.`` prefix, or SGLang's older ``aux_norm_*``. SGLang skips names that it does not know
-without a word, so an exporter must not let one through.
-"""
+"""Checks that an export or an import is whole: servers skip names that they do not know without a word."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge.errors import UserError
 
-_ALIASES = (
-    ("model.", ""),
-    ("layers.0.", "midlayer."),
-    ("aux_norm_low.", "fc_norm.0."),
-    ("aux_norm_mid.", "fc_norm.1."),
-    ("aux_norm_high.", "fc_norm.2."),
-)
-_NOT_THE_DRAFTS = ("embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")
 _INIT_STD = 0.02
-
-
-def from_hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors of somebody's EAGLE-3 draft under SpecForge's names, in fp32.
-
-    Args:
-        config: its config.json.
-        tensors: its tensors.
-        where: what to call it in an error message.
-
-    Raises:
-        UserError: it has no vocabulary map where it needs one.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        new = name
-        for old, replacement in _ALIASES:
-            if new.startswith(old):
-                new = replacement + new.removeprefix(old)
-        if new not in _NOT_THE_DRAFTS:
-            renamed[new] = tensor.float() if tensor.is_floating_point() else tensor
-    size, vocab = config.get("draft_vocab_size") or config["vocab_size"], config["vocab_size"]
-    if "d2t" not in renamed:
-        if size != vocab:
-            raise UserError(f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens")
-        renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
-    renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool)
-    renamed["t2d"][torch.arange(size) + renamed["d2t"]] = True
-    return renamed
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
