@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -207,14 +208,14 @@ def test_validation_is_deterministic_and_complete(small_target):
         int(t): row for tile in module.draft_logits(batch, head, 3) for t, row in zip(tile.labels, tile.logits, strict=True)
     }  # fmt: skip
     ids = module.draft.draft_ids(batch.input_ids)
+    checked = 0
     for (start, _), chain in zip(batch.spans, a.chains, strict=True):
-        for s in range(len(chain)):
-            for k in range(min(3, len(chain) - s)):
-                if start + 1 + s < 2:
-                    continue
-                token = start + 1 + s + k
-                if token in logits and (start + s - 1 not in (-1, 19)):
-                    assert chain[s, k] == (int(logits[token][k].argmax()) == int(ids[token]))
+        for s, k in itertools.product(range(len(chain)), range(3)):
+            token, anchor = start + 1 + s + k, start + s - 1
+            if k < len(chain) - s and anchor >= (0 if start < 20 else 20):
+                assert chain[s, k] == (int(logits[token][k].argmax()) == int(ids[token]))
+                checked += 1
+    assert checked > 50
 
 
 @pytest.mark.parametrize(
