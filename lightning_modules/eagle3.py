@@ -35,7 +35,8 @@ class Eagle3Module(FusedModule):
 
     Args:
         target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target.
+        draft_config: JSON file of the draft, or fields that replace those derived from the target; ``architectures``
+            chooses the attention: ``[LlamaForCausalLMEagle3]``, or ``[Eagle3DeepseekV2ForCausalLM]`` (latent).
         layer_ids: three decoder layers of the target whose outputs the draft reads; by default those of the
             draft config, else the second, the middle and the fourth from the end.
         init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only); or
@@ -57,7 +58,7 @@ class Eagle3Module(FusedModule):
     """
 
     algorithm: ClassVar[str] = "eagle3"
-    architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3",)
+    architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM")
     export_format: ClassVar[DraftFormat] = Eagle3Format()
     network: ClassVar[type[FusedDraft]] = Eagle3Draft
     draft: Eagle3Draft

@@ -25,12 +25,17 @@ SMALL = {"draft_vocab_size": 200}
 MAKERS: dict[str, Callable[[str], FusedModule]] = {
     "eagle3.1": lambda t: Eagle3Module(t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"),
     "norm_before_fc": lambda t: Eagle3Module(t, {**SMALL, "norm_before_fc": True}, init_from="target"),
+    "latent": lambda t: Eagle3Module(t, {**SMALL, **LATENT, "norm_output": True}),
     "peagle": lambda t: PEagleModule(t, SMALL, init_from="target"),
     "peagle, own embedding": lambda t: PEagleModule(
         t, {**SMALL, "num_hidden_layers": 2, "embed_requires_grad": True}, init_from="target"
     ),
 }
 GAMMA = 4
+LATENT = {
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4, "v_head_dim": 5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,11 @@ def module(request, target) -> FusedModule:
     torch.manual_seed(0)
     module = MAKERS[request.param](str(target)).eval()
     module.draft.set_vocabulary(torch.randperm(264)[:200].sort().values)
-    module.draft.start_from_target(module.target)
+    if module.starts_at_target:
+        module.draft.start_from_target(module.target)
+    else:  # a random layer between the target's own ends
+        module.draft.lm_head.weight.data = module.target.lm_head()[module.draft.target_ids]
+        module.draft.fc.weight.data[:, -32:] += torch.eye(32)
     for p in module.draft.parameters():  # away from where the upper layers do nothing
         p.data += 0.02 * torch.randn_like(p)
     return module

@@ -7,8 +7,8 @@ whole row is ever built. Both parts share one softmax: they are merged by their 
 a flash backward needs nothing but the *final* output and log-sum-exp, feeding it the merged ones gives
 the exact gradient of the joint softmax.
 
-Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d head size,
-S steps.
+Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d / v size of a query and
+key head / of a value head, S steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Segment(NamedTuple):
@@ -75,7 +76,7 @@ def flash_backward(
     else:
         heads, kv_heads = q.shape[1], k.shape[1]
         # The kernel wants the log-sum-exp padded to a multiple of 32 rows.
-        log_sum = torch.nn.functional.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
+        log_sum = F.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
         zero = torch.zeros((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), _every_head(mask, q), o, log_sum, zero, zero, 0.0,
@@ -216,12 +217,18 @@ def ttt_attention(
     Args:
         query: ``[R, h, d]``, positions already applied.
         key: step-0 keys of all tokens, ``[N, k, d]``; ``k`` divides ``h`` (grouped-query attention).
-        value: step-0 values, ``[N, k, d]``.
+        value: step-0 values, ``[N, k, v]``; ``v`` is at most ``d``.
         segments: which tokens the query rows are; rows in none are padding.
-        own: keys and values of steps 1..s, each ``[R, k, d]``; empty at step 0.
+        own: keys ``[R, k, d]`` and values ``[R, k, v]`` of steps 1..s; empty at step 0.
 
     Returns:
-        ``[R, h, d]`` in the dtype of ``query``.
+        ``[R, h, v]`` in the dtype of ``query``.
     """
+    size = value.shape[-1]
+    # The fused kernels want values as wide as keys; zeros add nothing, and their gradient is cut off again.
+    pad = (0, key.shape[-1] - size)
+    if pad[1]:
+        value, own = F.pad(value, pad), [(k, F.pad(v, pad)) for k, v in own]
     flat = [x for pair in own for x in pair]
-    return _TTTAttention.apply(query, key, value, segments, *flat)  # type: ignore[no-any-return]
+    out: Tensor = _TTTAttention.apply(query, key, value, segments, *flat)
+    return out[..., :size] if pad[1] else out
