@@ -108,4 +108,3 @@ class Eagle3Module(FusedModule):
             self.target.vocab_size,
             CapturePolicy(draft.layer_ids, last_hidden_states=False),
         )
-

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
 
 
-class Students(NamedTuple):
+@dataclass(frozen=True)
+class Students:
     """Which states predict which label.
 
     Attributes:

@@ -1,7 +1,7 @@
 """A drafter that proposes all tokens of a round in one pass of its network.
 
-The tokens of a round are drawn independently of each other: the network has seen none of them. Verification is lossless all
-the same, because each was sampled from the distribution that is reported for it.
+The tokens of a round are drawn independently of each other: the network has seen none of them. Verification is
+lossless all the same, because each was sampled from the distribution that is reported for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""P-EAGLE drafts: an EAGLE-3 checkpoint with more layers and ``mask_hidden``, which vLLM loads; SGLang has no P-EAGLE."""
+"""P-EAGLE drafts: EAGLE-3 checkpoints with more layers and ``mask_hidden``, for vLLM; SGLang has no P-EAGLE."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ from specforge.target_files import TargetFiles
 
 SMALL = {"draft_vocab_size": 200}
 MAKERS: dict[str, Callable[[str], FusedModule]] = {
-    "eagle3.1": lambda t: Eagle3Module(t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"),
+    "eagle3.1": lambda t: Eagle3Module(
+        t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"
+    ),
     "norm_before_fc": lambda t: Eagle3Module(t, {**SMALL, "norm_before_fc": True}, init_from="target"),
     "latent": lambda t: Eagle3Module(t, {**SMALL, **LATENT, "norm_output": True}),
     "peagle": lambda t: PEagleModule(t, SMALL, init_from="target"),
@@ -122,7 +124,14 @@ def test_sampled_output_has_the_targets_distribution(engine, module, determinist
     accepted = 0
     for start in range(0, count, 450):
         decoded = decode(
-            engine.model, make, [prompt] * 450, gamma=2, max_new_tokens=4, end_ids=[], sampling=sampling, seed=start
+            engine.model,
+            make,
+            [prompt] * 450,
+            gamma=2,
+            max_new_tokens=4,
+            end_ids=[],
+            sampling=sampling,
+            seed=start,
         )
         found.update(tuple(d.tokens[:3]) for d in decoded)
         accepted += sum(sum(d.accepted) for d in decoded)
@@ -158,4 +167,3 @@ def test_a_sampled_proposal_reports_what_it_was_drawn_from(module, references):
     assert not proposal.probs[:, ~module.draft.t2d].any()
     assert all(proposal.probs[k, t] > 0 for k, t in enumerate(proposal.tokens))
     assert ((proposal.probs > 0).sum(1) <= 4).all()
-

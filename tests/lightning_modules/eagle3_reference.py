@@ -136,8 +136,11 @@ class Reference:
                         / 2
                     ),
                     "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
-                    "topk": lambda q=q, r=renormalised: -sum(
-                        r[i] * q[i].log() for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk]
+                    "topk": lambda q=q, r=renormalised: (
+                        -sum(
+                            r[i] * q[i].log()
+                            for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk]
+                        )
                     ),
                     "lk_alpha": lambda accept=accept: -accept.log(),
                     "lk_lambda": lambda kl=kl, accept=accept: (

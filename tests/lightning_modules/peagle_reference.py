@@ -1,7 +1,7 @@
 """P-EAGLE written out from its definition: one document, one layer, one element, one head at a time.
 
-Elements are pairs (anchor, depth); which of the deep ones there are is given. Every element looks at every other and asks
-whether it may see it.
+Elements are pairs (anchor, depth); which of the deep ones there are is given. Every element looks at every other
+and asks whether it may see it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Reference:
         self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
         self.embedding = weights.get("embed_tokens.weight", embedding)
 
-    def states(self, tokens: Tensor, aux: Tensor, deep: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    def states(
+        self, tokens: Tensor, aux: Tensor, deep: list[tuple[int, int]]
+    ) -> dict[tuple[int, int], Tensor]:
         """Normed state of every element; depth 0 has one a token, the last of which reads no following token."""
         c, w = self.config, self.w
         eps, theta = c.rms_norm_eps, c.rope_parameters["rope_theta"]
@@ -36,7 +38,9 @@ class Reference:
             features = aux[a] if d == 0 else w["mask_hidden"].flatten()
             if "fc_norm.0.weight" in w:
                 parts = features.chunk(3)
-                features = torch.cat([rms_norm(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(parts)])
+                features = torch.cat(
+                    [rms_norm(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(parts)]
+                )
             hidden[a, d] = w["fc.weight"] @ features
             embeds[a, d] = self.embedding[tokens[a + 1] if d == 0 else c.mask_token_id]
         for layer in range(c.num_hidden_layers):

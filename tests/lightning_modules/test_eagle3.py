@@ -248,13 +248,18 @@ def test_start_from_target_copies_its_last_layer_and_head(small_target):
 
 def test_latent_attention_is_that_of_transformers(small_target):
     """The layer's attention at step 0, YaRN included, is DeepSeek's own on a doubled input."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention,
+        DeepseekV3RotaryEmbedding,
+    )
 
     rope = {
-        "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
-        "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0,
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0,
     }  # fmt: skip
-    module = make_module(small_target, config={**LATENT, "rope_parameters": rope, "max_position_embeddings": 64})
+    module = make_module(
+        small_target, config={**LATENT, "rope_parameters": rope, "max_position_embeddings": 64}
+    )
     ours, config = module.draft.midlayer.self_attn, copy.deepcopy(module.draft.config)
     config.hidden_size, config._attn_implementation = 2 * H, "eager"
     theirs = DeepseekV3Attention(config, 0).double()
@@ -272,7 +277,9 @@ def test_latent_attention_is_that_of_transformers(small_target):
     query = ours.queries(product[:, : ours.query_width], angles, weights.more)
     key, value = ours.keys_values(product[:, ours.query_width :], angles, weights.more)
     found = ttt_attention(query, key, value, (Segment(0, 0, length, 0),), [])
-    torch.testing.assert_close(ours.o_proj(found.flatten(1)), expected, rtol=1e-4, atol=1e-6)  # theirs has an fp32 softmax
+    torch.testing.assert_close(
+        ours.o_proj(found.flatten(1)), expected, rtol=1e-4, atol=1e-6
+    )  # theirs has an fp32 softmax
 
 
 @pytest.mark.parametrize(("size", "steps"), [(3, 0), (3, 2), (8, 2)])

@@ -55,7 +55,11 @@ def join(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
 
 def deep_elements(module: PEagleModule, document: TrainBatch) -> list[tuple[int, int]]:
     plan = plan_parallel(
-        document.lengths, document.spans, module.depths, sampling=module.sampling, seeds=module._seeds(document)
+        document.lengths,
+        document.spans,
+        module.depths,
+        sampling=module.sampling,
+        seeds=module._seeds(document),
     )
     return elements(plan)
 
@@ -205,7 +209,9 @@ def test_validation_is_deterministic_and_complete(small_target):
     a, b = (module.compute(batch, head, positions=3) for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(a.chains, b.chains, strict=True))
     logits = {
-        int(t): row for tile in module.draft_logits(batch, head, 3) for t, row in zip(tile.labels, tile.logits, strict=True)
+        int(t): row
+        for tile in module.draft_logits(batch, head, 3)
+        for t, row in zip(tile.labels, tile.logits, strict=True)
     }  # fmt: skip
     ids = module.draft.draft_ids(batch.input_ids)
     checked = 0
@@ -224,7 +230,11 @@ def test_validation_is_deterministic_and_complete(small_target):
         ({"mask_token_id": V}, {}, "mask_token_id is 48, but the target has 48 tokens"),
         ({"mask_token_id": -1}, {}, "mask_token_id is -1"),
         ({"num_hidden_layers": 0}, {}, "num_hidden_layers is 0"),
-        ({"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}, {}, "is not a draft of peagle"),
+        (
+            {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1},
+            {},
+            "is not a draft of peagle",
+        ),
         ({}, {"gamma": 9}, "gamma is 9; want 1 to 8"),
         ({}, {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ({}, {"topk": 0}, "topk is 0"),

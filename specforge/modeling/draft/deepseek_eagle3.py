@@ -1,12 +1,12 @@
 """The EAGLE-3 draft with multi-head latent attention, as SGLang loads it for DeepSeek and Kimi targets.
 
-Queries, and keys with values, are products of low rank (``q_a`` then ``q_b``, ``kv_a`` then ``kv_b``); positions live in
-dimensions of their own, which all heads of a key share (DeepSeek-V2, arXiv 2405.04434, section 2.1). The doubled
-input of EAGLE-3 enters the two ``a`` projections. Keys and values are expanded, not absorbed: the unroll needs
-them per step anyway.
+Queries, and keys with values, are products of low rank (``q_a`` then ``q_b``, ``kv_a`` then ``kv_b``); positions
+live in dimensions of their own, which all heads of a key share (DeepSeek-V2, arXiv 2405.04434, section 2.1). The
+doubled input of EAGLE-3 enters the two ``a`` projections. Keys and values are expanded, not absorbed: the unroll
+needs them per step anyway.
 
-Shape legend: R rows, H hidden size, h heads, r / n rotary and other dimensions of a query and key head, v size of a value
-head.
+Shape legend: R rows, H hidden size, h heads, r / n rotary and other dimensions of a query and key head, v size of a
+value head.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class LatentAttention(Eagle3Attention):
         self.kv_a_layernorm = RMSNorm(self.rank, eps)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (other + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, config.hidden_size, bias=False)
-        self._pairs = [*range(0, rotary, 2), *range(1, rotary, 2)]
         self._scale = _yarn_scale(config)
 
     def inputs(self) -> list[nn.Linear]:
@@ -65,9 +64,9 @@ class LatentAttention(Eagle3Attention):
 
     def more(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """``q_b``, with each head's rows in the order used here and YaRN's temperature; and ``kv_b``."""
-        other = self.head_dim - self.rotary_dim
-        order = [*(other + i for i in self._pairs), *range(other)]
-        q_b = self.q_b_proj.weight.unflatten(0, (self.heads, -1))[:, order].flatten(0, 1)
+        heads = self.q_b_proj.weight.unflatten(0, (self.heads, -1))
+        other, rotary = heads.split([self.head_dim - self.rotary_dim, self.rotary_dim], dim=1)
+        q_b = torch.cat([_halves(rotary, 1), other], dim=1).flatten(0, 1)
         return (q_b * self._scale).to(dtype), self.kv_b_proj.weight.to(dtype)
 
     def queries(self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]) -> Tensor:
@@ -75,16 +74,19 @@ class LatentAttention(Eagle3Attention):
         query = self.q_a_layernorm.linear(product.contiguous(), more[0])
         return apply_rope(query.unflatten(1, (self.heads, self.head_dim)), *angles)
 
-    def keys_values(
-        self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """``[R, h, r + n]`` and ``[R, h, v]``."""
-        rotary = apply_rope(product[:, self.rank :][:, self._pairs].unsqueeze(1), *angles)
+        rotary = apply_rope(_halves(product[:, self.rank :], 1).unsqueeze(1), *angles)
         expanded = self.kv_a_layernorm.linear(product[:, : self.rank].contiguous(), more[1])
         other, value = expanded.unflatten(1, (self.heads, -1)).split(
             [self.head_dim - self.rotary_dim, self.value_dim], dim=-1
         )
         return torch.cat([rotary.expand(-1, self.heads, -1), other], dim=-1), value
+
+
+def _halves(x: Tensor, dim: int) -> Tensor:
+    """Interleaved pairs, ``2i`` with ``2i + 1``, as halves, ``i`` with ``i + r/2``, along a dimension."""
+    return x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def _yarn_scale(config: DeepseekV3Config) -> float:

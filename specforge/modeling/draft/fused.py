@@ -19,7 +19,6 @@ from specforge.modeling.layers.functional import RMSNorm
 from specforge.modeling.layers.rope import RotaryTable
 from specforge.target_files import TargetFiles
 
-
 Angles = tuple[Tensor, Tensor]
 
 
@@ -76,9 +75,7 @@ class Eagle3Attention(nn.Module):
         """Rotated queries ``[R, h, d]`` of the first ``query_width`` columns."""
 
     @abstractmethod
-    def keys_values(
-        self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Rotated keys ``[R, k, d]`` and values ``[R, k, v]`` of the other columns."""
 
 

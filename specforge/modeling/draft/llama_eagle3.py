@@ -40,9 +40,7 @@ class LlamaEagle3Attention(Eagle3Attention):
         """``[R, h, d]``."""
         return apply_rope(product.unflatten(1, (self.heads, self.head_dim)), *angles)
 
-    def keys_values(
-        self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """``[R, k, d]`` each."""
         key, value = product.unflatten(1, (-1, self.head_dim)).chunk(2, dim=1)
         # A contiguous copy, so that the fused product is not kept for the sake of its last third.

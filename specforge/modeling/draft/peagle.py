@@ -10,6 +10,8 @@ target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,16 +68,20 @@ class PEagleDraft(FusedDraft):
     @property
     def entry(self) -> Eagle3Layer:
         """The first layer."""
-        layer: Eagle3Layer = self.layers[0]
-        return layer
+        return self.stack[0]
+
+    @property
+    def stack(self) -> list[Eagle3Layer]:
+        """The layers, the first one at the bottom."""
+        return cast("list[Eagle3Layer]", list(self.layers))
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
-        """As an EAGLE-3 draft does; the layers above the first begin as the identity, an own embedding as the target's."""
+        """As an EAGLE-3 draft does; upper layers begin as the identity, an own embedding as the target's."""
         super().start_from_target(target)
         if self.embed_tokens is not None:
             self.embed_tokens.weight.copy_(target.embedding())
-        for layer in list(self.layers)[1:]:
+        for layer in self.stack[1:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
 
@@ -95,22 +101,24 @@ class PEagleDraft(FusedDraft):
             plan: which elements to compute, from :func:`~specforge.modeling.draft.parallel.plan_parallel`.
 
         Returns:
-            ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``, then of
-            the deep elements.
+            ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``,
+            then of the deep elements.
         """
         dtype = compute_dtype(self.fc.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
         with torch.autocast(input_ids.device.type, enabled=False):
-            weights = [layer.weights(dtype) for layer in self.layers]
+            weights = [layer.weights(dtype) for layer in self.stack]
             tokens = len(input_ids)
             position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
-            cos, sin = (x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device))
+            cos, sin = (
+                x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device)
+            )
             embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
             hidden, product = self.first(aux_hidden_states, embeds, plan.next_tokens, weights[0])
             hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
             product = torch.cat([product[:-1], product[-1:].expand(len(plan.anchors), -1)])
             last = len(weights) - 1
-            for i, (layer, w) in enumerate(zip(self.layers, weights, strict=True)):
+            for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
                 if i > 0:
                     product = layer.state_norm.linear(hidden, w.hidden)
                 heads = project(layer, product, (cos, sin), w)
@@ -182,16 +190,17 @@ class PEagleDecoder:
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
         self.draft, self.dtype = draft, dtype
         self.device = draft.fc.weight.device
-        self._weights = [layer.weights(dtype) for layer in draft.layers]
+        self._weights = [layer.weights(dtype) for layer in draft.stack]
         self._lm_head = draft.lm_head.weight.to(dtype)
         self.reset()
 
     def reset(self) -> None:
         """Forget all rows."""
         self.rows = 0
-        attn = self.draft.layers[0].self_attn
+        attn = self.draft.entry.self_attn
         empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
-        self._cache = [(empty, empty) for _ in self.draft.layers]
+        self._angles = self.draft.rotary(128, self.device)
+        self._cache = [(empty, empty) for _ in self.draft.stack]
 
     @torch.inference_mode()
     def draft_logits(
@@ -215,10 +224,14 @@ class PEagleDecoder:
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)
-        cos, sin = (x[self.rows :] for x in draft.rotary(end, self.device))
+        if end > len(self._angles[0]):
+            self._angles = draft.rotary(2 * end, self.device)
+        cos, sin = (x[self.rows : end] for x in self._angles)
         # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
-        seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
-        for i, (layer, w) in enumerate(zip(draft.layers, self._weights, strict=True)):
+        seen = (
+            torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
+        )
+        for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
             if i > 0:
                 product = layer.state_norm.linear(hidden, w.hidden)
             query, key, value = project(layer, product, (cos, sin), w)
@@ -227,9 +240,8 @@ class PEagleDecoder:
             self._cache[i] = key[:kept], value[:kept]
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
-            attention = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=seen, enable_gqa=True
-            )
+            q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+            attention = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             hidden = layer.finish(hidden, attention[0].transpose(0, 1), w)
         self.rows += new
         return F.linear(draft.norm(hidden), self._lm_head)

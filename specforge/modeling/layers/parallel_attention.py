@@ -65,7 +65,9 @@ class _DeepAttention(torch.autograd.Function):
             rows, seen = slice(chunk.start, chunk.stop), slice(chunk.document, chunk.limit)
             keys, values = torch.cat([key[seen], own_key[rows]]), torch.cat([value[seen], own_value[rows]])
             mask = _mask(chunk, anchors, depths, query.dtype)
-            dq, dk, dv = flash_backward(grad[rows], query[rows], keys, values, out[rows], lse[rows], mask=mask)
+            dq, dk, dv = flash_backward(
+                grad[rows], query[rows], keys, values, out[rows], lse[rows], mask=mask
+            )
             before = chunk.limit - chunk.document
             for total, place, part in zip(
                 grads, (rows, seen, seen, rows, rows), (dq, dk[:before], dv[:before], dk[before:], dv[before:]),
