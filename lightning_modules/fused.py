@@ -91,8 +91,8 @@ class FusedModule(DraftModule):
             raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         draft.apply(_initialise)
-        starts_at_target = init_from == "target"
-        if init_from is not None and not starts_at_target:
+        starts_anew = init_from in (None, "target")
+        if init_from is not None and not starts_anew:
             load_weights(draft, Path(init_from), self.export_format)
         spec = StrategySpec(
             algorithm=self.algorithm,
@@ -105,11 +105,11 @@ class FusedModule(DraftModule):
             files,
             draft,
             spec,
-            has_vocabulary=init_from not in (None, "target"),
+            has_vocabulary=not starts_anew,
             optimizer=optimizer,
             gamma=gamma,
         )
-        self.starts_at_target = starts_at_target
+        self.starts_anew, self.starts_at_target = starts_anew, init_from == "target"
         self.weights, self.label, self.chunk = weights, label, chunk
         self.objective, self.feature_weight = objective, feature_weight
 

@@ -102,6 +102,12 @@ class PEagleModule(FusedModule):
         mask = next((m for m in masks if m is not None), None)
         return config if mask is None else {**config, "mask_token_id": mask}
 
+    def setup(self, stage: str) -> None:
+        """As everywhere; a new draft's own embedding begins as the target's."""
+        super().setup(stage)
+        if self.starts_anew and stage == "fit":
+            self.draft.start_embedding(self.target)
+
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
         """Run sampled elements; with ``positions``, all."""
         sampling = None if positions else self.sampling

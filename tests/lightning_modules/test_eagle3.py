@@ -20,7 +20,7 @@ from tests.tiny import write_target
 V, H, STEPS = 48, 16, 4
 LATENT = {
     "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 4, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "kl"}, 20, {"fc_norm": True, "norm_output": True}, 0.6),
         ({"loss": "kl"}, 20, {"norm_before_fc": True}, 0.6),
         ({"loss": "kl"}, 20, LATENT, 0.6),
-        ({"loss": "ce"}, 20, {**LATENT, "v_head_dim": 9, "fc_norm": True, "norm_output": True}, 1.0),
+        ({"loss": "ce"}, 20, {**LATENT, "v_head_dim": 11, "fc_norm": True, "norm_output": True}, 1.0),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
@@ -312,7 +312,7 @@ def test_values_may_be_narrower_than_keys(size, steps):
     ("changes", "message"),
     [
         ({"q_lora_rank": None}, "q_lora_rank is missing"),
-        ({"v_head_dim": 10}, "v_head_dim is 10, more than a key's 9"),
+        ({"v_head_dim": 12}, "v_head_dim is 12, more than a key's 11"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"vocab_size": 5}, "vocab_size is 5"),
     ],

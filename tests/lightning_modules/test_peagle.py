@@ -151,6 +151,17 @@ def test_a_batch_without_labels_still_reaches_every_parameter(small_target):
     assert all(p.grad is not None and not p.grad.any() for p in module.draft.parameters())
 
 
+def test_an_empty_batch_runs(small_target):
+    module, head = make_module(small_target), make_head()
+    (document,) = named(make_documents((1,)))
+    features = {name: x[:0] for name, x in document.features.items()}
+    empty = TrainBatch(document.input_ids[:0], document.loss_mask[:0], features, (), ())
+    for positions in (None, 3):
+        output = module.compute(empty, head, positions)
+        assert output.count == 0
+        output.loss.backward()
+
+
 def test_bf16_gradients_are_close_to_fp32(small_target):
     head, module = make_head(), make_module(small_target)
     batch = join(named(make_documents((30, 40))))

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from specforge.cli import main
+from specforge.target_files import TargetFiles
 from tests.tiny import recipe
 
 MODEL = {
@@ -36,6 +37,23 @@ def test_a_resumed_run_draws_the_same_elements(target, features, tmp_path):
     (half,) = (tmp_path / "whole" / "run" / "checkpoints").glob("step-*3.ckpt")
     resumed = fit(recipe(target, features, tmp_path / "cut", **options(target)), "--ckpt_path", half)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_muon_takes_the_matrices_only(target, features, tmp_path):
+    words = ["--model.optimizer.name", "muon", "--trainer.max_steps", 2]
+    trained = fit(recipe(target, features, tmp_path, **options(target)), *words)
+    assert all(bool(x.isfinite().all()) for x in trained.values())
+
+
+def test_an_embedding_of_its_own_starts_as_the_targets_and_is_trained(target, features, tmp_path):
+    path = recipe(target, features, tmp_path, **options(target))
+    words = [
+        "--model.draft_config",
+        "{draft_vocab_size: 64, num_hidden_layers: 1, embed_requires_grad: true}",
+    ]
+    trained = fit(path, *words, "--trainer.max_steps", 2)["draft.embed_tokens.weight"]
+    moved = (trained - TargetFiles.find(str(target)).embedding()).abs()
+    assert 0 < float(moved.max()) < 0.01
 
 
 def test_batch_of_4_is_accumulation_of_4(target, features, tmp_path):

@@ -108,3 +108,8 @@ class DeepseekEagle3(Eagle3Draft):
     """
 
     attention: ClassVar[type[Eagle3Attention]] = LatentAttention
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        # The rotary table goes by this field, which a config of other attention may have set otherwise.
+        config.head_dim = config.qk_rope_head_dim
+        super().__init__(config)

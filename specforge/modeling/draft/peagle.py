@@ -79,11 +79,16 @@ class PEagleDraft(FusedDraft):
     def start_from_target(self, target: TargetFiles) -> None:
         """As an EAGLE-3 draft does; upper layers begin as the identity, an own embedding as the target's."""
         super().start_from_target(target)
-        if self.embed_tokens is not None:
-            self.embed_tokens.weight.copy_(target.embedding())
+        self.start_embedding(target)
         for layer in self.stack[1:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+
+    @torch.no_grad()
+    def start_embedding(self, target: TargetFiles) -> None:
+        """An embedding of the draft's own begins as the target's."""
+        if self.embed_tokens is not None:
+            self.embed_tokens.weight.copy_(target.embedding())
 
     def embed(self, input_ids: Tensor, embedding: Tensor) -> Tensor:
         """Embeddings ``[n, H]`` of ``input_ids [n]``: the draft's own, or the target's ``embedding [V, H]``."""
