@@ -114,7 +114,7 @@ class SuffixDrafter:
 
     Args:
         corpus: earlier answers to learn from as well (see :class:`SuffixAutomaton`); it is shared, not changed.
-        factor: α, most tokens to draft for each token of the match.
+        factor: α, most tokens to draft for each token of the match; the paper tries 1 to 4.
         threshold: a draft ends before its estimated probability is below this.
         longest: tokens of the longest match.
     """
@@ -123,7 +123,7 @@ class SuffixDrafter:
     deterministic = True
 
     def __init__(
-        self, corpus: SuffixAutomaton | None = None, factor: float = 1.0, threshold: float = 0.1,
+        self, corpus: SuffixAutomaton | None = None, factor: float = 4.0, threshold: float = 0.1,
         longest: int = 64,
     ) -> None:  # fmt: skip
         self.corpus, self.factor, self.threshold, self.longest = corpus, factor, threshold, longest
