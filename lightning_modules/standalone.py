@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -57,6 +56,7 @@ class StandaloneModule(DraftModule):
             frequent tokens only, but such a draft cannot be exported.
         init_from: start from a SpecForge checkpoint or an exported folder (weights only); or ``target``: from its own
             embedding, head and evenly spaced layers. By default from ``draft``, else at random.
+        train_embedding: train the token embedding too; a head that is tied to it follows.
         loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
         lk_eta: η of ``lk_lambda``.
         label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
@@ -76,6 +76,7 @@ class StandaloneModule(DraftModule):
         draft: str | None = None,
         draft_config: str | dict[str, Any] | None = None,
         init_from: str | None = None,
+        train_embedding: bool = True,
         loss: str | dict[str, float] = "kl",
         lk_eta: float = 3.0,
         label: Literal["target", "data"] = "target",
@@ -92,8 +93,9 @@ class StandaloneModule(DraftModule):
         if gamma < 1:
             raise UserError(f"model: gamma is {gamma}; it must be at least 1")
         network = StandaloneDraft(config, where)
+        network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
         if start is not None or init_from not in (None, "target"):
-            load_weights(network, start.folder if start else Path(str(init_from)), self.export_format)
+            load_weights(network, start.folder if start else str(init_from), self.export_format)
         spec = StrategySpec(
             algorithm=self.algorithm,
             capture=self.capture_policy(files),

@@ -364,16 +364,21 @@ def find_algorithm(name: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    from lightning_modules import algorithms
+    from lightning_modules import DraftModule, algorithms
 
     if "." in name:
         from importlib import import_module
 
         module, _, cls = name.rpartition(".")
         try:
-            return getattr(import_module(module), cls)
+            found = getattr(import_module(module), cls)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"algorithm {name}: cannot be imported ({error})") from error
+            raise UserError(
+                f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, DraftModule)):
+            raise UserError(f"algorithm {name}: is not a DraftModule")
+        return found
     known = algorithms()
     if name not in known:
         raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
@@ -396,7 +401,8 @@ def load_module(draft: Path, target: str | None) -> Any:
         name, fingerprint = _algorithm_of(config, draft), None
     else:
         saved = read_checkpoint(draft)["specforge"]
-        config, name, fingerprint = saved["draft_config"], saved["algorithm"], saved["target_fingerprint"]
+        config, fingerprint = saved["draft_config"], saved["target_fingerprint"]
+        name = saved.get("class_path", saved["algorithm"])
         target = target or saved["target"]
     module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:

@@ -102,6 +102,8 @@ def by_definition(module, head: TargetHead, batches: list[TrainBatch], loss: str
         ({"draft_vocab_size": 20, "tie_word_embeddings": True}, {"loss": "tv", "chunk": 2}, 0.6),
         ({"draft_vocab_size": 20}, {"loss": "ce", "label": "data"}, 0.3),
         ({}, {"loss": "reverse_kl", "chunk": 1}, 0.6),
+        ({"draft_vocab_size": 20}, {"loss": "kl", "train_embedding": False}, 0.6),
+        ({"tie_word_embeddings": True}, {"loss": "kl", "train_embedding": False}, 0.6),
         ({"model_type": "qwen3", "head_dim": 8}, {"loss": "ce"}, 0.6),
     ],
 )
@@ -112,6 +114,8 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, confi
     batch = pack(some, padding=5)
     same(run(module, head, [batch]), slow)
     assert module.compute(batch, head).count == count
+    frozen = not options.get("train_embedding", True)
+    assert ("model.model.embed_tokens.weight" in slow[1]) is not frozen
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
