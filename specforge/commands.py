@@ -247,6 +247,7 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     cache: Path = Path("runs/eval-cache"),
+    baselines: list[str] | None = None,
     suffix_corpus: Path | None = None,
     json: Path | None = None,
 ) -> None:
@@ -270,6 +271,7 @@ def evaluate(
         batch_size: prompts decoded in lockstep.
         device: cpu, cuda, ... or auto.
         cache: folder of the target's own answers.
+        baselines: rows beside the draft's (none, ngram, suffix); all by default.
         suffix_corpus: a prompt set (such as .../prompts/train) whose answers suffix decoding may draft from as well.
         json: write the table there.
     """
@@ -290,7 +292,7 @@ def evaluate(
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     options = EvaluateOptions(
         gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place,
-        draft_sampling, corpus,
+        draft_sampling, corpus, baselines,
     )  # fmt: skip
     ends = sorted(template.end_ids)
     evaluation = Evaluation(

@@ -53,6 +53,7 @@ class EvaluateOptions:
         draft_sampling: where the target samples, draft from the draft's own distribution (``probabilistic``), or its
             likeliest token (``deterministic``).
         corpus: earlier answers that suffix decoding may draft from.
+        baselines: which of them are shown beside the draft; all by default.
     """
 
     gamma: int = 4
@@ -66,6 +67,7 @@ class EvaluateOptions:
     device: str = "cpu"
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic"
     corpus: Sequence[Sequence[int]] = ()
+    baselines: Sequence[str] | None = None
 
 
 @dataclass
@@ -156,7 +158,9 @@ class Evaluation:
 
             return make
 
-        found = [text(name, make) for name, make in baselines(self.options.corpus).items()]
+        found = [
+            text(name, make) for name, make in baselines(self.options.corpus, self.options.baselines).items()
+        ]
         return [*found, _Method(module.algorithm, trained, drafted)]
 
     def _engine(self, dtype: str) -> HFTargetEngine:

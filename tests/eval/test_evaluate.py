@@ -75,6 +75,15 @@ def test_a_corpus_for_suffix_decoding_and_deterministic_drafts(run, prompts, tmp
     assert rows["eagle3"]["tau"] == pytest.approx(rows["eagle3"]["offline_tau"], abs=0.25)
 
 
+def test_only_some_baselines(run, prompts, tmp_path, capsys):
+    result = evaluate(run, prompts, tmp_path / "e.json", "--speed_prompts", 0, "--baselines", "[ngram]")
+    assert [row["method"] for row in result["methods"]] == ["none", "ngram", "eagle3"]
+    words = ["evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--baselines", "[x]",
+             "--cache", tmp_path / "cache", "--max_new_tokens", 20]  # fmt: skip
+    assert main([str(word) for word in words]) == 2
+    assert "baseline x: use none, ngram, suffix" in capsys.readouterr().err
+
+
 def test_the_exported_draft_earns_the_same(run, prompts, target, tmp_path):
     first = evaluate(run, prompts, tmp_path / "e.json", "--speed_prompts", 0)
     for form in ("sglang", "hf"):
