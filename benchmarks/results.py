@@ -194,13 +194,13 @@ def collect(entries: list[Entry], options: argparse.Namespace) -> tuple[dict[str
     return {"run": run, "methods": methods, "training": training}, failed
 
 
-_HOW = (
-    "Every algorithm on {name}: trained from its recipe for about {tokens:,} supervised tokens on the same features, then "
-    "measured by decoding the same {num_prompts} held-out prompts ({sampling}, γ = {gamma}, at most {max_new_tokens} new "
-    "tokens, seed {seed}). τ counts the bonus token; its interval is clustered by prompt. Offline τ is the same rounds "
-    "replayed over the target's own answers. Speed: {speed_prompts} prompts one at a time in {speed_dtype} on {device} with "
-    "{threads} threads; each speed-up is over plain decoding in the same process."
-)
+_HOW = """
+Every algorithm on {name}: trained from its recipe for about {tokens:,} supervised tokens on the same features, then
+measured by decoding the same {num_prompts} held-out prompts ({sampling}, γ = {gamma}, at most {max_new_tokens} new
+tokens, seed {seed}). τ counts the bonus token; its interval is clustered by prompt. Offline τ is the same rounds
+replayed over the target's own answers. Speed: {speed_prompts} prompts one at a time in {speed_dtype} on {device}
+with {threads} threads; each speed-up is over plain decoding in the same process.
+"""
 
 
 def page(content: dict[str, Any], command: str) -> str:
@@ -214,7 +214,7 @@ def page(content: dict[str, Any], command: str) -> str:
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
         "# Results", "",
-        textwrap.fill(_HOW.format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
+        textwrap.fill(_HOW.strip().format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
         f"Made by `{command}`.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *("| " + " | ".join(row) + " |" for row in rows), "",
