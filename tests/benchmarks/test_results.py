@@ -31,6 +31,7 @@ def arguments(target, features, prompts, tmp_path):
     return [str(word) for pair in options.items() for word in pair]
 
 
+@pytest.mark.slow
 def test_all_are_trained_for_the_same_tokens_and_measured_once(arguments, tmp_path, monkeypatch):
     assert results.main(arguments) == 0
     content = json.loads((tmp_path / "docs" / "results.json").read_text())
