@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from lightning_modules.standalone import StandaloneModule
 from specforge.cli import main
+from specforge.commands import load_module
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.decoder import decode
 from specforge.decoding.verify import Sampling
 from specforge.errors import UserError
 from specforge.eval.cache import Reference
 from specforge.eval.offline import draft_rounds
+from specforge.eval.tau import jump
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
@@ -224,6 +227,9 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
     ]
     assert [(d.counted, d.rounds) for d in together] == [(d.counted, d.rounds) for d in alone] == offline
     assert sum(r.tokens for r in offline) > sum(r.rounds for r in offline)
+    for prompt, answer, tensors, rounds in zip(PROMPTS, plain, features, offline, strict=True):
+        (chains,) = module.compute(Reference(prompt, answer, tensors).batch(), head, positions=gamma).chains
+        assert jump(chains)[0] == rounds
 
 
 def test_the_target_itself_as_its_draft_is_always_right(engine, target):
@@ -304,6 +310,8 @@ def test_export_is_a_folder_that_transformers_loads_and_specforge_reads_back(tar
             model = AutoModelForCausalLM.from_pretrained(folder)
             ids = torch.tensor([PROMPTS[3]])
             assert torch.equal(model(ids).logits, module.draft.model(ids).logits)
+            again = load_module(folder, str(target))
+            assert torch.equal(again.draft.model(ids).logits, module.draft.model(ids).logits)
             again = StandaloneModule(str(target), draft=str(folder))
             assert torch.equal(again.draft.model(ids).logits, module.draft.model(ids).logits)
     reduced = StandaloneModule(str(target), draft_config={"draft_vocab_size": 64})
@@ -360,18 +368,30 @@ def test_init_from_target_refuses_what_does_not_fit(target):
         module.draft.start_from_target(module.target)
 
 
-def test_it_trains_resumes_and_is_evaluated(target, features, prompts, tmp_path):
-    import json
-
-    run = tmp_path / "run"
+def test_it_is_captured_trained_resumed_and_evaluated(target, prompts, tmp_path):
+    run, features = tmp_path / "run", tmp_path / "features"
+    words = [
+        "capture",
+        "--algorithm",
+        "standalone",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        features,
+    ]
+    assert main([str(w) for w in words]) == 0
     words = [
         "fit", "--config", "standalone-smollm2.yaml", "--model.target", target, "--trainer.accelerator", "cpu",
         "--trainer.precision", "32-true", "--data.features", features, "--trainer.default_root_dir", run,
-        "--model.draft_config", '{"num_hidden_layers": 4, "draft_vocab_size": 128}',
+        "--trainer.val_check_interval", 4, "--model.draft_config", '{"num_hidden_layers": 4, "draft_vocab_size": 128}',
     ]  # fmt: skip
     assert main([str(w) for w in (*words, "--trainer.max_steps", 8)]) == 0
     checkpoint = run / "checkpoints" / "last.ckpt"
     assert main([str(w) for w in (*words, "--trainer.max_steps", 12, "--ckpt_path", checkpoint)]) == 0
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history if "val/tau" in row] == [4, 8, 12]
     words = ["evaluate", "--draft", checkpoint, "--prompts", prompts, "--json", tmp_path / "e.json",
              "--cache", tmp_path / "cache", "--max_new_tokens", 20, "--speed_prompts", 1]  # fmt: skip
     assert main([str(w) for w in words]) == 0
