@@ -29,6 +29,7 @@ TINY_OPTIONS: dict[str, dict[str, object]] = {
         "layer_ids": [1, 3, 4],
         "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
     },
+    "StandaloneModule": {"draft": None, "draft_config": {"num_hidden_layers": 2}},
 }
 
 
