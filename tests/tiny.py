@@ -25,6 +25,11 @@ ANSWERS = (
 # With what options every shipped recipe of a module is run on the tiny target, whose features hold layers 1, 3 and 4.
 TINY_OPTIONS: dict[str, dict[str, object]] = {
     "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+    "PEagleModule": {
+        "layer_ids": [1, 3, 4],
+        "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
+    },
+    "StandaloneModule": {"draft": None, "draft_config": {"num_hidden_layers": 2}},
 }
 
 
