@@ -5,8 +5,8 @@
 Throughput: prompts of 512 tokens are ingested beforehand; timed is lease, commit, deliver, trained and durable
 of batches, references encoded and decoded, over an in-memory feature store that is told of every one. Redis is a
 server on the loopback, started here. Overhead: what deliver and trained of one batch of 8 samples take, relative to a
-step of 50 ms. Medians of the repetitions, the stores in turn. ``--clock cpu`` counts this process's CPU time (so not the
-Redis server's) instead of the wall's, for machines that others use.
+step of 50 ms. Medians of the repetitions, the stores in turn. ``--clock cpu`` counts this process's CPU time (so not
+the Redis server's) instead of the wall's, for machines that others use.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_ref(sample_id: str) -> SampleRef:
 
 
 def throughput(
-    metadata: MetadataStore, samples: int, batch: int
+    metadata: MetadataStore, samples: int, batch: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Samples a second of each stage, and milliseconds of deliver and trained at a step of 8 samples."""
     control = DataFlowController(metadata, FeatureStore(Tensorless()))

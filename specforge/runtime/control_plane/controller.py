@@ -182,12 +182,12 @@ class DataFlowController:
     # Trainers.
 
     def deliver(self, keys: Sequence[str]) -> list[SampleRef]:
-        """References of samples to train on; their features may now be read from the store.
+        """References of samples to train on; their features may now be read from the store. None over the null store.
 
         Raises:
             StateError: one is not committed, or trained already; none is delivered.
         """
-        refs = [load_ref(text) for text in self.metadata.deliver(keys)]
+        refs = [load_ref(text) for text in self.metadata.deliver(keys) if text]
         self.features.adopt(refs)
         return refs
 

@@ -34,6 +34,7 @@ from specforge.runtime.control_plane.metadata import (
     STATES,
     TRAINED,
     MemoryMetadataStore,
+    NullMetadataStore,
     StateError,
 )
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
@@ -246,6 +247,20 @@ def test_damaged_features_are_produced_again(control):
     assert produce(control) == [key]
     (again,) = control.deliver([key])
     assert again.generation == 2
+
+
+def test_over_the_null_store_nothing_is_kept_and_nothing_freed(clock):
+    control = DataFlowController(NullMetadataStore(), FeatureStore(MemoryBackend()), clock=clock)
+    control.ingest(TASKS)
+    ref, keys = put(control.features, "s0"), ["s0@0"]
+    assert control.lease("w", 9) == []
+    assert control.commit([("s0@0", ref)]) == [True]
+    assert control.deliver(keys) == []
+    control.trained(keys, 1)
+    assert control.durable(1) == 0
+    assert control.rewind(0) == control.dead_letters() == []
+    assert control.counts() == dict.fromkeys(STATES, 0)
+    assert control.features.holds(ref)
 
 
 def test_senseless_limits_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -34,13 +35,21 @@ from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from tests.runtime.control_plane.redis_server import PASSWORD, make_certificates, redis_server
 
 
+no_server = pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server")
+
+
+def needs_redis(test):
+    """Marks for a test that starts a server."""
+    return pytest.mark.redis(no_server(test))
+
+
 @pytest.fixture(scope="module")
 def redis_port(tmp_path_factory) -> Iterator[int]:
     with redis_server(tmp_path_factory.mktemp("redis"), "--requirepass", PASSWORD) as port:
         yield port
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=[pytest.mark.redis, no_server])])
 def store(request, tmp_path) -> Iterator[MetadataStore]:
     if request.param == "memory":
         made: MetadataStore = MemoryMetadataStore()
@@ -325,7 +334,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
 # Redis.
 
 
-@pytest.mark.redis
+@needs_redis
 def test_runs_on_one_server_do_not_see_each_other(redis_port, tmp_path):
     url = f"redis://127.0.0.1:{redis_port}/0"
     one, other = (RedisMetadataStore(url, namespace=tmp_path.name + x, password=PASSWORD) for x in "ab")
@@ -334,7 +343,7 @@ def test_runs_on_one_server_do_not_see_each_other(redis_port, tmp_path):
     assert other.ingest([("k0", "task")]) == [True]
 
 
-@pytest.mark.redis
+@needs_redis
 @pytest.mark.parametrize("password", [None, "wrong"])
 def test_a_wrong_password_is_refused_without_showing_the_right_one(redis_port, password):
     with pytest.raises(UserError, match=f"metadata in Redis at 127.0.0.1:{redis_port}/0: ") as found:
@@ -342,7 +351,7 @@ def test_a_wrong_password_is_refused_without_showing_the_right_one(redis_port, p
     assert "wrong@" not in str(found.value)
 
 
-@pytest.mark.redis
+@needs_redis
 def test_a_server_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match=r"metadata in Redis at 127\.0\.0\.1:1/0: "):
         RedisMetadataStore("redis://127.0.0.1:1/0")
@@ -350,7 +359,7 @@ def test_a_server_that_is_not_there_is_one_line():
         RedisMetadataStore("redis://127.0.0.1:1/0", ca_file="ca.pem")
 
 
-@pytest.mark.redis
+@needs_redis
 def test_tls_with_certificates_on_both_sides(tmp_path: Path):
     files = make_certificates(tmp_path)
     ca, certificate, key = files["ca.pem"], files["server.pem"], files["server.key"]
