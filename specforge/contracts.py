@@ -32,7 +32,7 @@ class Record:
         Raises:
             TypeError: a field holds something else, such as a tensor.
         """
-        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -44,9 +44,14 @@ class Record:
         return cls(**{key: _tuples(value) for key, value in fields.items()})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """JSON value of a record, of text, of a number, or of sequences of them.
+
+    Raises:
+        TypeError: there is something else in it, such as a tensor.
+    """
     if isinstance(value, (tuple, list)):
-        return [x if type(x) is int else _plain(x) for x in value]
+        return [x if type(x) is int else plain(x) for x in value]
     if isinstance(value, Record):
         return value.to_json()
     if value is None or isinstance(value, (str, int, float)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal
 
-from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef
+from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
@@ -334,7 +334,7 @@ _OWN_FIELDS = tuple(f.name for f in fields(SampleRef) if f.name not in ("feature
 
 @lru_cache(maxsize=8192)
 def _dump(records: tuple[FeatureSpec, ...] | tuple[Provenance]) -> str:
-    return json.dumps([record.to_json() for record in records])
+    return json.dumps(plain(records))
 
 
 @lru_cache(maxsize=8192)

@@ -34,7 +34,6 @@ from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from tests.runtime.control_plane.redis_server import PASSWORD, make_certificates, redis_server
 
-
 no_server = pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server")
 
 
