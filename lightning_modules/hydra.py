@@ -12,8 +12,10 @@ from lightning_modules.medusa import MedusaModule
 
 
 class HydraModule(MedusaModule):
-    """Hydra; options as :class:`MedusaModule`. Hydra++'s teacher loss is ``loss: kl``, its deeper MLP
-    ``num_head_blocks`` of the draft config.
+    """Hydra, with the options of :class:`MedusaModule`.
+
+    Two parts of Hydra++ are options: its teacher loss is ``loss: kl``, its deeper MLP ``num_head_blocks`` of the
+    draft config.
     """
 
     algorithm: ClassVar[str] = "hydra"

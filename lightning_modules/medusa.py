@@ -133,7 +133,7 @@ class MedusaModule(DraftModule):
         teacher = TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, labels)
         results = [
             chunked_distillation(
-                states[k], self.draft.heads[k].lm_head.weight, plan.students[:, k : k + 1],
+                states[k], self.draft.each[k].lm_head.weight, plan.students[:, k : k + 1],
                 weights[:, k : k + 1], teacher, self.objective, chunk=self.chunk,
             )
             for k in range(steps)
@@ -173,7 +173,9 @@ class MedusaModule(DraftModule):
             part = slice(start, min(start + 256, plan.count))
             logits = torch.stack(
                 [
-                    F.linear(states[k][plan.students[part, k]], self.draft.heads[k].lm_head.weight.to(states.dtype))
+                    F.linear(
+                        states[k][plan.students[part, k]], self.draft.each[k].lm_head.weight.to(states.dtype)
+                    )
                     for k in range(positions)
                 ],
                 dim=1,

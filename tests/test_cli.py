@@ -82,7 +82,8 @@ def test_every_recipe_trains_on_the_tiny_target(path, target, features, tmp_path
     options = {
         "--trainer.accelerator": "cpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 2,
         "--trainer.precision": "32-true", "--trainer.default_root_dir": tmp_path, "--model.target": target,
-        "--data.features": features, **{f"--model.{name}": json.dumps(value) for name, value in tiny.items()},
+        "--data.features": features,
+        **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in tiny.items()},
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     assert main(["fit", "--config", path.name, *words]) == 0

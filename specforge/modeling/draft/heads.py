@@ -11,6 +11,7 @@ Shape legend: R rows, T positions, H hidden size, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,12 @@ class DraftHead(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> _Head:
         """The blocks' matrices and the linear head's in ``dtype``."""
-        return [block.weight.to(dtype) for block in self.blocks], self.lm_head.weight.to(dtype)
+        return [matrix.to(dtype) for matrix in self.matrices], self.lm_head.weight.to(dtype)
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The blocks' matrices."""
+        return [cast(nn.Linear, block).weight for block in self.blocks]
 
 
 def _through(blocks: Sequence[Tensor], hidden: Tensor, embeds: Sequence[Tensor]) -> Tensor:
@@ -82,6 +88,11 @@ class HeadsDraft(Draft):
             for k in range(count)
         )
 
+    @property
+    def each(self) -> list[DraftHead]:
+        """The heads, in order."""
+        return cast(list[DraftHead], list(self.heads))
+
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
         """Zero every block and copy the target's rows into every linear head: Medusa's own initialisation.
@@ -90,15 +101,15 @@ class HeadsDraft(Draft):
             UserError: the target's head has another width.
         """
         rows = target.lm_head()[self.target_ids.cpu()]
-        for head in self.heads:
+        for head in self.each:
             if head.lm_head.weight.shape != rows.shape:
                 raise UserError(
                     f"{target.name}: its lm_head rows are {tuple(rows.shape)}, the draft's "
                     f"{tuple(head.lm_head.weight.shape)}: it cannot start there"
                 )
             head.lm_head.weight.copy_(rows)
-            for block in head.blocks:
-                block.weight.zero_()
+            for matrix in head.matrices:
+                matrix.zero_()
 
     def forward(self, hidden: Tensor, embeds: Sequence[Tensor]) -> Tensor:
         """States of the first T heads.
@@ -110,11 +121,11 @@ class HeadsDraft(Draft):
         Returns:
             ``[T, R, H]``; the k-th goes to the linear head of ``heads[k]``.
         """
-        dtype = compute_dtype(self.heads[0].lm_head.weight)
+        dtype = compute_dtype(self.each[0].lm_head.weight)
         hidden, embeds = hidden.to(dtype), [x.to(dtype) for x in embeds]
         states = []
-        for k, head in enumerate(self.heads[: len(embeds)]):
-            blocks = [block.weight.to(dtype) for block in head.blocks]
+        for k, head in enumerate(self.each[: len(embeds)]):
+            blocks = [matrix.to(dtype) for matrix in head.matrices]
             states.append(_through(blocks, hidden, embeds[: k + 1] if self.sequential else ()))
         return torch.stack(states)
 
@@ -147,7 +158,7 @@ class HeadsDecoder:
 
     def __init__(self, draft: HeadsDraft, dtype: torch.dtype) -> None:
         self.dtype, self.sequential = dtype, draft.sequential
-        self._heads: list[_Head] = [head.weights(dtype) for head in draft.heads]
+        self._heads: list[_Head] = [head.weights(dtype) for head in draft.each]
 
     @property
     def positions(self) -> int:
