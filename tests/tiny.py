@@ -28,6 +28,11 @@ TINY_OPTIONS: dict[str, dict[str, object]] = {
     "HydraModule": {"draft_config": {"draft_vocab_size": 64}},
     "MedusaModule": {"draft_config": {"draft_vocab_size": 64}},
     "MTPModule": {"draft_config": {"draft_vocab_size": 64}, "init_from": "target"},
+    "PEagleModule": {
+        "layer_ids": [1, 3, 4],
+        "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
+    },
+    "StandaloneModule": {"draft": None, "draft_config": {"num_hidden_layers": 2}},
 }
 
 

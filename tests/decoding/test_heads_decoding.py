@@ -109,8 +109,9 @@ def test_no_more_tokens_than_heads_are_drafted(engine, module, prompts):
     assert sum(decoded.drafted[4:]) == 0
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=8), Sampling(0.7, top_p=0.5)])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("sampling", "deterministic"), [(Sampling(1.0, top_k=8), False), (Sampling(0.7, top_p=0.5), True)]
+)
 def test_sampled_output_has_the_targets_distribution(engine, module, prompts, sampling, deterministic):
     """Chi-square of the third answer token against the target's exact distribution, over 2,000 decodings.
 

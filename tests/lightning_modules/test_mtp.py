@@ -16,6 +16,7 @@ from lightning_modules.mtp import MTPModule
 from specforge.contracts import LAST_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
 from specforge.export.mtp import mtp_tensors
+from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
 from tests.lightning_modules.mtp_reference import MTPReference
 from tests.lightning_modules.test_eagle3 import V, make_head, pack, run, same, small_target
@@ -119,6 +120,22 @@ def test_a_batch_without_supervised_rows_gives_zero_gradients(small_target):
     assert float(loss) == 0.0
     assert gradients.keys() == dict(module.draft.named_parameters()).keys()
     assert not any(bool(x.any()) for x in gradients.values())
+
+
+def test_bf16_gradients_are_close_to_fp64(small_target):
+    module, head = make_module(small_target, config={"qk_norm": True, "attention_bias": True}), make_head()
+    batch = pack(documents_of((30, 40)))
+    _, exact, _ = run(module, head, [batch])
+    module.draft.float()
+    batch.features = {name: x.float() for name, x in batch.features.items()}
+    module.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
+    loss.backward()
+    for name, parameter in module.draft.named_parameters():
+        error = (parameter.grad.double() - exact[name]).norm() / exact[name].norm()
+        # The softmax cancels a bias of the keys, up to the rotation: what is left is small.
+        assert error < (0.3 if name.endswith("k_proj.bias") else 0.1), (name, float(error))
 
 
 NAMES = {

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.errors import UserError
-from specforge.modeling.draft.llama_eagle3 import SwiGLUMLP
+from specforge.modeling.draft.fused import SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
@@ -174,13 +174,18 @@ class MTPDraft(Draft):
             Normed states ``[T, R, H]``, which the target's head reads.
         """
         dtype = compute_dtype(self.proj.weight)
-        w = self.weights(dtype)
-        embedded = self.embed_norm.linear(embeds.to(dtype), w.embed)
+        # Every product below names its dtype; autocast would also narrow the reductions.
+        with torch.autocast(embeds.device.type, enabled=False):
+            return self._unroll(last_hidden_states.to(dtype), embeds.to(dtype), plan)
+
+    def _unroll(self, last_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan) -> Tensor:
+        w = self.weights(embeds.dtype)
+        embedded = self.embed_norm.linear(embeds, w.embed)
         cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
         row_positions = plan.positions[plan.rows]
 
         # Step 0: keys and values of every token, queries of the needed rows only.
-        x = self.hidden_norm.linear(last_hidden_states.to(dtype), w.hidden) + embedded[plan.next_tokens]
+        x = self.hidden_norm.linear(last_hidden_states, w.hidden) + embedded[plan.next_tokens]
         query, key, value = self.heads(x, w, cos[plan.positions], sin[plan.positions])
         x, query = x[plan.rows], query[plan.rows]
         states: list[Tensor] = []
