@@ -117,7 +117,9 @@ class TargetFiles:
         return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
 
     def _first(self, names: tuple[str, ...], what: str) -> Tensor:
-        ends = [n for n in self.weight_files if any(n == x or n.endswith("." + x) for x in names)]
+        # A model's MTP modules have a norm and sometimes an embedding of their own.
+        own = [n for n in self.weight_files if not n.startswith("mtp.")]
+        ends = [n for n in own if any(n == x or n.endswith("." + x) for x in names)]
         if not ends:
             raise UserError(f"{self.folder}: no {what} among its tensors (looked for {', '.join(names)})")
         return self.tensor(min(ends, key=len))

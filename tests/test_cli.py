@@ -85,7 +85,7 @@ def test_every_recipe_trains_on_the_tiny_target(path, target, features, prompts,
         "--trainer.accelerator": "cpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 2,
         "--trainer.precision": "32-true", "--trainer.default_root_dir": tmp_path, "--model.target": target,
         **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
-        **{f"--model.{name}": json.dumps(value) for name, value in tiny.items()},
+        **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in tiny.items()},
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     assert main(["fit", "--config", path.name, *words]) == 0

@@ -25,6 +25,9 @@ ANSWERS = (
 # With what options every shipped recipe of a module is run on the tiny target, whose features hold layers 1, 3 and 4.
 TINY_OPTIONS: dict[str, dict[str, object]] = {
     "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+    "HydraModule": {"draft_config": {"draft_vocab_size": 64}},
+    "MedusaModule": {"draft_config": {"draft_vocab_size": 64}},
+    "MTPModule": {"draft_config": {"draft_vocab_size": 64}, "init_from": "target"},
     "PEagleModule": {
         "layer_ids": [1, 3, 4],
         "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
