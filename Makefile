@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
 	index=$$($(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=3)" 2>/dev/null \
 	  && echo --extra-index-url $(CPU_WHEELS)); \
-	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf]'
+	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf,redis]'
 	touch $@
 
 quickstart: install
@@ -30,7 +30,7 @@ quickstart: install
 	$(SPECFORGE) capture --target $(TARGET) --prompts $(RUN)/prompts --output $(RUN)/features --layer_ids '[14, 22, 28]' --limit_samples 1302
 	$(SPECFORGE) fit --config quickstart.yaml --ckpt_path last
 	$(SPECFORGE) export --draft $(RUN)/checkpoints/last.ckpt --output $(RUN)/draft --to sglang
-	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/prompts --json $(RUN)/evaluation.json
+	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/prompts --baselines '[ngram]' --json $(RUN)/evaluation.json
 
 test: install
 	$(VENV)/bin/python -m pytest

@@ -259,6 +259,7 @@ class DraftModule(pl.LightningModule):
         """Add what the draft is, so that evaluation and export need nothing but the file."""
         checkpoint[CHECKPOINT_KEY] = {
             "algorithm": self.algorithm,
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "draft_config": config_fields(self.draft),
             "target": self.target.name,
             "target_fingerprint": self.target.fingerprint,
@@ -329,12 +330,13 @@ def draft_config_for(
     return config, where
 
 
-def load_weights(draft: Draft, path: Path, form: DraftFormat) -> None:
+def load_weights(draft: Draft, path: str | Path, form: DraftFormat) -> None:
     """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
 
     Raises:
         UserError: tensors are missing, unknown, or of another shape.
     """
+    path = Path(path)
     if path.is_dir():
         tensors = form.read(*read_draft(path), where=str(path))
     else:

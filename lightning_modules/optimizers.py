@@ -111,11 +111,11 @@ def build_optimizer(
         total_steps: optimizer steps of the whole run.
     """
     trainable = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-    matrices = [p for p in trainable.values() if p.ndim >= 2]
-    vectors = [p for p in trainable.values() if p.ndim < 2]
+    matrices = [p for p in trainable.values() if p.ndim == 2]
+    vectors = [p for p in trainable.values() if p.ndim != 2]
     if options.name == "muon":
-        tables = [p for name, p in trainable.items() if p.ndim >= 2 and _is_table(name)]
-        layers = [p for name, p in trainable.items() if p.ndim >= 2 and not _is_table(name)]
+        tables = [p for name, p in trainable.items() if p.ndim == 2 and _is_table(name)]
+        layers = [p for name, p in trainable.items() if p.ndim == 2 and not _is_table(name)]
         optimizer: Optimizer = MuonWithAdamW(
             layers, [*tables, *vectors], options.lr, options.betas, options.weight_decay
         )

@@ -239,6 +239,7 @@ def evaluate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic",
     seed: int = 0,
     dtype: str = "float32",
     speed_dtype: str = "bfloat16",
@@ -246,6 +247,8 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     cache: Path = Path("runs/eval-cache"),
+    baselines: list[str] | None = None,
+    suffix_corpus: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Decode held-out prompts speculatively and measure what the draft earns.
@@ -260,6 +263,7 @@ def evaluate(
         temperature: 0 for greedy.
         top_p: nucleus of sampling.
         top_k: tokens to sample from; 0 for all.
+        draft_sampling: where the target samples, draft from the draft's own distribution, or its likeliest token.
         seed: of sampling.
         dtype: compute dtype of the comparison with the target's own output.
         speed_dtype: compute dtype of the timed runs.
@@ -267,6 +271,8 @@ def evaluate(
         batch_size: prompts decoded in lockstep.
         device: cpu, cuda, ... or auto.
         cache: folder of the target's own answers.
+        baselines: rows beside the draft's (none, ngram, suffix); all by default.
+        suffix_corpus: a prompt set (such as .../prompts/train) whose answers suffix decoding may draft from as well.
         json: write the table there.
     """
     from specforge.data.prompts import PromptSet
@@ -283,15 +289,18 @@ def evaluate(
     tasks = PromptSet.load(folder).tasks[:num_prompts]
     template = ChatTemplate.load(files)
     sampling = Sampling(temperature, top_p, top_k)
+    corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     options = EvaluateOptions(
-        gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place
-    )
+        gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place,
+        draft_sampling, corpus, baselines,
+    )  # fmt: skip
     ends = sorted(template.end_ids)
     evaluation = Evaluation(
         files, module, ends, template.fingerprint, EvalCache(cache), options, _console.print
     )
     results = evaluation.run([_prompt(task) for task in tasks])
-    run = _run_fields(module, draft, folder, len(tasks), options) | {"versions": versions()}
+    run = _run_fields(module, draft, folder, len(tasks), options)
+    run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
     print_table(results, run)
     if json is not None:
         _write_results(json, as_json(results, run))
@@ -303,7 +312,8 @@ def _run_fields(module: Any, draft: Path, prompts: Path, count: int, options: An
         "target": module.target.name, "target_fingerprint": module.target.fingerprint, "draft": str(draft),
         "algorithm": module.algorithm, "prompts": str(prompts), "num_prompts": count, "gamma": options.gamma,
         "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "top_k": sampling.top_k, "dtype": options.dtype, "speed_dtype": options.speed_dtype,
+        "top_k": sampling.top_k, "draft_sampling": options.draft_sampling, "dtype": options.dtype,
+        "speed_dtype": options.speed_dtype,
         "speed_prompts": min(options.speed_prompts, count), "device": options.device,
         "threads": torch.get_num_threads(), "seed": options.seed, "tau": "bonus token included",
     }  # fmt: skip
@@ -356,16 +366,21 @@ def find_algorithm(name: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    from lightning_modules import algorithms
+    from lightning_modules import DraftModule, algorithms
 
     if "." in name:
         from importlib import import_module
 
         module, _, cls = name.rpartition(".")
         try:
-            return getattr(import_module(module), cls)
+            found = getattr(import_module(module), cls)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"algorithm {name}: cannot be imported ({error})") from error
+            raise UserError(
+                f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, DraftModule)):
+            raise UserError(f"algorithm {name}: is not a DraftModule")
+        return found
     known = algorithms()
     if name not in known:
         raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
@@ -388,7 +403,8 @@ def load_module(draft: Path, target: str | None) -> Any:
         name, fingerprint = _algorithm_of(config, draft), None
     else:
         saved = read_checkpoint(draft)["specforge"]
-        config, name, fingerprint = saved["draft_config"], saved["algorithm"], saved["target_fingerprint"]
+        config, fingerprint = saved["draft_config"], saved["target_fingerprint"]
+        name = saved.get("class_path", saved["algorithm"])
         target = target or saved["target"]
     module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
@@ -409,6 +425,10 @@ def _algorithm_of(config: dict[str, Any], draft: Path) -> str:
 
 def _prompt(task: Any) -> list[int]:
     return list(task.input_ids[: task.loss_mask.index(1)])
+
+
+def _answer(task: Any) -> list[int]:
+    return [token for token, learnt in zip(task.input_ids, task.loss_mask, strict=True) if learnt]
 
 
 def print_table(results: list[Any], run: dict[str, Any]) -> None:

@@ -35,15 +35,19 @@ class TargetFiles:
     folder: Path
 
     @classmethod
-    def find(cls, name: str) -> TargetFiles:
+    def find(cls, name: str, what: str = "target") -> TargetFiles:
         """Locate a target by folder or hub name.
+
+        Args:
+            name: folder or hub name.
+            what: what to call it in an error message.
 
         Raises:
             UserError: no such folder, and the hub has no such model or does not answer.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            folder = _from_hub(name)
+            folder = _from_hub(name, what)
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: no config.json, so this is not a model folder")
         return cls(name, folder)
@@ -113,7 +117,9 @@ class TargetFiles:
         return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
 
     def _first(self, names: tuple[str, ...], what: str) -> Tensor:
-        ends = [n for n in self.weight_files if any(n == x or n.endswith("." + x) for x in names)]
+        # A model's MTP modules have a norm and sometimes an embedding of their own.
+        own = [n for n in self.weight_files if not n.startswith("mtp.")]
+        ends = [n for n in own if any(n == x or n.endswith("." + x) for x in names)]
         if not ends:
             raise UserError(f"{self.folder}: no {what} among its tensors (looked for {', '.join(names)})")
         return self.tensor(min(ends, key=len))
@@ -162,7 +168,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -170,9 +176,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UserError(f"target {name!r}: no such folder, and not a model hub name") from error
+        raise UserError(f"{what} {name!r}: no such folder, and not a model hub name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"target {name!r}: no such folder, and not found on the model hub ({reason})"
+            f"{what} {name!r}: no such folder, and not found on the model hub ({reason})"
         ) from error

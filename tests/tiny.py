@@ -27,6 +27,14 @@ TINY_OPTIONS: dict[str, dict[str, object]] = {
     "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
     "DFlashModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
     "DSparkModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+    "HydraModule": {"draft_config": {"draft_vocab_size": 64}},
+    "MedusaModule": {"draft_config": {"draft_vocab_size": 64}},
+    "MTPModule": {"draft_config": {"draft_vocab_size": 64}, "init_from": "target"},
+    "PEagleModule": {
+        "layer_ids": [1, 3, 4],
+        "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
+    },
+    "StandaloneModule": {"draft": None, "draft_config": {"num_hidden_layers": 2}},
 }
 
 

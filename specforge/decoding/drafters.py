@@ -26,6 +26,11 @@ class Drafter(Protocol):
         """The features of the target that it wants; None for none."""
         ...
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether it drafts the likeliest token also where the target samples; settable where there is a choice."""
+        ...
+
     def reset(self) -> None:
         """Forget the sequence."""
         ...
@@ -49,6 +54,7 @@ class NoDrafter:
     """Proposes nothing: plain decoding, one token a pass."""
 
     capture: CapturePolicy | None = None
+    deterministic = True
 
     def reset(self) -> None:
         """Nothing to forget."""
@@ -69,6 +75,7 @@ class NGramDrafter:
     """
 
     capture: CapturePolicy | None = None
+    deterministic = True
 
     def __init__(self, longest: int = 3) -> None:
         self.longest = longest

@@ -1,4 +1,4 @@
-"""What a draft really earns: lossless speculative decoding on held-out prompts, beside no draft and n-gram.
+"""What a draft really earns: lossless speculative decoding on held-out prompts, beside drafters without training.
 
 1. The target's own answers are generated once, plainly, and kept (EvalCache).
 2. Every method decodes every prompt in ``dtype``; τ is pooled, its interval clustered by prompt. Greedy output
@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from specforge.contracts import CapturePolicy
 from specforge.decoding.decoder import Decoded, decode
-from specforge.decoding.drafters import Drafter, NGramDrafter, NoDrafter
+from specforge.decoding.drafters import Drafter
 from specforge.decoding.verify import Sampling
 from specforge.errors import UserError
+from specforge.eval.baselines import baselines
 from specforge.eval.cache import EvalCache, EvalKey, Reference
-from specforge.eval.offline import draft_rounds, ngram_rounds
+from specforge.eval.offline import draft_rounds, text_rounds
 from specforge.eval.tau import Rounds, Tau, pooled_tau
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.modeling.target_head import TargetHead
@@ -49,6 +50,10 @@ class EvaluateOptions:
         speed_prompts: prompts that are timed; 0 times nothing.
         batch_size: prompts decoded in lockstep, except where they are timed.
         device: where the target runs.
+        draft_sampling: where the target samples, draft from the draft's own distribution (``probabilistic``), or its
+            likeliest token (``deterministic``).
+        corpus: earlier answers that suffix decoding may draft from.
+        baselines: which of them are shown beside the draft; all by default.
     """
 
     gamma: int = 4
@@ -60,6 +65,9 @@ class EvaluateOptions:
     speed_prompts: int = 8
     batch_size: int = 32
     device: str = "cpu"
+    draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic"
+    corpus: Sequence[Sequence[int]] = ()
+    baselines: Sequence[str] | None = None
 
 
 @dataclass
@@ -113,7 +121,7 @@ class Evaluation:
         self._heads: dict[str, TargetHead] = {}
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[MethodResult]:
-        """Evaluate on prompts; rows ``none``, ``ngram`` and the algorithm's name.
+        """Evaluate on prompts; the baselines' rows, then the algorithm's.
 
         Raises:
             UserError: there are no prompts, or one is too long for the target.
@@ -132,23 +140,28 @@ class Evaluation:
         return [self._row(method, references, speeds.get(method.name)) for method in methods]
 
     def _methods(self) -> list[_Method]:
-        gamma, sampling = self.options.gamma, self.options.sampling
-        module = self.module
+        gamma, sampling, module = self.options.gamma, self.options.sampling, self.module
+        deterministic = self.options.draft_sampling == "deterministic"
 
-        def plain(reference: Reference) -> Rounds:
-            return Rounds(len(reference.answer) - 1, len(reference.answer) - 1)
+        def text(name: str, make: Callable[[], Drafter]) -> _Method:
+            return _Method(name, lambda dtype: make, lambda r: text_rounds(make, r, gamma))
 
         def drafted(reference: Reference) -> Rounds:
-            return draft_rounds(module, self._head(self.options.dtype), reference, gamma, sampling)
+            head = self._head(self.options.dtype)
+            return draft_rounds(module, head, reference, gamma, sampling, deterministic)
 
         def trained(dtype: str) -> Callable[[], Drafter]:
-            return lambda: module.drafter(self._head(dtype), torch_dtype(dtype))  # type: ignore[no-any-return]
+            def make() -> Drafter:
+                drafter = module.drafter(self._head(dtype), torch_dtype(dtype))
+                drafter.deterministic = deterministic
+                return drafter  # type: ignore[no-any-return]
 
-        return [
-            _Method("none", lambda dtype: NoDrafter, plain),
-            _Method("ngram", lambda dtype: NGramDrafter, lambda r: ngram_rounds(r, gamma)),
-            _Method(module.algorithm, trained, drafted),
+            return make
+
+        found = [
+            text(name, make) for name, make in baselines(self.options.corpus, self.options.baselines).items()
         ]
+        return [*found, _Method(module.algorithm, trained, drafted)]
 
     def _engine(self, dtype: str) -> HFTargetEngine:
         if dtype not in self._engines:

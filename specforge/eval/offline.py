@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.decoding.drafters import NGramDrafter
+from specforge.decoding.drafters import Drafter
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import Reference
 from specforge.eval.tau import Rounds, chains, expected_rounds, jump
@@ -18,7 +19,12 @@ from specforge.modeling.target_head import TargetHead
 
 @torch.inference_mode()
 def draft_rounds(
-    module: Any, head: TargetHead, reference: Reference, gamma: int, sampling: Sampling
+    module: Any,
+    head: TargetHead,
+    reference: Reference,
+    gamma: int,
+    sampling: Sampling,
+    deterministic: bool = False,
 ) -> Rounds:
     """Rounds of a trained draft over one answer, teacher-forced.
 
@@ -28,14 +34,17 @@ def draft_rounds(
         reference: the answer and its features.
         gamma: tokens drafted a round.
         sampling: the sampler that wrote the answer; greedy answers are jumped, sampled ones expected.
+        deterministic: the draft's likeliest token is drafted also where the target samples. It is accepted where the
+            answer has it, so such answers are jumped too.
     """
+    jumps = sampling.greedy or deterministic
     batch = reference.batch().to(head.embedding.device)
     ids = module.draft.draft_ids(batch.input_ids)
     labels: list[int] = []
     rows: list[Tensor] = []
     for tile in module.draft_logits(batch, head, gamma):
         labels += tile.labels.tolist()
-        if sampling.greedy:
+        if jumps:
             rows.append((tile.logits.argmax(-1) == ids[tile.labels].unsqueeze(1)).double().cpu())
             continue
         q = sampling.probs(tile.logits.flatten(0, 1)).unflatten(0, tile.logits.shape[:2])
@@ -46,16 +55,19 @@ def draft_rounds(
         rows.append((drafted.double() / emitted.clamp(min=1e-30)).clamp(max=1).cpu())
     accept = torch.cat(rows).numpy() if rows else np.zeros((0, gamma))
     tables = chains(accept, labels, batch.spans)
-    if sampling.greedy:
-        parts = [jump(table > 0.5)[0] for table in tables]
-    else:
-        parts = [expected_rounds(table) for table in tables]
+    parts = [jump(table > 0.5)[0] if jumps else expected_rounds(table) for table in tables]
     return Rounds(sum(p.tokens for p in parts), sum(p.rounds for p in parts))
 
 
-def ngram_rounds(reference: Reference, gamma: int) -> Rounds:
-    """Rounds of the n-gram drafter over one greedy answer; exact, because its drafts depend on the text alone."""
-    drafter = NGramDrafter()
+def text_rounds(make: Callable[[], Drafter], reference: Reference, gamma: int) -> Rounds:
+    """Rounds of a drafter that reads nothing but the text, over one answer; exact, because its drafts follow from it.
+
+    Args:
+        make: makes the drafter.
+        reference: the answer.
+        gamma: most tokens drafted a round.
+    """
+    drafter = make()
     answer = reference.answer
     drafter.observe([*reference.prompt, answer[0]], {})
     position, rounds = 1, 0

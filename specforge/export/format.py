@@ -46,6 +46,10 @@ class DraftFormat:
         """Fields of the written ``config.json``."""
         return {**config, **_rope_twice(config), "dtype": dtype, "torch_dtype": dtype}
 
+    def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
+        """The network of a ``config.json``, at random."""
+        return build_draft(config, where)
+
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The draft's tensors under the names that are written."""
         return state
@@ -107,7 +111,7 @@ class DraftFormat:
         where = f"export to {folder}"
         state = {name: x.detach().cpu() for name, x in draft.state_dict().items()}
         config = config_fields(draft)
-        check_tensors(state, build_draft(config).state_dict(), where)
+        check_tensors(state, self.build(config).state_dict(), where)
         state = {n: x.to(DTYPES[dtype]) if x.is_floating_point() else x for n, x in state.items()}
         save_draft(self.config(config, dtype), {**self.tensors(state), **extra}, folder)
         self._read_back(folder, state)
@@ -115,7 +119,7 @@ class DraftFormat:
     def _read_back(self, folder: Path, written: dict[str, Tensor]) -> None:
         """Parity probe: what lies on disk, read as a stranger would, is the network that was written."""
         config, tensors = read_draft(folder)
-        again = build_draft(config, str(folder))
+        again = self.build(config, str(folder))
         again.load_state_dict(self.read(config, tensors, str(folder)))
         for name, tensor in again.state_dict().items():
             if not torch.equal(tensor.to(written[name].dtype), written[name]):

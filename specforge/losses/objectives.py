@@ -181,6 +181,27 @@ class LKLambda:
         return loss, grad.addcmul_(overlap_grad, 1 - weight.unsqueeze(-1))
 
 
+@dataclass(frozen=True)
+class TopK:
+    """-Σ_{x ∈ TopK(p̃)} p̃(x) log q(x) over the teacher's K likeliest draft tokens (HASS, arXiv 2408.15766).
+
+    Args:
+        k: K; the whole draft vocabulary where that is smaller.
+    """
+
+    k: int = 10
+    full_vocabulary: ClassVar[bool] = False
+
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """∂/∂z = q Σ_{TopK} p̃ - p̃ 1[TopK]."""
+        p, index = teacher.probs.topk(min(self.k, teacher.probs.shape[-1]), dim=-1)
+        index = index.expand(-1, student.probs.shape[1], -1)
+        p = p.expand(index.shape)
+        loss = -torch.linalg.vecdot(p, _log(student.probs.gather(-1, index)))
+        grad = student.probs.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, index, -p)
+        return loss, grad
+
+
 class Mix:
     """A weighted sum of objectives.
 
@@ -205,20 +226,21 @@ class Mix:
         return loss, grad
 
 
-def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0) -> Objective:
+def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0, topk: int = 10) -> Objective:
     """An objective by name, or a weighted mix of several.
 
     Args:
-        loss: one of ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those
-            names.
+        loss: one of ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or weights
+            by those names.
         lk_eta: η of ``lk_lambda``.
+        topk: K of ``topk``.
 
     Raises:
-        UserError: there is no objective of that name, or the mix is empty.
+        UserError: there is no objective of that name, the mix is empty, or K is not positive.
     """
     known: dict[str, Objective] = {
         "kl": ForwardKL(), "reverse_kl": ReverseKL(), "js": JensenShannon(), "tv": TotalVariation(),
-        "ce": CrossEntropy(), "lk_alpha": LKAlpha(), "lk_lambda": LKLambda(lk_eta),
+        "ce": CrossEntropy(), "topk": TopK(topk), "lk_alpha": LKAlpha(), "lk_lambda": LKLambda(lk_eta),
     }  # fmt: skip
     parts = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     for name in parts:
@@ -228,6 +250,8 @@ def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0) -> Obje
             raise UserError(f"loss {name!r}: use one of {', '.join(known)}{hint}")
     if not parts:
         raise UserError("loss: the mix is empty")
+    if topk < 1:
+        raise UserError(f"topk is {topk}: at least 1")
     if len(parts) == 1 and 1.0 in parts.values():
         return known[next(iter(parts))]
     return Mix([(weight, known[name]) for name, weight in parts.items()])

@@ -8,7 +8,8 @@ Shape legend: N tokens, M rows, V vocabulary, D draft vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from specforge.errors import UserError
 from specforge.target_files import TargetFiles
 
 _SCALED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+
+
+def check_plain_logits(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a model whose logits are more than its head times its last state.
+
+    Raises:
+        UserError: names the field of the config.
+    """
+    scaled = [key for key in _SCALED_LOGITS if config.get(key) not in (None, 1, 1.0)]
+    if scaled:
+        raise UserError(f"{where}: its config sets {scaled[0]}; such logits are not supported")
 
 
 class TargetRows(NamedTuple):
@@ -49,9 +61,7 @@ class TargetHead:
         Raises:
             UserError: the target scales or caps its logits, which the loss would not see.
         """
-        scaled = [key for key in _SCALED_LOGITS if target.config.get(key) not in (None, 1, 1.0)]
-        if scaled:
-            raise UserError(f"{target.name}: its config sets {scaled[0]}; such logits are not supported")
+        check_plain_logits(target.config, target.name)
         tied = bool(target.config.get("tie_word_embeddings"))
         embedding = target.embedding()
         return cls(embedding, embedding if tied else target.lm_head(), dtype)

@@ -39,7 +39,7 @@ def evaluate(run, prompts, output, *options) -> dict:
 
 def test_the_table(run, prompts, tmp_path):
     result = evaluate(run, prompts, tmp_path / "e.json")
-    assert [row["method"] for row in result["methods"]] == ["none", "ngram", "eagle3"]
+    assert [row["method"] for row in result["methods"]] == ["none", "ngram", "suffix", "eagle3"]
     for row in result["methods"]:
         assert [field for field in FIELDS if field not in row] == []
         assert row["prompts"] == 8
@@ -55,12 +55,33 @@ def test_the_table(run, prompts, tmp_path):
 
 def test_sampled_evaluation(run, prompts, tmp_path):
     result = evaluate(run, prompts, tmp_path / "e.json", "--temperature", 1.0, "--speed_prompts", 0)
-    row = result["methods"][2]
+    row = result["methods"][-1]
     assert row["lossless"] is None
     assert row["tau"] == pytest.approx(row["offline_tau"], abs=0.25)
     assert evaluate(run, prompts, tmp_path / "again.json", "--temperature", 1.0, "--speed_prompts", 0) | {
         "run": 0
     } == (result | {"run": 0})
+
+
+def test_a_corpus_for_suffix_decoding_and_deterministic_drafts(run, prompts, tmp_path):
+    options = ("--speed_prompts", 0, "--temperature", 0.5, "--draft_sampling", "deterministic")
+    result = evaluate(run, prompts, tmp_path / "e.json", *options, "--suffix_corpus", prompts / "train")
+    assert result["run"]["draft_sampling"] == "deterministic"
+    assert result["run"]["suffix_corpus"] == str(prompts / "train")
+    without = evaluate(run, prompts, tmp_path / "w.json", *options)
+    rows, others = ({row["method"]: row for row in r["methods"]} for r in (result, without))
+    assert rows["eagle3"] == others["eagle3"]
+    assert rows["suffix"] != others["suffix"]
+    assert rows["eagle3"]["tau"] == pytest.approx(rows["eagle3"]["offline_tau"], abs=0.25)
+
+
+def test_only_some_baselines(run, prompts, tmp_path, capsys):
+    result = evaluate(run, prompts, tmp_path / "e.json", "--speed_prompts", 0, "--baselines", "[ngram]")
+    assert [row["method"] for row in result["methods"]] == ["none", "ngram", "eagle3"]
+    words = ["evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--baselines", "[x]",
+             "--cache", tmp_path / "cache", "--max_new_tokens", 20]  # fmt: skip
+    assert main([str(word) for word in words]) == 2
+    assert "baseline x: use none, ngram, suffix" in capsys.readouterr().err
 
 
 def test_the_exported_draft_earns_the_same(run, prompts, target, tmp_path):

@@ -33,6 +33,21 @@ class Reference:
         self.w, self.config, self.embedding, self.lm_head = weights, config, embedding, lm_head
         self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
 
+    def project(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Queries, keys and values of one row, by head."""
+        c, attn = self.config, "midlayer.self_attn."
+        theta = c.rope_parameters["rope_theta"]
+        q, k, v = (self.w[attn + name] @ x for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        return (
+            [rotate(h, position, theta) for h in q.split(c.head_dim)],
+            [rotate(h, position, theta) for h in k.split(c.head_dim)],
+            list(v.split(c.head_dim)),
+        )
+
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return 1 / math.sqrt(self.config.head_dim)
+
     def states(self, tokens: Tensor, aux: Tensor, steps: int) -> list[list[Tensor | None]]:
         """Normed state of every row at every step; None where the row's next token would be past the end."""
         c, w = self.config, self.w
@@ -49,7 +64,6 @@ class Reference:
         keys: list[list] = []
         values: list[list] = []
         out: list[list[Tensor | None]] = []
-        group = c.num_attention_heads // c.num_key_value_heads
         for step in range(steps):
             keys.append([None] * length)
             values.append([None] * length)
@@ -60,19 +74,15 @@ class Reference:
                     self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps
                 )
                 state = rms_norm(hidden[p], w["midlayer.hidden_norm.weight"], eps)
-                x = torch.cat([embed, state])
-                attn = "midlayer.self_attn."
-                theta = c.rope_parameters["rope_theta"]
-                q, k, v = (w[attn + name] @ x for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-                queries[p] = [rotate(h, p + step, theta) for h in q.split(c.head_dim)]
-                keys[step][p] = [rotate(h, p + step, theta) for h in k.split(c.head_dim)]
-                values[step][p] = list(v.split(c.head_dim))
+                heads = self.project(torch.cat([embed, state]), p + step)
+                queries[p], keys[step][p], values[step][p] = heads
             for p in range(length - 1 - step):
                 seen = [(0, j) for j in range(p + 1)] + [(s, p) for s in range(1, step + 1)]
                 heads = []
                 for h in range(c.num_attention_heads):
+                    group = c.num_attention_heads // len(keys[0][0])
                     scores = torch.stack([queries[p][h] @ keys[s][j][h // group] for s, j in seen])
-                    probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
+                    probs = torch.softmax(scores * self.scale(), 0)
                     heads.append(
                         sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True))
                     )
@@ -87,7 +97,7 @@ class Reference:
 
     def document(
         self, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, *, steps: int, decay: float, loss: str,
-        label: str, eta: float = 3.0,
+        label: str, eta: float = 3.0, topk: int = 10, feature_weight: float = 0.0,
     ) -> tuple[Tensor, int, list[int]]:  # fmt: skip
         """Sum of the loss, number of supervised tokens, and hits of each step, of one document."""
         states = self.states(tokens, aux, steps)
@@ -126,12 +136,54 @@ class Reference:
                         / 2
                     ),
                     "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
+                    "topk": lambda q=q, r=renormalised: (
+                        -sum(
+                            r[i] * q[i].log()
+                            for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk]
+                        )
+                    ),
                     "lk_alpha": lambda accept=accept: -accept.log(),
                     "lk_lambda": lambda kl=kl, accept=accept: (
                         torch.exp(-eta * accept.detach()) * kl
                         + (1 - torch.exp(-eta * accept.detach())) * (1 - accept)
                     ),
                 }[loss]()
-                total = total + decay**step * row
+                apart = 0.0
+                for a, b in zip(states[step][p], last[p + 1 + step], strict=True):
+                    apart = apart + ((a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5) / len(last[p])
+                total = total + decay**step * (row + feature_weight * apart)
         count = int(mask[2:].sum())
         return total, count, hits
+
+
+def rotate_pairs(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate one head ``[d]``: dimension 2i pairs with 2i + 1."""
+    out = []
+    for i in range(len(x) // 2):
+        angle = position * theta ** (-2 * i / len(x))
+        out.append(x[2 * i] * math.cos(angle) - x[2 * i + 1] * math.sin(angle))
+        out.append(x[2 * i + 1] * math.cos(angle) + x[2 * i] * math.sin(angle))
+    return torch.stack(out)
+
+
+class LatentReference(Reference):
+    """Multi-head latent attention as arXiv 2405.04434, equations 37 to 47, has it."""
+
+    def project(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        c, eps = self.config, self.config.rms_norm_eps
+        w = {n.removeprefix("midlayer.self_attn."): x for n, x in self.w.items() if ".self_attn." in n}
+        theta, nope = c.rope_parameters["rope_theta"], c.qk_nope_head_dim
+        latent_q = rms_norm(w["q_a_proj.weight"] @ x, w["q_a_layernorm.weight"], eps)
+        compressed = w["kv_a_proj_with_mqa.weight"] @ x
+        latent = rms_norm(compressed[: c.kv_lora_rank], w["kv_a_layernorm.weight"], eps)
+        shared = rotate_pairs(compressed[c.kv_lora_rank :], position, theta)
+        queries, keys, values = [], [], []
+        for h in (w["q_b_proj.weight"] @ latent_q).chunk(c.num_attention_heads):
+            queries.append(torch.cat([h[:nope], rotate_pairs(h[nope:], position, theta)]))
+        for h in (w["kv_b_proj.weight"] @ latent).chunk(c.num_attention_heads):
+            keys.append(torch.cat([h[:nope], shared]))
+            values.append(h[nope:])
+        return queries, keys, values
+
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.config.qk_nope_head_dim + self.config.qk_rope_head_dim)

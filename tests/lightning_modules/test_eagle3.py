@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,17 @@ from torch import Tensor
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
+from specforge.errors import UserError
+from specforge.modeling.layers.attention import Segment, ttt_attention
 from specforge.modeling.target_head import TargetHead
-from tests.lightning_modules.eagle3_reference import Reference
+from tests.lightning_modules.eagle3_reference import LatentReference, Reference
 from tests.tiny import write_target
 
 V, H, STEPS = 48, 16, 4
+LATENT = {
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +118,13 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "reverse_kl"}, 20, {}, 0.6),
         ({"loss": "js", "chunk": 2}, 20, {}, 0.6),
         ({"loss": "tv"}, 20, {}, 0.6),
+        ({"loss": "topk", "topk": 3, "chunk": 2}, 20, {}, 0.6),
+        ({"loss": "topk"}, 5, {}, 1.0),
+        ({"loss": "topk", "topk": 4, "feature_weight": 0.7}, 20, {}, 0.6),
         ({"loss": "kl"}, 20, {"fc_norm": True, "norm_output": True}, 0.6),
         ({"loss": "kl"}, 20, {"norm_before_fc": True}, 0.6),
+        ({"loss": "kl"}, 20, LATENT, 0.6),
+        ({"loss": "ce"}, 20, {**LATENT, "v_head_dim": 11, "fc_norm": True, "norm_output": True}, 1.0),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
@@ -126,12 +138,14 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
         name: x.detach().clone().requires_grad_(x.is_floating_point())
         for name, x in module.draft.state_dict().items()
     }
-    reference = Reference(weights, module.draft.config, head.embedding, head.lm_head)
+    oracle = LatentReference if "q_lora_rank" in config else Reference
+    reference = oracle(weights, module.draft.config, head.embedding, head.lm_head)
     loss, count, hits = torch.zeros((), dtype=torch.float64), 0, torch.zeros(STEPS)
     for d in documents:
         part, rows, right = reference.document(
             d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES],
             steps=STEPS, decay=0.8, loss=options["loss"], label=options.get("label", "target"),
+            topk=options.get("topk", 10), feature_weight=options.get("feature_weight", 0.0),
         )  # fmt: skip
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
@@ -142,8 +156,9 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_packed_is_one_by_one(small_target, share):
-    module, head = make_module(small_target), make_head()
+@pytest.mark.parametrize("config", [{}, LATENT], ids=["llama", "latent"])
+def test_packed_is_one_by_one(small_target, share, config):
+    module, head = make_module(small_target, config=config), make_head()
     documents = make_documents((8, 3, 11, 5), share=share)
     same(run(module, head, [pack(documents)]), run(module, head, documents))
 
@@ -229,3 +244,85 @@ def test_start_from_target_copies_its_last_layer_and_head(small_target):
     assert torch.equal(
         draft.midlayer.mlp.down_proj.weight, files.layer_tensor(last, "mlp.down_proj.weight").double()
     )
+
+
+def test_latent_attention_is_that_of_transformers(small_target):
+    """The layer's attention at step 0, YaRN included, is DeepSeek's own on a doubled input."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention,
+        DeepseekV3RotaryEmbedding,
+    )
+
+    rope = {
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0,
+    }  # fmt: skip
+    module = make_module(
+        small_target, config={**LATENT, "rope_parameters": rope, "max_position_embeddings": 64}
+    )
+    ours, config = module.draft.midlayer.self_attn, copy.deepcopy(module.draft.config)
+    config.hidden_size, config._attn_implementation = 2 * H, "eager"
+    theirs = DeepseekV3Attention(config, 0).double()
+    theirs.o_proj = torch.nn.Linear(4 * 3, H, bias=False)
+    theirs.load_state_dict({n: x.double() for n, x in ours.state_dict().items()})
+    theirs.double()
+    x, length = torch.randn(11, 2 * H, dtype=torch.float64), 11
+    mask = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    positions = torch.arange(length)
+    angles = DeepseekV3RotaryEmbedding(config)(x[None].float(), positions[None])
+    expected = theirs(x[None], tuple(a.double() for a in angles), mask)[0][0]
+    weights = module.draft.midlayer.weights(torch.float64)
+    product = x @ torch.cat([weights.embed, weights.hidden], 1).t()
+    angles = tuple(a.double() for a in module.draft.rotary(length, x.device))
+    query = ours.queries(product[:, : ours.query_width], angles, weights.more)
+    key, value = ours.keys_values(product[:, ours.query_width :], angles, weights.more)
+    found = ttt_attention(query, key, value, (Segment(0, 0, length, 0),), [])
+    torch.testing.assert_close(
+        ours.o_proj(found.flatten(1)), expected, rtol=1e-4, atol=1e-6
+    )  # theirs has an fp32 softmax
+
+
+@pytest.mark.parametrize(("size", "steps"), [(3, 0), (3, 2), (8, 2)])
+def test_values_may_be_narrower_than_keys(size, steps):
+    """Output and gradients of the fused attention against one softmax over an explicit mask."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    rows, heads, kv_heads, width = 9, 4, 2, 8
+    query, key, value = draw(rows, heads, width), draw(rows, kv_heads, width), draw(rows, kv_heads, size)
+    own = [(draw(rows, kv_heads, width), draw(rows, kv_heads, size)) for _ in range(steps)]
+    segments = (Segment(0, 0, 5, 0), Segment(5, 5, 9, 5))
+    weight = torch.randn(rows, heads, size, generator=g, dtype=torch.float64)
+    tensors = [query, key, value, *(x for pair in own for x in pair)]
+    found = ttt_attention(query, key, value, segments, own)
+    grads = torch.autograd.grad((found * weight).sum(), tensors)
+
+    document = torch.tensor([0] * 5 + [1] * 4)
+    seen = (document[:, None] == document) & torch.ones(rows, rows).tril().bool()
+    seen = torch.cat([seen, *[torch.eye(rows).bool()] * steps], 1)
+    keys = torch.cat([key, *(k for k, _ in own)]).repeat_interleave(2, 1)
+    values = torch.cat([value, *(v for _, v in own)]).repeat_interleave(2, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, keys) / width**0.5
+    expected = torch.einsum("hqk,khv->qhv", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(grads, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank is missing"),
+        ({"v_head_dim": 12}, "v_head_dim is 12, more than a key's 11"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
+        ({"vocab_size": 5}, "vocab_size is 5"),
+    ],
+)
+def test_bad_latent_configs_are_refused(small_target, changes, message):
+    with pytest.raises(UserError, match=message):
+        Eagle3Module(str(small_target), {**LATENT, **changes})
+
+
+def test_a_target_without_latent_attention_cannot_be_started_from(small_target):
+    module = make_module(small_target, config=LATENT)
+    with pytest.raises(UserError, match="q_a_proj"):
+        module.draft.start_from_target(module.target)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.llama_eagle3 import SwiGLUMLP
+from specforge.modeling.draft.fused import SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.layers.block_attention import block_attention
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype

@@ -152,12 +152,16 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: a file is missing, damaged, or a pickle.
     """
     config = read_json(folder / "config.json")
-    path = folder / "model.safetensors"
-    if not path.exists():
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
+        path = folder / "model.safetensors"
         pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
         hint = f" ({', '.join(pickles)} is a pickle, which SpecForge never loads)" if pickles else ""
         raise UserError(f"{path}: no such file{hint}; a draft is config.json beside model.safetensors")
-    try:
-        return config, load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    tensors: dict[str, Tensor] = {}
+    for path in shards:
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    return config, tensors

@@ -7,8 +7,8 @@ whole row is ever built. Both parts share one softmax: they are merged by their 
 a flash backward needs nothing but the *final* output and log-sum-exp, feeding it the merged ones gives
 the exact gradient of the joint softmax.
 
-Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d head size,
-S steps.
+Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d / v size of a query and
+key head / of a value head, S steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Segment(NamedTuple):
@@ -36,46 +37,53 @@ class Segment(NamedTuple):
     document: int
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fused attention of ``[L, heads, d]`` tensors: output ``[L, h, d]`` and log-sum-exp ``[L, h]``.
 
-    All tensors may have one more dimension in front. ``mask [L, keys]`` is added to the scores.
+    All tensors but the mask may have one more dimension in front.
+
+    Args:
+        query: ``[L, h, d]``.
+        key: ``[K, k, d]``.
+        value: ``[K, k, d]``.
+        causal: row i sees the first i + 1 keys.
+        mask: ``[1, 1, L, K]``, added to the scores; from :func:`additive_mask`.
     """
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=causal, attn_mask=None if mask is None else mask[None, None]
+            q, k, v, is_causal=causal, attn_mask=mask
         )
     else:
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, _bias(mask, q), True, is_causal=causal
+            q, k, v, _every_head(mask, q), True, is_causal=causal
         )
         lse = lse[..., : q.shape[2]]
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     return (out, lse) if query.ndim == 4 else (out[0], lse[0])
 
 
-def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool,
+def flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of :func:`_flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
+    """Gradients of :func:`flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     log_sum = (lse if lse.ndim == 3 else lse.unsqueeze(0)).transpose(1, 2).contiguous()
     if query.device.type == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, log_sum, 0.0, causal, attn_mask=None if mask is None else mask[None, None]
+            g, q, k, v, o, log_sum, 0.0, causal, attn_mask=mask
         )
     else:
         heads, kv_heads = q.shape[1], k.shape[1]
         # The kernel wants the log-sum-exp padded to a multiple of 32 rows.
-        log_sum = torch.nn.functional.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
+        log_sum = F.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
         zero = torch.zeros((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), _bias(mask, q), o, log_sum, zero, zero, 0.0,
+            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), _every_head(mask, q), o, log_sum, zero, zero, 0.0,
             [True, True, True, False], causal,
         )  # fmt: skip
         grads = grad_q, _sum_heads(grad_k, kv_heads), _sum_heads(grad_v, kv_heads)
@@ -87,12 +95,16 @@ def _heads_first(x: Tensor) -> Tensor:
     return (x if x.ndim == 4 else x.unsqueeze(0)).transpose(1, 2)
 
 
-def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The mask for every head, its rows aligned as the kernel of accelerators wants them."""
-    if mask is None:
-        return None
-    aligned = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 16))[:, : mask.shape[-1]]
-    return aligned.expand(query.shape[0], query.shape[1], -1, -1)
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[1, 1, L, K]`` of 0 and -inf, for ``allowed [L, K]``, laid out as the fused kernels want it."""
+    rows, keys = allowed.shape
+    # The accelerators' kernel wants rows that begin at multiples of 16 bytes.
+    mask = torch.zeros(rows, -(-keys // 16) * 16, dtype=dtype, device=allowed.device)[:, :keys]
+    return mask.masked_fill_(~allowed, -torch.inf)[None, None]
+
+
+def _every_head(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if mask is None else mask.expand(-1, query.shape[1], -1, -1)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -122,9 +134,9 @@ class _TTTAttention(torch.autograd.Function):
         lse = out.new_zeros(query.shape[:2])
         for row, start, stop, document in segments:
             rows = slice(row, row + stop - start)
-            part, part_lse = _flash(query[rows], key[start:stop], value[start:stop], causal=True)
+            part, part_lse = flash(query[rows], key[start:stop], value[start:stop], causal=True)
             if document < start:
-                prompt = _flash(query[rows], key[document:start], value[document:start], causal=False)
+                prompt = flash(query[rows], key[document:start], value[document:start], causal=False)
                 part, part_lse = _merge(part, part_lse, *prompt)
             out[rows], lse[rows] = part, part_lse
         scores = _own_scores(query, own[0::2])
@@ -156,13 +168,13 @@ class _TTTAttention(torch.autograd.Function):
             rows = slice(row, row + stop - start)
             at = (grad[rows], query[rows])
             result = out[rows], lse[rows]
-            dq, dk, dv = _flash_backward(*at, key[start:stop], value[start:stop], *result, causal=True)
+            dq, dk, dv = flash_backward(*at, key[start:stop], value[start:stop], *result, causal=True)
             grad_query[rows] = dq
             grad_key[start:stop] += dk
             grad_value[start:stop] += dv
             if document < start:
                 prompt = slice(document, start)
-                dq, dk, dv = _flash_backward(*at, key[prompt], value[prompt], *result, causal=False)
+                dq, dk, dv = flash_backward(*at, key[prompt], value[prompt], *result, causal=False)
                 grad_query[rows] += dq
                 grad_key[prompt] += dk
                 grad_value[prompt] += dv
@@ -214,12 +226,18 @@ def ttt_attention(
     Args:
         query: ``[R, h, d]``, positions already applied.
         key: step-0 keys of all tokens, ``[N, k, d]``; ``k`` divides ``h`` (grouped-query attention).
-        value: step-0 values, ``[N, k, d]``.
+        value: step-0 values, ``[N, k, v]``; ``v`` is at most ``d``.
         segments: which tokens the query rows are; rows in none are padding.
-        own: keys and values of steps 1..s, each ``[R, k, d]``; empty at step 0.
+        own: keys ``[R, k, d]`` and values ``[R, k, v]`` of steps 1..s; empty at step 0.
 
     Returns:
-        ``[R, h, d]`` in the dtype of ``query``.
+        ``[R, h, v]`` in the dtype of ``query``.
     """
+    size = value.shape[-1]
+    # The fused kernels want values as wide as keys; zeros add nothing, and their gradient is cut off again.
+    pad = (0, key.shape[-1] - size)
+    if pad[1]:
+        value, own = F.pad(value, pad), [(k, F.pad(v, pad)) for k, v in own]
     flat = [x for pair in own for x in pair]
-    return _TTTAttention.apply(query, key, value, segments, *flat)  # type: ignore[no-any-return]
+    out: Tensor = _TTTAttention.apply(query, key, value, segments, *flat)
+    return out[..., :size] if pad[1] else out

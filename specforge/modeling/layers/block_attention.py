@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specforge.modeling.layers.attention import _flash, _flash_backward, _merge
+from specforge.modeling.layers.attention import _merge, flash, flash_backward
 
 
 class BlockGroup(NamedTuple):
@@ -62,9 +62,12 @@ def _products(
         unseen = tokens >= at
         if window is not None:
             unseen = unseen | (tokens <= at + slots[:, None] - window)
-        mask = torch.zeros(stop - first, size, len(tokens), dtype=dtype, device=anchors.device)
+        # The accelerators' kernel wants rows that begin at multiples of 16 bytes.
+        width = -(-len(tokens) // 16) * 16
+        mask = torch.zeros(stop - first, size, width, dtype=dtype, device=anchors.device)[..., : len(tokens)]
         mask.masked_fill_(unseen, hidden)
-        yield _Product(slice(first * size, stop * size), slice(begin, high), mask.flatten(0, 1))
+        rows = slice(first * size, stop * size)
+        yield _Product(rows, slice(begin, high), mask.flatten(0, 1)[None, None])
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -74,12 +77,12 @@ class _BlockAttention(torch.autograd.Function):
         anchors: Tensor, groups: Sequence[BlockGroup], window: int | None,
     ) -> Tensor:  # fmt: skip
         size = len(query) // len(anchors)
-        own = (x.unflatten(0, (-1, size)) for x in (query, own_key, own_value))
-        part, part_lse = _flash(*own, causal=window is not None)
+        q, k, v = (x.unflatten(0, (-1, size)) for x in (query, own_key, own_value))
+        part, part_lse = flash(q, k, v, causal=window is not None)
         wide = torch.promote_types(query.dtype, torch.float32)
         out, lse = part.to(wide).flatten(0, 1).contiguous(), part_lse.flatten(0, 1).contiguous()
         for rows, tokens, mask in _products(groups, anchors, size, window, query.dtype):
-            seen = _flash(query[rows], key[tokens], value[tokens], causal=False, mask=mask)
+            seen = flash(query[rows], key[tokens], value[tokens], causal=False, mask=mask)
             out[rows], lse[rows] = _merge(out[rows], lse[rows], *seen)
         out = out.to(query.dtype)
         ctx.plan = groups, window
@@ -96,13 +99,13 @@ class _BlockAttention(torch.autograd.Function):
             grad, query, key, value, own_key, own_value, out = (x.to(wide) for x in tensors)
         grad = grad.contiguous()
         size = len(query) // len(anchors)
-        own = (x.unflatten(0, (-1, size)) for x in (grad, query, own_key, own_value, out, lse))
-        grads = _flash_backward(*own, causal=window is not None)
+        g, q, k, v, o, s = (x.unflatten(0, (-1, size)) for x in (grad, query, own_key, own_value, out, lse))
+        grads = flash_backward(g, q, k, v, o, s, causal=window is not None)
         grad_query, grad_own_key, grad_own_value = (x.flatten(0, 1).to(wide) for x in grads)
         grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
         grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
         for rows, tokens, mask in _products(groups, anchors, size, window, query.dtype):
-            dq, dk, dv = _flash_backward(
+            dq, dk, dv = flash_backward(
                 grad[rows], query[rows], key[tokens], value[tokens], out[rows], lse[rows], False, mask
             )
             grad_query[rows] += dq

@@ -1,0 +1,240 @@
+"""A small language model of its own as the draft, distilled from the target.
+
+Row p reads tokens 0 .. p of the text and predicts token p+1; its teacher is the target's distribution there. Teacher
+forcing on text that the target wrote is on-policy distillation for greedy decoding: up to the first rejection
+the draft reads the target's own words (DistillSpec, arXiv 2310.08461, has the losses and their effect). The loss is
+Σ_rows loss / (supervised tokens of the optimizer window). Documents are rows of one padded batch, so they cannot
+see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lightning_modules.base import DraftModule, LogitTile, StepOutput, load_weights
+from lightning_modules.optimizers import OptimizerOptions
+from specforge.contracts import LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
+from specforge.data.templates import ChatTemplate
+from specforge.decoding.standalone import StandaloneDrafter
+from specforge.errors import UserError
+from specforge.eval.tau import chains
+from specforge.export import DraftFormat
+from specforge.export.standalone import StandaloneFormat
+from specforge.files import read_json
+from specforge.inference.target_engine.base import check_layers
+from specforge.losses import TeacherRows, chunked_distillation, make_objective
+from specforge.modeling.draft.standalone import StandaloneDraft, config_like
+from specforge.modeling.target_head import TargetHead
+from specforge.recipes import find_draft_config
+from specforge.target_files import TargetFiles
+
+
+class _Rows(NamedTuple):
+    """``labels [M]`` flat tokens to predict, ``rows [M]`` of ``states [S, H]`` that predict them."""
+
+    labels: Tensor
+    rows: Tensor
+    states: Tensor
+
+
+class StandaloneModule(DraftModule):
+    """A causal LM of transformers with the target's vocabulary.
+
+    Args:
+        target: folder or hub name of the frozen target.
+        draft: folder or hub name of the model to start from, such as Qwen/Qwen3-0.6B for Qwen/Qwen3-8B.
+        draft_config: JSON file of the draft, or fields that replace those of ``draft``; without ``draft``, those of a
+            model like the target with four layers. ``draft_vocab_size`` trains faster over the most
+            frequent tokens only, but such a draft cannot be exported.
+        init_from: start from a SpecForge checkpoint or an exported folder (weights only); or ``target``: from its own
+            embedding, head and evenly spaced layers. By default from ``draft``, else at random.
+        train_embedding: train the token embedding too; a head that is tied to it follows.
+        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
+        lk_eta: η of ``lk_lambda``.
+        label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
+        gamma: tokens drafted a round in validation.
+        optimizer: optimizer and schedule.
+        chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
+    """
+
+    algorithm: ClassVar[str] = "standalone"
+    architectures: ClassVar[tuple[str, ...]] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    export_format: ClassVar[DraftFormat] = StandaloneFormat()
+    draft: StandaloneDraft
+
+    def __init__(
+        self,
+        target: str,
+        draft: str | None = None,
+        draft_config: str | dict[str, Any] | None = None,
+        init_from: str | None = None,
+        train_embedding: bool = True,
+        loss: str | dict[str, float] = "kl",
+        lk_eta: float = 3.0,
+        label: Literal["target", "data"] = "target",
+        gamma: int = 4,
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
+        chunk: int | None = None,
+    ) -> None:
+        files = TargetFiles.find(target)
+        start = None if draft is None else TargetFiles.find(draft, "draft")
+        if start is not None and init_from is not None:
+            raise UserError("model: give either draft or init_from; both say where the weights come from")
+        config, where = _draft_config(files, start, draft_config)
+        _check_vocabulary(files, start, config, where)
+        if gamma < 1:
+            raise UserError(f"model: gamma is {gamma}; it must be at least 1")
+        network = StandaloneDraft(config, where)
+        network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
+        if start is not None or init_from not in (None, "target"):
+            load_weights(network, start.folder if start else str(init_from), self.export_format)
+        spec = StrategySpec(
+            algorithm=self.algorithm,
+            capture=self.capture_policy(files),
+            features=(LAST_HIDDEN_STATES,),
+            positions=1,
+            min_tokens=2,
+        )
+        super().__init__(
+            files,
+            network,
+            spec,
+            has_vocabulary=init_from not in (None, "target"),
+            optimizer=optimizer,
+            gamma=gamma,
+        )
+        self.starts_at_target = init_from == "target"
+        self.label, self.chunk = label, chunk
+        self.objective = make_objective(loss, lk_eta)
+
+    def setup(self, stage: str) -> None:
+        """Copy what starts at the target; only now is the draft vocabulary known."""
+        super().setup(stage)
+        if self.starts_at_target and stage == "fit":
+            self.draft.start_from_target(self.target)
+
+    @classmethod
+    def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
+        """The last hidden state; layers only if they are asked for."""
+        policy = CapturePolicy(tuple(layer_ids or ()))
+        check_layers(policy, target.num_layers, target.name)
+        return policy
+
+    def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
+        """Losses of a batch; with ``positions``, chains of that length against the data tokens.
+
+        Up to the first rejection the draft reads the answer itself, so all positions are alike.
+        """
+        steps = positions or 1
+        labels, rows, states = self._rows(batch, head)
+        count = len(labels)
+        if not count:
+            return self.empty_output(steps, states, batch.spans if positions else ())
+        last = batch.features[LAST_HIDDEN_STATES][labels - 1]
+        ids, log_sum = self._labels(batch, head, labels, last, "data" if positions else self.label)
+        result = chunked_distillation(
+            states, self.draft.head_weight, rows.unsqueeze(1), (ids >= 0).float().unsqueeze(1),
+            TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, ids), self.objective, chunk=self.chunk,
+        )  # fmt: skip
+        found: tuple[Any, ...] = ()
+        if positions:
+            right = result.hits.expand(-1, steps).cpu().numpy()
+            found = tuple(chains(right, labels.tolist(), batch.spans))
+        hits = result.hits.sum(0).expand(steps)
+        return StepOutput(
+            result.loss, count, result.losses.expand(steps), hits, torch.full_like(hits, count), found
+        )
+
+    def _rows(self, batch: TrainBatch, head: TargetHead) -> _Rows:
+        """The draft's states of all documents, and which of them predicts each supervised token."""
+        device = batch.input_ids.device
+        documents = list(batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths)))
+        # A rank without documents takes part in the reductions of the others.
+        ids = pad_sequence(documents or [batch.input_ids.new_zeros(1)], batch_first=True)
+        states = self.draft(ids).flatten(0, 1).to(head.lm_head.dtype)
+        begins = [0, *torch.tensor(batch.lengths, dtype=torch.int64).cumsum(0).tolist()]
+        labels: list[int] = []
+        rows: list[int] = []
+        for document, (begin, end) in enumerate(pairwise(begins)):
+            for first, stop in batch.spans:
+                inside = range(max(first, begin + 1), min(stop, end))
+                labels += inside
+                rows += [document * ids.shape[1] + label - 1 - begin for label in inside]
+        return _Rows(
+            torch.tensor(labels, device=device).long(), torch.tensor(rows, device=device).long(), states
+        )
+
+    def _labels(
+        self, batch: TrainBatch, head: TargetHead, labels: Tensor, last: Tensor, label: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draft ids of the labels (-1 outside the draft vocabulary), and full-vocabulary log-sums if needed."""
+        if label == "data" and not self.objective.full_vocabulary:
+            return self.draft.draft_ids(batch.input_ids[labels]), None
+        rows = head.rows(last)
+        ids = rows.argmax if label == "target" else batch.input_ids[labels]
+        return self.draft.draft_ids(ids), rows.log_sum
+
+    @torch.no_grad()
+    def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
+        """Logits of every supervised token, alike at all ``positions``, 256 labels at a time."""
+        labels, rows, states = self._rows(batch, head)
+        weight, last = self.draft.head_weight.to(states.dtype), batch.features[LAST_HIDDEN_STATES]
+        for part, index in zip(labels.split(256), rows.split(256), strict=True):
+            logits = F.linear(states[index], weight).float()
+            yield LogitTile(part, logits.unsqueeze(1).expand(-1, positions, -1), last[part - 1])
+
+    def drafter(self, head: TargetHead, dtype: torch.dtype) -> StandaloneDrafter:
+        """A drafter with the present weights."""
+        return StandaloneDrafter(self.draft.decoder(dtype), self.draft.target_ids, self.target.vocab_size)
+
+
+def _draft_config(
+    target: TargetFiles, start: TargetFiles | None, given: str | Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str]:
+    """Fields of the draft's config, and what to call them in an error message."""
+    if isinstance(given, str):
+        return dict(read_json(find_draft_config(given))), given
+    if given is not None and "model_type" in given:
+        return dict(given), "model.draft_config"
+    if start is not None:
+        return {**start.config, **(given or {})}, start.name
+    layers = (given or {}).get("num_hidden_layers", min(4, target.num_layers))
+    return {**config_like(target, layers), **(given or {})}, "model.draft_config"
+
+
+def _check_vocabulary(
+    target: TargetFiles, start: TargetFiles | None, config: Mapping[str, Any], where: str
+) -> None:
+    """Refuse a draft that counts tokens otherwise than the target.
+
+    Raises:
+        UserError: names the sizes, or the first token that differs.
+    """
+    if config.get("vocab_size") != target.vocab_size:
+        raise UserError(
+            f"{where}: vocab_size is {config.get('vocab_size')}, but the target {target.name} has {target.vocab_size}"
+        )
+    if config.get("draft_vocab_size", 1) > target.vocab_size:
+        raise UserError(
+            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
+            f"{target.vocab_size} tokens"
+        )
+    if start is not None and config.get("draft_vocab_size", target.vocab_size) != target.vocab_size:
+        raise UserError(f"{where}: comes with a head for the whole vocabulary; leave draft_vocab_size out")
+    if start is None or not (start.folder / "tokenizer_config.json").exists():
+        return
+    ours, theirs = (ChatTemplate.load(files).tokenizer.get_vocab() for files in (target, start))
+    if ours != theirs:
+        token = min(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))
+        raise UserError(
+            f"{where}: its tokenizer is not {target.name}'s: token {token!r} is {theirs.get(token)}, "
+            f"not {ours.get(token)}"
+        )

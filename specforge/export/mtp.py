@@ -1,0 +1,161 @@
+"""MTP weights in targets' checkpoints: read from there, and stitched back in under the family's names.
+
+Servers read an MTP module from the target's own folder, so the form that SGLang serves is a copy of the target with
+the trained module in the place of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.export.format import DTYPES, DraftFormat
+from specforge.modeling.draft import Draft
+from specforge.target_files import TargetFiles
+
+
+@dataclass(frozen=True)
+class MTPFamily:
+    """How a family of targets names its first MTP module.
+
+    Attributes:
+        name: for messages.
+        prefix: beginning of its tensors' names.
+        names: SpecForge's name of each tensor outside the decoder layer, by the family's (without the prefix).
+        layer: beginning of the layer's tensors after the prefix.
+        hidden_first: whether the projection reads the hidden state before the embedding.
+        norm_output: whether the normed output is fed back.
+        skipped: copies of the embedding and the head.
+    """
+
+    name: str
+    prefix: str
+    names: Mapping[str, str]
+    layer: str = ""
+    hidden_first: bool = False
+    norm_output: bool = True
+    skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
+
+
+def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
+    def parts(embed: str, hidden: str, proj: str, norm: str) -> dict[str, str]:
+        mine = ("embed_norm.weight", "hidden_norm.weight", "proj.weight", "norm.weight")
+        return {f"{n}.weight": m for n, m in zip((embed, hidden, proj, norm), mine, strict=True)}
+
+    deepseek = parts("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    qwen = parts("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+    return (
+        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek, norm_output=False),
+        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0."),
+        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True),
+    )
+
+
+def mtp_family(target: TargetFiles) -> MTPFamily | None:
+    """The family whose names the target's MTP weights have; None if it has none."""
+    for family in _families(target):
+        if all(family.prefix + name in target.weight_files for name in family.names):
+            return family
+    return None
+
+
+def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
+    """The target's MTP module under SpecForge's names.
+
+    Raises:
+        UserError: the target has none.
+    """
+    family = require_mtp(target)
+    found: dict[str, Tensor] = {}
+    for full in target.weight_files:
+        name = full.removeprefix(family.prefix)
+        if name == full or name in family.skipped:
+            continue
+        mine = family.names.get(name) or f"layer.{name.removeprefix(family.layer)}"
+        found[mine] = (
+            _swap(target.tensor(full))
+            if family.hidden_first and mine == "proj.weight"
+            else target.tensor(full)
+        )
+    return found
+
+
+def require_mtp(target: TargetFiles) -> MTPFamily:
+    """The target's family.
+
+    Raises:
+        UserError: the target has no MTP weights.
+    """
+    family = mtp_family(target)
+    if family is None:
+        looked = ", ".join(f"{f.prefix}{next(iter(f.names))}" for f in _families(target))
+        raise UserError(f"{target.name} has no MTP weights of its own (looked for {looked})")
+    return family
+
+
+def _swap(proj: Tensor) -> Tensor:
+    first, second = proj.chunk(2, dim=1)
+    return torch.cat([second, first], dim=1)
+
+
+class MTPFormat(DraftFormat):
+    """``hf`` is the module under SpecForge's names; ``sglang`` the target with the module in it."""
+
+    def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
+
+        Raises:
+            UserError: the target has no MTP weights, or the draft lacks one that it has.
+        """
+        family = require_mtp(target)
+        state = {n: x.detach().cpu().to(DTYPES[dtype]) for n, x in draft.named_parameters()}
+        if family.hidden_first:
+            state["proj.weight"] = _swap(state["proj.weight"])
+        theirs = {mine: family.prefix + name for name, mine in family.names.items()}
+        renamed = {
+            theirs.get(n) or family.prefix + family.layer + n.removeprefix("layer."): x
+            for n, x in state.items()
+        }
+        unknown = sorted(set(renamed) - set(target.weight_files))
+        if unknown:
+            raise UserError(
+                f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently"
+            )
+        _copy_target(target, folder, renamed)
+
+    def serve(self, target: str, folder: Path) -> str:
+        """SGLang's NEXTN, which loads the module from the stitched target."""
+        return (
+            f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm NEXTN "
+            "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+        )
+
+
+def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tensor]) -> None:
+    """Copy the target's folder file by file, with some tensors replaced; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise UserError(f"{folder}: exists; a stitched target is written to a new folder")
+    rewritten = {target.weight_files[name].name for name in replaced}
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for path in sorted(p for p in target.folder.iterdir() if p.is_file()):
+            if path.name not in rewritten:
+                shutil.copyfile(path, staging / path.name)
+                continue
+            tensors = load_file(path)
+            tensors |= {n: x.contiguous() for n, x in replaced.items() if n in tensors}
+            save_file(tensors, staging / path.name, metadata={"format": "pt"})
+        staging.chmod(0o755)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""P-EAGLE drafts: EAGLE-3 checkpoints with more layers and ``mask_hidden``, for vLLM; SGLang has no P-EAGLE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.export.format import DTYPES, DraftFormat
+from specforge.modeling.draft import Draft
+from specforge.target_files import TargetFiles
+
+_EMBEDDING = "embed_tokens.weight"
+
+
+class PEagleFormat(DraftFormat):
+    """P-EAGLE checkpoints; the embedding in them is the draft's own where it was trained, else the target's."""
+
+    aliases = (("model.", ""), ("midlayer.", "layers.0."))
+    not_the_drafts = ("rotary_emb.inv_freq",)
+
+    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
+        """Always refuses.
+
+        Raises:
+            UserError: SGLang has no such algorithm.
+        """
+        raise UserError("export: SGLang does not serve P-EAGLE; use --to hf, which vLLM loads")
+
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """As everywhere, and the mask token under vLLM's name."""
+        return {**super().config(config, dtype), "ptd_token_id": config["mask_token_id"]}
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """See :meth:`DraftFormat.read`."""
+        found = super().read(config, tensors, where)
+        if not config.get("embed_requires_grad"):
+            found.pop(_EMBEDDING, None)
+        return found
+
+    def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """See :meth:`DraftFormat.to_hf`."""
+        own = _EMBEDDING in draft.state_dict()
+        self._write(draft, folder, dtype, {} if own else {_EMBEDDING: target.embedding().to(DTYPES[dtype])})

@@ -1,0 +1,274 @@
+"""Multi-token prediction: one decoder layer over [token embedding, last hidden state], applied again to its own output.
+
+The module of DeepSeek-V3 (arXiv 2412.19437, section 2.2), reused for every position as in FastMTP (arXiv
+2509.18362): ``x = proj [RMSNorm(embedding); RMSNorm(hidden)]``, a Llama or Qwen3 layer, a norm, and the target's own
+frozen head. ``hidden`` is the target's last hidden state at step 0 and the module's own output afterwards.
+
+Shape legend: N tokens, R query rows, T steps, H hidden size, D draft vocabulary, h / k query / key heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+
+from specforge.errors import UserError
+from specforge.modeling.draft.fused import SwiGLUMLP
+from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.unroll import UnrollPlan
+from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.functional import RMSNorm, compute_dtype
+from specforge.modeling.layers.rope import RotaryTable, apply_rope
+from specforge.target_files import TargetFiles
+
+
+class _Weights(NamedTuple):
+    """The matrices in the compute dtype, fused; made once and used by all T steps."""
+
+    embed: Tensor
+    hidden: Tensor
+    qkv: Tensor
+    bias: Tensor | None
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class MTPAttention(nn.Module):
+    """Projections to heads and back, with Qwen2's biases and Qwen3's query and key norms where they are asked for."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, bool(config.attention_bias)
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
+        normed = bool(getattr(config, "qk_norm", False))
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
+        heads = qkv.unflatten(1, (-1, self.head_dim))
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm), value.contiguous()
+
+
+def _norm_heads(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
+
+
+class MTPLayer(nn.Module):
+    """A decoder layer under the names of Llama and Qwen."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MTPAttention(config)
+        self.mlp = SwiGLUMLP(config)
+
+
+@register_draft("MTPDraft", config_class=LlamaConfig)
+class MTPDraft(Draft):
+    """One MTP module.
+
+    Args:
+        config: a ``LlamaConfig`` with ``draft_vocab_size``; optional ``qk_norm`` (Qwen3), ``attention_bias`` (Qwen2:
+            on query, key and value) and ``norm_output`` (default true: the normed output is fed back, as MiMo and
+            FastMTP do; DeepSeek feeds back the output before the norm).
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        if config.num_hidden_layers != 1:
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: an MTP module has one layer")
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.norm_output = bool(getattr(config, "norm_output", True))
+        self.embed_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.proj = nn.Linear(2 * size, size, bias=False)
+        self.layer = MTPLayer(config)
+        self.norm = RMSNorm(size, eps)
+        self.rotary = RotaryTable(config)
+
+    @torch.no_grad()
+    def start_from(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Copy tensors by their names here.
+
+        Raises:
+            UserError: one has no place, or another shape: the layer is not Llama's or Qwen3's.
+        """
+        own = dict(self.named_parameters())
+        for name in sorted(set(tensors) ^ set(own)):
+            lack = "has no place in" if name in tensors else "is missing for"
+            raise UserError(f"{what}: {name} {lack} a Llama or Qwen3 layer of this draft config")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise UserError(
+                    f"{what}: {name} is {tuple(tensor.shape)}, the draft's {tuple(own[name].shape)}"
+                )
+            own[name].copy_(tensor)
+
+    @torch.no_grad()
+    def start_from_last_layer(self, target: TargetFiles) -> None:
+        """Start as the target's last layer and final norm over the hidden state alone.
+
+        The projection passes the normed hidden state and (near zero) reads the embedding.
+
+        Raises:
+            UserError: the target's last layer is not one of the draft's form.
+        """
+        last, size = target.num_layers - 1, self.proj.out_features
+        tensors = {
+            f"layer.{name}": target.layer_tensor(last, name) for name, _ in self.layer.named_parameters()
+        }
+        tensors |= {"norm.weight": target.final_norm()}
+        tensors |= {name: torch.ones(size) for name in ("embed_norm.weight", "hidden_norm.weight")}
+        passing = torch.cat([torch.randn(size, size) * 0.002, torch.eye(size)], dim=1)
+        self.start_from({**tensors, "proj.weight": passing}, f"{target.name}: its last layer")
+
+    def weights(self, dtype: torch.dtype) -> _Weights:
+        """Cast and fuse the matrices."""
+        attn, mlp = self.layer.self_attn, self.layer.mlp
+        inputs = (attn.q_proj, attn.k_proj, attn.v_proj)
+        embed, hidden = self.proj.weight.to(dtype).chunk(2, dim=1)
+        return _Weights(
+            embed=embed,
+            hidden=hidden,
+            qkv=torch.cat([p.weight.to(dtype) for p in inputs]),
+            bias=None if attn.q_proj.bias is None else torch.cat([p.bias.to(dtype) for p in inputs]),
+            out=attn.o_proj.weight.to(dtype),
+            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
+            down=mlp.down_proj.weight.to(dtype),
+        )
+
+    def heads(self, x: Tensor, w: _Weights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of ``x [R, H]``, positions applied."""
+        qkv = self.layer.input_layernorm.linear(x, w.qkv)
+        query, key, value = self.layer.self_attn.split(qkv if w.bias is None else qkv + w.bias)
+        return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
+
+    def finish(self, x: Tensor, attention: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
+        """Output projection, residual and MLP of ``x [R, H]``; the normed state, and the one to feed back."""
+        x = x + F.linear(attention.flatten(1), w.out)
+        x = self.layer.post_attention_layernorm.mlp(x, w.gate_up, w.down)
+        normed = self.norm(x)
+        return normed, normed if self.norm_output else x
+
+    def forward(self, last_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan) -> Tensor:
+        """Apply the module T times.
+
+        Args:
+            last_hidden_states: ``[N, H]`` the target's.
+            embeds: ``[N, H]`` the target's embedding of every token.
+            plan: which rows to compute.
+
+        Returns:
+            Normed states ``[T, R, H]``, which the target's head reads.
+        """
+        dtype = compute_dtype(self.proj.weight)
+        # Every product below names its dtype; autocast would also narrow the reductions.
+        with torch.autocast(embeds.device.type, enabled=False):
+            return self._unroll(last_hidden_states.to(dtype), embeds.to(dtype), plan)
+
+    def _unroll(self, last_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan) -> Tensor:
+        w = self.weights(embeds.dtype)
+        embedded = self.embed_norm.linear(embeds, w.embed)
+        cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
+        row_positions = plan.positions[plan.rows]
+
+        # Step 0: keys and values of every token, queries of the needed rows only.
+        x = self.hidden_norm.linear(last_hidden_states, w.hidden) + embedded[plan.next_tokens]
+        query, key, value = self.heads(x, w, cos[plan.positions], sin[plan.positions])
+        x, query = x[plan.rows], query[plan.rows]
+        states: list[Tensor] = []
+        own: list[tuple[Tensor, Tensor]] = []
+        hidden = x
+        for step in range(plan.steps):
+            if step > 0:
+                x = self.hidden_norm.linear(hidden, w.hidden) + embedded[plan.row_tokens[step]]
+                query, own_key, own_value = self.heads(
+                    x, w, cos[row_positions + step], sin[row_positions + step]
+                )
+                own.append((own_key, own_value))
+            normed, hidden = self.finish(x, ttt_attention(query, key, value, plan.segments, own), w)
+            states.append(normed)
+        return torch.stack(states)
+
+    def decoder(self, head: Tensor, dtype: torch.dtype) -> MTPDecoder:
+        """The module for decoding in ``dtype`` with the target's rows ``head [D, H]``."""
+        return MTPDecoder(self, head, dtype)
+
+
+class MTPDecoder:
+    """Runs the module row by row with a key/value cache; step s of row p is one more row, at position p + s.
+
+    Args:
+        draft: the module.
+        head: ``[D, H]`` the target's head over the draft vocabulary.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, draft: MTPDraft, head: Tensor, dtype: torch.dtype) -> None:
+        self.draft, self.dtype, self.device = draft, dtype, draft.proj.weight.device
+        self._weights, self._head = draft.weights(dtype), head.to(dtype)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.rows = 0
+        self._cos, self._sin = self.draft.rotary(0, self.device)
+        attn = self.draft.layer.self_attn
+        empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
+        self._keys, self._values = empty, empty
+
+    def crop(self, rows: int) -> None:
+        """Keep the first ``rows`` rows."""
+        self.rows = rows
+
+    def fuse(self, last_hidden_states: Tensor) -> Tensor:
+        """The target's last hidden states ``[n, H]`` as they are, in the compute dtype."""
+        return last_hidden_states.to(self.dtype)
+
+    @torch.inference_mode()
+    def extend(self, hidden: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rows.
+
+        Args:
+            hidden: ``[n, H]`` last hidden states of committed tokens, or the state that the last call fed back.
+            embeds: ``[n, H]`` embedding of the token after each row's.
+
+        Returns:
+            ``(logits [D], feedback [H])`` of the last row.
+        """
+        draft, w, before = self.draft, self._weights, self.rows
+        self.rows = after = before + len(hidden)
+        self._grow(after)
+        x = draft.hidden_norm.linear(hidden, w.hidden)
+        x = x + draft.embed_norm.linear(embeds.to(self.dtype), w.embed)
+        query, key, value = draft.heads(x, w, self._cos[before:after], self._sin[before:after])
+        self._keys[before:after], self._values[before:after] = key, value
+        # Only the last row's output is used; the others are there for their keys.
+        attention = F.scaled_dot_product_attention(
+            query[-1:].transpose(0, 1)[None], self._keys[:after].transpose(0, 1)[None],
+            self._values[:after].transpose(0, 1)[None], enable_gqa=True,
+        )  # fmt: skip
+        normed, feedback = draft.finish(x[-1:], attention[0].transpose(0, 1), w)
+        return F.linear(normed, self._head)[0], feedback[0]
+
+    def _grow(self, rows: int) -> None:
+        room = len(self._keys)
+        if rows <= room:
+            return
+        more = max(128, 2 * rows) - room
+        self._keys, self._values = (
+            torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in (self._keys, self._values)
+        )
+        self._cos, self._sin = self.draft.rotary(len(self._keys), self.device)

@@ -1,0 +1,96 @@
+"""MTP written out from its definition: one document, one step, one row, one head at a time.
+
+The oracle of the fast module: no packing, no plan, no fused kernels, no shared code with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.lightning_modules.eagle3_reference import rms_norm, rotate
+
+
+class MTPReference:
+    def __init__(self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor) -> None:
+        self.w, self.config, self.embedding, self.lm_head = weights, config, embedding, lm_head
+        self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
+
+    def project(self, letter: str, x: Tensor, position: int) -> list[Tensor]:
+        """Heads of the query, key or value of one row."""
+        name = f"layer.self_attn.{letter}_proj."
+        y = self.w[name + "weight"] @ x
+        if name + "bias" in self.w:
+            y = y + self.w[name + "bias"]
+        heads = list(y.split(self.config.head_dim))
+        if letter == "v":
+            return heads
+        norm = self.w.get(f"layer.self_attn.{letter}_norm.weight")
+        if norm is not None:
+            heads = [rms_norm(h, norm, self.config.rms_norm_eps) for h in heads]
+        return [rotate(h, position, self.config.rope_parameters["rope_theta"]) for h in heads]
+
+    def states(self, tokens: Tensor, last: Tensor, steps: int) -> list[dict[int, Tensor]]:
+        """Normed state of every row at every step."""
+        c, w, eps = self.config, self.w, self.config.rms_norm_eps
+        hidden = {p: last[p] for p in range(len(tokens))}
+        seen: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        out: list[dict[int, Tensor]] = []
+        group = c.num_attention_heads // c.num_key_value_heads
+        for step in range(steps):
+            inputs, queries = {}, {}
+            for p in range(len(tokens) - 1 - step):
+                embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["embed_norm.weight"], eps)
+                inputs[p] = w["proj.weight"] @ torch.cat(
+                    [embed, rms_norm(hidden[p], w["hidden_norm.weight"], eps)]
+                )
+                x = rms_norm(inputs[p], w["layer.input_layernorm.weight"], eps)
+                queries[p] = self.project("q", x, p + step)
+                seen[step, p] = self.project("k", x, p + step), self.project("v", x, p + step)
+            out.append({})
+            for p, x in inputs.items():
+                rows = [seen[0, j] for j in range(p + 1)] + [seen[s, p] for s in range(1, step + 1)]
+                heads = []
+                for h in range(c.num_attention_heads):
+                    scores = torch.stack([queries[p][h] @ key[h // group] for key, _ in rows])
+                    probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
+                    heads.append(
+                        sum(a * value[h // group] for a, (_, value) in zip(probs, rows, strict=True))
+                    )
+                x = x + w["layer.self_attn.o_proj.weight"] @ torch.cat(heads)
+                y = rms_norm(x, w["layer.post_attention_layernorm.weight"], eps)
+                gate, up = w["layer.mlp.gate_proj.weight"] @ y, w["layer.mlp.up_proj.weight"] @ y
+                x = x + w["layer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+                out[step][p] = rms_norm(x, w["norm.weight"], eps)
+                hidden[p] = out[step][p] if c.norm_output else x
+        return out
+
+    def document(
+        self, tokens: Tensor, mask: Tensor, last: Tensor, *, steps: int, beta: float, loss: str, label: str
+    ) -> tuple[Tensor, int, list[int], list[int]]:
+        """Of one document: sum of the loss, supervised tokens, and of each step hits and rows."""
+        states, total = self.states(tokens, last, steps), torch.zeros((), dtype=last.dtype)
+        hits, rows = [0] * steps, [0] * steps
+        ids = torch.tensor(self.target_ids)
+        for step in range(steps):
+            for p in range(len(tokens) - 2 - step):
+                if not mask[p + 2 + step]:
+                    continue
+                rows[step] += 1
+                target = torch.softmax(self.lm_head @ last[p + 1 + step], 0)
+                right = int(target.argmax()) if label == "target" else int(tokens[p + 2 + step])
+                if right not in self.target_ids:
+                    continue
+                logits = self.lm_head[ids] @ states[step][p]
+                q = torch.softmax(logits, 0)
+                hits[step] += self.target_ids[int(logits.argmax())] == right
+                teacher = target[ids] / target[ids].sum()
+                row = {
+                    "ce": -q[self.target_ids.index(right)].log(),
+                    "kl": (teacher * (teacher.log() - q.log())).sum(),
+                    "lk_alpha": -torch.minimum(target[ids], q).sum().log(),
+                }[loss]
+                total = total + beta**step / sum(beta**j for j in range(steps)) * row
+        return total, int(mask[2:].sum()), hits, rows
