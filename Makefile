@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
 	index=$$($(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=3)" 2>/dev/null \
 	  && echo --extra-index-url $(CPU_WHEELS)); \
-	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf]'
+	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf,redis]'
 	touch $@
 
 quickstart: install

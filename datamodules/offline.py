@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import lightning.pytorch as pl
-import torch
-
+from datamodules.base import FeatureDataModule
 from specforge.contracts import SampleRef, TokenCounts
 from specforge.errors import UserError
 from specforge.runtime.data_plane.features import FeatureFolder
-from specforge.runtime.data_plane.loader import FeatureDataLoader
+from specforge.runtime.data_plane.store import SampleStore
 
 
-class OfflineDataModule(pl.LightningDataModule):
+class OfflineDataModule(FeatureDataModule):
     """Features that `specforge capture` wrote.
 
     Args:
@@ -43,16 +40,12 @@ class OfflineDataModule(pl.LightningDataModule):
         pad_to: int = 64,
         val_batch_size: int = 8,
     ) -> None:
-        super().__init__()
-        if (batch_size is None) == (max_tokens is None):
-            raise UserError("data: give either batch_size or max_tokens")
+        super().__init__(
+            batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
+        )
         self.folder = Path(features)
-        self.limits: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-        self.limit_samples, self.seed, self.prefetch = limit_samples, seed, prefetch
-        self.bad_samples, self.pad_to, self.val_batch_size = bad_samples, pad_to, val_batch_size
         self.train_features: FeatureFolder | None = None
         self.val_features: FeatureFolder | None = None
-        self._batches: int | None = None
 
     def setup(self, stage: str) -> None:
         """Read the manifests."""
@@ -65,48 +58,11 @@ class OfflineDataModule(pl.LightningDataModule):
                 f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on"
             )
 
-    def sample_refs(self) -> Sequence[SampleRef]:
-        """References of the samples to train on."""
-        features = self.train_features or self.val_features
-        refs = features.refs if features is not None else []
-        if self.limit_samples is None or self.limit_samples >= len(refs):
-            return refs
-        return random.Random(self.seed).sample(refs, self.limit_samples)
+    def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
+        """References and tensors of ``train`` or ``heldout``."""
+        features = self.train_features if name == "train" else self.val_features
+        return None if features is None else (features.refs, features.store)
 
     def token_counts(self) -> TokenCounts | None:
         """Token counts of the training prompts."""
         return self.train_features.counts if self.train_features is not None else None
-
-    def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch on each rank."""
-        if self._batches is None:
-            self._batches = len(self.train_dataloader())
-        return self._batches
-
-    def train_dataloader(self) -> FeatureDataLoader:
-        """A fresh stream over the training samples."""
-        assert self.train_features is not None
-        return self._loader(
-            self.train_features, list(self.sample_refs()), shuffle=True, pad_to=self.pad_to, **self.limits
-        )
-
-    def val_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The held-out samples, in order; nothing where none are held out."""
-        if self.val_features is None:
-            return []
-        return self._loader(
-            self.val_features, self.val_features.refs, shuffle=False, pad_to=self.pad_to,
-            batch_size=self.val_batch_size,
-        )  # fmt: skip
-
-    def test_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The held-out samples."""
-        return self.val_dataloader()
-
-    def _loader(self, features: FeatureFolder, refs: list[SampleRef], **options: Any) -> FeatureDataLoader:
-        trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
-        return FeatureDataLoader(
-            refs, features.store, module.spec, seed=self.seed, rank=trainer.global_rank,
-            world_size=trainer.world_size, prefetch=self.prefetch, bad_samples=self.bad_samples,
-            pin_memory=torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda", **options,
-        )  # fmt: skip

@@ -27,8 +27,12 @@ class Record:
     """JSON form of a frozen dataclass; tuples become lists and come back as tuples."""
 
     def to_json(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload,no-any-return]
+        """Fields as JSON values.
+
+        Raises:
+            TypeError: a field holds something else, such as a tensor.
+        """
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -38,6 +42,21 @@ class Record:
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}")
         return cls(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def plain(value: Any) -> Any:
+    """JSON value of a record, of text, of a number, or of sequences of them.
+
+    Raises:
+        TypeError: there is something else in it, such as a tensor.
+    """
+    if isinstance(value, (tuple, list)):
+        return [x if type(x) is int else plain(x) for x in value]
+    if isinstance(value, Record):
+        return value.to_json()
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 
 def _tuples(value: Any) -> Any:

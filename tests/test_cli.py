@@ -74,15 +74,17 @@ def test_a_recipe_in_the_current_folder_comes_first(target, features, tmp_path, 
 
 
 @pytest.mark.parametrize("path", sorted(recipe_folder().glob("*.yaml")), ids=lambda p: p.name)
-def test_every_recipe_trains_on_the_tiny_target(path, target, features, tmp_path):
-    """As shipped, but for the target, the features and the hardware."""
+def test_every_recipe_trains_on_the_tiny_target(path, target, features, prompts, tmp_path):
+    """As shipped, but for the target, the features or prompts, and the hardware."""
     text = path.read_text()
     assert text.startswith("#")
-    tiny = TINY_OPTIONS[yaml.safe_load(text)["model"]["class_path"]]
+    config = yaml.safe_load(text)
+    tiny = TINY_OPTIONS[config["model"]["class_path"]]
+    data = {"features": features, "prompts": prompts}
     options = {
         "--trainer.accelerator": "cpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 2,
         "--trainer.precision": "32-true", "--trainer.default_root_dir": tmp_path, "--model.target": target,
-        "--data.features": features,
+        **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
         **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in tiny.items()},
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "specforge.modeling", "specforge.losses", "specforge.decoding", "specforge.data", "specforge.eval",
         "specforge.export", "specforge.inference", "specforge.recipes",
     },
-    "datamodules": {"specforge.runtime", "specforge.data"},
+    "datamodules": {"specforge.runtime", "specforge.data", "specforge.inference"},
 }  # fmt: skip
 
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from specforge.contracts import INPUT_IDS, LOSS_MASK, PromptTask, Provenance, SampleRef, content_id
+from specforge.contracts import (
+    INPUT_IDS,
+    LOSS_MASK,
+    FeatureSpec,
+    PromptTask,
+    Provenance,
+    SampleRef,
+    content_id,
+)
 from specforge.inference.target_engine import TargetEngine
 from specforge.runtime.data_plane.store import FeatureStore
 
@@ -76,6 +84,10 @@ class RolloutWorker:
             UserError: the target cannot meet the policy, or the store cannot be written.
         """
         self.engine.check(self.provenance.capture)
+        yield from self.produce(tasks, batch_tokens)
+
+    def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
+        """As :meth:`run`, with an engine that has been checked."""
         for batch in plan_batches(tasks, batch_tokens):
             ids = [sample_id(task, self.provenance) for task in batch]
             missing = [name not in self.store for name in ids]
@@ -101,6 +113,29 @@ class RolloutWorker:
                 self.flush()
             yield Progress(sum(missing), tokens, len(batch) - sum(missing))
         self.flush()
+
+    def expect(self, tasks: Sequence[PromptTask]) -> list[SampleRef]:
+        """References of samples before they are produced: all but generation, checksum and place.
+
+        Raises:
+            UserError: the target cannot meet the policy.
+        """
+        self.engine.check(self.provenance.capture)
+        (probe,) = self.engine.capture([[0, 0]], self.provenance.capture)
+        probe |= {INPUT_IDS: torch.zeros(2, dtype=torch.int32), LOSS_MASK: torch.zeros(2, dtype=torch.uint8)}
+        kinds = [
+            (name, str(x.dtype).removeprefix("torch."), x.shape[1:]) for name, x in sorted(probe.items())
+        ]
+        width = sum(x[0].nbytes for x in probe.values())
+        return [
+            SampleRef(
+                sample_id(task, self.provenance), 0,
+                tuple(FeatureSpec(name, dtype, (len(task.input_ids), *rest)) for name, dtype, rest in kinds),
+                len(task.input_ids), sum(task.loss_mask), len(task.input_ids) * width, "", "", task.source,
+                self.provenance,
+            )
+            for task in tasks
+        ]  # fmt: skip
 
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""

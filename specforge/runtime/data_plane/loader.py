@@ -29,7 +29,7 @@ from specforge.contracts import (
 )
 from specforge.errors import UserError
 from specforge.runtime.data_plane.packing import BatchPlan
-from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
+from specforge.runtime.data_plane.store import BadSampleError, SampleStore, StoreFullError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class FeatureDataLoader:
 
     Args:
         refs: committed samples.
-        store: holds their tensors.
+        store: holds their tensors, or produces them.
         spec: what the algorithm reads.
         batch_size: documents of a batch; or
         max_tokens: most tokens of a batch. Exactly one of the two is given.
@@ -47,7 +47,7 @@ class FeatureDataLoader:
         seed: of the orders.
         rank: this process.
         world_size: all processes; each gets the same number of batches, the last ones may be empty.
-        prefetch: batches to fetch ahead in a thread; 0 fetches in the caller's.
+        prefetch: most batches to fetch ahead in a thread, fewer where the store has no room; 0 fetches in the caller's.
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches in page-locked memory.
@@ -59,7 +59,7 @@ class FeatureDataLoader:
     def __init__(
         self,
         refs: Sequence[SampleRef],
-        store: FeatureStore,
+        store: SampleStore,
         spec: StrategySpec,
         *,
         batch_size: int | None = None,
@@ -132,44 +132,54 @@ class FeatureDataLoader:
     def acknowledge(self, batch: TrainBatch) -> None:
         """Record that a batch was trained."""
         self._acknowledged = batch.cursor
+        self.store.free(batch.sample_ids)
 
     def _stream(self) -> Iterator[TrainBatch]:
         epoch, first = self._start
         self._start = (epoch + 1, 0)
         batches = self.plan.epoch(epoch)[self.rank :: self.world_size]
-        work = [
-            (number, batches[number] if number < len(batches) else ()) for number in range(first, len(self))
-        ]
-        cursors = [{"epoch": epoch, "batch": number + 1} for number, _ in work]
+        work = deque(
+            (
+                [self.refs[int(i)] for i in (batches[n] if n < len(batches) else ())],
+                {"epoch": epoch, "batch": n + 1},
+            )
+            for n in range(first, len(self))
+        )
         torch.get_num_threads()  # fixes this thread's number before the fetching thread sets its own
         if self.prefetch == 0:
-            for (_, indices), cursor in zip(work, cursors, strict=True):
-                yield self._load(indices, cursor)
+            for refs, cursor in work:
+                self.store.reserve(refs)
+                yield self._load(refs, cursor)
             return
-        pending: deque[Future[TrainBatch]] = deque()
+        pending: deque[tuple[list[SampleRef], Future[TrainBatch]]] = deque()
         with ThreadPoolExecutor(1, "features", initializer=_stay_single_threaded) as pool:
             try:
-                for (_, indices), cursor in zip(work, cursors, strict=True):
-                    pending.append(pool.submit(self._load, indices, cursor))
-                    if len(pending) > self.prefetch:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
+                while work or pending:
+                    while work and len(pending) <= self.prefetch:
+                        # The batch that is wanted now is fetched even where there is no room: it may never come.
+                        if not self.store.reserve(work[0][0]) and pending:
+                            break
+                        refs, cursor = work.popleft()
+                        pending.append((refs, pool.submit(self._load, refs, cursor)))
+                    yield pending.popleft()[1].result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+                for refs, _ in pending:
+                    self.store.free([ref.sample_id for ref in refs])
 
-    def _load(self, indices: Iterable[int], cursor: dict[str, int]) -> TrainBatch:
+    def _load(self, refs: Iterable[SampleRef], cursor: dict[str, int]) -> TrainBatch:
         samples: list[dict[str, Tensor]] = []
         kept: list[SampleRef] = []
         leases = []
         try:
-            for index in indices:
-                ref = self.refs[int(index)]
+            for ref in refs:
                 try:
                     leases.append(self.store.get(ref))
                 except BadSampleError as error:
                     self._quarantine(ref, error)
                     continue
+                except StoreFullError as error:
+                    raise UserError(f"a batch does not fit into memory for features: {error}") from error
                 samples.append(leases[-1].tensors)
                 kept.append(ref)
             batch = collate(samples, kept, self.spec, self._empty, self.pad_to)

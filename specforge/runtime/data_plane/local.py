@@ -43,6 +43,14 @@ class MemoryBackend:
         """Drop them."""
         self._groups.pop(key, None)
 
+    def holds(self, key: str, uri: str) -> bool:
+        """Whether they are there."""
+        return key in self._groups
+
+    def stored(self) -> list[tuple[str, str]]:
+        """All keys."""
+        return [(key, "") for key in self._groups]
+
     def flush(self) -> None:
         """Nothing to do."""
 
@@ -103,6 +111,25 @@ class ShardBackend:
         except OSError:
             return
 
+    def holds(self, key: str, uri: str) -> bool:
+        """Whether a readable shard, or the next one, has the group."""
+        return (key in self._buffer and uri == self._name()) or key in self._keys(uri)
+
+    def stored(self) -> list[tuple[str, str]]:
+        """Groups of all readable shards, and of the next one."""
+        shards = sorted(path.name for path in self.folder.iterdir() if _SHARD.fullmatch(path.name))
+        found = [(key, uri) for uri in shards for key in sorted(self._keys(uri))]
+        return found + [(key, self._name()) for key in self._buffer]
+
+    def _keys(self, uri: str) -> set[str]:
+        try:
+            with self._lock:
+                if uri not in self._open:
+                    self._open[uri] = self._map(uri)
+                return set(self._open[uri][1]) - self._removed.get(uri, set())
+        except OSError:
+            return set()
+
     def flush(self) -> None:
         """Write what was collected as one shard.
 
@@ -145,6 +172,6 @@ class ShardBackend:
             raise OSError(f"{path} is {state} ({error}); delete it and capture again") from error
         names: dict[str, list[str]] = {}
         for name in file.keys():  # noqa: SIM118 - not a dict
-            key, feature = name.split("/", 1)
+            key, _, feature = name.partition("/")  # where damage took the slash, the feature is missing
             names.setdefault(key, []).append(feature)
         return file, names

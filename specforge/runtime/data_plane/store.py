@@ -8,9 +8,10 @@ not deleted until its last reader has let go of it.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from specforge.contracts import FeatureSpec, Provenance, SampleRef
 from specforge.runtime.data_plane.encoding import decode, encode
+
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)
 
 
 class BadSampleError(Exception):
@@ -55,12 +58,44 @@ class FeatureBackend(Protocol):
         """Forget a group; unknown keys are ignored."""
         ...
 
+    def holds(self, key: str, uri: str) -> bool:
+        """Whether there is such a group; it may be damaged."""
+        ...
+
+    def stored(self) -> list[tuple[str, str]]:
+        """Key and uri of every group, and of what dead writers left behind."""
+        ...
+
     def flush(self) -> None:
         """Make everything written so far durable and readable."""
         ...
 
     def pending(self) -> int:
         """Bytes written but not yet flushed."""
+        ...
+
+
+class SampleStore(Protocol):
+    """What the stream of batches reads from: a store of samples, or one that produces them when they are asked for."""
+
+    def get(self, ref: SampleRef) -> Lease:
+        """Fetch a sample's tensors under a lease.
+
+        Raises:
+            BadSampleError: they must not be trained on.
+        """
+        ...
+
+    def release(self, lease: Lease) -> None:
+        """End a lease."""
+        ...
+
+    def reserve(self, refs: Sequence[SampleRef]) -> bool:
+        """Whether there is room for samples beside those that wait to be trained; if so, it is kept for them."""
+        ...
+
+    def free(self, sample_ids: Sequence[str]) -> None:
+        """The samples are trained, or will not be: whatever room they take is no longer needed."""
         ...
 
 
@@ -71,7 +106,7 @@ class Lease:
     ref: SampleRef
     tensors: dict[str, Tensor]
     token: int
-    store: FeatureStore = field(repr=False)
+    store: SampleStore = field(repr=False)
 
     def __enter__(self) -> dict[str, Tensor]:
         return self.tensors
@@ -162,6 +197,7 @@ class FeatureStore:
         """Take over samples that lie in the backend already, such as those of a manifest."""
         with self._lock:
             for ref in refs:
+                check_id(ref.sample_id)
                 self._remember(ref.sample_id, _Entry(ref.generation, ref.nbytes, ref.uri))
 
     def put(
@@ -183,9 +219,11 @@ class FeatureStore:
             provenance: where the features come from.
 
         Raises:
-            BadSampleError: a tensor has a wrong first dimension, or a value that is not finite.
+            BadSampleError: a tensor has a wrong first dimension, or a value that is not finite; or the identity could
+                name a path.
             StoreFullError: the byte limit would be exceeded.
         """
+        check_id(sample_id)
         lengths = {name: len(x) for name, x in tensors.items()}
         if len(set(lengths.values())) != 1:
             raise BadSampleError(sample_id, f"features disagree about the number of tokens: {lengths}")
@@ -297,6 +335,54 @@ class FeatureStore:
             self._collect(ref.sample_id, entry)
             return True
 
+    def discard(self, ref: SampleRef) -> None:
+        """Delete the bytes that a reference names, whether or not this store knows them."""
+        with self._lock:
+            entry = self._entries.get(ref.sample_id)
+            known = entry is not None and (entry.generation, entry.uri) == (ref.generation, ref.uri)
+        if known:
+            self.delete(ref)
+        else:
+            check_id(ref.sample_id)
+            self.backend.remove(_key(ref.sample_id, ref.generation), ref.uri)
+
+    def holds(self, ref: SampleRef) -> bool:
+        """Whether the bytes that a reference names are there; whether they are whole shows when they are read."""
+        return self.backend.holds(_key(ref.sample_id, ref.generation), ref.uri)
+
+    def remove_orphans(self, refs: Iterable[SampleRef], spare: Collection[str] = ()) -> int:
+        """Delete what no reference names.
+
+        Args:
+            refs: references of everything that is to stay.
+            spare: samples that are left alone.
+
+        Returns:
+            How many groups of tensors went.
+        """
+        wanted = {(_key(ref.sample_id, ref.generation), ref.uri) for ref in refs}
+        count = 0
+        for key, uri in self.backend.stored():
+            sample_id, _, generation = key.rpartition(".")
+            if (key, uri) in wanted or sample_id in spare:
+                continue
+            with self._lock:
+                entry = self._entries.get(sample_id)
+                if entry is not None and (str(entry.generation), entry.uri) == (generation, uri):
+                    entry.doomed = True
+                    self._collect(sample_id, entry)
+                else:
+                    self.backend.remove(key, uri)
+            count += 1
+        return count
+
+    def reserve(self, refs: Sequence[SampleRef]) -> bool:
+        """Always: what is stored takes no further room."""
+        return True
+
+    def free(self, sample_ids: Sequence[str]) -> None:
+        """Nothing: stored samples are read again in the next epoch."""
+
     def sweep(self, now: float | None = None) -> int:
         """End leases that are older than ``lease_seconds``; returns how many."""
         now = time.monotonic() if now is None else now
@@ -333,10 +419,12 @@ class FeatureStore:
 
     def _remember(self, sample_id: str, entry: _Entry) -> None:
         old = self._entries.get(sample_id)
+        if old is not None and (old.generation, old.uri) == (entry.generation, entry.uri):
+            return
         if old is not None:
             # Readers of the old generation keep their tensors; nothing new can reach it.
             self._nbytes -= old.nbytes
-            self.backend.remove(_key(sample_id, old.generation), old.uri)
+            self._forget(sample_id, old)
         self._entries[sample_id] = entry
         self._generations[sample_id] = max(entry.generation, self._generations.get(sample_id, 0))
         self._nbytes += entry.nbytes
@@ -352,7 +440,22 @@ class FeatureStore:
         if entry.doomed and entry.leases == 0:
             del self._entries[sample_id]
             self._nbytes -= entry.nbytes
-            self.backend.remove(_key(sample_id, entry.generation), entry.uri)
+            self._forget(sample_id, entry)
+
+    def _forget(self, sample_id: str, entry: _Entry) -> None:
+        key = _key(sample_id, entry.generation)
+        self._verified.discard(key)
+        self.backend.remove(key, entry.uri)
+
+
+def check_id(sample_id: str) -> None:
+    """Refuse an identity that could name a path outside a store's folder.
+
+    Raises:
+        BadSampleError: it has other characters than letters, digits, ``_``, ``-`` and inner dots, or is too long.
+    """
+    if not _ID.fullmatch(sample_id):
+        raise BadSampleError(repr(sample_id)[:80], "its identity could name a path")
 
 
 def _key(sample_id: str, generation: int) -> str:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from specforge.contracts import CapturePolicy, Provenance
+from specforge.contracts import CapturePolicy, Provenance, SampleRef
+from specforge.errors import UserError
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.local import MemoryBackend, ShardBackend
+from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1, 3)), "float32")
 
 
-@pytest.fixture(params=["memory", "shards"])
+BACKENDS = {"memory": lambda folder: MemoryBackend(), "shards": ShardBackend, "shared_dir": SharedDirBackend}
+
+
+@pytest.fixture(params=list(BACKENDS))
 def backend(request, tmp_path):
-    return MemoryBackend() if request.param == "memory" else ShardBackend(tmp_path)
+    return BACKENDS[request.param](tmp_path)
+
+
+@pytest.fixture(params=["shards", "shared_dir"])
+def on_disk(request):
+    """Makes the backend of a folder, anew at each call, as another process would."""
+    return BACKENDS[request.param]
 
 
 def sample(seed: int = 0, length: int = 5) -> dict[str, torch.Tensor]:
@@ -105,24 +128,220 @@ def test_features_of_different_lengths_are_refused(backend):
         FeatureStore(backend).put("a", tensors, num_supervised=1, source="", provenance=PROVENANCE)
 
 
-def test_shards_are_found_by_the_next_session(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["../a", "a/b", "/etc/a", "..", ".a", "", "a\0", "a\n", "x" * 129, "a b", "ä"]
+)
+def test_an_identity_that_could_name_a_path_is_refused(backend, name):
+    store = FeatureStore(backend)
+    good = put(store)
+    for action in (
+        lambda: put(store, name), lambda: store.adopt([replace(good, sample_id=name)]),
+        lambda: store.discard(replace(good, sample_id=name)),
+    ):  # fmt: skip
+        with pytest.raises(BadSampleError, match="could name a path"):
+            action()
+    assert list(store) == ["a"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(
+    names=st.lists(st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,20}", fullmatch=True), unique=True, max_size=5)
+)
+def test_any_other_identity_comes_back(tmp_path_factory, names):
+    for make in BACKENDS.values():
+        store = FeatureStore(make(tmp_path_factory.mktemp("store")))
+        refs = [put(store, name, seed=i) for i, name in enumerate(names)]
+        for i, ref in enumerate(refs):
+            with store.get(ref) as tensors:
+                assert torch.equal(tensors["states"], sample(i)["states"])
+        found = [key for key, _ in store.backend.stored()]
+        assert sorted(found) == sorted(f"{name}.1" for name in names)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["../secret.safetensors", "a./../../a.1-0123456789abcdef.safetensors", "/etc/passwd", "", "a./b.1-0.tmp"],
+)
+def test_a_uri_cannot_leave_the_folder(on_disk, tmp_path, uri):
+    (tmp_path / "secret.safetensors").write_text("secret")
+    store = FeatureStore(on_disk(tmp_path / "inside"))
+    ref = replace(put(store), sample_id="b", uri=uri)
+    store.adopt([ref])
+    with pytest.raises(BadSampleError, match="is not the name of"):
+        store.get(ref)
+
+
+def test_a_uri_is_only_good_for_its_own_sample(tmp_path):
+    store = FeatureStore(SharedDirBackend(tmp_path))
+    a, b = put(store, "a"), put(store, "b")
+    swapped = replace(b, uri=a.uri)
+    store = FeatureStore(SharedDirBackend(tmp_path))
+    store.adopt([swapped])
+    with pytest.raises(BadSampleError, match=r"is not the name of a file of b\.1"):
+        store.get(swapped)
+
+
+def test_adopting_twice_keeps_the_bytes(backend):
+    store = FeatureStore(backend)
+    ref = put(store)
+    store.adopt([ref, ref])
+    with store.get(ref) as tensors:
+        assert len(tensors["states"]) == 5
+    assert store.stat().samples == 1
+
+
+def test_samples_are_found_by_the_next_session(on_disk, tmp_path):
     refs = []
     for session in range(3):
-        store = FeatureStore(ShardBackend(tmp_path))
+        store = FeatureStore(on_disk(tmp_path))
         store.adopt(refs)
         refs.append(put(store, f"s{session}", seed=session))
-    store = FeatureStore(ShardBackend(tmp_path))
+    store = FeatureStore(on_disk(tmp_path))
     store.adopt(refs)
     for seed, ref in enumerate(refs):
+        assert store.holds(ref)
         with store.get(ref) as tensors:
             assert torch.equal(tensors["states"], sample(seed)["states"])
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def the_file(folder: Path) -> Path:
+    (path,) = folder.rglob("*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_a_cut_off_file_is_refused_by_name(on_disk, tmp_path, part):
+    ref = put(FeatureStore(on_disk(tmp_path)))
+    path = the_file(tmp_path)
+    os.truncate(path, int(path.stat().st_size * part))
+    store = FeatureStore(on_disk(tmp_path))
+    store.adopt([ref])
+    with pytest.raises(BadSampleError, match="sample a: "):
+        store.get(ref)
+    assert store.stat().leases == 0
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_every_flipped_bit_is_noticed(on_disk, tmp_path_factory, data):
+    """In the tensors' bytes by the checksum; in the header it may also be harmless: then the tensors are right."""
+    folder = tmp_path_factory.mktemp("flip")
+    ref = put(FeatureStore(on_disk(folder)))
+    path = the_file(folder)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) * 8 - 1))
+    content[at // 8] ^= 1 << at % 8
+    path.write_bytes(content)
+    store = FeatureStore(on_disk(folder))
+    store.adopt([ref])
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    try:
+        lease = store.get(ref)
+    except BadSampleError:
+        return
+    assert at // 8 < header
+    assert all(torch.equal(lease.tensors[name], x) for name, x in sample().items())
+
+
+def test_a_lost_sample_is_refused_by_name_and_no_longer_held(backend):
+    store = FeatureStore(backend)
+    ref, other = put(store), put(store, "b")
+    assert store.holds(ref)
+    backend.remove("a.1", ref.uri)
+    assert not store.holds(ref)
+    with pytest.raises(BadSampleError, match=r"sample a: (not in|.* is missing)"):
+        store.get(ref)
+    assert store.holds(other)
+    assert [key for key, _ in backend.stored()] == ["b.1"]
+
+
+def test_orphans_are_removed_and_the_wanted_and_the_spared_stay(backend):
+    store = FeatureStore(backend)
+    wanted, spared = put(store, "wanted"), put(store, "spared")
+    put(store, "orphan")
+    leased = put(store, "leased")
+    lease = store.get(leased)
+    assert store.remove_orphans([wanted], spare={"spared"}) == 2
+    assert torch.equal(lease.tensors["states"], sample()["states"])
+    store.release(lease)
+    assert sorted(key for key, _ in backend.stored()) == ["spared.1", "wanted.1"]
+    assert sorted(store) == ["spared", "wanted"]
+    assert store.stat().nbytes == wanted.nbytes + spared.nbytes
+
+
+def test_discarding_deletes_what_another_process_put(tmp_path):
+    ref = put(FeatureStore(SharedDirBackend(tmp_path)))
+    store = FeatureStore(SharedDirBackend(tmp_path))
+    assert store.holds(ref)
+    store.discard(ref)
+    assert not store.holds(ref)
+    store.discard(ref)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+@contextmanager
+def small_disk(nbytes: int) -> Iterator[None]:
+    """The system itself refuses to write more than so many bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_store_usable(on_disk, tmp_path):
+    store = FeatureStore(on_disk(tmp_path))
+    with small_disk(4096), pytest.raises(UserError, match="could not be written"):
+        put(store, "a", length=1000)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []
+    ref = put(store, "a", length=1000)
+    with store.get(ref) as tensors:
+        assert len(tensors["states"]) == 1000
+
+
+def test_several_processes_share_a_folder(tmp_path):
+    """Each puts the same samples; none touches another's bytes, and every reference can be read here."""
+    code = (
+        "import json, sys, pathlib\n"
+        "from tests.runtime.data_plane.test_store import FeatureStore, SharedDirBackend, put\n"
+        "store = FeatureStore(SharedDirBackend(pathlib.Path(sys.argv[1])))\n"
+        "for i in range(20):\n"
+        "    print(json.dumps(put(store, f's{i}', seed=i).to_json()))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = [worker.communicate()[0].splitlines() for worker in workers]
+    parts = [[SampleRef.from_json(json.loads(line)) for line in lines] for lines in outputs]
+    assert [len(part) for part in parts] == [20] * 3
+    assert len({ref.uri for part in parts for ref in part}) == 60
+    for part in parts:
+        store = FeatureStore(SharedDirBackend(tmp_path))
+        store.adopt(part)
+        for i, ref in enumerate(part):
+            with store.get(ref) as tensors:
+                assert torch.equal(tensors["states"], sample(i)["states"])
+    assert FeatureStore(SharedDirBackend(tmp_path)).remove_orphans(parts[1]) == 40
+    assert all(store.holds(ref) for ref in parts[1])
+
+
+def test_an_unfinished_file_of_a_dead_writer_is_an_orphan(tmp_path):
+    store = FeatureStore(SharedDirBackend(tmp_path))
+    ref = put(store)
+    (tmp_path / "a." / ".a.1-0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / "a." / "README").write_text("not ours")
+    assert store.remove_orphans([ref]) == 1
+    assert sorted(p.name for p in (tmp_path / "a.").iterdir()) == sorted(["README", Path(ref.uri).name])
 
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     store = FeatureStore(ShardBackend(tmp_path))
     store.put("a", sample(), num_supervised=1, source="", provenance=PROVENANCE)
-    import os
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -145,11 +364,6 @@ def test_a_shard_goes_with_its_last_sample(tmp_path):
     assert list(tmp_path.iterdir())
     store.delete(b)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_uri_cannot_leave_the_folder(tmp_path):
-    with pytest.raises(OSError, match="not the name of a shard"):
-        ShardBackend(tmp_path).read("a.1", "../secret.safetensors")
 
 
 def test_float8_is_within_half_a_step_of_its_scale():

@@ -1,0 +1,347 @@
+"""The controller: prompts in, references out, every sample trained once in each epoch of the surviving history.
+
+It joins a metadata store, which knows the states, with a feature store, which holds the tensors. Producers lease
+prompts and commit references of flushed features; trainers are given references and report steps and checkpoints.
+Only metadata passes through: text, numbers and the frozen records of :mod:`specforge.contracts`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Literal
+
+from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef, plain
+from specforge.errors import UserError
+from specforge.runtime.control_plane.metadata import (
+    COMMITTED,
+    DEAD,
+    DELIVERED,
+    LEASED,
+    TRAINED,
+    MetadataStore,
+)
+from specforge.runtime.data_plane.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class LeasedPrompt:
+    """A prompt to produce features for.
+
+    Attributes:
+        key: its key in the control plane.
+        sample_id: identity of the sample that it becomes.
+        task: the prompt; ``attempt`` says how often it was tried before.
+    """
+
+    key: str
+    sample_id: str
+    task: PromptTask
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A prompt that was given up: what it was, how often it was tried, and why it failed last."""
+
+    key: str
+    tries: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What a restart put right: samples whose features were ``lost``, features that nobody committed (``orphans``)."""
+
+    lost: int
+    orphans: int
+
+
+def sample_key(sample_id: str, epoch: int) -> str:
+    """Key of a sample in an epoch; each epoch trains it once."""
+    return f"{sample_id}@{epoch}"
+
+
+class DataFlowController:
+    """Ingest, lease, commit, deliver, trained, durable.
+
+    Args:
+        metadata: the states.
+        features: the tensors.
+        clock: present time in seconds, the same for all processes.
+        lease_seconds: a producer that has not renewed a lease for so long is taken for dead.
+        max_tries: how often a prompt is tried before it becomes a dead letter.
+        retain: keep features until a checkpoint covers them, or only until they are trained (they are then produced
+            again when a run goes back).
+    """
+
+    def __init__(
+        self,
+        metadata: MetadataStore,
+        features: FeatureStore,
+        *,
+        clock: Callable[[], float] = time.time,
+        lease_seconds: float = 60.0,
+        max_tries: int = 3,
+        retain: Literal["until_durable", "until_trained"] = "until_durable",
+    ) -> None:
+        if lease_seconds <= 0 or max_tries < 1:
+            raise UserError("control plane: lease_seconds must be positive and max_tries at least 1")
+        self.metadata, self.features, self.clock = metadata, features, clock
+        self.lease_seconds, self.max_tries, self.retain = lease_seconds, max_tries, retain
+
+    # Producers.
+
+    def ingest(self, samples: Mapping[str, PromptTask], epoch: int = 0) -> int:
+        """Queue prompts of an epoch, in their order; what is known already is left as it is.
+
+        Args:
+            samples: prompts by the identity of the sample that each becomes.
+            epoch: which.
+
+        Returns:
+            How many are new.
+        """
+        items = [(sample_key(name, epoch), dump_task(task)) for name, task in samples.items()]
+        return sum(self.metadata.ingest(items))
+
+    def lease(self, owner: str, count: int) -> list[LeasedPrompt]:
+        """Prompts to produce, at most ``count``; those of dead producers and failed ones come again.
+
+        A sample whose features of the epoch before are still held is committed with them and not lent.
+
+        Args:
+            owner: the producer; unique among those that run.
+            count: most prompts.
+        """
+        _plain(owner)
+        while True:
+            now = self.clock()
+            grants = self.metadata.lease(owner, count, now, now + self.lease_seconds, self.max_tries)
+            leased, held = [], []
+            for grant, ref in zip(grants, self._refs([_shift(g.key, -1) for g in grants]), strict=True):
+                if ref is not None and self.features.holds(ref):
+                    held.append((grant.key, dump_ref(ref)))
+                else:
+                    task = replace(load_task(grant.task), attempt=grant.attempt)
+                    leased.append(LeasedPrompt(grant.key, _sample(grant.key), task))
+            if held:
+                self.metadata.commit(held)
+            if leased or not held:
+                return leased
+
+    def renew(self, owner: str, leased: Sequence[LeasedPrompt]) -> list[bool]:
+        """Extend leases; for each, whether ``owner`` still holds it."""
+        return self.metadata.renew(owner, [x.key for x in leased], self.clock() + self.lease_seconds)
+
+    def release(self, owner: str) -> int:
+        """Give back everything ``owner`` holds, untried: before it stops, or when it starts again under its name."""
+        return self.metadata.release(owner)
+
+    def fail(self, owner: str, leased: LeasedPrompt, reason: str) -> str:
+        """Report that a prompt gave no features; returns its state, ``dead`` where it was the last try."""
+        _plain(owner, reason)
+        return self.metadata.fail(owner, leased.key, leased.task.attempt, reason, self.max_tries)
+
+    def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
+        """Record samples whose features are flushed.
+
+        Features of a duplicate are deleted, unless those of the first are gone: then the newer take their place.
+
+        Args:
+            refs: key and reference of each.
+
+        Returns:
+            For each, whether it is new.
+
+        Raises:
+            StateError: a key was never ingested; nothing is committed.
+        """
+        items = [(key, ref, dump_ref(ref)) for key, ref in refs]
+        new = self.metadata.commit([(key, text) for key, _, text in items])
+        for (key, ref, text), fresh in zip(items, new, strict=True):
+            if not fresh:
+                self._settle_duplicate(key, ref, text)
+        return new
+
+    def _settle_duplicate(self, key: str, ref: SampleRef, text: str) -> None:
+        (first,) = self._refs([key])
+        if first is None or _same_bytes(first, ref):
+            return
+        if self.features.holds(first) or not self._is_waiting(key):
+            self.features.discard(ref)
+        else:
+            self.metadata.requeue([key])
+            self.metadata.commit([(key, text)])
+
+    def _is_waiting(self, key: str) -> bool:
+        return any(entry.key == key for entry in self.metadata.entries((COMMITTED, DELIVERED)))
+
+    # Trainers.
+
+    def deliver(self, keys: Sequence[str]) -> list[SampleRef]:
+        """References of samples to train on; their features may now be read from the store. None over the null store.
+
+        Raises:
+            StateError: one is not committed, or trained already; none is delivered.
+        """
+        refs = [load_ref(text) for text in self.metadata.deliver(keys) if text]
+        self.features.adopt(refs)
+        return refs
+
+    def trained(self, keys: Sequence[str], step: int) -> None:
+        """Record the optimizer step that used samples.
+
+        Raises:
+            StateError: one was not delivered, or another step used it; nothing is recorded.
+        """
+        _plain(step)
+        self.metadata.mark_trained(keys, step)
+        if self.retain == "until_trained":
+            self._free(keys)
+
+    def durable(self, step: int) -> int:
+        """Record that the checkpoint of ``step`` is complete, and free what it covers; returns the samples."""
+        _plain(step)
+        keys = self.metadata.mark_durable(step)
+        if self.retain == "until_durable":
+            self._free(keys)
+        return len(keys)
+
+    def rewind(self, step: int) -> list[str]:
+        """Go back to the checkpoint of ``step``: what was delivered or trained since is to be trained again.
+
+        Returns:
+            Those keys; samples whose features are no longer held are queued again.
+        """
+        _plain(step)
+        keys = self.metadata.rewind(step)
+        self._requeue_lost(keys)
+        return keys
+
+    def lost(self, keys: Sequence[str]) -> None:
+        """Queue samples again whose features turned out to be missing or damaged."""
+        refs = self._refs(keys)
+        self.metadata.requeue(keys)
+        for ref in refs:
+            if ref is not None:
+                self.features.discard(ref)
+
+    # Both.
+
+    def reconcile(self) -> Reconciled:
+        """After a restart: queue samples whose features are lost, delete features that nobody committed.
+
+        Features of prompts that somebody holds a lease of are left alone: they may be about to be committed.
+        """
+        waiting = [entry.key for entry in self.metadata.entries((COMMITTED, DELIVERED))]
+        lost = self._requeue_lost(waiting)
+        refs = [load_ref(entry.ref) for entry in self.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
+        leased = {_sample(entry.key) for entry in self.metadata.entries((LEASED,))}
+        return Reconciled(lost, self.features.remove_orphans(refs, spare=leased))
+
+    def dead_letters(self) -> list[DeadLetter]:
+        """Prompts that were given up; :meth:`revive` tries them again."""
+        return [DeadLetter(x.key, x.tries, x.reason) for x in self.metadata.entries((DEAD,))]
+
+    def revive(self, keys: Sequence[str]) -> None:
+        """Queue dead letters again, with all their tries."""
+        self.metadata.requeue(keys)
+
+    def counts(self) -> dict[str, int]:
+        """Samples in each state."""
+        return self.metadata.counts()
+
+    def _refs(self, keys: Sequence[str]) -> list[SampleRef | None]:
+        return [load_ref(text) if text else None for text in self.metadata.refs(keys)]
+
+    def _requeue_lost(self, keys: Sequence[str]) -> int:
+        lost = [
+            key
+            for key, ref in zip(keys, self._refs(keys), strict=True)
+            if ref is None or not self.features.holds(ref)
+        ]
+        if lost:
+            self.metadata.requeue(lost)
+        return len(lost)
+
+    def _free(self, keys: Sequence[str]) -> None:
+        others = self._refs([_shift(key, 1) for key in keys])
+        for ref, other in zip(self._refs(keys), others, strict=True):
+            if ref is not None and (other is None or not _same_bytes(ref, other)):
+                self.features.discard(ref)
+
+
+def _sample(key: str) -> str:
+    return key.rpartition("@")[0]
+
+
+def _shift(key: str, epochs: int) -> str:
+    sample_id, _, epoch = key.rpartition("@")
+    return sample_key(sample_id, int(epoch) + epochs)
+
+
+def _same_bytes(a: SampleRef, b: SampleRef) -> bool:
+    return (a.sample_id, a.generation, a.uri) == (b.sample_id, b.generation, b.uri)
+
+
+def _plain(*values: object) -> None:
+    """No tensor, array or other object may pass: only text and whole numbers."""
+    for value in values:
+        if type(value) not in (str, int):
+            raise TypeError(f"{type(value).__name__} cannot cross the control plane")
+
+
+def dump_task(task: PromptTask) -> str:
+    """JSON of a prompt."""
+    return json.dumps(task.to_json(), separators=(",", ":"))
+
+
+def load_task(text: str) -> PromptTask:
+    """A prompt from its JSON."""
+    found = json.loads(text)
+    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
+    return PromptTask(**found)
+
+
+# References are three lines of JSON: what differs from sample to sample, the tensors' shapes, and where they come
+# from. Runs have few different second lines and one third, so those are made and read once.
+
+
+def dump_ref(ref: SampleRef) -> str:
+    """Text of a reference.
+
+    Raises:
+        TypeError: something in it is neither text nor a number.
+    """
+    own = json.dumps([getattr(ref, name) for name in _OWN_FIELDS])
+    return f"{own}\n{_dump(ref.features)}\n{_dump((ref.provenance,))}"
+
+
+def load_ref(text: str) -> SampleRef:
+    """A reference from its text; those of one run share their provenance."""
+    own, features, provenance = text.split("\n")
+    return SampleRef(
+        **dict(zip(_OWN_FIELDS, json.loads(own), strict=True)), features=_load_features(features),
+        provenance=_load_provenance(provenance),
+    )  # fmt: skip
+
+
+_OWN_FIELDS = tuple(f.name for f in fields(SampleRef) if f.name not in ("features", "provenance"))
+
+
+@lru_cache(maxsize=8192)
+def _dump(records: tuple[FeatureSpec, ...] | tuple[Provenance]) -> str:
+    return json.dumps(plain(records))
+
+
+@lru_cache(maxsize=8192)
+def _load_features(text: str) -> tuple[FeatureSpec, ...]:
+    return tuple(FeatureSpec.from_json(item) for item in json.loads(text))
+
+
+@lru_cache(maxsize=64)
+def _load_provenance(text: str) -> Provenance:
+    return Provenance.from_json(json.loads(text)[0])

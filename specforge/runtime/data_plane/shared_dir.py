@@ -1,0 +1,108 @@
+"""A shared mount as a feature store: one safetensors file a sample, for several processes and hosts.
+
+A file is written under another name and renamed, so it is there whole or not at all. Its name holds a random part,
+so two attempts at the same sample, by whatever processes, never touch each other's bytes: the reference that was
+committed says which of them counts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specforge.files import disk_error, sync_folder
+
+_URI = re.compile(
+    r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}\.(?:safetensors|tmp)", re.ASCII
+)
+
+
+class SharedDirBackend:
+    """Safetensors files in a folder that all processes see.
+
+    Args:
+        folder: created if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._unsynced: dict[Path, int] = {}
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write a file of its own.
+
+        Raises:
+            UserError: the disk is full or not writable; nothing is left behind.
+        """
+        uri = f"{key[:2]}/{key}-{secrets.token_hex(8)}.safetensors"
+        path = self._path(key, uri)
+        temporary = path.with_name(f".{path.stem}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file(dict(tensors), temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise disk_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+        self._unsynced[path] = sum(x.nbytes for x in tensors.values())
+        return uri
+
+    def read(self, key: str, uri: str) -> dict[str, Tensor]:
+        """Views into the memory-mapped file."""
+        path = self._path(key, uri)
+        if not path.exists():
+            raise KeyError(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{path} is damaged or cut off ({error})") from error
+
+    def remove(self, key: str, uri: str) -> None:
+        """Delete the file; readers that have it mapped keep it."""
+        path = self._path(key, uri)
+        self._unsynced.pop(path, None)
+        path.unlink(missing_ok=True)
+
+    def holds(self, key: str, uri: str) -> bool:
+        """Whether the file is there."""
+        return self._path(key, uri).exists()
+
+    def stored(self) -> list[tuple[str, str]]:
+        """Every sample's files, and unfinished ones."""
+        uris = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*"))
+        return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
+
+    def flush(self) -> None:
+        """Sync what was written to disk.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        try:
+            for path in self._unsynced:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            for folder in {path.parent for path in self._unsynced}:
+                sync_folder(folder)
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+        self._unsynced.clear()
+
+    def pending(self) -> int:
+        """Bytes written but not yet synced."""
+        return sum(self._unsynced.values())
+
+    def _path(self, key: str, uri: str) -> Path:
+        match = _URI.fullmatch(uri)
+        if match is None or match.group(1) != key:
+            raise OSError(f"{uri!r} is not the name of a file of {key}")
+        return self.folder / uri

@@ -1,0 +1,51 @@
+"""Real Redis servers for tests: on the loopback, with a password or with TLS, nothing on disk."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PASSWORD = "secret"
+
+
+@contextmanager
+def redis_server(folder: Path, *options: str, tls: bool = False) -> Iterator[int]:
+    """Run a server; gives its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    listen = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
+    command = ["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(500):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "redis-server ended"
+            time.sleep(0.01)  # there is nothing to wait on but the port
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def make_certificates(folder: Path) -> dict[str, str]:
+    """A certificate authority, and a certificate for the loopback that it signed."""
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    new = ["req", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    openssl(*new, "-x509", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl(*new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    openssl(
+        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+        "-extfile", "names", "-out", "server.pem",
+    )  # fmt: skip
+    return {name: str(folder / name) for name in ("ca.pem", "server.pem", "server.key")}

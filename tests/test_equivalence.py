@@ -1,0 +1,157 @@
+"""One data path: the same batches, losses and weights wherever features come from, bit for bit; and exact resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from lightning_modules.eagle3 import Eagle3Module
+from specforge.cli import main
+from specforge.contracts import TrainBatch
+from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
+from tests.tiny import recipe
+
+pytestmark = pytest.mark.equivalence
+
+RUN = {
+    "trainer__max_steps": 18, "checkpoint": {"every_n_train_steps": 4}, "trainer__check_val_every_n_epoch": None,
+    "trainer__val_check_interval": 6,
+    "model__init_args__optimizer": {"lr": 1e-3, "schedule": "constant"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def features_alone(target, prompts, tmp_path_factory) -> Path:
+    """Features of W1, captured one prompt at a time, as the online target reads them."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
+               "--batch_tokens", 1]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    return folder
+
+
+def online(target: Path, prompts: Path, folder: Path, **options: object) -> Path:
+    """A recipe of W2; ``options`` are the datamodule's."""
+    data = {"prompts": str(prompts), "batch_size": 4, "dtype": "float32", **options}
+    return recipe(target, prompts, folder, **RUN, data={"class_path": "OnlineDataModule", "init_args": data})
+
+
+def digest(batch: TrainBatch) -> str:
+    """Of everything in a batch."""
+    hashed = xxhash.xxh3_64(repr((batch.lengths, batch.spans, batch.sample_ids, batch.cursor)).encode())
+    for tensor in (
+        batch.input_ids,
+        batch.loss_mask,
+        *(batch.features[name] for name in sorted(batch.features)),
+    ):
+        hashed.update(str((tensor.dtype, tensor.shape)).encode())
+        hashed.update(tensor.contiguous().view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[object]:
+    """What training steps see: batches; and at the end of each, this process's threads and sockets."""
+    found: list[object] = []
+    original = Eagle3Module.training_step
+
+    def step(self, batch, index):
+        threads = Counter(thread.name.rpartition("_")[0] for thread in threading.enumerate())
+        descriptors = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+        sockets = sum(name.startswith("socket:") for name in descriptors)
+        files = {name for name in descriptors if name.endswith((".safetensors", ".db"))}
+        found.append((digest(batch), threads, sockets, files))
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Eagle3Module, "training_step", step)
+    return found
+
+
+def validations(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith("val/")} for row in rows if "val/tau" in row]
+
+
+@pytest.fixture(scope="module")
+def offline_run(target, features_alone, tmp_path_factory):
+    return fit(recipe(target, features_alone, tmp_path_factory.mktemp("offline"), **RUN))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"keep_bytes": 200_000}, {"max_bytes": 330_000}, {"prefetch": 0}],
+    ids=["freed", "kept", "little room", "no prefetch"],
+)
+def test_online_is_offline_bit_for_bit(target, prompts, features_alone, tmp_path, offline_run, seen, options):
+    fit(recipe(target, features_alone, tmp_path / "offline", **RUN))
+    offline, seen[:] = list(seen), []
+    run = fit(online(target, prompts, tmp_path / "online", **options))
+    assert len(seen) == len(offline) == 18
+    assert [x[0] for x in seen] == [x[0] for x in offline]
+    for (_, threads, sockets, files), (_, threads_offline, sockets_offline, _) in zip(
+        seen, offline, strict=True
+    ):
+        assert threads <= threads_offline
+        assert sockets <= sockets_offline
+        assert not files
+    assert losses(run) == losses(offline_run)
+    assert len(validations(run)) == 3
+    assert validations(run) == validations(offline_run)
+    assert_same_weights(run, offline_run)
+
+
+@pytest.mark.parametrize("step", [3, 10, 16])
+def test_online_killed_and_resumed_is_offline_undisturbed(target, prompts, tmp_path, offline_run, step):
+    path = online(target, prompts, tmp_path, keep_bytes=200_000)
+    process = start(path)
+    wait_for_steps(process, tmp_path / "run", step)
+    process.kill()
+    process.wait()
+    run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(offline_run)
+    assert_same_weights(run, offline_run)
+
+
+def test_a_run_may_move_from_disk_to_the_target_itself(
+    target, prompts, features_alone, tmp_path, offline_run
+):
+    path = recipe(target, features_alone, tmp_path, **RUN)
+    fit(path, "--trainer.max_steps", 7)
+    run = fit(online(target, prompts, tmp_path), "--ckpt_path", "last")
+    assert losses(run) == losses(offline_run)
+    assert_same_weights(run, offline_run)
+
+
+def test_two_online_ranks_are_one(target, prompts, tmp_path):
+    one = fit(online(target, prompts, tmp_path / "one", batch_size=8), "--trainer.max_steps", 6)
+    process = start(
+        online(target, prompts, tmp_path / "two"), "--trainer.max_steps", 6, "--trainer.devices", 2,
+        "--trainer.strategy", "ddp",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert_same_weights(one, tmp_path / "two" / "run", rtol=1e-3, atol=1e-4)
+
+
+def test_too_little_memory_for_a_batch_is_said_before_training(target, prompts, tmp_path, capsys):
+    path = online(target, prompts, tmp_path, max_bytes=50_000)
+    assert main(["fit", "--config", str(path)]) == 2
+    assert "max_bytes must be at least" in capsys.readouterr().err
+
+
+def test_validation_alone_needs_no_training_prompts(target, prompts, tmp_path, offline_run, capsys):
+    path = online(target, prompts, tmp_path)
+    assert (
+        main(
+            ["validate", "--config", str(path), "--ckpt_path", str(offline_run / "checkpoints" / "last.ckpt")]
+        )
+        == 0
+    )
+    assert "val/tau" in capsys.readouterr().out
