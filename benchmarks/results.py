@@ -273,12 +273,12 @@ def main(argv: list[str] | None = None) -> int:
     if not content["methods"]:
         print("nothing was measured", file=sys.stderr)
         return 1
-    words = sys.argv[1:] if argv is None else argv
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    (options.output / "results.md").write_text(
-        page(content, " ".join(["python -m benchmarks.results", *words]))
-    )
+    # Where things lie does not belong in the page.
+    given = {k: v for k, v in vars(options).items() if isinstance(v, int) and v != parser.get_default(k)}
+    command = " ".join(["python -m benchmarks.results", *(f"--{k} {v}" for k, v in given.items())])
+    (options.output / "results.md").write_text(page(content, command))
     print(f"wrote {options.output / 'results.md'}")
     return 1 if failed else 0
 

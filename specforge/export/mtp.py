@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.errors import UserError
+from specforge.export.checks import check_tensors
 from specforge.export.format import DTYPES, DraftFormat
+from specforge.files import disk_error
 from specforge.modeling.draft import Draft
 from specforge.target_files import TargetFiles
 
@@ -114,9 +116,11 @@ class MTPFormat(DraftFormat):
         """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
 
         Raises:
-            UserError: the target has no MTP weights, or the draft lacks one that it has.
+            UserError: the target has no MTP weights or none of some tensor's name, the draft is not trained or
+                damaged, or the folder exists.
         """
         family = require_mtp(target)
+        check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
         state = {n: x.detach().cpu().to(DTYPES[dtype]) for n, x in draft.named_parameters()}
         if family.hidden_first:
             state["proj.weight"] = _swap(state["proj.weight"])
@@ -157,5 +161,7 @@ def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tenso
             save_file(tensors, staging / path.name, metadata={"format": "pt"})
         staging.chmod(0o755)
         staging.rename(folder)
+    except OSError as error:
+        raise disk_error(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

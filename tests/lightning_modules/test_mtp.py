@@ -199,6 +199,11 @@ def test_a_targets_own_mtp_weights_are_read_and_stitched_back(small_target, tmp_
     AutoModelForCausalLM.from_pretrained(tmp_path / "stitched")
     with pytest.raises(UserError, match="exists; a stitched target is written to a new folder"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "stitched", "float32")
+    with torch.no_grad():
+        module.draft.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match=r"tensor norm.weight holds NaN"):
+        module.export_format.to_sglang(module.draft, module.target, tmp_path / "damaged", "float32")
+    assert not (tmp_path / "damaged").exists()
 
 
 @pytest.mark.parametrize("family", sorted(NAMES))
