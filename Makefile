@@ -27,11 +27,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
 quickstart: install
 	$(SPECFORGE) target fetch --name SmolLM2-135M-Instruct --output models
 	$(SPECFORGE) prepare --data configs/quickstart/conversations.jsonl --target $(TARGET) --output $(RUN)/prompts
-	$(SPECFORGE) capture --target $(TARGET) --prompts $(RUN)/prompts --output $(RUN)/features --layer_ids '[14, 22, 28]' --limit_samples 1178
+	$(SPECFORGE) capture --target $(TARGET) --prompts $(RUN)/prompts --output $(RUN)/features --layer_ids '[14, 22, 28]' --limit_samples 1116
 	$(SPECFORGE) fit --config quickstart.yaml --ckpt_path last
 	$(SPECFORGE) export --draft $(RUN)/checkpoints/last.ckpt --output $(RUN)/draft --to sglang
 	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/prompts --baselines '[ngram]' \
-	  --max_new_tokens 96 --batch_size 64 --speed_prompts 6 --json $(RUN)/evaluation.json
+	  --max_new_tokens 80 --batch_size 64 --speed_prompts 6 --json $(RUN)/evaluation.json
 
 test: install
 	$(VENV)/bin/python -m pytest
