@@ -21,7 +21,7 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
     data = {"features": features, "prompts": prompts}
     options = {
         "--trainer.accelerator": "gpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 3,
-        "--trainer.default_root_dir": tmp_path, "--trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+        "--trainer.default_root_dir": tmp_path,
         "--model.target": target,
         **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
         **{
