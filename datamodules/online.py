@@ -16,7 +16,7 @@ from specforge.contracts import PromptTask, Provenance, SampleRef, TokenCounts
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import RolloutWorker, plan_batches
-from specforge.inference.target_engine import HFTargetEngine, TargetEngine
+from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.produced import ProducedSamples
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
@@ -42,6 +42,8 @@ class OnlineDataModule(FeatureDataModule):
         bad_samples: what to do with a sample of which the target makes NaN: ``error`` stops, ``skip`` leaves it out.
         pad_to: pad batches to a multiple of this many tokens; it changes the speed (few shapes), not the result.
         val_batch_size: documents of a validation batch.
+        server: address of `specforge target serve`, which then runs the target in place of this process.
+        token_file: holds that server's token.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class OnlineDataModule(FeatureDataModule):
         bad_samples: Literal["error", "skip"] = "error",
         pad_to: int = 64,
         val_batch_size: int = 8,
+        server: str | None = None,
+        token_file: str = "runs/target.token",
     ) -> None:
         super().__init__(
             batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
@@ -66,6 +70,7 @@ class OnlineDataModule(FeatureDataModule):
         self.folder = Path(prompts)
         self.dtype, self.device = dtype, device
         self.max_bytes, self.keep_bytes = max_bytes, keep_bytes
+        self.server, self.token_file = server, Path(token_file)
         self._engine: TargetEngine | None = None
         self._engine_lock = threading.Lock()  # the streams of training and validation share the target
         self._splits: dict[str, tuple[list[SampleRef], ProducedSamples]] = {}
@@ -98,7 +103,11 @@ class OnlineDataModule(FeatureDataModule):
         trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
         if self._engine is None:
             device = str(trainer.strategy.root_device) if self.device == "auto" else self.device
-            self._engine = HFTargetEngine(module.target, self.dtype, device)
+            self._engine = (
+                HFTargetEngine(module.target, self.dtype, device)
+                if self.server is None
+                else HTTPTargetEngine(self.server, self.token_file, module.target, self.dtype)
+            )
         provenance = Provenance(
             module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype
         )

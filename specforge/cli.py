@@ -12,6 +12,7 @@ from specforge.errors import UserError
 # Name: ("module:function", what it does). A function takes its own name and arguments and returns the exit status.
 COMMANDS = {
     "target fetch": ("specforge.commands:run", "Fetch a target model into a folder."),
+    "target serve": ("specforge.commands:run", "Serve a target's features over HTTP."),
     "prepare": ("specforge.commands:run", "Turn conversations into token ids and loss masks."),
     "regenerate": ("specforge.commands:run", "Let the target answer the prompts itself."),
     "capture": ("specforge.commands:run", "Run the target over prompts and keep its hidden states."),

@@ -18,7 +18,8 @@ from rich.table import Table
 from specforge.contracts import Provenance
 from specforge.errors import UserError
 from specforge.files import write_file
-from specforge.host import keep_freed_memory
+from specforge.host import keep_freed_memory, pick_device
+from specforge.services import serve_target
 from specforge.target_files import TargetFiles
 
 _console = Console(highlight=False)
@@ -353,13 +354,6 @@ def export(
         _console.print(f"serve it: {command}", soft_wrap=True)
 
 
-def pick_device(name: str) -> str:
-    """A device by name; ``auto`` takes an accelerator where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def find_algorithm(name: str) -> Any:
     """A draft module by its algorithm's name, or by class path.
 
@@ -468,6 +462,7 @@ def write_json(path: Path, content: Any) -> None:
 
 _FUNCTIONS: dict[str, Callable[..., None]] = {
     "target fetch": fetch_target,
+    "target serve": serve_target,
     "prepare": prepare,
     "regenerate": regenerate,
     "capture": capture,

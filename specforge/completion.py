@@ -11,7 +11,7 @@ _BASH = """_specforge() {
   else
     case "${COMP_WORDS[COMP_CWORD-1]}" in
       --config|-c) COMPREPLY=($(compgen -W "@RECIPES@" -- "$word") $(compgen -f -- "$word")) ;;
-      target) COMPREPLY=($(compgen -W "fetch" -- "$word")) ;;
+@GROUPS@
       *) COMPREPLY=($(compgen -W "@OPTIONS@" -- "$word") $(compgen -f -- "$word")) ;;
     esac
   fi
@@ -21,7 +21,7 @@ complete -o filenames -F _specforge specforge
 _FISH = """complete -c specforge -f -n __fish_use_subcommand -a "@WORDS@"
 complete -c specforge -n "not __fish_use_subcommand" -s c -l config -r -a "@RECIPES@"
 complete -c specforge -n "not __fish_use_subcommand" -l print_config -l help
-complete -c specforge -n "__fish_seen_subcommand_from target" -a fetch
+@FISH_GROUPS@
 """
 
 
@@ -42,7 +42,16 @@ def script(shell: str) -> str:
     if shell not in templates:
         raise UserError(f"completion {shell}: use bash, zsh or fish")
     words = " ".join(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    text = templates[shell].replace("@WORDS@", words).replace("@RECIPES@", " ".join(recipes()))
+    groups: dict[str, list[str]] = {}
+    for group, _, command in (name.partition(" ") for name in COMMANDS if " " in name):
+        groups.setdefault(group, []).append(command)
+    bash = [f'      {g}) COMPREPLY=($(compgen -W "{" ".join(c)}" -- "$word")) ;;' for g, c in groups.items()]
+    fish = [
+        f'complete -c specforge -n "__fish_seen_subcommand_from {g}" -a "{" ".join(c)}"'
+        for g, c in groups.items()
+    ]
+    text = templates[shell].replace("@GROUPS@", "\n".join(bash)).replace("@FISH_GROUPS@", "\n".join(fish))
+    text = text.replace("@WORDS@", words).replace("@RECIPES@", " ".join(recipes()))
     return text.replace("@OPTIONS@", "--config --print_config --help")
 
 

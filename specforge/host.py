@@ -1,8 +1,9 @@
-"""Settings of this process that cost nothing and make CPU runs faster."""
+"""What this process makes of its machine: devices, memory, signals."""
 
 from __future__ import annotations
 
 import ctypes
+import signal
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -22,3 +23,18 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def pick_device(name: str) -> str:
+    """A device by name; ``auto`` takes an accelerator where there is one."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that one path ends a service."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

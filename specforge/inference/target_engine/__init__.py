@@ -2,5 +2,6 @@
 
 from specforge.inference.target_engine.base import TargetEngine
 from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.inference.target_engine.http import HTTPTargetEngine
 
-__all__ = ["HFTargetEngine", "TargetEngine"]
+__all__ = ["HFTargetEngine", "HTTPTargetEngine", "TargetEngine"]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from specforge.contracts import CapturePolicy
+from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
 
 
@@ -39,6 +39,12 @@ class TargetEngine(Protocol):
             For each sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
         """
         ...
+
+
+def feature_widths(policy: CapturePolicy, hidden_size: int) -> dict[str, int]:
+    """Name and width of each feature that a policy asks for."""
+    widths = {AUX_HIDDEN_STATES: len(policy.layer_ids) * hidden_size} if policy.layer_ids else {}
+    return widths | ({LAST_HIDDEN_STATES: hidden_size} if policy.last_hidden_states else {})
 
 
 def check_layers(policy: CapturePolicy, num_layers: int, target: str) -> None:

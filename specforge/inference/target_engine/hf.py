@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
-from specforge.inference.target_engine.base import check_layers
+from specforge.inference.target_engine.base import check_layers, feature_widths
 from specforge.target_files import TargetFiles, torch_dtype
 
 
@@ -107,12 +107,7 @@ class HFTargetEngine:
         """
         check_layers(policy, self.target.num_layers, self.target.name)
         features = self.capture([[0, 0]], policy)[0]
-        widths = (
-            {AUX_HIDDEN_STATES: len(policy.layer_ids) * self.target.hidden_size} if policy.layer_ids else {}
-        )
-        if policy.last_hidden_states:
-            widths[LAST_HIDDEN_STATES] = self.target.hidden_size
-        for name, width in widths.items():
+        for name, width in feature_widths(policy, self.target.hidden_size).items():
             found, dtype = tuple(features[name].shape), features[name].dtype
             if found != (2, width) or dtype != torch_dtype(self.dtype):
                 raise UserError(

@@ -1,0 +1,250 @@
+"""A small HTTP server of a frozen target: token ids in, features out, nothing kept.
+
+Answers are bit for bit what the engine makes of the same sequences in this process. Every request carries a token;
+bodies, sequences, waiting times and connections have limits.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from specforge.contracts import CapturePolicy
+from specforge.errors import UserError
+from specforge.inference.target_engine.base import TargetEngine, check_layers
+from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, read_token
+from specforge.target_files import TargetFiles
+
+_BYTES_PER_TOKEN = 12  # of a token id in JSON
+_CONNECTIONS = 64
+_PIECE, _LINGER = 1 << 20, 64
+
+logger = logging.getLogger(__name__)
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def make_token(path: Path) -> str:
+    """The token in a file that only its owner can read; made if there is none.
+
+    Raises:
+        UserError: it cannot be written, or what is there is no token.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_token(path)
+    except OSError as error:
+        raise UserError(f"token {path}: cannot be written ({error.strerror})") from error
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    return read_token(path)
+
+
+class TargetServer(ThreadingHTTPServer):
+    """Serves a target's features; one forward pass at a time.
+
+    Args:
+        engine: the target.
+        target: its files.
+        token: what requests must carry.
+        host: address to listen on.
+        port: 0 for any.
+        max_tokens: most tokens of a request, padding included.
+        idle_seconds: close connections on which nothing moves for so long.
+
+    Raises:
+        UserError: the address is taken or not this machine's.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(
+        self, engine: TargetEngine, target: TargetFiles, token: str, host: str = "127.0.0.1", port: int = 0, *,
+        max_tokens: int = 65536, idle_seconds: float = 60.0,
+    ) -> None:  # fmt: skip
+        self.engine, self.target, self.max_tokens = engine, target, max_tokens
+        self.idle_seconds = idle_seconds
+        self._authorization = f"Bearer {token}".encode()
+        self._one_at_a_time = threading.Lock()
+        self._slots = threading.BoundedSemaphore(_CONNECTIONS)
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
+
+    def server_close(self) -> None:
+        """Close the port, and end once no forward pass is running; none starts any more."""
+        super().server_close()
+        self._one_at_a_time.acquire()
+
+    @property
+    def url(self) -> str:
+        """Address of this server."""
+        host, port = self.server_address[:2]
+        return f"http://{host!s}:{port}"
+
+    def is_authorized(self, header: str | None) -> bool:
+        """Whether an Authorization header holds the token."""
+        return hmac.compare_digest((header or "").encode(), self._authorization)
+
+    @property
+    def max_body(self) -> int:
+        """Most bytes of a request's body."""
+        return 4096 + _BYTES_PER_TOKEN * self.max_tokens
+
+    def features(self, body: bytes) -> bytes:
+        """Answer a request: safetensors named ``<sequence>/<feature>``."""
+        request = _parse(body)
+        for name, own in (("target_fingerprint", self.target.fingerprint), ("dtype", self.engine.dtype)):
+            if request.get(name) != own:
+                raise _RefusedError(HTTPStatus.CONFLICT, f"{name} is {own} here, not {request.get(name)}")
+        policy, input_ids = _policy(request), self._sequences(request)
+        try:
+            check_layers(policy, self.target.num_layers, self.target.name)
+        except UserError as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
+        try:
+            with self._one_at_a_time:
+                features = self.engine.capture(input_ids, policy)
+        except Exception as error:
+            logger.exception("the target failed")
+            raise _RefusedError(
+                HTTPStatus.INTERNAL_SERVER_ERROR, f"the target failed ({type(error).__name__}: {error})"
+            ) from error
+        return save({f"{i}/{name}": x for i, group in enumerate(features) for name, x in group.items()})
+
+    def _sequences(self, request: Mapping[str, Any]) -> list[list[int]]:
+        found = request.get("input_ids")
+        if not (
+            isinstance(found, list)
+            and found
+            and all(isinstance(ids, list) and ids for ids in found)
+            and all(type(x) is int and 0 <= x < self.target.vocab_size for ids in found for x in ids)
+        ):
+            raise _RefusedError(
+                HTTPStatus.BAD_REQUEST, f"input_ids must be lists of tokens below {self.target.vocab_size}"
+            )
+        tokens = len(found) * max(map(len, found))
+        if tokens > self.max_tokens:
+            raise _RefusedError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"{tokens} tokens with padding; at most {self.max_tokens} (--max_tokens of `specforge target serve`)",
+            )
+        return found
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection, unless there are too many."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection until it ends."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is nothing to report beyond the log."""
+        logger.info("connection of %s ended early", client_address, exc_info=True)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the body is not JSON") from error
+    if not isinstance(request, dict):
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
+    return request
+
+
+def _policy(request: Mapping[str, Any]) -> CapturePolicy:
+    fields = request.get("capture")
+    try:
+        policy = CapturePolicy.from_json(fields)  # type: ignore[arg-type]
+        if all(type(x) is int for x in policy.layer_ids) and type(policy.last_hidden_states) is bool:
+            return policy
+    except (TypeError, ValueError, AttributeError):
+        pass
+    raise _RefusedError(HTTPStatus.BAD_REQUEST, "capture must hold layer_ids and last_hidden_states")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: TargetServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "specforge", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(self.server.idle_seconds)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def do_POST(self) -> None:
+        try:
+            answer = self.server.features(self._body())
+        except _RefusedError as refusal:
+            self._refuse(refusal.status, str(refusal))
+        else:
+            self._send(HTTPStatus.OK, "application/octet-stream", answer)
+
+    def _body(self) -> bytes:
+        if not self.server.is_authorized(self.headers.get("Authorization")):
+            raise _RefusedError(HTTPStatus.UNAUTHORIZED, "the token is not this server's")
+        if self.path != PATH:
+            raise _RefusedError(HTTPStatus.NOT_FOUND, f"there is only {PATH}")
+        size = self.headers.get("Content-Length", "")
+        if not (size.isascii() and size.isdigit() and len(size) < 16):
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "Content-Length must be given")
+        if int(size) > self.server.max_body:
+            raise _RefusedError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"a body of {size} bytes; at most {self.server.max_body} (--max_tokens of `specforge target serve`)",
+            )
+        return self.rfile.read(int(size))
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self.close_connection = True
+        self._send(status, "application/json", json.dumps({"error": message}).encode())
+        # Closed with the body unread, the connection would be reset, and the client might never see why.
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(1.0)
+        for _ in range(_LINGER):
+            if not self.rfile.read1(_PIECE):
+                break
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header(CHECKSUM, body_checksum(body))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        view = memoryview(body)
+        for start in range(0, len(body), _PIECE):  # each piece has the whole waiting time
+            self.wfile.write(view[start : start + _PIECE])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.info("%s: %s", self.client_address[0], format % args)
