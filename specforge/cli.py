@@ -13,6 +13,7 @@ from specforge.errors import UserError
 COMMANDS = {
     "target fetch": ("specforge.commands:run", "Fetch a target model into a folder."),
     "target serve": ("specforge.commands:run", "Serve a target's features over HTTP."),
+    "store up": ("specforge.commands:run", "Run a Mooncake store in this host's memory."),
     "prepare": ("specforge.commands:run", "Turn conversations into token ids and loss masks."),
     "regenerate": ("specforge.commands:run", "Let the target answer the prompts itself."),
     "capture": ("specforge.commands:run", "Run the target over prompts and keep its hidden states."),

@@ -19,7 +19,7 @@ from specforge.contracts import Provenance
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.host import keep_freed_memory, pick_device
-from specforge.services import serve_target
+from specforge.services import serve_target, store_up
 from specforge.target_files import TargetFiles
 
 _console = Console(highlight=False)
@@ -463,6 +463,7 @@ def write_json(path: Path, content: Any) -> None:
 _FUNCTIONS: dict[str, Callable[..., None]] = {
     "target fetch": fetch_target,
     "target serve": serve_target,
+    "store up": store_up,
     "prepare": prepare,
     "regenerate": regenerate,
     "capture": capture,

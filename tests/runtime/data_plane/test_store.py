@@ -21,8 +21,10 @@ from specforge.contracts import CapturePolicy, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.local import MemoryBackend, ShardBackend
+from specforge.runtime.data_plane.mooncake import MooncakeBackend
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from tests.runtime.data_plane.mooncake_store import absent, mooncake_store
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1, 3)), "float32")
 
@@ -30,9 +32,21 @@ PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1, 3)), "float3
 BACKENDS = {"memory": lambda folder: MemoryBackend(), "shards": ShardBackend, "shared_dir": SharedDirBackend}
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(scope="module")
+def mooncake_address():
+    with mooncake_store() as (address, _):
+        yield address
+
+
+@pytest.fixture(params=[*BACKENDS, pytest.param("mooncake", marks=[pytest.mark.mooncake, absent])])
 def backend(request, tmp_path):
-    return BACKENDS[request.param](tmp_path)
+    if request.param != "mooncake":
+        yield BACKENDS[request.param](tmp_path)
+        return
+    address = request.getfixturevalue("mooncake_address")
+    found = MooncakeBackend(f"{address}#{tmp_path.name}")
+    yield found
+    found.close()
 
 
 @pytest.fixture(params=["shards", "shared_dir"])

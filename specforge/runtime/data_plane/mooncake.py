@@ -1,0 +1,274 @@
+"""Mooncake Store as a feature store: memory of other hosts, over TCP or RDMA.
+
+One owner lends memory to a master's store (`specforge store up` starts both); producers and trainers only move bytes.
+Values are whole safetensors files, pinned, so nothing is evicted: a full store refuses, which slows the producers. A
+name holds a random part, so an attempt that died halfway never stands in the way of the next. Master and owner keep
+nothing on disk: when one of them dies, samples are lost, and are produced again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import socket
+import threading
+import urllib.error
+import urllib.request
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import parse_qsl, urlsplit
+
+import torch
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.runtime.data_plane.flat import FlatTensors, chunks
+from specforge.runtime.data_plane.store import StoreFullError
+
+_URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
+_FULL, _UNFINISHED, _MISSING = -200, -703, -704
+_SMALLEST_SEGMENT, _SMALLEST_BUFFER = 16 << 20, 1 << 16
+_SECONDS = 5.0  # to wait for the master where it should answer at once
+
+
+@dataclass(frozen=True)
+class MooncakeAddress:
+    """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``.
+
+    Attributes:
+        host: of the master.
+        port: of its RPC.
+        metrics: port of its HTTP.
+        protocol: ``tcp`` or ``rdma``.
+        devices: RDMA devices, with commas; all where it is empty.
+        namespace: for runs that share a master.
+    """
+
+    host: str
+    port: int
+    metrics: int
+    protocol: str = "tcp"
+    devices: str = ""
+    namespace: str = "specforge"
+
+    @classmethod
+    def parse(cls, address: str) -> Self:
+        """Read an address.
+
+        Raises:
+            UserError: it is not one.
+        """
+        parts = urlsplit(address)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        try:
+            metrics = int(options.pop("metrics", 9003))
+            found = cls(
+                parts.hostname or "",
+                parts.port or 50051,
+                metrics,
+                namespace=parts.fragment or "specforge",
+                **options,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"store {address}: {error}") from error
+        if parts.scheme != "mooncake" or not found.host or found.protocol not in ("tcp", "rdma"):
+            raise UserError(
+                f"store {address}: must look like mooncake://127.0.0.1:50051?metrics=9003&protocol=tcp"
+            )
+        return found
+
+    def __str__(self) -> str:
+        rest = "" if self.protocol == "tcp" else f"&protocol={self.protocol}&devices={self.devices}"
+        name = "" if self.namespace == "specforge" else f"#{self.namespace}"
+        return f"mooncake://{self.host}:{self.port}?metrics={self.metrics}{rest}{name}"
+
+
+def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
+    """A client of the store, which lends it memory where ``segment_bytes`` is not 0.
+
+    Raises:
+        UserError: Mooncake is not installed, or the master does not answer.
+    """
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    try:
+        from mooncake.store import MooncakeDistributedStore
+    except ImportError as error:
+        raise UserError(
+            f"store {address}: Mooncake cannot be loaded ({error}); pip install 'specforge[mooncake]', and on "
+            "Debian apt-get install libibverbs1 libnuma1 libcurl4"
+        ) from error
+    if 0 < segment_bytes < _SMALLEST_SEGMENT:
+        raise UserError(
+            f"store {address}: {segment_bytes} bytes; Mooncake takes no less than {_SMALLEST_SEGMENT}"
+        )
+    try:  # without a master, Mooncake itself would wait for 90 seconds
+        with socket.create_connection((address.host, address.port), timeout=_SECONDS) as probe:
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(
+            f"store {address}: no master answers ({error.strerror or error}); start it with `specforge store up`"
+        ) from error
+    client = MooncakeDistributedStore()
+    code = client.setup(
+        own,
+        "P2PHANDSHAKE",
+        segment_bytes,
+        0,
+        address.protocol,
+        address.devices,
+        f"{address.host}:{address.port}",
+    )
+    if code != 0:
+        raise UserError(f"store {address}: cannot be joined (Mooncake's code {code})")
+    return client
+
+
+class BufferPool:
+    """Registered memory, handed out again when its last tensor is gone.
+
+    Args:
+        client: registers it, once.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        # Lists take and give in one step each, so a finalizer may run anywhere without a lock.
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def take(self, nbytes: int) -> Tensor:
+        """``[nbytes]`` uint8, of any content.
+
+        Raises:
+            OSError: it cannot be registered.
+        """
+        size = max(_SMALLEST_BUFFER, 1 << (nbytes - 1).bit_length())
+        try:
+            block = self._free[size].pop()
+        except IndexError:
+            block = torch.empty(size, dtype=torch.uint8)
+            code = self._client.register_buffer(block.data_ptr(), size)
+            if code != 0:
+                raise OSError(f"{size} bytes cannot be registered with Mooncake (code {code})") from None
+        view = (ctypes.c_ubyte * nbytes).from_address(block.data_ptr())
+        weakref.finalize(view, self._free[size].append, block).atexit = False
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+
+class MooncakeBackend:
+    """Whole samples as pinned values of a Mooncake store; joined at the first use, by each process for itself.
+
+    Args:
+        address: see :class:`MooncakeAddress`.
+
+    Raises:
+        UserError: it is not one.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = MooncakeAddress.parse(address)
+        self._lock = threading.Lock()
+        self._joined: tuple[int, Any, BufferPool, Any] | None = None
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Put one value under a name of its own.
+
+        Raises:
+            StoreFullError: there is no room at the moment, or no owner that lends memory.
+            UserError: the store does not answer.
+        """
+        client, pool, config = self._join()
+        pieces = chunks(tensors)
+        nbytes = sum(map(len, pieces))
+        uri = f"{key}-{secrets.token_hex(8)}-{nbytes}"
+        buffer = pool.take(nbytes)
+        target, start = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+        for piece in pieces:
+            target[start : start + len(piece)] = piece
+            start += len(piece)
+        code = client.put_from(self._name(key, uri), buffer.data_ptr(), nbytes, config)
+        if code == _FULL:
+            raise StoreFullError(f"store {self.address}: no room for {nbytes} bytes")
+        if code != 0:
+            raise UserError(f"store {self.address}: {key} could not be put (Mooncake's code {code})")
+        return uri
+
+    def read(self, key: str, uri: str) -> dict[str, Tensor]:
+        """Fetch into registered memory; the tensors are views of it."""
+        name = self._name(key, uri)
+        client, pool, _ = self._join()
+        nbytes = int(uri.rpartition("-")[2])
+        buffer = pool.take(nbytes)
+        code = client.get_into(name, buffer.data_ptr(), nbytes)
+        if code in (_MISSING, _UNFINISHED):
+            raise KeyError(key)
+        if code != nbytes:
+            raise OSError(f"{uri} is lost: its owner or the master does not answer (Mooncake's code {code})")
+        flat = FlatTensors(buffer, uri)
+        return {feature: flat[feature] for feature in flat}
+
+    def remove(self, key: str, uri: str) -> None:
+        """Free the value, whoever has asked for it before."""
+        self._join()[0].remove(self._name(key, uri), force=True)
+
+    def holds(self, key: str, uri: str) -> bool:
+        """Whether the master knows it; of a dead owner's it learns some seconds later.
+
+        Raises:
+            UserError: the master does not answer.
+        """
+        code = self._join()[0].is_exist(self._name(key, uri))
+        if code not in (0, 1):
+            raise UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
+        return bool(code == 1)
+
+    def stored(self) -> list[tuple[str, str]]:
+        """Key and uri of every value of this namespace.
+
+        Raises:
+            UserError: the master does not answer.
+        """
+        url = f"http://{self.address.host}:{self.address.metrics}/get_all_keys"
+        try:
+            with urllib.request.urlopen(url, timeout=60.0) as answer:
+                names = answer.read().decode("ascii", "replace").split("\n")
+        except (OSError, urllib.error.URLError) as error:
+            raise UserError(f"store {self.address}: {url} does not answer ({error})") from error
+        start = f"{self.address.namespace}/"
+        uris = sorted(name.removeprefix(start) for name in names if name.startswith(start))
+        return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
+
+    def flush(self) -> None:
+        """Nothing: what was put can be read."""
+
+    def pending(self) -> int:
+        """Always 0."""
+        return 0
+
+    def close(self) -> None:
+        """Leave the store."""
+        with self._lock:
+            joined, self._joined = self._joined, None
+        if joined is not None and joined[0] == os.getpid():
+            joined[1].close()
+
+    def _name(self, key: str, uri: str) -> str:
+        match = _URI.fullmatch(uri)
+        if match is None or match.group(1) != key:
+            raise OSError(f"{uri!r} is not the name of a value of {key}")
+        return f"{self.address.namespace}/{uri}"
+
+    def _join(self) -> tuple[Any, BufferPool, Any]:
+        with self._lock:
+            if self._joined is None or self._joined[0] != os.getpid():  # a client does not survive a fork
+                client = connect(self.address)
+                from mooncake.store import ReplicateConfig
+
+                config = ReplicateConfig()
+                config.with_hard_pin = True
+                self._joined = (os.getpid(), client, BufferPool(client), config)
+            return self._joined[1:]

@@ -1,0 +1,190 @@
+"""The real Mooncake store: nothing evicted, nothing half there, and what is lost is said to be lost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specforge.errors import UserError
+from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
+from tests.runtime.data_plane.test_store import SampleRef, put, sample
+
+MB = 1 << 20
+
+
+def close(*stores: FeatureStore) -> None:
+    for store in stores:
+        store.backend.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mooncake://h:1?metrics=2", "mooncake://h:50051?metrics=9003&protocol=rdma&devices=mlx5_0,mlx5_1#run"],
+)
+def test_an_address_is_read_and_written(text):
+    assert str(MooncakeAddress.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mooncake://",
+        "mooncake://h:x",
+        "mooncake://h?metrics=x",
+        "mooncake://h?protocol=carrier-pigeon",
+        "mooncake://h?a=1",
+    ],
+)
+def test_a_wrong_address_is_refused(text):
+    with pytest.raises(UserError, match="store mooncake://"):
+        MooncakeBackend(text)
+
+
+@needs_mooncake
+def test_without_a_master_it_is_said_at_once():
+    port, metrics = free_ports(2)
+    backend = MooncakeBackend(f"mooncake://127.0.0.1:{port}?metrics={metrics}")
+    with pytest.raises(UserError, match=r"no master answers .*specforge store up"):
+        backend.write("a.1", sample())
+
+
+@needs_mooncake
+def test_a_full_store_refuses_and_evicts_nothing():
+    with mooncake_store(64 * MB) as (address, _):
+        store = FeatureStore(MooncakeBackend(address))
+        refs = []
+        with pytest.raises(StoreFullError, match="no room"):  # noqa: PT012 - until it is full
+            while len(refs) < 20:
+                refs.append(put(store, f"s{len(refs)}", seed=len(refs), length=300_000))
+        assert 8 <= len(refs) < 20
+        for seed, ref in enumerate(refs):
+            with store.get(ref) as tensors:
+                assert torch.equal(tensors["states"], sample(seed, 300_000)["states"])
+        store.delete(refs[0])
+        put(store, "again", length=300_000)
+        close(store)
+
+
+@needs_mooncake
+def test_buffers_are_registered_once_and_handed_out_again_only_when_nobody_reads_them():
+    with mooncake_store() as (address, _):
+        store = FeatureStore(MooncakeBackend(address))
+        refs = [put(store, f"s{i}", seed=i, length=20_000) for i in range(4)]
+        leases = [store.get(ref) for ref in refs]
+        for i, lease in enumerate(leases):
+            assert torch.equal(lease.tensors["states"], sample(i, 20_000)["states"])
+        kept = leases[0].tensors["states"][3:5]
+        places = {lease.tensors["states"].data_ptr() for lease in leases}
+        for lease in leases:
+            store.release(lease)
+        del lease, leases
+        gc.collect()
+        for _ in range(10):
+            with store.get(refs[1]) as tensors:
+                assert tensors["states"].data_ptr() in places
+        assert torch.equal(kept, sample(0, 20_000)["states"][3:5])
+        close(store)
+
+
+@needs_mooncake
+def test_other_processes_read_and_delete_what_was_put():
+    code = (
+        "import json, sys\n"
+        "from tests.runtime.data_plane.test_mooncake import *\n"
+        "store = FeatureStore(MooncakeBackend(sys.argv[1]))\n"
+        "print(json.dumps([put(store, f's{i}', seed=i).to_json() for i in range(5)]), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with mooncake_store() as (address, _):
+        output = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True).stdout
+        refs = [SampleRef.from_json(fields) for fields in json.loads(output)]
+        store = FeatureStore(MooncakeBackend(address))
+        store.adopt(refs[:4])
+        for seed, ref in enumerate(refs[:4]):
+            with store.get(ref) as tensors:
+                assert torch.equal(tensors["states"], sample(seed)["states"])
+        store.discard(refs[0])
+        assert store.remove_orphans(refs[1:4]) == 1
+        assert [store.holds(ref) for ref in refs] == [False, True, True, True, False]
+        assert FeatureStore(MooncakeBackend(address + "#other")).backend.stored() == []
+        close(store)
+
+
+@needs_mooncake
+def test_a_uri_is_only_good_for_its_own_sample():
+    with mooncake_store() as (address, _):
+        store = FeatureStore(MooncakeBackend(address))
+        a, b = put(store, "a"), put(store, "b")
+        other = FeatureStore(MooncakeBackend(address))
+        other.adopt([replace(b, uri=a.uri)])
+        with pytest.raises(BadSampleError, match=r"is not the name of a value of b\.1"):
+            other.get(replace(b, uri=a.uri))
+        close(store)
+
+
+@needs_mooncake
+def test_after_a_restart_with_nothing_samples_are_lost_and_new_ones_are_kept():
+    ports = free_ports(2)
+    first = store_up(*ports)
+    address = first.stdout.readline().split(": ")[0]
+    store = FeatureStore(MooncakeBackend(address))
+    ref = put(store)
+    first.kill()  # the owner; the master ends with it
+    first.communicate()
+    with pytest.raises(BadSampleError, match=r"sample a: .* is lost"):
+        store.get(ref)
+    with pytest.raises(UserError, match="does not answer"):
+        store.holds(ref)
+    second = store_up(*ports)
+    try:
+        assert second.stdout.readline().startswith(address)
+        store = FeatureStore(MooncakeBackend(address))
+        store.adopt([ref])
+        assert not store.holds(ref)
+        with pytest.raises(BadSampleError, match="sample a: not in"):
+            store.get(ref)
+        new = put(store, "b")
+        with store.get(new) as tensors:
+            assert torch.equal(tensors["states"], sample()["states"])
+        close(store)
+    finally:
+        second.terminate()
+        second.communicate()
+
+
+@needs_mooncake
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_names_a_taken_port_and_stops_cleanly(end):
+    with mooncake_store(16 * MB) as (address, process):
+        found = MooncakeAddress.parse(address)
+        assert found.host == "127.0.0.1"
+        for ports in ((found.port, free_ports(1)[0]), (free_ports(1)[0], found.metrics)):
+            other = store_up(*ports)
+            _, error = other.communicate(timeout=60)
+            assert other.returncode == 2
+            taken = found.port if found.port in ports else found.metrics
+            assert f"127.0.0.1:{taken}: cannot listen there (Address already in use)" in error
+        process.send_signal(end)
+        output, error = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert output.endswith("stopped\n")
+        assert "Traceback" not in error
+    with pytest.raises(UserError, match="no master answers"):
+        MooncakeBackend(address).holds("a.1", "a.1-0123456789abcdef-1")
+
+
+@needs_mooncake
+def test_too_small_a_store_is_refused():
+    process = store_up(*free_ports(2), 1000)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Mooncake takes no less than 16777216" in error
