@@ -16,7 +16,7 @@ _EXTRAS = {
     "hub": ("datasets", "hub datasets"),
     "gguf": ("gguf", "targets in GGUF files, the quickstart's among them"),
     "sglang": ("sglang", "serving exported drafts"),
-    "mooncake": ("mooncake", "features over RDMA"),
+    "mooncake": ("mooncake", "features in other hosts' memory, over TCP or RDMA"),
     "redis": ("redis", "metadata for many hosts"),
     "ray": ("ray", "many producers and trainers"),
 }
@@ -50,11 +50,14 @@ def findings() -> Iterator[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    names = {"mooncake": "mooncake-transfer-engine"}
-    try:
-        return importlib.metadata.version(names.get(package, package))
-    except importlib.metadata.PackageNotFoundError:
-        return "?"
+    builds = ("-non-cuda", "", "-cuda13")  # of one and the same package
+    names = [f"mooncake-transfer-engine{x}" for x in builds] if package == "mooncake" else [package]
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "?"
 
 
 def _cpu() -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,12 +186,15 @@ class MooncakeBackend:
         pieces = chunks(tensors)
         nbytes = sum(map(len, pieces))
         uri = f"{key}-{secrets.token_hex(8)}-{nbytes}"
-        buffer = pool.take(nbytes)
-        target, start = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
-        for piece in pieces:
-            target[start : start + len(piece)] = piece
-            start += len(piece)
-        code = client.put_from(self._name(key, uri), buffer.data_ptr(), nbytes, config)
+        name = self._name(key, uri)
+        if self.address.protocol == "tcp":  # sends from any memory
+            parts = [np.frombuffer(piece, np.uint8) for piece in pieces if len(piece)]
+            places, sizes = [part.ctypes.data for part in parts], [len(part) for part in parts]
+            (code,) = client.batch_put_from_multi_buffers([name], [places], [sizes], config)
+        else:
+            buffer = pool.take(nbytes)
+            buffer.numpy()[:] = np.frombuffer(b"".join(pieces), np.uint8)
+            code = client.put_from(name, buffer.data_ptr(), nbytes, config)
         if code == _FULL:
             raise StoreFullError(f"store {self.address}: no room for {nbytes} bytes")
         if code != 0:

@@ -120,6 +120,19 @@ def test_other_processes_read_and_delete_what_was_put():
 
 
 @needs_mooncake
+def test_samples_go_through_registered_buffers_where_the_transport_wants_that():
+    with mooncake_store() as (address, _):
+        store = FeatureStore(backend := MooncakeBackend(address))
+        first = put(store, "a")
+        backend.address = replace(backend.address, protocol="rdma")  # joined over TCP, which takes any memory
+        refs = [first, put(store, "b", seed=1), put(store, "c", seed=2, length=100_000)]
+        for seed, ref in enumerate(refs):
+            with store.get(ref) as tensors:
+                assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
+        close(store)
+
+
+@needs_mooncake
 def test_a_uri_is_only_good_for_its_own_sample():
     with mooncake_store() as (address, _):
         store = FeatureStore(MooncakeBackend(address))
