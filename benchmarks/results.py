@@ -64,7 +64,7 @@ class StepClock(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        self._supervised += outputs["output"].count
+        self._supervised += int(batch.loss_mask.sum())
         step = trainer.global_step
         if self._since == self._begin < step == self._begin + self.skip < trainer.max_steps:
             self._mark(step)
@@ -234,7 +234,7 @@ def page(content: dict[str, Any], command: str) -> str:
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
         "# Results", "",
-        textwrap.fill(how.replace("\n", " ").strip().format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
+        textwrap.fill(how.format(**run, name=Path(run["target"]).name, sampling=sampling).strip(), 120), "",
         f"Made by `{command}`.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *("| " + " | ".join(row) + " |" for row in rows), "",
