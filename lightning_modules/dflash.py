@@ -159,6 +159,22 @@ class DFlashModule(DraftModule):
             **{key: config[key] for key in keep if config.get(key) is not None},
         }
 
+    def setup(self, stage: str) -> None:
+        """Refuse to train on samples none of which fills a block.
+
+        Raises:
+            UserError: says how many supervised tokens there are, and how many a block needs.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        most = max((ref.num_supervised for ref in getattr(data, "sample_refs", list)()), default=None)
+        needed = self.draft.drafts + 1
+        if stage == "fit" and most is not None and most < needed:
+            raise UserError(
+                f"no sample has more than {most} supervised tokens, but a block of {self.draft.block_size} needs "
+                f"{needed}, its anchor and {self.draft.drafts} drafts; set a smaller model.draft_config.block_size"
+            )
+
     def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
         """Losses of a batch; with ``positions``, chains of that length from every token of the answers."""
         depths = positions or self.draft.drafts

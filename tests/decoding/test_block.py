@@ -30,6 +30,19 @@ CASES = {
         "dspark",
         {"markov_rank": 8, "markov_head_type": "rnn", "draft_vocab_size": 100},
     ),
+    "domino": ("domino", {"dflash_config": {"gru_hidden_dim": 12, "emb_dim": 8}}),
+    "domino, labels in place, a part of the vocabulary": (
+        "domino",
+        {
+            "dflash_config": {
+                "gru_hidden_dim": 12,
+                "emb_dim": 8,
+                "shift_label": False,
+                "pure_draft_prefix_len": 2,
+            },
+            "draft_vocab_size": 100,
+        },
+    ),
 }
 
 

@@ -123,10 +123,7 @@ class DFlash(Draft):
         block_size: b.
         mask_token_id: the token of slots 1 and later.
         layer_ids: captured layers.
-        shift: 1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own.
     """
-
-    shift = 0
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
@@ -141,6 +138,11 @@ class DFlash(Draft):
         self.layers = nn.ModuleList(BlockLayer(config, kind) for kind in kinds)
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = RotaryTable(config)
+
+    @property
+    def shift(self) -> int:
+        """1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own."""
+        return 0
 
     @property
     def drafts(self) -> int:

@@ -100,8 +100,6 @@ class DSpark(DFlash):
         ValueError: a field is missing or asks for a network that this class is not.
     """
 
-    shift = 1
-
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         rank, kind = getattr(config, "markov_rank", 256), getattr(config, "markov_head_type", "vanilla")
@@ -117,6 +115,11 @@ class DSpark(DFlash):
         self.confidence_head = (
             ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
         )
+
+    @property
+    def shift(self) -> int:
+        """1: the anchor's slot predicts too."""
+        return 1
 
     def corrections(self, before: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
         """What the Markov head's second matrix reads for every draft.
