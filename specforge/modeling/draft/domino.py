@@ -146,12 +146,12 @@ class DominoCorrector:
         self._memory = self._matrix.new_zeros(1, self.draft.prefix_gru.hidden)
         self._depth = 0
 
-    def __call__(self, state: Tensor, token: int) -> Tensor:
-        """What to add to the logits of the draft after ``token``."""
+    def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
+        """The logits of the draft after ``token``, corrected."""
         embeds = self.embed(torch.tensor([token], device=state.device)).to(self.dtype)
         gru = self.draft.prefix_gru
         self._memory = gru.step(gru.read(embeds), self._memory)
         self._depth += 1
         if self._depth <= self.draft.prefix:
-            return self._matrix.new_zeros(len(self._matrix))
-        return F.linear(self.draft.mix(state.unsqueeze(0), self._memory), self._matrix)[0]
+            return logits
+        return logits + F.linear(self.draft.mix(state.unsqueeze(0), self._memory), self._matrix)[0]

@@ -170,8 +170,8 @@ class MarkovCorrector:
         """Begin a block."""
         self._memory: Tensor | None = None
 
-    def __call__(self, state: Tensor, token: int) -> Tensor:
-        """What to add to the logits of the draft after ``token``."""
+    def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
+        """The logits of the draft after ``token``, corrected."""
         before = self.head.embed(torch.tensor([token], device=state.device), self.dtype)
         out, self._memory = self.head(before, state.unsqueeze(0), self._memory)
-        return F.linear(out, self._matrix)[0]
+        return logits + F.linear(out, self._matrix)[0]
