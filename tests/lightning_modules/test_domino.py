@@ -66,7 +66,8 @@ def document(reference: DominoReference, tokens, mask, aux, last, *, decay=4.0, 
 def make(target, draft_vocab=V, share=0.0, config=None, fields=None, **options) -> DominoModule:
     fields = {"gru_hidden_dim": 7, "emb_dim": 6, **(fields or {})}
     config = {"block_size": 4, "dflash_config": fields, **(config or {})}
-    module = make_module(target, draft_vocab, config, kind=DominoModule, base_start=share, **options)
+    options = {"gamma": 3, "base_start": share, **options}
+    module = make_module(target, draft_vocab, config, kind=DominoModule, **options)
     module.horizon = 8.0  # at step 0 the share is the one that it starts with
     return module
 

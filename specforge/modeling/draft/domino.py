@@ -93,13 +93,13 @@ class Domino(DFlash):
 
     def mix(self, states: Tensor, memory: Tensor) -> Tensor:
         """What the last matrix reads, ``[M, r]``: SiLU(W1 [z; g]) of ``states [M, H]`` and ``memory [M, G]``."""
-        matrix = self.embed_proj[0].weight.to(states.dtype)  # type: ignore[union-attr, operator]
+        matrix = self.embed_proj.get_parameter("0.weight").to(states.dtype)
         return F.silu(F.linear(torch.cat([states, memory.to(states.dtype)], -1), matrix))
 
     @property
     def matrix(self) -> Tensor:
         """``[D, r]`` W2."""
-        return self.embed_proj[2].weight  # type: ignore[return-value]
+        return self.embed_proj.get_parameter("2.weight")
 
     def corrections(
         self, embeds: Tensor, tokens: Tensor, states: Tensor, block: Tensor, depth: Tensor
