@@ -89,7 +89,7 @@ class DFlashModule(DraftModule):
                 f"model: anchors is {anchors}, alpha {alpha}, decay {decay}; want anchors >= 1, 0 <= alpha <= 1, "
                 "decay > 0"
             )
-        draft.apply(_initialise)
+        draft.apply(self._initialise)
         if init_from is not None:
             load_weights(draft, Path(init_from), self.export_format)
         features = (
@@ -236,6 +236,11 @@ class DFlashModule(DraftModule):
     # What drafters on this backbone change.
 
     @staticmethod
+    def _initialise(module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.02)
+
+    @staticmethod
     def _needs_target(label: str) -> bool:
         """Whether the loss reads the target's last hidden states."""
         return label == "target"
@@ -267,6 +272,10 @@ class DFlashModule(DraftModule):
         """What is added to the head's logits."""
         return None
 
+    def _add_correction(self, logits: Tensor, extra: Tensor) -> Tensor:
+        """The logits with it."""
+        return logits.add_(extra)
+
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> Corrector | None:
         """The same when decoding."""
         return None
@@ -286,7 +295,8 @@ class DFlashModule(DraftModule):
             at = picked.clamp(min=0)
             logits = F.linear(states[at], matrix)
             if correction is not None:
-                logits += F.linear(correction.states[at], correction.matrix.to(states.dtype))
+                extra = F.linear(correction.states[at], correction.matrix.to(states.dtype))
+                logits = self._add_correction(logits, extra)
             logits = logits.float().masked_fill_((picked < 0).unsqueeze(-1), 0.0)
             yield LogitTile(labels, logits, batch.features[LAST_HIDDEN_STATES][labels - 1])
 
@@ -310,8 +320,3 @@ class DFlashModule(DraftModule):
 def default_layers(num_layers: int) -> list[int]:
     """Outputs of five layers, evenly from the second to the third from the end."""
     return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]
-
-
-def _initialise(module: torch.nn.Module) -> None:
-    if isinstance(module, torch.nn.Linear):
-        torch.nn.init.normal_(module.weight, std=0.02)

@@ -43,6 +43,11 @@ CASES = {
             "draft_vocab_size": 100,
         },
     ),
+    "dflash2": ("dflash2", {"dflash_config": {"selector_rank": 8, "selector_top_k": 6}}),
+    "dflash2 with sliding layers, a part of the vocabulary": (
+        "dflash2",
+        {**SLIDING, "dflash_config": {"selector_rank": 8, "conv_kernel_size": 3}, "draft_vocab_size": 100},
+    ),
 }
 
 

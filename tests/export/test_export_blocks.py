@@ -25,13 +25,14 @@ def trained(name: str, target, **config):
     return module
 
 
-@pytest.mark.parametrize(("name", "size"), [("dflash", 16), ("dspark", 7), ("domino", 16)])
+@pytest.mark.parametrize(("name", "size"), [("dflash", 16), ("dspark", 7), ("domino", 16), ("dflash2", 8)])
 def test_a_served_draft_has_the_fields_names_and_can_be_started_from(name, size, target, tmp_path):
     module = trained(name, target)
     module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3DSparkModel" if name == "dspark" else "DFlashDraftModel"]
+    names = {"dspark": "Qwen3DSparkModel", "dflash2": "DFlash2DraftModel"}
+    assert config["architectures"] == [names.get(name, "DFlashDraftModel")]
     assert config["block_size"] == size
     fields = {"mask_token_id": 263, "target_layer_ids": [1, 3, 4]}
     if name == "domino":
@@ -41,6 +42,14 @@ def test_a_served_draft_has_the_fields_names_and_can_be_started_from(name, size,
         assert tensors["prefix_gru.weight_hh_l0"].shape == (3 * 1024, 1024)
         assert tensors["embed_proj.0.weight"].shape == (256, 32 + 1024)
         assert tensors["embed_proj.2.weight"].shape == (264, 256)
+    if name == "dflash2":
+        fields |= {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+        for part in ("attention", "mlp"):
+            assert tensors[f"layers.1.{part}_conv.base_kernel"].shape == (2, 2, 32)
+            assert tensors[f"layers.1.{part}_conv.kernel_projection.weight"].shape == (2 * 2 * 2, 32)
+        assert tensors["candidate_selector.predecessor_codebook"].shape == (264, 256)
+        assert tensors["candidate_selector.successor_codebook"].shape == (264, 256)
+        assert tensors["candidate_selector.hidden_projection.weight"].shape == (256, 32)
     assert config["dflash_config"] == fields
     assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= set(tensors)
     assert {"layers.1.self_attn.q_norm.weight", "layers.0.mlp.up_proj.weight"} <= set(tensors)

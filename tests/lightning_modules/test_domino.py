@@ -215,7 +215,7 @@ def test_bad_input_is_refused_by_name(small_target, options, fields, message):
         make(small_target, fields=fields, **options)
 
 
-@pytest.mark.parametrize("kind", ["DFlashModule", "DSparkModule", "DominoModule"])
+@pytest.mark.parametrize("kind", ["DFlashModule", "DFlash2Module", "DSparkModule", "DominoModule"])
 def test_samples_shorter_than_a_block_are_refused_before_training(kind, target, features, tmp_path, capsys):
     path = recipe(
         target, features, tmp_path, model__class_path=kind,
