@@ -166,10 +166,12 @@ class DFlashModule(DraftModule):
             UserError: says how many supervised tokens there are, and how many a block needs.
         """
         super().setup(stage)
+        if stage != "fit":
+            return
         data = getattr(self.trainer, "datamodule", None)
         most = max((ref.num_supervised for ref in getattr(data, "sample_refs", list)()), default=None)
         needed = self.draft.drafts + 1
-        if stage == "fit" and most is not None and most < needed:
+        if most is not None and most < needed:
             raise UserError(
                 f"no sample has more than {most} supervised tokens, but a block of {self.draft.block_size} needs "
                 f"{needed}, its anchor and {self.draft.drafts} drafts; set a smaller model.draft_config.block_size"
