@@ -29,7 +29,9 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
             for k, v in TINY_OPTIONS[config["model"]["class_path"]].items()
         },
     }  # fmt: skip
-    assert main(["fit", "--config", path.name, *(str(word) for pair in options.items() for word in pair)]) == 0
+    assert (
+        main(["fit", "--config", path.name, *(str(word) for pair in options.items() for word in pair)]) == 0
+    )
     evaluate = {
         "--draft": tmp_path / "checkpoints" / "last.ckpt", "--prompts": prompts, "--num_prompts": 3, "--device": "cuda",
         "--max_new_tokens": 16, "--speed_prompts": 1, "--json": tmp_path / "evaluation.json", "--cache": tmp_path,
