@@ -139,15 +139,24 @@ def store_up(
     interrupt_on_sigterm()
     with mooncake_master(host, port, metrics_port) as master:
         owner = connect(address, size)
-        print(
-            f"{address}: {size / 2**30:.1f} GiB; put it into the configuration: --data.store '{address}', and "
-            f"--store '{address}' of `specforge produce`\n"
-            "Mooncake has no authentication, and its clients listen on all addresses: use a trusted network",
-            flush=True,
-        )
         try:
-            raise UserError(f"{address}: the master ended with status {master.wait()}")
+            interrupt_on_sigterm()  # again: Mooncake has handlers of its own
+            print(
+                f"{address}: {size / 2**30:.1f} GiB; put it into the configuration: --data.store '{address}', and "
+                f"--store '{address}' of `specforge produce`\n"
+                "Mooncake has no authentication, and its clients listen on all addresses: use a trusted network",
+                flush=True,
+            )
+            raise UserError(f"{address}: the master ended with status {_wait(master)}")
         except KeyboardInterrupt:
             print("stopped", flush=True)
         finally:
             owner.close()
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:  # a signal that one of Mooncake's threads took is only seen between two system calls
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            continue

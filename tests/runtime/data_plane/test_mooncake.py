@@ -13,12 +13,25 @@ import pytest
 import torch
 
 from specforge.errors import UserError
-from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend
+from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend, connect
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from specforge.services import mooncake_master
 from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
 from tests.runtime.data_plane.test_store import SampleRef, put, sample
 
 MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def running():
+    with mooncake_store() as (address, _):
+        yield address
+
+
+@pytest.fixture
+def address(running, tmp_path):
+    """A namespace of its own in one store."""
+    return f"{running}#{tmp_path.name}"
 
 
 def close(*stores: FeatureStore) -> None:
@@ -75,28 +88,27 @@ def test_a_full_store_refuses_and_evicts_nothing():
 
 
 @needs_mooncake
-def test_buffers_are_registered_once_and_handed_out_again_only_when_nobody_reads_them():
-    with mooncake_store() as (address, _):
-        store = FeatureStore(MooncakeBackend(address))
-        refs = [put(store, f"s{i}", seed=i, length=20_000) for i in range(4)]
-        leases = [store.get(ref) for ref in refs]
-        for i, lease in enumerate(leases):
-            assert torch.equal(lease.tensors["states"], sample(i, 20_000)["states"])
-        kept = leases[0].tensors["states"][3:5]
-        places = {lease.tensors["states"].data_ptr() for lease in leases}
-        for lease in leases:
-            store.release(lease)
-        del lease, leases
-        gc.collect()
-        for _ in range(10):
-            with store.get(refs[1]) as tensors:
-                assert tensors["states"].data_ptr() in places
-        assert torch.equal(kept, sample(0, 20_000)["states"][3:5])
-        close(store)
+def test_buffers_are_registered_once_and_handed_out_again_only_when_nobody_reads_them(address):
+    store = FeatureStore(MooncakeBackend(address))
+    refs = [put(store, f"s{i}", seed=i, length=20_000) for i in range(4)]
+    leases = [store.get(ref) for ref in refs]
+    for i, lease in enumerate(leases):
+        assert torch.equal(lease.tensors["states"], sample(i, 20_000)["states"])
+    kept = leases[0].tensors["states"][3:5]
+    places = {lease.tensors["states"].data_ptr() for lease in leases}
+    for lease in leases:
+        store.release(lease)
+    del lease, leases
+    gc.collect()
+    for _ in range(10):
+        with store.get(refs[1]) as tensors:
+            assert tensors["states"].data_ptr() in places
+    assert torch.equal(kept, sample(0, 20_000)["states"][3:5])
+    close(store)
 
 
 @needs_mooncake
-def test_other_processes_read_and_delete_what_was_put():
+def test_other_processes_read_and_delete_what_was_put(address):
     code = (
         "import json, sys\n"
         "from tests.runtime.data_plane.test_mooncake import *\n"
@@ -104,44 +116,41 @@ def test_other_processes_read_and_delete_what_was_put():
         "print(json.dumps([put(store, f's{i}', seed=i).to_json() for i in range(5)]), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    with mooncake_store() as (address, _):
-        output = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True).stdout
-        refs = [SampleRef.from_json(fields) for fields in json.loads(output)]
-        store = FeatureStore(MooncakeBackend(address))
-        store.adopt(refs[:4])
-        for seed, ref in enumerate(refs[:4]):
-            with store.get(ref) as tensors:
-                assert torch.equal(tensors["states"], sample(seed)["states"])
-        store.discard(refs[0])
-        assert store.remove_orphans(refs[1:4]) == 1
-        assert [store.holds(ref) for ref in refs] == [False, True, True, True, False]
-        assert FeatureStore(MooncakeBackend(address + "#other")).backend.stored() == []
-        close(store)
+    output = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True).stdout
+    refs = [SampleRef.from_json(fields) for fields in json.loads(output)]
+    store = FeatureStore(MooncakeBackend(address))
+    store.adopt(refs[:4])
+    for seed, ref in enumerate(refs[:4]):
+        with store.get(ref) as tensors:
+            assert torch.equal(tensors["states"], sample(seed)["states"])
+    store.discard(refs[0])
+    assert store.remove_orphans(refs[1:4]) == 1
+    assert [store.holds(ref) for ref in refs] == [False, True, True, True, False]
+    assert FeatureStore(MooncakeBackend(address + "-other")).backend.stored() == []
+    close(store)
 
 
 @needs_mooncake
-def test_samples_go_through_registered_buffers_where_the_transport_wants_that():
-    with mooncake_store() as (address, _):
-        store = FeatureStore(backend := MooncakeBackend(address))
-        first = put(store, "a")
-        backend.address = replace(backend.address, protocol="rdma")  # joined over TCP, which takes any memory
-        refs = [first, put(store, "b", seed=1), put(store, "c", seed=2, length=100_000)]
-        for seed, ref in enumerate(refs):
-            with store.get(ref) as tensors:
-                assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
-        close(store)
+def test_samples_go_through_registered_buffers_where_the_transport_wants_that(address):
+    store = FeatureStore(backend := MooncakeBackend(address))
+    first = put(store, "a")
+    backend.address = replace(backend.address, protocol="rdma")  # joined over TCP, which takes any memory
+    refs = [first, put(store, "b", seed=1), put(store, "c", seed=2, length=100_000)]
+    for seed, ref in enumerate(refs):
+        with store.get(ref) as tensors:
+            assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
+    close(store)
 
 
 @needs_mooncake
-def test_a_uri_is_only_good_for_its_own_sample():
-    with mooncake_store() as (address, _):
-        store = FeatureStore(MooncakeBackend(address))
-        a, b = put(store, "a"), put(store, "b")
-        other = FeatureStore(MooncakeBackend(address))
-        other.adopt([replace(b, uri=a.uri)])
-        with pytest.raises(BadSampleError, match=r"is not the name of a value of b\.1"):
-            other.get(replace(b, uri=a.uri))
-        close(store)
+def test_a_uri_is_only_good_for_its_own_sample(address):
+    store = FeatureStore(MooncakeBackend(address))
+    a, b = put(store, "a"), put(store, "b")
+    other = FeatureStore(MooncakeBackend(address))
+    other.adopt([replace(b, uri=a.uri)])
+    with pytest.raises(BadSampleError, match=r"is not the name of a value of b\.1"):
+        other.get(replace(b, uri=a.uri))
+    close(store)
 
 
 @needs_mooncake
@@ -181,11 +190,10 @@ def test_the_command_names_a_taken_port_and_stops_cleanly(end):
         found = MooncakeAddress.parse(address)
         assert found.host == "127.0.0.1"
         for ports in ((found.port, free_ports(1)[0]), (free_ports(1)[0], found.metrics)):
-            other = store_up(*ports)
-            _, error = other.communicate(timeout=60)
-            assert other.returncode == 2
             taken = found.port if found.port in ports else found.metrics
-            assert f"127.0.0.1:{taken}: cannot listen there (Address already in use)" in error
+            words = rf"127\.0\.0\.1:{taken}: cannot listen there \(Address already in use\)"
+            with pytest.raises(UserError, match=words), mooncake_master("127.0.0.1", *ports):
+                pass
         process.send_signal(end)
         output, error = process.communicate(timeout=60)
         assert process.returncode == 0
@@ -197,7 +205,5 @@ def test_the_command_names_a_taken_port_and_stops_cleanly(end):
 
 @needs_mooncake
 def test_too_small_a_store_is_refused():
-    process = store_up(*free_ports(2), 1000)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "Mooncake takes no less than 16777216" in error
+    with pytest.raises(UserError, match="1000 bytes; Mooncake takes no less than 16777216"):
+        connect(MooncakeAddress("127.0.0.1", 1, 2), 1000)
