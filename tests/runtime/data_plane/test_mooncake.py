@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,6 +22,11 @@ from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, 
 from tests.runtime.data_plane.test_store import SampleRef, put, sample
 
 MB = 1 << 20
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,9 @@ def test_after_a_restart_with_nothing_samples_are_lost_and_new_ones_are_kept():
     first.communicate()
     with pytest.raises(BadSampleError, match=r"sample a: .* is lost"):
         store.get(ref)
+    for port in ports:
+        while is_open(port):
+            time.sleep(0.01)  # there is nothing to wait on but the port
     with pytest.raises(UserError, match="does not answer"):
         store.holds(ref)
     second = store_up(*ports)
