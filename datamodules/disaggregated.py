@@ -163,6 +163,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         assert self._controller is not None
         if trainer.is_global_zero:
             self._controller.durable(step)
+            self._controller.remove_orphans()
         trainer.strategy.barrier("what the checkpoint covers is deleted")
         self._splits["train"][1].durable(step)
 

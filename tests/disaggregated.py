@@ -57,7 +57,9 @@ def producers(
     """Run producers in threads; what they raise is raised here."""
     files = TargetFiles.find(str(target))
     stop, errors = threading.Event(), []
-    engines = [HFTargetEngine(files, "float32") for _ in range(count)]  # transformers loads in one thread at a time
+    engines = [
+        HFTargetEngine(files, "float32") for _ in range(count)
+    ]  # transformers loads in one thread at a time
     made = [
         Producer(
             control(where), lambda dtype, i=i: engines[i], files.fingerprint, f"producer-{i}",

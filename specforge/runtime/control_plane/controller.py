@@ -258,13 +258,16 @@ class DataFlowController:
         Features of prompts that somebody holds a lease of are left alone: they may be about to be committed.
         """
         waiting = [entry.key for entry in self.metadata.entries((COMMITTED, DELIVERED))]
-        lost = self._requeue_lost(waiting)
+        return Reconciled(self._requeue_lost(waiting), self.remove_orphans())
+
+    def remove_orphans(self) -> int:
+        """Delete features that nobody committed and nobody is about to, such as those of killed producers."""
         # In this order, because producers go on meanwhile: what is put, leased or committed after one of these
         # lines is not deleted by the last.
         stored = self.features.backend.stored()
         leased = {_sample(entry.key) for entry in self.metadata.entries((LEASED,))}
         refs = [load_ref(entry.ref) for entry in self.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
-        return Reconciled(lost, self.features.remove_orphans(refs, leased, stored))
+        return self.features.remove_orphans(refs, leased, stored)
 
     def dead_letters(self) -> list[DeadLetter]:
         """Prompts that were given up; :meth:`revive` tries them again."""

@@ -181,7 +181,7 @@ class StreamedSamples:
                 if error.state == DEAD:
                     raise BadSampleError(key.rpartition("@")[0], self._epitaph(key)) from None
                 if error.state not in (QUEUED, LEASED):
-                    raise
+                    raise _refusal(error) from error
             waited = time.monotonic() - started
             if before is None:
                 before = _produced(self.controller.counts())
@@ -213,7 +213,10 @@ class StreamedSamples:
 
     def trained(self, keys: Sequence[str], step: int) -> None:
         """Record the optimizer step that used samples."""
-        self.controller.trained(keys, step)
+        try:
+            self.controller.trained(keys, step)
+        except StateError as error:
+            raise _refusal(error) from error
         if self.controller.retain == "until_trained":
             self._let_go(keys)
         else:
@@ -289,6 +292,13 @@ class StreamedSamples:
             for key in keys:
                 self._nbytes -= self._held.pop(key, 0)
                 self._trained.pop(key, None)
+
+
+def _refusal(error: StateError) -> UserError:
+    return UserError(
+        f"{error}: the metadata store was emptied, or another run uses it; resume with --ckpt_path last, which loses "
+        "nothing"
+    )
 
 
 def _produced(counts: Mapping[str, int]) -> int:
