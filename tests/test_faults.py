@@ -26,7 +26,7 @@ from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.inference.producer import Producer
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
-from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, STATES
+from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
 from specforge.runtime.data_plane.store import FeatureStore
 from specforge.runtime.places import open_backend, open_metadata
 from tests.disaggregated import places
@@ -299,13 +299,18 @@ def stored_files(world: World) -> list[Path]:
 
 
 def cut_off(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    rewrite(path, path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1 - len(content) // 4] ^= 16
-    path.unlink()  # a file that somebody has mapped stays whole
+    rewrite(path, bytes(content))
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """As another file: who has the old one mapped keeps it."""
+    path.unlink()
     path.write_bytes(content)
 
 
@@ -372,10 +377,12 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
     late: list[str] = []
 
     def again() -> None:
-        waiting = list(world.producers[0].controller.metadata.entries((COMMITTED,)))
+        waiting = list(world.producers[0].controller.metadata.entries((COMMITTED, DELIVERED, TRAINED)))
         if waiting and world.random.random() < 0.5:
             entry = world.random.choice(waiting)
             ref = load_ref(entry.ref)
+            if not world.producers[0].controller.features.holds(ref):
+                return
             twin = world.start_producer("twin").controller  # with a store of its own
             twin.features.adopt([ref])
             with twin.features.get(ref) as tensors:
