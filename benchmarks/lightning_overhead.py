@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.train_step import SHAPES, eagle3_module, make_batch
+from benchmarks.train_step import SHAPES, make_batch, make_module
 from lightning_modules.base import DraftModule
 from lightning_modules.optimizers import build_optimizer
 from specforge.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
@@ -81,7 +81,7 @@ def fit(module: DraftModule, batch: TrainBatch, steps: int) -> None:
 
 def cpu_seconds(run, steps: int) -> float:
     """CPU time of one run on a fresh module."""
-    module, batch = eagle3_module(SHAPES["tiny"]), make_batch(SHAPES["tiny"])
+    module, batch = make_module("eagle3", SHAPES["tiny"]), make_batch(SHAPES["tiny"])
     start = time.process_time()
     run(module, batch, steps)
     return time.process_time() - start
