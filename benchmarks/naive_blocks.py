@@ -70,10 +70,25 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
     entropy = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(
         labels.shape
     )
+    if module.algorithm == "domino":
+        logits = logits + _domino(draft, F.embedding(batch.input_ids[labels - 1], embedding), states)
+        final = F.cross_entropy(
+            logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none"
+        ).view(labels.shape)
+        entropy = torch.lerp(final, entropy, module.base_share)
     if module.weights == "dpace":
         smooth = torch.where(valid, (1 - module.alpha) * (-entropy.detach()).exp() + module.alpha, 1.0)
         weights = (smooth.cumprod(1) * valid).flip(1).cumsum(1).flip(1) * valid
     return (entropy * weights).sum()
+
+
+def _domino(draft: Any, embeds: Tensor, states: Tensor) -> Tensor:
+    """The correction of every draft."""
+    source = draft.prefix_gru
+    gru = torch.nn.GRU(embeds.shape[-1], source.hidden, bias=False, batch_first=True)
+    memory, _ = torch.func.functional_call(gru, dict(source.named_parameters()), (embeds,))
+    correction = draft.embed_proj(torch.cat([states, memory], -1))
+    return F.pad(correction[:, draft.prefix :], (0, 0, draft.prefix, 0))
 
 
 def _dspark(

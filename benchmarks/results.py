@@ -2,10 +2,11 @@
 
     python -m benchmarks.results --tokens 400000
 
-Every recipe `*-smollm2.yaml` in configs/, and quickstart.yaml as `eagle3`, is trained on the same features for as many
-optimizer steps as make up the budget at its own batch, then evaluated. Each training and each evaluation is a
-process of its own; what is done already is not done again, so the command can be stopped and started. It
-writes docs/results.md, and docs/results.json in the form of `specforge evaluate --json`.
+Every recipe `*-smollm2.yaml` in configs/ that trains offline, and quickstart.yaml as `eagle3`, is trained on the same
+features for as many optimizer steps as make up the budget at its batch, then evaluated. Each training and each
+evaluation is a process of its own; what is done already is not done again, so the command can be stopped and started.
+It writes docs/results.md, and docs/results.json in the form of `specforge evaluate --json`. On a GPU the columns of
+cost are wall time and GPU memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ CLOCK = "training.json"
 
 
 class StepClock(pl.Callback):
-    """CPU time, supervised tokens and peak memory of a training, written into the run's folder at its end.
+    """Time, supervised tokens and peak memory of a training, written into the run's folder at its end.
 
     Args:
         skip: first steps of the process, which set up what later ones reuse, are not timed.
@@ -53,16 +55,19 @@ class StepClock(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start, first from here, then again behind the steps that are skipped."""
         self._begin = trainer.global_step
-        self._since, self._start = self._begin, time.process_time()
+        self._mark(self._begin)
+
+    def _mark(self, step: int) -> None:
+        self._since, self._start, self._wall = step, time.process_time(), time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
-        self._supervised += outputs["output"].count
+        self._supervised += int(batch.loss_mask.sum())
         step = trainer.global_step
         if self._since == self._begin < step == self._begin + self.skip < trainer.max_steps:
-            self._since, self._start = step, time.process_time()
+            self._mark(step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write what a whole training cost."""
@@ -74,10 +79,13 @@ class StepClock(pl.Callback):
             "steps": trainer.global_step,
             "supervised_tokens": self._supervised,
             "cpu_seconds_per_step": (time.process_time() - self._start) / steps,
+            "seconds_per_step": (time.perf_counter() - self._wall) / steps,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         }
+        if pl_module.device.type == "cuda":
+            content["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
         (Path(trainer.default_root_dir) / CLOCK).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -102,21 +110,26 @@ class Entry:
 
 
 def find_recipes(configs: Path) -> dict[str, Path]:
-    """Recipes of the small target by the name of their row."""
+    """Recipes of the small target that train offline, by the name of their row."""
     paths = [configs / f"{stem}.yaml" for stem in NAMED_OTHERWISE]
     paths = [p for p in paths if p.exists()] + sorted(configs.glob(f"*{SUFFIX}.yaml"))
+    paths = [p for p in paths if "features" in yaml.safe_load(p.read_text())["data"]["init_args"]]
     return {NAMED_OTHERWISE.get(p.stem, p.stem.removesuffix(SUFFIX)): p for p in paths}
 
 
-def steps_for(recipe: Path, features: Path, tokens: int) -> int:
-    """Optimizer steps of a recipe that see about ``tokens`` supervised tokens."""
+def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None = None) -> int:
+    """Optimizer steps of a recipe, at its own batch by default, that see about ``tokens`` supervised tokens."""
     from specforge.runtime.data_plane.features import FeatureFolder
 
     refs = FeatureFolder.open(features / "train").refs
     config = yaml.safe_load(recipe.read_text())
     data = config["data"]["init_args"]
     supervised = sum(r.num_supervised for r in refs) / len(refs)
-    documents = data.get("batch_size") or data["max_tokens"] / (sum(r.num_tokens for r in refs) / len(refs))
+    documents = (
+        batch_size
+        or data.get("batch_size")
+        or data["max_tokens"] / (sum(r.num_tokens for r in refs) / len(refs))
+    )
     documents *= config["trainer"].get("accumulate_grad_batches") or 1
     return max(1, round(tokens / (documents * supervised)))
 
@@ -144,6 +157,7 @@ def train(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
         specforge(
             "fit", "--config", entry.recipe, *(word for pair in replaced.items() for word in pair),
             "--trainer.callbacks+=benchmarks.results.StepClock",
+            *(("--data.batch_size", options.batch_size) if options.batch_size else ()),
             *(("--ckpt_path", entry.checkpoint) if entry.checkpoint.exists() else ()),
         )  # fmt: skip
     return json.loads(path.read_text())  # type: ignore[no-any-return]
@@ -198,23 +212,29 @@ _HOW = """
 Every algorithm on {name}: trained from its recipe for about {tokens:,} supervised tokens on the same features, then
 measured by decoding the same {num_prompts} held-out prompts ({sampling}, γ = {gamma}, at most {max_new_tokens} new
 tokens, seed {seed}). τ counts the bonus token; its interval is clustered by prompt. Offline τ is the same rounds
-replayed over the target's own answers. Speed: {speed_prompts} prompts one at a time in {speed_dtype} on {device}
-with {threads} threads; each speed-up is over plain decoding in the same process.
+replayed over the target's own answers.
+"""
+_SPEED = """
+Speed: {speed_prompts} prompts one at a time in {speed_dtype} on {device} with {threads} threads; each speed-up is over
+plain decoding in the same process.
 """
 
 
 def page(content: dict[str, Any], command: str) -> str:
     """The table in Markdown."""
     run, training = content["run"], content["training"]
+    gpu = any("peak_gpu_mib" in cost for cost in training.values())
+    costs = ("s a step", "peak GPU, MiB") if gpu else ("CPU-s a step", "peak RSS, MiB")
     head = (
-        "method", "parameters", "trained tokens", "steps", "CPU-s a step", "peak RSS, MiB", "τ", "95 %",
+        "method", "parameters", "trained tokens", "steps", *costs, "τ", "95 %",
         "offline τ", "acceptance by position", "tok/s", "speed-up", "lossless",
     )  # fmt: skip
     sampling = "greedy" if run["temperature"] == 0 else f"temperature {run['temperature']}"
+    how = _HOW + (_SPEED if run["speed_prompts"] else "")
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
         "# Results", "",
-        textwrap.fill(_HOW.strip().format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
+        textwrap.fill(how.format(**run, name=Path(run["target"]).name, sampling=sampling).strip(), 120), "",
         f"Made by `{command}`.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *("| " + " | ".join(row) + " |" for row in rows), "",
@@ -231,8 +251,9 @@ def _row(method: dict[str, Any], cost: dict[str, Any] | None) -> list[str]:
             "" if cost["trained_parameters"] == cost["parameters"]
             else f" ({cost['trained_parameters'] / 1e6:.1f} M trained)"
         ),
-        f"{cost['supervised_tokens']:,}", f"{cost['steps']:,}", f"{cost['cpu_seconds_per_step']:.2f}",
-        f"{cost['peak_rss_mib']:,.0f}",
+        f"{cost['supervised_tokens']:,}", f"{cost['steps']:,}",
+        f"{cost['seconds_per_step' if 'peak_gpu_mib' in cost else 'cpu_seconds_per_step']:.2f}",
+        f"{cost.get('peak_gpu_mib', cost['peak_rss_mib']):,.0f}",
     ]  # fmt: skip
     lossless = method["lossless"]
     ties = f" + {method['ties']} ties" if method["ties"] else ""
@@ -256,7 +277,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, default=Path("runs/quickstart/prompts"))
     parser.add_argument("--configs", type=Path, default=ROOT / "configs")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="where they are trained")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of results.md and .json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs", help="folder of the page and its figures"
+    )
+    parser.add_argument("--name", default="results", help="name of the page, without .md")
+    parser.add_argument("--batch_size", type=int, help="documents a step, in place of the recipes'")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the rows")
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -265,7 +290,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     entries = [
-        Entry(name, recipe, options.runs / name, steps_for(recipe, options.features, options.tokens))
+        Entry(
+            name,
+            recipe,
+            options.runs / name,
+            steps_for(recipe, options.features, options.tokens, options.batch_size),
+        )
         for name, recipe in find_recipes(options.configs).items()
         if options.only is None or name in options.only
     ]
@@ -274,12 +304,12 @@ def main(argv: list[str] | None = None) -> int:
         print("nothing was measured", file=sys.stderr)
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    (options.output / f"{options.name}.json").write_text(json.dumps(content, indent=2) + "\n")
     # Where things lie does not belong in the page.
     given = {k: v for k, v in vars(options).items() if isinstance(v, int) and v != parser.get_default(k)}
     command = " ".join(["python -m benchmarks.results", *(f"--{k} {v}" for k, v in given.items())])
-    (options.output / "results.md").write_text(page(content, command))
-    print(f"wrote {options.output / 'results.md'}")
+    (options.output / f"{options.name}.md").write_text(page(content, command))
+    print(f"wrote {options.output / f'{options.name}.md'}")
     return 1 if failed else 0
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step --algorithm eagle3 --shape tiny --threads 1 --json step.json
 
-The block drafters (dflash, dpace, dspark) train one layer on 64 blocks of 16 tokens a document, over the whole
-vocabulary.
+The block drafters (dflash, dpace, dspark, domino) train one layer on 64 blocks of 16 tokens a document, over the whole
+vocabulary; Domino with a GRU and a correction of 64, base and final loss at one half each.
 
 Each variant runs in a process of its own, on random features: `fast` is the module as `specforge fit` runs it;
 `naive` is the same loss written plainly (dense masks, every row, full logits, ordinary autograd). Medians over
@@ -84,8 +84,9 @@ def make_batch(shape: Shape) -> TrainBatch:
     return TrainBatch(ids, mask, features, lengths, mask_spans(mask, lengths))
 
 
-BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
+BLOCKS: dict[str, tuple[str, dict[str, str | float]]] = {
     "dflash": ("dflash", {}), "dpace": ("dflash", {"weights": "dpace"}), "dspark": ("dspark", {}),
+    "domino": ("domino", {"base_start": 0.5}),
 }  # fmt: skip
 
 
@@ -98,10 +99,14 @@ def make_module(algorithm: str, shape: Shape):
         target = write_target(shape, Path(folder))
         if algorithm in BLOCKS:
             name, options = BLOCKS[algorithm]
-            config = {"num_hidden_layers": 1, "block_size": 16}
+            config: dict[str, object] = {"num_hidden_layers": 1, "block_size": 16}
+            if name == "domino":
+                config["dflash_config"] = {"gru_hidden_dim": 64, "emb_dim": 64}
             module = algorithms()[name](
                 target, draft_config=config, layer_ids=[1, 7, 12], anchors=64, **options
             )
+            if name == "domino":
+                module.horizon = 1.0  # λ is base_start, as at a run's first step
         else:
             module = algorithms()[algorithm](
                 target, draft_config={"draft_vocab_size": shape.draft_vocab}, steps=shape.steps, label="data"

@@ -89,7 +89,7 @@ class DFlashModule(DraftModule):
                 f"model: anchors is {anchors}, alpha {alpha}, decay {decay}; want anchors >= 1, 0 <= alpha <= 1, "
                 "decay > 0"
             )
-        draft.apply(_initialise)
+        draft.apply(self._initialise)
         if init_from is not None:
             load_weights(draft, Path(init_from), self.export_format)
         features = (
@@ -159,6 +159,24 @@ class DFlashModule(DraftModule):
             **{key: config[key] for key in keep if config.get(key) is not None},
         }
 
+    def setup(self, stage: str) -> None:
+        """Refuse to train on samples none of which fills a block.
+
+        Raises:
+            UserError: says how many supervised tokens there are, and how many a block needs.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        most = max((ref.num_supervised for ref in getattr(data, "sample_refs", list)()), default=None)
+        needed = self.draft.drafts + 1
+        if most is not None and most < needed:
+            raise UserError(
+                f"no sample has more than {most} supervised tokens, but a block of {self.draft.block_size} needs "
+                f"{needed}, its anchor and {self.draft.drafts} drafts; set a smaller model.draft_config.block_size"
+            )
+
     def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
         """Losses of a batch; with ``positions``, chains of that length from every token of the answers."""
         depths = positions or self.draft.drafts
@@ -220,6 +238,11 @@ class DFlashModule(DraftModule):
     # What drafters on this backbone change.
 
     @staticmethod
+    def _initialise(module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.02)
+
+    @staticmethod
     def _needs_target(label: str) -> bool:
         """Whether the loss reads the target's last hidden states."""
         return label == "target"
@@ -251,6 +274,10 @@ class DFlashModule(DraftModule):
         """What is added to the head's logits."""
         return None
 
+    def _add_correction(self, logits: Tensor, extra: Tensor) -> Tensor:
+        """The logits with it."""
+        return logits.add_(extra)
+
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> Corrector | None:
         """The same when decoding."""
         return None
@@ -270,7 +297,8 @@ class DFlashModule(DraftModule):
             at = picked.clamp(min=0)
             logits = F.linear(states[at], matrix)
             if correction is not None:
-                logits += F.linear(correction.states[at], correction.matrix.to(states.dtype))
+                extra = F.linear(correction.states[at], correction.matrix.to(states.dtype))
+                logits = self._add_correction(logits, extra)
             logits = logits.float().masked_fill_((picked < 0).unsqueeze(-1), 0.0)
             yield LogitTile(labels, logits, batch.features[LAST_HIDDEN_STATES][labels - 1])
 
@@ -294,8 +322,3 @@ class DFlashModule(DraftModule):
 def default_layers(num_layers: int) -> list[int]:
     """Outputs of five layers, evenly from the second to the third from the end."""
     return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]
-
-
-def _initialise(module: torch.nn.Module) -> None:
-    if isinstance(module, torch.nn.Linear):
-        torch.nn.init.normal_(module.weight, std=0.02)

@@ -52,17 +52,17 @@ def control(where: dict[str, str], **options: object) -> DataFlowController:
 
 @contextmanager
 def producers(
-    target: Path, where: dict[str, str], count: int = 1, **options: object
+    target: Path, where: dict[str, str], count: int = 1, dtype: str = "float32", **options: object
 ) -> Iterator[list[Producer]]:
     """Run producers in threads; what they raise is raised here."""
     files = TargetFiles.find(str(target))
     stop, errors = threading.Event(), []
     engines = [
-        HFTargetEngine(files, "float32") for _ in range(count)
+        HFTargetEngine(files, dtype) for _ in range(count)
     ]  # transformers loads in one thread at a time
     made = [
         Producer(
-            control(where), lambda dtype, i=i: engines[i], files.fingerprint, f"producer-{i}",
+            control(where), lambda _, i=i: engines[i], files.fingerprint, f"producer-{i}",
             **{"max_prompts": 4, **options},
         )
         for i in range(count)

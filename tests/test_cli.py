@@ -92,7 +92,7 @@ def test_every_recipe_trains_on_the_tiny_target(path, target, features, prompts,
     where = places(tmp_path) if "store" in config["data"]["init_args"] else {}
     options |= {f"--data.{name}": place for name, place in where.items()}
     words = [str(word) for pair in options.items() for word in pair]
-    with producers(target, where) if where else nullcontext():
+    with producers(target, where, dtype="bfloat16") if where else nullcontext():
         assert main(["fit", "--config", path.name, *words]) == 0
 
 

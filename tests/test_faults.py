@@ -339,16 +339,16 @@ def test_damaged_features_are_produced_again(tmp_path, expected, dying, damage, 
 def test_a_full_disk_stops_producers_in_good_order(tmp_path, expected, dying, monkeypatch, seed):
     from specforge.runtime.data_plane import shared_dir
 
-    world, save, refused = World(tmp_path, seed), shared_dir.save_file, []
+    world, write, refused = World(tmp_path, seed), shared_dir.write_flat, []
 
-    def save_file(tensors, path):
+    def write_flat(path, tensors, *, sync):
         if world.random.random() < 0.2:
             path.write_bytes(b"what still fitted")
             refused.append(path)
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        write(path, tensors, sync=sync)
 
-    monkeypatch.setattr(shared_dir, "save_file", save_file)
+    monkeypatch.setattr(shared_dir, "write_flat", write_flat)
     world.check(world.train(), expected)
     assert refused
 

@@ -27,6 +27,14 @@ TINY_OPTIONS: dict[str, dict[str, object]] = {
     "Eagle3Module": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
     "DFlashModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
     "DSparkModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64}},
+    "DFlash2Module": {
+        "layer_ids": [1, 3, 4],
+        "draft_config": {"draft_vocab_size": 64, "dflash_config": {"selector_rank": 8}},
+    },
+    "DominoModule": {
+        "layer_ids": [1, 3, 4],
+        "draft_config": {"draft_vocab_size": 64, "dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}},
+    },
     "HydraModule": {"draft_config": {"draft_vocab_size": 64}},
     "MedusaModule": {"draft_config": {"draft_vocab_size": 64}},
     "MTPModule": {"draft_config": {"draft_vocab_size": 64}, "init_from": "target"},

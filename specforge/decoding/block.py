@@ -31,14 +31,14 @@ class BlockNetwork(Protocol):
 
 
 class Corrector(Protocol):
-    """Adds to a block's logits what depends on the tokens drafted so far."""
+    """Corrects a block's logits by the tokens drafted so far."""
 
     def reset(self) -> None:
         """Begin a block."""
         ...
 
-    def __call__(self, state: Tensor, token: int) -> Tensor:
-        """What to add ``[D]`` to the next draft's logits, from its state ``[H]`` and the token before it."""
+    def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
+        """The next draft's final logits ``[D]``, from its logits, its state ``[H]`` and the token before it."""
         ...
 
 
@@ -102,7 +102,7 @@ class BlockDrafter:
         probs: list[Tensor] = []
         token = self._last
         for state, row in zip(states, logits, strict=True):
-            scores = row if self.corrector is None else row + self.corrector(state, token)
+            scores = row if self.corrector is None else self.corrector(row, state, token)
             token = self._choose(scores, sampling, generator, probs)
             tokens.append(token)
         return Proposal(tuple(tokens), torch.stack(probs) if probs else None)

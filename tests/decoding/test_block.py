@@ -30,6 +30,24 @@ CASES = {
         "dspark",
         {"markov_rank": 8, "markov_head_type": "rnn", "draft_vocab_size": 100},
     ),
+    "domino": ("domino", {"dflash_config": {"gru_hidden_dim": 12, "emb_dim": 8}}),
+    "domino, labels in place, a part of the vocabulary": (
+        "domino",
+        {
+            "dflash_config": {
+                "gru_hidden_dim": 12,
+                "emb_dim": 8,
+                "shift_label": False,
+                "pure_draft_prefix_len": 2,
+            },
+            "draft_vocab_size": 100,
+        },
+    ),
+    "dflash2": ("dflash2", {"dflash_config": {"selector_rank": 8, "selector_top_k": 6}}),
+    "dflash2 with sliding layers, a part of the vocabulary": (
+        "dflash2",
+        {**SLIDING, "dflash_config": {"selector_rank": 8, "conv_kernel_size": 3}, "draft_vocab_size": 100},
+    ),
 }
 
 

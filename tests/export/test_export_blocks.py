@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_modules import algorithms
+from specforge.commands import load_module
 from specforge.errors import UserError
 
 
@@ -24,15 +25,32 @@ def trained(name: str, target, **config):
     return module
 
 
-@pytest.mark.parametrize(("name", "size"), [("dflash", 16), ("dspark", 7)])
+@pytest.mark.parametrize(("name", "size"), [("dflash", 16), ("dspark", 7), ("domino", 16), ("dflash2", 8)])
 def test_a_served_draft_has_the_fields_names_and_can_be_started_from(name, size, target, tmp_path):
     module = trained(name, target)
     module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert config["architectures"] == list(module.architectures)
+    names = {"dspark": "Qwen3DSparkModel", "dflash2": "DFlash2DraftModel"}
+    assert config["architectures"] == [names.get(name, "DFlashDraftModel")]
     assert config["block_size"] == size
-    assert config["dflash_config"] == {"mask_token_id": 263, "target_layer_ids": [1, 3, 4]}
+    fields = {"mask_token_id": 263, "target_layer_ids": [1, 3, 4]}
+    if name == "domino":
+        fields |= {"projector_type": "domino", "shift_label": True, "pure_draft_prefix_len": 1}
+        fields |= {"gru_hidden_dim": 1024, "emb_dim": 256}
+        assert tensors["prefix_gru.weight_ih_l0"].shape == (3 * 1024, 32)
+        assert tensors["prefix_gru.weight_hh_l0"].shape == (3 * 1024, 1024)
+        assert tensors["embed_proj.0.weight"].shape == (256, 32 + 1024)
+        assert tensors["embed_proj.2.weight"].shape == (264, 256)
+    if name == "dflash2":
+        fields |= {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+        for part in ("attention", "mlp"):
+            assert tensors[f"layers.1.{part}_conv.base_kernel"].shape == (2, 2, 32)
+            assert tensors[f"layers.1.{part}_conv.kernel_projection.weight"].shape == (2 * 2 * 2, 32)
+        assert tensors["candidate_selector.predecessor_codebook"].shape == (264, 256)
+        assert tensors["candidate_selector.successor_codebook"].shape == (264, 256)
+        assert tensors["candidate_selector.hidden_projection.weight"].shape == (256, 32)
+    assert config["dflash_config"] == fields
     assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= set(tensors)
     assert {"layers.1.self_attn.q_norm.weight", "layers.0.mlp.up_proj.weight"} <= set(tensors)
     assert not {"d2t", "t2d", "lm_head.weight", "embed_tokens.weight"} & set(tensors)
@@ -40,12 +58,24 @@ def test_a_served_draft_has_the_fields_names_and_can_be_started_from(name, size,
         assert config["markov_rank"] == 256
         assert {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"} <= set(tensors)
         assert tensors["confidence_head.proj.weight"].shape == (1, 32 + 256)
-    again = type(module)(str(target), draft_config=config, init_from=str(tmp_path / "draft"))
+    again = load_module(tmp_path / "draft", str(target))
+    assert type(again) is type(module)
     for key, tensor in module.draft.state_dict().items():
         assert torch.equal(again.draft.state_dict()[key], tensor), key
 
 
+def test_a_domino_draft_is_not_read_as_another_of_its_architecture(target, tmp_path):
+    module = trained("domino", target)
+    module.export_format.to_hf(module.draft, module.target, tmp_path / "draft")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    with pytest.raises(UserError, match="DominoDraftModel is not a draft of dflash"):
+        algorithms()["dflash"](str(target), draft_config=config)
+
+
 def test_what_the_server_would_misread_is_refused(target, tmp_path):
+    module = trained("domino", target, dflash_config={"pure_draft_prefix_len": 2})
+    with pytest.raises(UserError, match="pure_draft_prefix_len is 2"):
+        module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
     for config, words in (
         ({"draft_vocab_size": 64}, "draft_vocab_size is 64"),
         ({"qk_norm": False}, "qk_norm"),

@@ -47,7 +47,8 @@ class BlockReference:
         group = c.num_attention_heads // c.num_key_value_heads
         for n, kind in enumerate(c.layer_types):
             norm = w[f"layers.{n}.input_layernorm.weight"]
-            inputs = [rms_norm(x, norm, eps) for x in hidden]
+            normed = [rms_norm(x, norm, eps) for x in hidden]
+            inputs = self.around(normed, normed, f"layers.{n}.attention_conv.", 0)
             places = list(range(anchor)) + [anchor + k for k in range(self.size)]
             sources = context + inputs
             keys = [
@@ -55,7 +56,7 @@ class BlockReference:
                 for p, x in zip(places, sources, strict=True)
             ]
             values = [(w[f"layers.{n}.self_attn.v_proj.weight"] @ x).split(c.head_dim) for x in sources]
-            new = []
+            attended = []
             for k in range(self.size):
                 queries = [rotate(h, anchor + k, theta) for h in self.heads(inputs[k], n, "q")]
                 seen = range(len(places))
@@ -67,13 +68,22 @@ class BlockReference:
                     out.append(
                         sum(a * values[i][h // group] for a, i in zip(scores.softmax(0), seen, strict=True))
                     )
-                x = hidden[k] + w[f"layers.{n}.self_attn.o_proj.weight"] @ torch.cat(out)
-                y = rms_norm(x, w[f"layers.{n}.post_attention_layernorm.weight"], eps)
-                mlp = f"layers.{n}.mlp."
+                attended.append(w[f"layers.{n}.self_attn.o_proj.weight"] @ torch.cat(out))
+            attended = self.around(attended, normed, f"layers.{n}.attention_conv.", 1)
+            hidden = [x + y for x, y in zip(hidden, attended, strict=True)]
+            normed = [rms_norm(x, w[f"layers.{n}.post_attention_layernorm.weight"], eps) for x in hidden]
+            read, mlp = self.around(normed, normed, f"layers.{n}.mlp_conv.", 0), f"layers.{n}.mlp."
+            out = []
+            for y in read:
                 gate, up = w[mlp + "gate_proj.weight"] @ y, w[mlp + "up_proj.weight"] @ y
-                new.append(x + w[mlp + "down_proj.weight"] @ (gate * torch.sigmoid(gate) * up))
-            hidden = new
+                out.append(w[mlp + "down_proj.weight"] @ (gate * torch.sigmoid(gate) * up))
+            out = self.around(out, normed, f"layers.{n}.mlp_conv.", 1)
+            hidden = [x + y for x, y in zip(hidden, out, strict=True)]
         return [rms_norm(x, w["norm.weight"], eps) for x in hidden]
+
+    def around(self, xs: list[Tensor], normed: list[Tensor], name: str, side: int) -> list[Tensor]:
+        """What is done before (0) and behind (1) a sublayer whose normed inputs are these."""
+        return xs
 
     def logits(self, tokens: Tensor, aux: Tensor, anchor: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each draft its state, the head's logits, and those with the correction."""

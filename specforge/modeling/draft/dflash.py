@@ -13,7 +13,7 @@ x target hidden size, h / k query / key heads, d head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,13 @@ def _per_head(norm: RMSNorm | None, x: Tensor) -> Tensor:
 
 
 class BlockLayer(nn.Module):
-    """A Qwen3 or Llama decoder layer whose keys and values come from the context too."""
+    """A Qwen3 or Llama decoder layer whose keys and values come from the context too.
+
+    Attributes:
+        mixes_slots: whether slots read one another outside the attention, so that all of a block's are needed always.
+    """
+
+    mixes_slots: ClassVar[bool] = False
 
     def __init__(self, config: Qwen3Config, kind: str) -> None:
         super().__init__()
@@ -88,8 +94,11 @@ class BlockLayer(nn.Module):
 
     def project(self, hidden: Tensor, w: _Weights) -> _Heads:
         """Heads of a block's rows ``[R, H]``."""
+        return self._heads(self.input_layernorm.linear(hidden, w.qkv))
+
+    def _heads(self, product: Tensor) -> _Heads:
         attn = self.self_attn
-        qkv = self.input_layernorm.linear(hidden, w.qkv).unflatten(1, (-1, attn.head_dim))
+        qkv = product.unflatten(1, (-1, attn.head_dim))
         query, key, value = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
         return _Heads(_per_head(attn.q_norm, query), _per_head(attn.k_norm, key), value)
 
@@ -106,6 +115,11 @@ class BlockLayer(nn.Module):
         return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
 
 
+def block_size(config: Qwen3Config) -> int:
+    """Slots of a block: the field of ``dflash_config``, else of the config, else 16."""
+    return int(config.dflash_config.get("block_size", getattr(config, "block_size", 16)))
+
+
 @register_draft("DFlashDraftModel", config_class=Qwen3Config)
 class DFlash(Draft):
     """The block backbone.
@@ -120,27 +134,32 @@ class DFlash(Draft):
         ValueError: a field is missing or asks for a network that this class is not.
 
     Attributes:
+        layer: the class of the layers.
         block_size: b.
         mask_token_id: the token of slots 1 and later.
         layer_ids: captured layers.
-        shift: 1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own.
     """
 
-    shift = 0
+    layer: ClassVar[type[BlockLayer]] = BlockLayer
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         fields = config.dflash_config
-        self.block_size = int(fields.get("block_size", getattr(config, "block_size", 16)))
+        self.block_size = block_size(config)
         self.mask_token_id, self.layer_ids = fields["mask_token_id"], tuple(fields["target_layer_ids"])
         kinds = config.layer_types
         _check(config, self.block_size, self.mask_token_id, self.drafts)
         width, eps = getattr(config, "target_hidden_size", None) or config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(width * len(self.layer_ids), config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, eps)
-        self.layers = nn.ModuleList(BlockLayer(config, kind) for kind in kinds)
+        self.layers = nn.ModuleList(self.layer(config, kind) for kind in kinds)
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = RotaryTable(config)
+
+    @property
+    def shift(self) -> int:
+        """1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own."""
+        return 0
 
     @property
     def drafts(self) -> int:
@@ -184,11 +203,12 @@ class DFlash(Draft):
         slots = torch.arange(self.block_size, device=embeds.device)
         places = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
         at, angles = (cos[plan.positions], sin[plan.positions]), (cos[places], sin[places])
-        hidden = embeds
+        mixed = self.layer.mixes_slots
+        hidden = self._spread(embeds) if mixed else embeds
         for number, layer in enumerate(self.decoder_layers):
             w = layer.weights(embeds.dtype)
             heads = layer.project(hidden, w)
-            if number == 0:  # where every mask token is the same, until it has a position
+            if number == 0 and not mixed:  # where every mask token is the same, until it has a position
                 hidden, *parts = (self._spread(x) for x in (hidden, *heads))
                 heads = _Heads(*parts)
             key, value = layer.inject(context, w)
@@ -196,10 +216,10 @@ class DFlash(Draft):
                 apply_rope(heads.query, *angles), apply_rope(key, *at), value, apply_rope(heads.key, *angles),
                 heads.value.contiguous(), plan.anchors, plan.groups, layer.window,
             )  # fmt: skip
-            if number == len(self.layers) - 1:
+            if number == len(self.layers) - 1 and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
             hidden = layer.finish(hidden, attention, w)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        return self.norm(hidden.index_select(0, rows) if mixed else hidden)  # type: ignore[no-any-return]
 
     def _spread(self, x: Tensor) -> Tensor:
         """Rows of every block, ``[n b, ...]``, from those of the anchors and the mask token, ``[n + 1, ...]``."""

@@ -100,8 +100,6 @@ class DSpark(DFlash):
         ValueError: a field is missing or asks for a network that this class is not.
     """
 
-    shift = 1
-
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         rank, kind = getattr(config, "markov_rank", 256), getattr(config, "markov_head_type", "vanilla")
@@ -117,6 +115,11 @@ class DSpark(DFlash):
         self.confidence_head = (
             ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
         )
+
+    @property
+    def shift(self) -> int:
+        """1: the anchor's slot predicts too."""
+        return 1
 
     def corrections(self, before: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
         """What the Markov head's second matrix reads for every draft.
@@ -167,8 +170,8 @@ class MarkovCorrector:
         """Begin a block."""
         self._memory: Tensor | None = None
 
-    def __call__(self, state: Tensor, token: int) -> Tensor:
-        """What to add to the logits of the draft after ``token``."""
+    def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
+        """The logits of the draft after ``token``, corrected."""
         before = self.head.embed(torch.tensor([token], device=state.device), self.dtype)
         out, self._memory = self.head(before, state.unsqueeze(0), self._memory)
-        return F.linear(out, self._matrix)[0]
+        return logits + F.linear(out, self._matrix)[0]

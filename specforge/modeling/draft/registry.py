@@ -76,23 +76,35 @@ class Draft(nn.Module):
 
 
 _DRAFTS: dict[str, type[Draft]] = {}
+_BY_PROJECTOR: dict[str, str] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
 
-def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
+def register_draft(
+    architecture: str, config_class: type, projector_type: str | None = None
+) -> Callable[[_D], _D]:
     """Class decorator: drafts whose config names ``architecture`` are built by this class.
 
     Args:
         architecture: the name in ``config.json`` under ``architectures``.
         config_class: the transformers config class that reads the rest of the file.
+        projector_type: where others call the architecture DFlash's, and tell it by this field of ``dflash_config``.
     """
 
     def register(cls: _D) -> _D:
         cls.architecture, cls.config_class = architecture, config_class
         _DRAFTS[architecture] = cls
+        if projector_type is not None:
+            _BY_PROJECTOR[projector_type] = architecture
         return cls
 
     return register
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    """SpecForge's name of a config's architecture, or the names that are there."""
+    kind = (config.get("dflash_config") or {}).get("projector_type")
+    return [_BY_PROJECTOR[kind]] if kind in _BY_PROJECTOR else list(config.get("architectures") or [])
 
 
 def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft:
@@ -105,12 +117,10 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
     Raises:
         UserError: no registered architecture, or the class refuses the fields.
     """
-    names = config.get("architectures") or []
+    names = _architectures(config)
     known = [name for name in names if name in _DRAFTS]
     if not known:
-        raise UserError(
-            f"{where}: architectures is {list(names)}; SpecForge has {', '.join(sorted(_DRAFTS))}"
-        )
+        raise UserError(f"{where}: architectures is {names}; SpecForge has {', '.join(sorted(_DRAFTS))}")
     cls = _DRAFTS[known[0]]
     fields = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     try:
@@ -146,7 +156,7 @@ def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder:
 
 
 def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors of a draft on disk.
+    """Config fields, with SpecForge's name of the architecture, and tensors of a draft on disk.
 
     Raises:
         UserError: a file is missing, damaged, or a pickle.
@@ -164,4 +174,4 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors |= load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    return config, tensors
+    return {**config, "architectures": _architectures(config)}, tensors

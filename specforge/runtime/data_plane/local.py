@@ -13,13 +13,11 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from specforge.files import disk_error, sync_folder
+from specforge.runtime.data_plane.flat import FlatTensors, write_flat
 
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
@@ -73,7 +71,7 @@ class ShardBackend:
         self._next = max(numbers, default=-1) + 1
         self._buffer: dict[str, dict[str, Tensor]] = {}
         self._bytes = 0
-        self._open: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        self._open: dict[str, tuple[FlatTensors, dict[str, list[str]]]] = {}
         self._removed: dict[str, set[str]] = {}
         self._lock = threading.Lock()
 
@@ -89,10 +87,7 @@ class ShardBackend:
             if uri not in self._open:
                 self._open[uri] = self._map(uri)
             file, names = self._open[uri]
-        try:
-            return {name: file.get_tensor(f"{key}/{name}") for name in names[key]}
-        except SafetensorError as error:
-            raise OSError(f"{uri} is damaged ({error})") from error
+        return {name: file[f"{key}/{name}"] for name in names[key]}
 
     def remove(self, key: str, uri: str) -> None:
         """Delete the shard once nothing in it is left."""
@@ -142,14 +137,12 @@ class ShardBackend:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         flat = {f"{key}/{name}": x for key, group in self._buffer.items() for name, x in group.items()}
         try:
-            save_file(flat, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            write_flat(temporary, flat, sync=True)
             os.replace(temporary, path)
             sync_folder(self.folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise disk_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+            raise disk_error(path, error) from error
         self._buffer, self._bytes = {}, 0
         self._next += 1
 
@@ -160,18 +153,18 @@ class ShardBackend:
     def _name(self) -> str:
         return f"shard-{self._next:05d}.safetensors"
 
-    def _map(self, uri: str) -> tuple[Any, dict[str, list[str]]]:
+    def _map(self, uri: str) -> tuple[FlatTensors, dict[str, list[str]]]:
         if not _SHARD.fullmatch(uri):
             raise OSError(f"{uri!r} is not the name of a shard")
         path = self.folder / uri
         try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size if path.exists() else 0
-            state = f"damaged or cut off at {size} bytes" if path.exists() else "missing"
-            raise OSError(f"{path} is {state} ({error}); delete it and capture again") from error
+            file = FlatTensors.map(path)
+        except FileNotFoundError as error:
+            raise OSError(f"{path} is missing; capture again") from error
+        except OSError as error:
+            raise OSError(f"{error}; delete it and capture again") from error
         names: dict[str, list[str]] = {}
-        for name in file.keys():  # noqa: SIM118 - not a dict
+        for name in file:
             key, _, feature = name.partition("/")  # where damage took the slash, the feature is missing
             names.setdefault(key, []).append(feature)
         return file, names

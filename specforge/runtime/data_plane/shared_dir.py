@@ -13,11 +13,10 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from specforge.files import disk_error, sync_folder
+from specforge.runtime.data_plane.flat import FlatTensors, write_flat
 
 _URI = re.compile(
     r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}\.(?:safetensors|tmp)", re.ASCII
@@ -47,24 +46,21 @@ class SharedDirBackend:
         temporary = path.with_name(f".{path.stem}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file(dict(tensors), temporary)
+            write_flat(temporary, tensors, sync=False)
             os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise disk_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+            raise disk_error(path, error) from error
         self._unsynced[path] = sum(x.nbytes for x in tensors.values())
         return uri
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
         """Views into the memory-mapped file."""
-        path = self._path(key, uri)
-        if not path.exists():
-            raise KeyError(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"{path} is damaged or cut off ({error})") from error
+            file = FlatTensors.map(self._path(key, uri))
+        except FileNotFoundError as error:
+            raise KeyError(key) from error
+        return {name: file[name] for name in file}
 
     def remove(self, key: str, uri: str) -> None:
         """Delete the file; readers that have it mapped keep it."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from specforge.contracts import FeatureSpec, Provenance, SampleRef
 from specforge.runtime.data_plane.encoding import decode, encode
+from specforge.runtime.data_plane.flat import bytes_of
 
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)
 
@@ -147,10 +148,6 @@ class _Entry:
     doomed: bool = False
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
 def _is_finite(tensor: Tensor) -> bool:
     # NaN and infinity survive a sum, which is fifteen times faster than looking at each value. Where a sum overflows
     # (as fp16's may), each value is looked at.
@@ -161,9 +158,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     """xxh3-64 in hex over the tensors' bytes, in the order of their names."""
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        if tensor.numel():
-            digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
