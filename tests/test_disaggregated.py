@@ -143,6 +143,7 @@ def test_the_bottleneck_is_named():
     assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
     assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
     assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
+    assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
     assert "the store has no room" in bottleneck({**empty, TRAINED: 3}, 0.0)
 
 
@@ -184,26 +185,50 @@ def test_bad_options_are_refused_in_one_line(target, prompts, tmp_path, capsys, 
     assert message in capsys.readouterr().err
 
 
-def test_two_ranks_and_two_producers(target, prompts, features_alone, tmp_path):
-    """Ragged: 32 samples in batches of 5 are 7, so the second rank's last one is empty; the ranks share no sample."""
+RANKS = {
+    "trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": -1, "trainer__max_epochs": 2,
+    "trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0,
+    "checkpoint": {"every_n_train_steps": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks_offline(target, prompts, features_alone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
     data = {"features": str(features_alone), "batch_size": 5}
-    changes = {
-        "trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": -1, "trainer__max_epochs": 2,
-        "trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0,
-    }  # fmt: skip
-    offline = recipe(target, prompts, tmp_path / "offline", **STEPS | changes, data__init_args=data)
-    output, _ = (process := start(offline)).communicate(timeout=180)
+    output, _ = (
+        process := start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))
+    ).communicate(timeout=180)
     assert process.returncode == 0, output
+    return folder / "run"
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.faults)])
+def test_two_ranks_and_two_producers(target, prompts, tmp_path, two_ranks_offline, killed):
+    """Ragged: 32 samples in batches of 5 are 7, so the second rank's last one is empty; the ranks share no sample."""
     where = places(tmp_path)
-    path = disaggregated(target, prompts, tmp_path / "streamed", where, changes, batch_size=5, max_samples=40)
+    path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
     with producers(target, where, 2) as made:
-        output, _ = (process := start(path)).communicate(timeout=180)
+        process = start(path)
+        if killed:
+            wait_for_steps(process, tmp_path / "run", 5)
+            os.kill(second_rank(process.pid), signal.SIGKILL)
+            output, _ = process.communicate(timeout=180)
+            assert process.returncode != 0, output
+            process = start(path, "--ckpt_path", "last")
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == 0, output
-    assert sorted(losses(tmp_path / "streamed" / "run"))[-1] == 8
-    assert losses(tmp_path / "streamed" / "run") == losses(tmp_path / "offline" / "run")
-    assert_same_weights(tmp_path / "streamed" / "run", tmp_path / "offline" / "run")
+    assert sorted(losses(tmp_path / "run"))[-1] == 8
+    assert losses(tmp_path / "run") == losses(two_ranks_offline)
+    assert_same_weights(tmp_path / "run", two_ranks_offline)
     assert all(producer.produced for producer in made)
     assert_nothing_is_left(where, trained=2 * 32)
+
+
+def second_rank(first: int) -> int:
+    """The process that the first rank started."""
+    (pid,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    return int(pid)
 
 
 def stored_bytes(folder: Path) -> int:

@@ -322,4 +322,6 @@ def bottleneck(counts: Mapping[str, int], produced: float) -> str:
         return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"
     if counts[COMMITTED]:
         return f"the trainer is the bottleneck: {counts[COMMITTED]} samples are ready and nothing is queued"
+    if not counts[DELIVERED] + counts[TRAINED]:
+        return "nothing is queued and nothing is being trained: no trainer runs, or it is done"
     return "the store has no room: all it may hold waits for a checkpoint or to be trained; raise max_bytes"
