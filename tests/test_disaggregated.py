@@ -54,13 +54,12 @@ def undisturbed(target, features_alone, tmp_path_factory) -> Path:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("step", [2, 9])
-def test_a_killed_trainer_goes_on_bit_for_bit(target, prompts, tmp_path, undisturbed, step):
+def test_a_killed_trainer_goes_on_bit_for_bit(target, prompts, tmp_path, undisturbed):
     where = places(tmp_path)
     path = disaggregated(target, prompts, tmp_path, where)
     with producers(target, where, 1):
         process = start(path)
-        wait_for_steps(process, tmp_path / "run", step)
+        wait_for_steps(process, tmp_path / "run", 9)
         process.kill()
         process.wait()
         run = fit(path, "--ckpt_path", "last")
