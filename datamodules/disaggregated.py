@@ -168,11 +168,8 @@ class DisaggregatedDataModule(FeatureDataModule):
         self._splits["train"][1].durable(step)
 
     def flow(self) -> dict[str, float]:
-        """Samples that are ready, and bytes that are queued, produced or held for this rank."""
-        assert self._controller is not None
-        counts = self._controller.counts()
-        ready, queued = float(counts[COMMITTED]), float(counts[QUEUED] + counts[LEASED])
-        return {"ready": ready, "queued": queued, "bytes": float(self._splits["train"][1].nbytes)}
+        """What to log: see :meth:`StreamedSamples.flow`."""
+        return self._splits["train"][1].flow()
 
     def _ahead(self, loader: FeatureDataLoader, rank: int) -> Iterator[tuple[int, Sequence[SampleRef]]]:
         """Epoch and samples of the batches that a rank will train, up to the end of the run."""

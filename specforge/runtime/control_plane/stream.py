@@ -99,6 +99,7 @@ class StreamedSamples:
         self._nbytes = 0
         self._trained: dict[str, int] = {}  # the step of those whose features wait for a checkpoint
         self._delivered = 0
+        self._mark = (time.monotonic(), 0, 0)
         self._warned = False
 
     def start(self, ahead: Batches) -> None:
@@ -228,10 +229,17 @@ class StreamedSamples:
         with self._lock:
             self._let_go([key for key, trained in self._trained.items() if trained <= step])
 
-    @property
-    def delivered(self) -> int:
-        """Samples handed out so far."""
-        return self._delivered
+    def flow(self) -> dict[str, float]:
+        """Samples that are ready and queued, bytes for this rank, and rates since the last call."""
+        counts, now = self.controller.counts(), time.monotonic()
+        mark = (now, self._delivered, _produced(counts))
+        seconds, delivered, produced = (new - old for new, old in zip(mark, self._mark, strict=True))
+        self._mark = mark
+        return {
+            "ready": float(counts[COMMITTED]), "queued": float(counts[QUEUED] + counts[LEASED]),
+            "bytes": float(self._nbytes), "read_per_second": delivered / max(seconds, 1e-9),
+            "produced_per_second": max(0, produced) / max(seconds, 1e-9),
+        }  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -151,7 +151,10 @@ def test_a_sample_is_read_once_in_each_epoch_and_kept_ones_at_any_time():
                 pass
     with samples.get(REFS[1]):
         pass
-    assert samples.delivered == 5
+    flow = samples.flow()
+    assert (flow["ready"], flow["queued"], flow["bytes"]) == (0.0, 0.0, 2.0 * BYTES)
+    assert flow["read_per_second"] > 0
+    assert samples.flow()["read_per_second"] == 0
     with pytest.raises(UserError):
         samples.get(REFS[0])
 
