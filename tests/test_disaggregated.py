@@ -184,6 +184,17 @@ def test_bad_options_are_refused_in_one_line(target, prompts, tmp_path, capsys, 
     assert message in capsys.readouterr().err
 
 
+def test_a_new_run_over_the_stores_of_an_old_one_begins_anew(target, prompts, tmp_path, undisturbed):
+    """The old one had another order of the samples, and was left in the middle."""
+    where = places(tmp_path)
+    with producers(target, where, 1):
+        fit(disaggregated(target, prompts, tmp_path / "old", where, seed=7), "--trainer.max_steps", 11)
+        run = fit(disaggregated(target, prompts, tmp_path / "new", where))
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
 RANKS = {
     "trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": -1, "trainer__max_epochs": 2,
     "trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0,
