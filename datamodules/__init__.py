@@ -1,6 +1,7 @@
 """LightningDataModules: where a run's batches come from."""
 
+from datamodules.disaggregated import DisaggregatedDataModule
 from datamodules.offline import OfflineDataModule
 from datamodules.online import OnlineDataModule
 
-__all__ = ["OfflineDataModule", "OnlineDataModule"]
+__all__ = ["DisaggregatedDataModule", "OfflineDataModule", "OnlineDataModule"]

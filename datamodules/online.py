@@ -15,7 +15,7 @@ from datamodules.base import FeatureDataModule
 from specforge.contracts import PromptTask, Provenance, SampleRef, TokenCounts
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
-from specforge.inference.rollout_worker import RolloutWorker, plan_batches
+from specforge.inference.rollout_worker import RolloutWorker, expect, plan_batches
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.produced import ProducedSamples
@@ -117,7 +117,8 @@ class OnlineDataModule(FeatureDataModule):
         tasks = [
             task for batch in plan_batches(prompts.tasks, 1) for task in batch
         ]  # in the order of capture
-        refs = worker.expect(tasks)
+        self._engine.check(provenance.capture)
+        refs = expect(tasks, provenance, module.target.hidden_size)
         by_name = dict(zip((ref.sample_id for ref in refs), tasks, strict=True))
 
         def produce(name: str) -> SampleRef:

@@ -17,6 +17,8 @@ COMMANDS = {
     "prepare": ("specforge.commands:run", "Turn conversations into token ids and loss masks."),
     "regenerate": ("specforge.commands:run", "Let the target answer the prompts itself."),
     "capture": ("specforge.commands:run", "Run the target over prompts and keep its hidden states."),
+    "produce": ("specforge.commands:run", "Make features for a trainer in another process."),
+    "status": ("specforge.commands:run", "Say how a disaggregated run is doing."),
     "fit": ("specforge.training:main", "Train a draft (LightningCLI)."),
     "validate": ("specforge.training:main", "Offline acceptance length of a checkpoint (LightningCLI)."),
     "test": ("specforge.training:main", "The same on the test data (LightningCLI)."),

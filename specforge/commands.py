@@ -230,6 +230,66 @@ def capture(
         )
 
 
+def produce(
+    target: str,
+    store: str,
+    metadata: str,
+    device: str = "auto",
+    workers: int = 1,
+    name: str | None = None,
+    max_prompts: int = 8,
+    batch_tokens: int = 1,
+    lease_seconds: float = 60.0,
+    max_tries: int = 3,
+    idle_seconds: float | None = None,
+    plan: bool = False,
+) -> None:
+    """Make features for a trainer in another process (`specforge fit` with DisaggregatedDataModule).
+
+    What to capture, and of which prompts, the trainer says. Stops at SIGTERM or Ctrl-C, giving back what it has not
+    finished; a producer that is killed loses nothing either.
+
+    Args:
+        target: folder or hub name of the target; the trainer's.
+        store: the trainer's data.store.
+        metadata: the trainer's data.metadata.
+        device: cpu, cuda, ... or auto.
+        workers: processes; each holds the target.
+        name: of this producer, which gives back what it held when it starts again; made up by default.
+        max_prompts: most prompts in hand of a process.
+        batch_tokens: most tokens of a forward pass, padding included; 1 takes each prompt by itself, so that features
+            are bit for bit those of a run that produces them otherwise.
+        lease_seconds: prompts of a producer that was silent for so long go to others.
+        max_tries: how often a prompt is tried before it is given up.
+        idle_seconds: end when nothing was queued for so long; by default, never.
+        plan: print what would start, with estimates of memory and bandwidth, and start nothing.
+    """
+    from specforge.inference.producing import ProduceOptions, describe_plan, run_producers
+
+    options = ProduceOptions(
+        target, store, metadata, pick_device(device), workers, name, max_prompts, batch_tokens, lease_seconds,
+        max_tries, idle_seconds,
+    )  # fmt: skip
+    if plan:
+        _console.print("\n".join(describe_plan(options)), soft_wrap=True)
+    else:
+        run_producers(options, _console.print)
+
+
+def status(store: str, metadata: str, seconds: float = 2.0, revive: bool = False) -> None:
+    """Say how a disaggregated run is doing: states, rates, bytes, dead letters, and what is the bottleneck.
+
+    Args:
+        store: the trainer's data.store.
+        metadata: the trainer's data.metadata.
+        seconds: how long to watch for the rates.
+        revive: queue the dead letters again.
+    """
+    from specforge.inference.producing import describe_status
+
+    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True)
+
+
 def evaluate(
     draft: Path,
     prompts: Path,
@@ -467,6 +527,8 @@ _FUNCTIONS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "regenerate": regenerate,
     "capture": capture,
+    "produce": produce,
+    "status": status,
     "evaluate": evaluate,
     "export": export,
 }

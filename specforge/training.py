@@ -21,6 +21,7 @@ import datamodules  # noqa: F401 - makes the built-in classes known by name
 import lightning_modules  # noqa: F401
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from specforge.callbacks.ledger import SampleLedger
 from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.report import RunReport
@@ -175,6 +176,7 @@ def main(argv: list[str]) -> int:
     preemption = Preemption()
     always = [
         ExactResume(),
+        SampleLedger(),
         AcceptanceLengthEvaluation(),
         TrainingMetrics(),
         preemption,

@@ -11,6 +11,11 @@ from specforge.cli import main
 from tests.tiny import write_conversations, write_target
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many seeds the kills of tests/test_faults.py are drawn with."""
+    parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
+
+
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from specforge.cli import COMMANDS, main
 from specforge.recipes import recipe_folder, recipes
+from tests.disaggregated import places, producers
 from tests.tiny import TINY_OPTIONS, recipe
 
 
@@ -87,8 +89,11 @@ def test_every_recipe_trains_on_the_tiny_target(path, target, features, prompts,
         **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
         **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in tiny.items()},
     }  # fmt: skip
+    where = places(tmp_path) if "store" in config["data"]["init_args"] else {}
+    options |= {f"--data.{name}": place for name, place in where.items()}
     words = [str(word) for pair in options.items() for word in pair]
-    assert main(["fit", "--config", path.name, *words]) == 0
+    with producers(target, where, dtype="bfloat16") if where else nullcontext():
+        assert main(["fit", "--config", path.name, *words]) == 0
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted((recipe_folder() / "debug").glob("*.yaml"))])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,17 @@ import xxhash
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.cli import main
 from specforge.contracts import TrainBatch
+from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, producers
+from tests.runtime.control_plane.redis_server import PASSWORD, redis_server
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe
 
 pytestmark = pytest.mark.equivalence
+needs_redis = [
+    pytest.mark.redis, pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server")
+]  # fmt: skip
 
-RUN = {
-    "trainer__max_steps": 18, "checkpoint": {"every_n_train_steps": 4}, "trainer__check_val_every_n_epoch": None,
-    "trainer__val_check_interval": 6,
-    "model__init_args__optimizer": {"lr": 1e-3, "schedule": "constant"},
-}  # fmt: skip
+RUN = STEPS
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,39 @@ def test_validation_alone_needs_no_training_prompts(target, prompts, tmp_path, o
         == 0
     )
     assert "val/tau" in capsys.readouterr().out
+
+
+# W3: producers elsewhere, over every metadata store.
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def where(request, tmp_path) -> Iterator[dict[str, str]]:
+    """A store, and states."""
+    if request.param == "sqlite":
+        yield places(tmp_path)
+        return
+    (tmp_path / "password").write_text(PASSWORD)
+    with redis_server(tmp_path, "--requirepass", PASSWORD) as port:
+        url = f"redis://127.0.0.1:{port}/0?password_file={tmp_path / 'password'}#{tmp_path.name}"
+        yield {"store": str(tmp_path / "store"), "metadata": url}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"max_samples": 24, "low_water": 1.0}, {"retain": "until_trained"}, {"prefetch": 0},
+    ],
+    ids=["two producers", "little room", "until trained", "no prefetch"],
+)  # fmt: skip
+def test_disaggregated_is_offline_bit_for_bit(
+    target, prompts, features_alone, tmp_path, offline_run, seen, where, options
+):
+    fit(recipe(target, features_alone, tmp_path / "offline", **RUN))
+    offline, seen[:] = [x[0] for x in seen], []
+    with producers(target, where, 2):
+        run = fit(disaggregated(target, prompts, tmp_path / "run", where, **options))
+    assert [x[0] for x in seen] == offline
+    assert losses(run) == losses(offline_run)
+    assert validations(run) == validations(offline_run)
+    assert_same_weights(run, offline_run)
+    assert_nothing_is_left(where, trained=18 * 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 
 from specforge.cli import main
 from specforge.recipes import recipe_folder
+from tests.disaggregated import places, producers
 from tests.tiny import TINY_OPTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -29,9 +31,11 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
             for k, v in TINY_OPTIONS[config["model"]["class_path"]].items()
         },
     }  # fmt: skip
-    assert (
-        main(["fit", "--config", path.name, *(str(word) for pair in options.items() for word in pair)]) == 0
-    )
+    where = places(tmp_path) if "store" in config["data"]["init_args"] else {}
+    options |= {f"--data.{name}": place for name, place in where.items()}
+    words = [str(word) for pair in options.items() for word in pair]
+    with producers(target, where, dtype="bfloat16") if where else nullcontext():
+        assert main(["fit", "--config", path.name, *words]) == 0
     evaluate = {
         "--draft": tmp_path / "checkpoints" / "last.ckpt", "--prompts": prompts, "--num_prompts": 3, "--device": "cuda",
         "--max_new_tokens": 16, "--speed_prompts": 1, "--json": tmp_path / "evaluation.json", "--cache": tmp_path,

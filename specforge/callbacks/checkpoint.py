@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from specforge.callbacks.ledger import SampleLedger
 from specforge.errors import UserError
 from specforge.export.checkpoint import read_checkpoint
 from specforge.files import write_file
@@ -130,6 +131,12 @@ class LastCheckpoint(DraftCheckpoint):
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
         self._place(trainer)  # Lightning asks before setup
         return super()._find_last_checkpoints(trainer)
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SampleLedger):
+                callback.saved(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step."""

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from specforge.contracts import (
+    AUX_HIDDEN_STATES,
     INPUT_IDS,
+    LAST_HIDDEN_STATES,
     LOSS_MASK,
     FeatureSpec,
     PromptTask,
@@ -24,6 +26,7 @@ from specforge.contracts import (
 )
 from specforge.inference.target_engine import TargetEngine
 from specforge.runtime.data_plane.store import FeatureStore
+from specforge.target_files import torch_dtype
 
 
 def sample_id(task: PromptTask, provenance: Provenance) -> str:
@@ -39,6 +42,31 @@ def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[Pr
             batches.append([])
         batches[-1].append(task)
     return batches
+
+
+def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int) -> list[SampleRef]:
+    """References of samples before they are produced: all but generation, checksum and place.
+
+    What they say of tensors is what :meth:`TargetEngine.check` proves; the target itself is not needed.
+
+    Args:
+        tasks: prompts.
+        provenance: the target, and what is captured of it.
+        hidden_size: of the target.
+    """
+    policy = provenance.capture
+    widths = {AUX_HIDDEN_STATES: len(policy.layer_ids), LAST_HIDDEN_STATES: int(policy.last_hidden_states)}
+    states = [(name, provenance.dtype, (n * hidden_size,)) for name, n in widths.items() if n]
+    kinds = sorted([*states, (INPUT_IDS, "int32", ()), (LOSS_MASK, "uint8", ())])
+    token = 4 + 1 + sum(width * torch_dtype(dtype).itemsize for _, dtype, (width,) in states)
+    return [
+        SampleRef(
+            sample_id(task, provenance), 0,
+            tuple(FeatureSpec(name, dtype, (len(task.input_ids), *rest)) for name, dtype, rest in kinds),
+            len(task.input_ids), sum(task.loss_mask), len(task.input_ids) * token, "", "", task.source, provenance,
+        )
+        for task in tasks
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,29 +141,6 @@ class RolloutWorker:
                 self.flush()
             yield Progress(sum(missing), tokens, len(batch) - sum(missing))
         self.flush()
-
-    def expect(self, tasks: Sequence[PromptTask]) -> list[SampleRef]:
-        """References of samples before they are produced: all but generation, checksum and place.
-
-        Raises:
-            UserError: the target cannot meet the policy.
-        """
-        self.engine.check(self.provenance.capture)
-        (probe,) = self.engine.capture([[0, 0]], self.provenance.capture)
-        probe |= {INPUT_IDS: torch.zeros(2, dtype=torch.int32), LOSS_MASK: torch.zeros(2, dtype=torch.uint8)}
-        kinds = [
-            (name, str(x.dtype).removeprefix("torch."), x.shape[1:]) for name, x in sorted(probe.items())
-        ]
-        width = sum(x[0].nbytes for x in probe.values())
-        return [
-            SampleRef(
-                sample_id(task, self.provenance), 0,
-                tuple(FeatureSpec(name, dtype, (len(task.input_ids), *rest)) for name, dtype, rest in kinds),
-                len(task.input_ids), sum(task.loss_mask), len(task.input_ids) * width, "", "", task.source,
-                self.provenance,
-            )
-            for task in tasks
-        ]  # fmt: skip
 
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""

@@ -35,11 +35,13 @@ class LeasedPrompt:
         key: its key in the control plane.
         sample_id: identity of the sample that it becomes.
         task: the prompt; ``attempt`` says how often it was tried before.
+        provenance: what is to be captured, and of which target; None where ingestion did not say.
     """
 
     key: str
     sample_id: str
     task: PromptTask
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,20 @@ class DataFlowController:
 
     # Producers.
 
-    def ingest(self, samples: Mapping[str, PromptTask], epoch: int = 0) -> int:
+    def ingest(
+        self, samples: Mapping[str, PromptTask], epoch: int = 0, provenance: Provenance | None = None
+    ) -> int:
         """Queue prompts of an epoch, in their order; what is known already is left as it is.
 
         Args:
             samples: prompts by the identity of the sample that each becomes.
             epoch: which.
+            provenance: tells producers what to capture, and of which target.
 
         Returns:
             How many are new.
         """
-        items = [(sample_key(name, epoch), dump_task(task)) for name, task in samples.items()]
+        items = [(sample_key(name, epoch), dump_task(task, provenance)) for name, task in samples.items()]
         return sum(self.metadata.ingest(items))
 
     def lease(self, owner: str, count: int) -> list[LeasedPrompt]:
@@ -125,8 +130,9 @@ class DataFlowController:
                 if ref is not None and self.features.holds(ref):
                     held.append((grant.key, dump_ref(ref)))
                 else:
-                    task = replace(load_task(grant.task), attempt=grant.attempt)
-                    leased.append(LeasedPrompt(grant.key, _sample(grant.key), task))
+                    task, provenance = load_task(grant.task)
+                    task = replace(task, attempt=grant.attempt)
+                    leased.append(LeasedPrompt(grant.key, _sample(grant.key), task, provenance))
             if held:
                 self.metadata.commit(held)
             if leased or not held:
@@ -221,6 +227,21 @@ class DataFlowController:
         self._requeue_lost(keys)
         return keys
 
+    def free(self, keys: Sequence[str]) -> None:
+        """Let go of the features of trained samples before a checkpoint covers them.
+
+        Where the run goes back they are produced again.
+        """
+        self._free(keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drop samples and their features, as if they had never been ingested."""
+        refs = self._refs(keys)
+        self.metadata.forget(keys)
+        for ref in refs:
+            if ref is not None:
+                self.features.discard(ref)
+
     def lost(self, keys: Sequence[str]) -> None:
         """Queue samples again whose features turned out to be missing or damaged."""
         refs = self._refs(keys)
@@ -237,10 +258,16 @@ class DataFlowController:
         Features of prompts that somebody holds a lease of are left alone: they may be about to be committed.
         """
         waiting = [entry.key for entry in self.metadata.entries((COMMITTED, DELIVERED))]
-        lost = self._requeue_lost(waiting)
-        refs = [load_ref(entry.ref) for entry in self.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
+        return Reconciled(self._requeue_lost(waiting), self.remove_orphans())
+
+    def remove_orphans(self) -> int:
+        """Delete features that nobody committed and nobody is about to, such as those of killed producers."""
+        # In this order, because producers go on meanwhile: what is put, leased or committed after one of these
+        # lines is not deleted by the last.
+        stored = self.features.backend.stored()
         leased = {_sample(entry.key) for entry in self.metadata.entries((LEASED,))}
-        return Reconciled(lost, self.features.remove_orphans(refs, spare=leased))
+        refs = [load_ref(entry.ref) for entry in self.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
+        return self.features.remove_orphans(refs, leased, stored)
 
     def dead_letters(self) -> list[DeadLetter]:
         """Prompts that were given up; :meth:`revive` tries them again."""
@@ -294,20 +321,23 @@ def _plain(*values: object) -> None:
             raise TypeError(f"{type(value).__name__} cannot cross the control plane")
 
 
-def dump_task(task: PromptTask) -> str:
-    """JSON of a prompt."""
-    return json.dumps(task.to_json(), separators=(",", ":"))
-
-
-def load_task(text: str) -> PromptTask:
-    """A prompt from its JSON."""
-    found = json.loads(text)
-    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
-    return PromptTask(**found)
-
-
 # References are three lines of JSON: what differs from sample to sample, the tensors' shapes, and where they come
-# from. Runs have few different second lines and one third, so those are made and read once.
+# from. Runs have few different second lines and one third, so those are made and read once. So it is with prompts,
+# whose second line, where there is one, says what to capture.
+
+
+def dump_task(task: PromptTask, provenance: Provenance | None = None) -> str:
+    """Text of a prompt."""
+    own = json.dumps(task.to_json(), separators=(",", ":"))
+    return own if provenance is None else f"{own}\n{_dump((provenance,))}"
+
+
+def load_task(text: str) -> tuple[PromptTask, Provenance | None]:
+    """A prompt, and what to capture, from its text."""
+    own, _, provenance = text.partition("\n")
+    found = json.loads(own)
+    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
+    return PromptTask(**found), _load_provenance(provenance) if provenance else None
 
 
 def dump_ref(ref: SampleRef) -> str:

@@ -147,6 +147,10 @@ class MetadataStore(Protocol):
         """
         ...
 
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drop samples in whatever state, as if they had never been ingested; unknown ones are ignored."""
+        ...
+
     def refs(self, keys: Sequence[str]) -> list[str]:
         """JSON of the references; empty where there is none."""
         ...
@@ -208,6 +212,9 @@ class NullMetadataStore:
 
     def requeue(self, keys: Sequence[str]) -> None:
         """Nothing to record."""
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Nothing is known."""
 
     def refs(self, keys: Sequence[str]) -> list[str]:
         """No reference is kept."""
@@ -331,6 +338,12 @@ class MemoryMetadataStore:
         with self._lock:
             for row in self._found(keys, (COMMITTED, DELIVERED, DEAD), "queued again"):
                 row.state, row.ref, row.tries = QUEUED, "", 0
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """See :class:`MetadataStore`."""
+        with self._lock:
+            for key in keys:
+                self._rows.pop(key, None)
 
     def refs(self, keys: Sequence[str]) -> list[str]:
         """See :class:`MetadataStore`."""

@@ -154,6 +154,16 @@ for _, key in ipairs(ARGV) do
 end
 return 0
 """,
+    "forget": """
+for _, key in ipairs(ARGV) do
+  local state = get(key, 'state')
+  if state then
+    redis.call('ZREM', set(state), key)
+    redis.call('DEL', sample(key))
+  end
+end
+return 0
+""",
     "refs": """
 local refs = {}
 for i, key in ipairs(ARGV) do refs[i] = get(key, 'ref') or '' end
@@ -269,6 +279,10 @@ class RedisMetadataStore:
     def requeue(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
         self._run("requeue", "queued again", *keys)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """See :class:`MetadataStore`."""
+        self._run("forget", "forgotten", *keys)
 
     def refs(self, keys: Sequence[str]) -> list[str]:
         """See :class:`MetadataStore`."""

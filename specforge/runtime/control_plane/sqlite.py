@@ -188,6 +188,13 @@ class SQLiteMetadataStore:
                 (json.dumps(keys),),
             )
 
+    def forget(self, keys: Sequence[str]) -> None:
+        """See :class:`MetadataStore`."""
+        names = json.dumps(keys)
+        with self._transaction() as db:
+            db.execute(f"DELETE FROM tasks WHERE seq IN (SELECT seq FROM samples WHERE {_KEYS})", (names,))
+            db.execute(f"DELETE FROM samples WHERE {_KEYS}", (names,))
+
     def refs(self, keys: Sequence[str]) -> list[str]:
         """See :class:`MetadataStore`."""
         with self._lock:

@@ -134,17 +134,24 @@ class FeatureDataLoader:
         self._acknowledged = batch.cursor
         self.store.free(batch.sample_ids)
 
+    def upcoming(self, rank: int) -> Iterator[tuple[int, int, list[SampleRef]]]:
+        """Every batch that a rank will ask for, epoch after epoch: its epoch, its number in it, its samples."""
+        epoch, first = self._start
+        while True:
+            for number, refs in list(enumerate(self._batches(epoch, rank)))[first:]:
+                yield epoch, number, refs
+            epoch, first = epoch + 1, 0
+
+    def _batches(self, epoch: int, rank: int) -> Iterator[list[SampleRef]]:
+        batches = self.plan.epoch(epoch)[rank :: self.world_size]
+        for n in range(len(self)):
+            yield [self.refs[int(i)] for i in (batches[n] if n < len(batches) else ())]
+
     def _stream(self) -> Iterator[TrainBatch]:
         epoch, first = self._start
         self._start = (epoch + 1, 0)
-        batches = self.plan.epoch(epoch)[self.rank :: self.world_size]
-        work = deque(
-            (
-                [self.refs[int(i)] for i in (batches[n] if n < len(batches) else ())],
-                {"epoch": epoch, "batch": n + 1},
-            )
-            for n in range(first, len(self))
-        )
+        batches = list(self._batches(epoch, self.rank))[first:]
+        work = deque((refs, {"epoch": epoch, "batch": n}) for n, refs in enumerate(batches, first + 1))
         torch.get_num_threads()  # fixes this thread's number before the fetching thread sets its own
         if self.prefetch == 0:
             for refs, cursor in work:
@@ -163,6 +170,8 @@ class FeatureDataLoader:
                         pending.append((refs, pool.submit(self._load, refs, cursor)))
                     yield pending.popleft()[1].result()
             finally:
+                if pending:
+                    self.store.interrupt()
                 pool.shutdown(wait=True, cancel_futures=True)
                 for refs, _ in pending:
                     self.store.free([ref.sample_id for ref in refs])

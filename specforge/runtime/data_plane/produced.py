@@ -88,3 +88,6 @@ class ProducedSamples:
                     self._kept_bytes += ref.nbytes
                 else:
                     self.store.delete(self._held.pop(name))
+
+    def interrupt(self) -> None:
+        """Nothing: what is wanted is produced, not waited for."""

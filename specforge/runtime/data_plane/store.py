@@ -99,6 +99,10 @@ class SampleStore(Protocol):
         """The samples are trained, or will not be: whatever room they take is no longer needed."""
         ...
 
+    def interrupt(self) -> None:
+        """Whoever waits in :meth:`get` for a sample need not wait any longer: nobody will use it."""
+        ...
+
 
 @dataclass
 class Lease:
@@ -345,19 +349,31 @@ class FeatureStore:
         """Whether the bytes that a reference names are there; whether they are whole shows when they are read."""
         return self.backend.holds(_key(ref.sample_id, ref.generation), ref.uri)
 
-    def remove_orphans(self, refs: Iterable[SampleRef], spare: Collection[str] = ()) -> int:
+    def disown(self, refs: Iterable[SampleRef]) -> None:
+        """Leave samples to another process: their bytes stay, this one neither counts nor deletes them any more."""
+        with self._lock:
+            for ref in refs:
+                entry = self._entries.pop(ref.sample_id, None)
+                if entry is not None:
+                    self._nbytes -= entry.nbytes
+
+    def remove_orphans(
+        self, refs: Iterable[SampleRef], spare: Collection[str] = (), stored: Sequence[tuple[str, str]] | None = None
+    ) -> int:  # fmt: skip
         """Delete what no reference names.
 
         Args:
             refs: references of everything that is to stay.
             spare: samples that are left alone.
+            stored: what the backend had stored before ``refs`` and ``spare`` were looked up, where others go on
+                putting; what they put since is left alone.
 
         Returns:
             How many groups of tensors went.
         """
         wanted = {(_key(ref.sample_id, ref.generation), ref.uri) for ref in refs}
         count = 0
-        for key, uri in self.backend.stored():
+        for key, uri in self.backend.stored() if stored is None else stored:
             sample_id, _, generation = key.rpartition(".")
             if (key, uri) in wanted or sample_id in spare:
                 continue
@@ -377,6 +393,9 @@ class FeatureStore:
 
     def free(self, sample_ids: Sequence[str]) -> None:
         """Nothing: stored samples are read again in the next epoch."""
+
+    def interrupt(self) -> None:
+        """Nothing: nobody waits here."""
 
     def sweep(self, now: float | None = None) -> int:
         """End leases that are older than ``lease_seconds``; returns how many."""

@@ -194,6 +194,60 @@ def test_the_next_epoch_uses_features_that_are_still_held(control):
     assert control.features.stat().samples == 0
 
 
+def test_forgotten_samples_leave_nothing_and_may_come_again(control):
+    control.ingest(TASKS)
+    keys = produce(control, count=2)
+    control.forget([*keys, "s5@0"])
+    assert control.features.stat().samples == 0
+    assert control.counts()[QUEUED] == 3
+    assert control.ingest(TASKS) == 3
+
+
+def test_features_freed_early_are_produced_again_when_the_run_goes_back(control):
+    control.ingest(TASKS)
+    keys = produce(control)
+    control.deliver(keys)
+    control.trained(keys[:3], 1)
+    control.free(keys[:2])
+    assert control.features.stat().samples == 4
+    control.rewind(0)
+    assert control.counts()[QUEUED] == 2
+    assert sorted(produce(control)) == keys[:2]
+
+
+def test_prompts_say_what_to_capture(control):
+    control.ingest({"s0": TASKS["s0"]}, provenance=PROVENANCE)
+    control.ingest({"s1": TASKS["s1"]})
+    first, second = control.lease("w", 2)
+    assert (first.task, first.provenance) == (TASKS["s0"], PROVENANCE)
+    assert (second.task, second.provenance) == (TASKS["s1"], None)
+
+
+def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
+    """Between the listing of the files and of the states, a producer leases, puts and commits: its file stays."""
+    metadata = MemoryMetadataStore()
+    mine, others = (
+        DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab"
+    )
+    mine.ingest(TASKS)
+    orphan = put(others.features, "s5")
+    (leased,) = others.lease("w", 1)
+    ref = put(others.features, leased.sample_id)
+    entries = metadata.entries
+
+    def meanwhile(states):
+        if states == (LEASED,):
+            found = list(entries(states))
+            others.commit([(leased.key, ref)])
+            return iter(found)
+        return entries(states)
+
+    metadata.entries = meanwhile
+    assert mine.remove_orphans() == 1
+    assert mine.features.holds(ref)
+    assert not mine.features.holds(orphan)
+
+
 def test_failures_end_as_visible_dead_letters(control):
     control.ingest({"s0": TASKS["s0"]})
     for state in (QUEUED, DEAD):

@@ -101,6 +101,23 @@ def test_prompts_are_lent_in_their_order_and_known_ones_left_alone(store):
     assert store.counts() == {**dict.fromkeys(STATES, 0), LEASED: 5}
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_forgotten_samples_were_never_there(store, state):
+    keys = filled(store)
+    advance(store, keys, state)
+    store.forget([*keys[:3], "unknown"])
+    assert states(store) == {"k3": state}
+    assert store.refs(keys[:3]) == ["", "", ""]
+    with pytest.raises(StateError, match="k0 is unknown"):
+        store.commit([("k0", "late")])
+    assert store.ingest([(key, f"again {key}") for key in keys]) == [True, True, True, False]
+    assert [g.task for g in store.lease("b", 3, 0.0, 10.0, 3) if g.key != "k3"][:2] == [
+        "again k0",
+        "again k1",
+    ]
+    assert sum(store.counts().values()) == 4
+
+
 def test_expired_leases_are_taken_over_before_later_prompts(store):
     filled(store)
     store.lease("a", 2, 0.0, 10.0, 3)

@@ -284,6 +284,18 @@ def test_orphans_are_removed_and_the_wanted_and_the_spared_stay(backend):
     assert store.stat().nbytes == wanted.nbytes + spared.nbytes
 
 
+def test_what_was_left_to_others_is_neither_counted_nor_deleted(backend):
+    store = FeatureStore(backend)
+    ref = put(store)
+    store.disown([ref])
+    assert "a" not in store
+    assert (store.stat().samples, store.stat().nbytes) == (0, 0)
+    assert store.holds(ref)
+    again = put(store)
+    assert again.generation == 2
+    assert store.holds(ref)
+
+
 def test_discarding_deletes_what_another_process_put(tmp_path):
     ref = put(FeatureStore(SharedDirBackend(tmp_path)))
     store = FeatureStore(SharedDirBackend(tmp_path))

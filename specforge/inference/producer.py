@@ -1,0 +1,163 @@
+"""A producer of a disaggregated run: leases prompts, runs the target over them, commits their features."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from specforge.contracts import PromptTask, Provenance, SampleRef
+from specforge.errors import UserError
+from specforge.inference.rollout_worker import RolloutWorker, plan_batches, sample_id
+from specforge.inference.target_engine import TargetEngine
+from specforge.runtime.control_plane.controller import DataFlowController, LeasedPrompt
+from specforge.runtime.control_plane.metadata import StateError
+from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.05  # seconds between two looks at an empty queue
+
+
+class Producer:
+    """Produces what trainers queue, until it is told to stop.
+
+    Args:
+        controller: states and tensors.
+        engine: gives the target's engine for a compute dtype.
+        fingerprint: of the target; prompts for another one are refused.
+        owner: name of this producer; when it starts again under its name it gives back what it held.
+        max_prompts: most prompts in hand.
+        batch_tokens: most tokens of a forward pass, padding included; 1 takes each prompt by itself, so that features
+            do not depend on what they are made together with.
+    """
+
+    def __init__(
+        self, controller: DataFlowController, engine: Callable[[str], TargetEngine], fingerprint: str, owner: str, *,
+        max_prompts: int = 8, batch_tokens: int = 1,
+    ) -> None:  # fmt: skip
+        self.controller, self.engine, self.fingerprint, self.owner = controller, engine, fingerprint, owner
+        self.max_prompts, self.batch_tokens = max_prompts, batch_tokens
+        self._workers: dict[Provenance, RolloutWorker] = {}
+        self._hand: dict[str, list[LeasedPrompt]] = {}  # by sample; two epochs may want the same one
+        self.produced = 0
+
+    def run(self, stop: threading.Event, idle_seconds: float | None = None) -> None:
+        """Produce until ``stop`` is set, or nothing was queued for ``idle_seconds``.
+
+        Raises:
+            UserError: the store cannot be written, or what is queued is for another target; nothing stays leased.
+        """
+        self.controller.release(self.owner)
+        idle = 0.0
+        with self._renewing():
+            try:
+                while not stop.is_set() and (idle_seconds is None or idle < idle_seconds):
+                    try:
+                        busy = self.once(stop)
+                    except StoreFullError as error:
+                        logger.warning("the store is full (%s); waiting", error)
+                        self.controller.release(self.owner)
+                        busy = False
+                    idle = 0.0 if busy else idle + _POLL
+                    if not busy:
+                        stop.wait(_POLL)
+            finally:
+                self.controller.release(self.owner)
+
+    def once(self, stop: threading.Event | None = None) -> bool:
+        """Lease some prompts and produce them; whether there were any."""
+        leased = self.controller.lease(self.owner, self.max_prompts)
+        for prompt in leased:
+            self._hand.setdefault(prompt.sample_id, []).append(prompt)
+        try:
+            for worker, tasks in self._batches(leased):
+                if stop is not None and stop.is_set():
+                    break
+                self._produce(worker, tasks)
+        finally:
+            self._hand = {}
+        return bool(leased)
+
+    def _batches(self, leased: Sequence[LeasedPrompt]) -> Iterator[tuple[RolloutWorker, list[PromptTask]]]:
+        groups: dict[Provenance, dict[str, PromptTask]] = {}
+        for prompt in leased:
+            if prompt.provenance is None:
+                raise UserError(f"sample {prompt.sample_id}: its prompt does not say what to capture")
+            groups.setdefault(prompt.provenance, {})[prompt.sample_id] = prompt.task
+        for provenance, tasks in groups.items():
+            worker = self._worker(provenance)
+            for batch in plan_batches(list(tasks.values()), self.batch_tokens):
+                yield worker, batch
+
+    def _worker(self, provenance: Provenance) -> RolloutWorker:
+        if provenance not in self._workers:
+            if provenance.target_fingerprint != self.fingerprint:
+                raise UserError(
+                    f"the trainer's target is {provenance.target} ({provenance.target_fingerprint[:8]}), this "
+                    f"producer's has the fingerprint {self.fingerprint[:8]}; start it with the same target"
+                )
+            engine = self.engine(provenance.dtype)
+            engine.check(provenance.capture)
+            self._workers[provenance] = RolloutWorker(
+                engine, self.controller.features, self._commit, provenance
+            )
+        return self._workers[provenance]
+
+    def _produce(self, worker: RolloutWorker, tasks: list[PromptTask]) -> None:
+        while tasks:
+            try:
+                for _ in worker.produce(tasks, self.batch_tokens):
+                    pass
+                return
+            except BadSampleError as error:
+                for prompt in self._hand.pop(error.sample_id, []):
+                    self.controller.fail(self.owner, prompt, str(error))
+                logger.warning("%s", error)
+                tasks = [x for x in tasks if sample_id(x, worker.provenance) != error.sample_id]
+            except (
+                RuntimeError
+            ) as error:  # out of memory, say; the prompt must not stop every producer in turn
+                logger.warning("the target failed: %s", error)
+                for prompt in [
+                    x for task in tasks for x in self._hand.pop(sample_id(task, worker.provenance), [])
+                ]:
+                    self.controller.fail(
+                        self.owner, prompt, f"the target failed: {str(error).splitlines()[0]}"
+                    )
+                return
+
+    def _commit(self, refs: Sequence[SampleRef]) -> None:
+        """Commit; what was forgotten meanwhile, because the trainer started anew, is deleted."""
+        for ref in refs:
+            items = [(prompt.key, ref) for prompt in self._hand.pop(ref.sample_id, [])]
+            try:
+                new = self.controller.commit(items)
+            except StateError:
+                new = []
+            if not new:
+                self.controller.features.discard(ref)
+            self.produced += any(new)
+        self.controller.features.disown(refs)
+
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """Renew the leases in hand while the target runs."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self.controller.lease_seconds / 3):
+                hand = [prompt for prompts in list(self._hand.values()) for prompt in prompts]
+                try:
+                    self.controller.renew(self.owner, hand)
+                except Exception as error:  # whatever it is, the next commit meets it too
+                    logger.warning("leases could not be renewed: %s", error)
+
+        thread = threading.Thread(target=renew, name="leases", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,335 @@
+"""Samples that other processes produce, in the order of training, and never more than the store has room for.
+
+The trainer knows which samples it will ask for, and how many bytes each takes, before any of them is produced. So it
+queues prompts in the order of its plan, as many as there is room for, and the producers do whatever is queued: a slow
+trainer queues little and thereby slows them, the store cannot overflow, and what is wanted next is never locked out
+by what is wanted later.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from specforge.contracts import PromptTask, Provenance, SampleRef
+from specforge.errors import UserError
+from specforge.runtime.control_plane.controller import DataFlowController, sample_key
+from specforge.runtime.control_plane.metadata import (
+    COMMITTED,
+    DEAD,
+    DELIVERED,
+    DURABLE,
+    LEASED,
+    QUEUED,
+    TRAINED,
+    StateError,
+)
+from specforge.runtime.data_plane.store import BadSampleError, Lease
+
+logger = logging.getLogger(__name__)
+
+Batches = Iterator[
+    tuple[int, Sequence[SampleRef]]
+]  # the epoch, and the samples, of one batch after the other
+_POLL = 0.01  # seconds; stores of several hosts have nothing to wait on
+KEPT = -1  # epoch of samples that are read again and again, such as held-out ones
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much may be queued, produced or held at once.
+
+    Attributes:
+        max_bytes: of features.
+        max_samples: in number.
+        low_water: what has filled up is filled again when no more than this part of it is taken.
+    """
+
+    max_bytes: int
+    max_samples: int
+    low_water: float = 0.75
+
+    def fits(self, nbytes: int, samples: int) -> bool:
+        """Whether so much may be held."""
+        return nbytes <= self.max_bytes and samples <= self.max_samples
+
+    def is_low(self, nbytes: int, samples: int) -> bool:
+        """Whether it is time to fill up."""
+        return nbytes <= self.low_water * self.max_bytes and samples <= self.low_water * self.max_samples
+
+    def window(self, batches: Batches) -> Iterator[str]:
+        """Keys of the batches that fit together from the first on."""
+        nbytes = samples = 0
+        for epoch, refs in batches:
+            nbytes, samples = nbytes + sum(ref.nbytes for ref in refs), samples + len(refs)
+            if not self.fits(nbytes, samples):
+                return
+            yield from (sample_key(ref.sample_id, epoch) for ref in refs)
+
+
+class StreamedSamples:
+    """A :class:`~specforge.runtime.data_plane.store.SampleStore` over a control plane.
+
+    Args:
+        controller: states and tensors.
+        tasks: prompts by the identity of their sample.
+        provenance: what producers are to capture.
+        room: this stream's part of the store.
+        stall_seconds: say what is missing when a sample has not come for so long.
+        wait_seconds: give up after so long.
+        wait: what to do while there is nothing to read, for so many seconds; waits by default.
+    """
+
+    def __init__(
+        self, controller: DataFlowController, tasks: Mapping[str, PromptTask], provenance: Provenance, room: Room, *,
+        stall_seconds: float = 30.0, wait_seconds: float = 3600.0, wait: Callable[[float], object] | None = None,
+    ) -> None:  # fmt: skip
+        self.controller, self.tasks, self.provenance, self.room = controller, tasks, provenance, room
+        self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
+        self._closed = threading.Event()
+        self._wait = wait or self._closed.wait
+        self._lock = threading.RLock()  # between the trainer's thread and the one that fetches ahead
+        self._ahead: Batches = iter(())
+        self._next: tuple[int, Sequence[SampleRef]] | None = None
+        self._epochs: dict[str, list[int]] = {}  # in which a sample was queued and not read yet
+        self._held: dict[str, int] = {}  # bytes of every key that takes room, in the order of training
+        self._nbytes = 0
+        self._trained: dict[str, int] = {}  # the step of those whose features wait for a checkpoint
+        self._delivered = 0
+        self._mark = (time.monotonic(), 0, 0)
+        self._warned = False
+
+    def start(self, ahead: Batches) -> None:
+        """Begin, or begin again from another position.
+
+        Args:
+            ahead: the batches that will be asked for; ends where the run does.
+        """
+        with self._lock:
+            self._ahead, self._next = ahead, None
+            self._epochs, self._held, self._trained, self._nbytes = {}, {}, {}, 0
+            self._fill()
+
+    def keep(self, refs: Sequence[SampleRef]) -> None:
+        """Queue samples that are read any number of times and never trained."""
+        with self._lock:
+            self._queue(KEPT, [ref for ref in refs if ref.sample_id not in self._epochs])
+
+    def reserve(self, refs: Sequence[SampleRef]) -> bool:
+        """Queue what fits; whether these samples are on their way."""
+        self._closed.clear()
+        with self._lock:
+            self._fill()
+            if not self._coming(refs):
+                self._make_room()
+                self._fill(at_once=True)
+            return self._coming(refs)
+
+    def get(self, ref: SampleRef) -> Lease:
+        """Wait for a sample and fetch its tensors; damaged ones are produced again.
+
+        Raises:
+            BadSampleError: its prompt was given up, or its features are damaged each time or not those expected.
+            UserError: it did not come.
+        """
+        name = ref.sample_id
+        with self._lock:
+            if not self._epochs.get(name):
+                raise UserError(
+                    f"the store has no room for the next batch: {self.room.max_bytes:,} bytes and "
+                    f"{self.room.max_samples:,} samples a rank must hold a whole optimizer step and a batch; raise "
+                    "data.max_bytes and data.max_samples"
+                )
+            epoch = self._epochs[name][0]
+        key = sample_key(name, epoch)
+        try:
+            lease = self._fetch(key, ref)
+        except BadSampleError:
+            self._let_go([key])
+            raise
+        finally:
+            if epoch != KEPT:
+                with self._lock:
+                    self._epochs[name].remove(epoch)
+        self._delivered += 1
+        lease.store = self
+        return lease
+
+    def _fetch(self, key: str, ref: SampleRef) -> Lease:
+        for attempt in range(self.controller.max_tries):
+            found = self._await(key)
+            if (found.features, found.provenance) != (ref.features, ref.provenance):
+                raise BadSampleError(ref.sample_id, "its features are not of the kind that was asked for")
+            try:
+                return self.controller.features.get(found)
+            except BadSampleError as error:
+                if attempt + 1 == self.controller.max_tries:
+                    raise
+                logger.warning("%s; it is produced again", error)
+                self.controller.lost([key])
+        raise AssertionError("max_tries is at least 1")
+
+    def _await(self, key: str) -> SampleRef:
+        started, warn_at = time.monotonic(), self.stall_seconds
+        before = produced = None
+        while True:
+            try:
+                return self.controller.deliver([key])[0]
+            except StateError as error:
+                if error.state == DEAD:
+                    raise BadSampleError(key.rpartition("@")[0], self._epitaph(key)) from None
+                if error.state not in (QUEUED, LEASED):
+                    raise _refusal(error) from error
+            waited = time.monotonic() - started
+            if before is None:
+                before = _produced(self.controller.counts())
+            if waited >= min(warn_at, self.wait_seconds) or self._closed.is_set():
+                counts = self.controller.counts()
+                produced = (_produced(counts) - before) / max(waited, 1e-9)
+                reason = bottleneck(counts, produced)
+                if waited >= self.wait_seconds or self._closed.is_set():
+                    raise UserError(f"no sample for {waited:.0f} s: {reason}")
+                logger.warning("training waits for samples since %.0f s: %s", waited, reason)
+                warn_at *= 2
+            self._wait(_POLL)
+
+    def _epitaph(self, key: str) -> str:
+        return next((x.reason for x in self.controller.dead_letters() if x.key == key), "it was given up")
+
+    def release(self, lease: Lease) -> None:
+        """End a lease."""
+        self.controller.features.release(lease)
+
+    def free(self, sample_ids: Sequence[str]) -> None:
+        """Nothing: :meth:`trained` and :meth:`durable` say what may go."""
+
+    def interrupt(self) -> None:
+        """End all waiting."""
+        self._closed.set()
+
+    # The ledger.
+
+    def trained(self, keys: Sequence[str], step: int) -> None:
+        """Record the optimizer step that used samples."""
+        try:
+            self.controller.trained(keys, step)
+        except StateError as error:
+            raise _refusal(error) from error
+        if self.controller.retain == "until_trained":
+            self._let_go(keys)
+        else:
+            with self._lock:
+                self._trained.update({key: step for key in keys if key in self._held})
+
+    def durable(self, step: int) -> None:
+        """The controller has recorded a checkpoint of ``step``: what it covers takes no more room."""
+        with self._lock:
+            self._let_go([key for key, trained in self._trained.items() if trained <= step])
+
+    def flow(self) -> dict[str, float]:
+        """Samples that are ready and queued, bytes for this rank, and rates since the last call."""
+        counts, now = self.controller.counts(), time.monotonic()
+        mark = (now, self._delivered, _produced(counts))
+        seconds, delivered, produced = (new - old for new, old in zip(mark, self._mark, strict=True))
+        self._mark = mark
+        return {
+            "ready": float(counts[COMMITTED]), "queued": float(counts[QUEUED] + counts[LEASED]),
+            "bytes": float(self._nbytes), "read_per_second": delivered / max(seconds, 1e-9),
+            "produced_per_second": max(0, produced) / max(seconds, 1e-9),
+        }  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of features that are queued, produced or held."""
+        return self._nbytes
+
+    # Room.
+
+    def _coming(self, refs: Sequence[SampleRef]) -> bool:
+        return all(self._epochs.get(ref.sample_id) for ref in refs)
+
+    def _fill(self, at_once: bool = False) -> None:
+        if not at_once and not self.room.is_low(self._nbytes, len(self._held)):
+            return
+        while (batch := self._peek()) is not None:
+            epoch, refs = batch
+            size = sum(ref.nbytes for ref in refs)
+            if not self.room.fits(self._nbytes + size, len(self._held) + len(refs)):
+                return
+            self._queue(epoch, refs)
+            self._held.update({sample_key(ref.sample_id, epoch): ref.nbytes for ref in refs})
+            self._nbytes += size
+            self._next = None
+
+    def _peek(self) -> tuple[int, Sequence[SampleRef]] | None:
+        if self._next is None:
+            self._next = next(self._ahead, None)
+        return self._next
+
+    def _queue(self, epoch: int, refs: Sequence[SampleRef]) -> None:
+        tasks = {ref.sample_id: self.tasks[ref.sample_id] for ref in refs}
+        self.controller.ingest(tasks, epoch, self.provenance)
+        for ref in refs:
+            self._epochs.setdefault(ref.sample_id, []).append(epoch)
+
+    def _make_room(self) -> None:
+        """What waits for a checkpoint must not lock out what the next checkpoint needs."""
+        batch = self._peek()
+        if batch is None:
+            return
+        size, count, gone = sum(ref.nbytes for ref in batch[1]), len(batch[1]), []
+        for key in self._trained:
+            if self.room.fits(self._nbytes + size, len(self._held) + count):
+                break
+            gone.append(key)
+            size, count = size - self._held[key], count - 1
+        if gone and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the store holds fewer steps than lie between checkpoints: features of trained steps are let go early "
+                "and produced again if the run goes back; raise max_bytes or checkpoint more often to keep them"
+            )
+        self.controller.free(gone)
+        self._let_go(gone)
+
+    def _let_go(self, keys: Iterable[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._nbytes -= self._held.pop(key, 0)
+                self._trained.pop(key, None)
+
+
+def _refusal(error: StateError) -> UserError:
+    return UserError(
+        f"{error}: the metadata store was emptied, or another run uses it; resume with --ckpt_path last, which loses "
+        "nothing"
+    )
+
+
+def _produced(counts: Mapping[str, int]) -> int:
+    return sum(counts[state] for state in (COMMITTED, DELIVERED, TRAINED, DURABLE))
+
+
+def bottleneck(counts: Mapping[str, int], produced: float) -> str:
+    """Who keeps the others waiting.
+
+    Args:
+        counts: samples in each state.
+        produced: samples a second that producers give.
+    """
+    queued, leased = counts[QUEUED], counts[LEASED]
+    if leased:
+        return (
+            f"the producers are the bottleneck: {leased} prompts in work, {queued} queued, {produced:.1f} samples/s "
+            "produced; start more of them (those of a dead one are taken over when their leases expire)"
+        )
+    if queued:
+        return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"
+    if counts[COMMITTED]:
+        return f"the trainer is the bottleneck: {counts[COMMITTED]} samples are ready and nothing is queued"
+    if not counts[DELIVERED] + counts[TRAINED]:
+        return "nothing is queued and nothing is being trained: no trainer runs, or it is done"
+    return "the store has no room: all it may hold waits for a checkpoint or to be trained; raise max_bytes"

@@ -1,0 +1,160 @@
+"""A producer's leases, failures and endings."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.errors import UserError
+from specforge.inference.producer import Producer
+from specforge.inference.rollout_worker import sample_id
+from specforge.runtime.control_plane.controller import DataFlowController
+from specforge.runtime.control_plane.metadata import (
+    COMMITTED,
+    DEAD,
+    QUEUED,
+    STATES,
+    MemoryMetadataStore,
+)
+from specforge.runtime.data_plane.local import MemoryBackend
+from specforge.runtime.data_plane.store import FeatureStore
+
+PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((), last_hidden_states=True), "float32")
+TASKS = {
+    sample_id(task, PROVENANCE): task
+    for task in (PromptTask(f"t{i}", tuple(range(i + 2)), (0, *[1] * (i + 1)), f"line {i}") for i in range(4))
+}
+
+
+class Engine:
+    """Counts its passes; ``action`` may go wrong."""
+
+    def __init__(self, action=lambda ids: None) -> None:
+        self.action, self.passes = action, []
+
+    def check(self, policy) -> None:
+        pass
+
+    def capture(self, input_ids, policy):
+        self.passes.append(len(input_ids))
+        self.action(input_ids)
+        return [{"last_hidden_states": torch.tensor(ids, dtype=torch.float32)[:, None]} for ids in input_ids]
+
+
+def made(engine: Engine, max_bytes: int | None = None, lease_seconds: float = 60.0, **options) -> Producer:
+    features = FeatureStore(MemoryBackend(), max_bytes=max_bytes)
+    control = DataFlowController(MemoryMetadataStore(), features, lease_seconds=lease_seconds, max_tries=2)
+    control.ingest(TASKS, 0, PROVENANCE)
+    return Producer(control, lambda dtype: engine, "f" * 8, "w", **options)
+
+
+def counts(producer: Producer, **expected: int) -> None:
+    assert producer.controller.counts() == {**dict.fromkeys(STATES, 0), **expected}
+
+
+def test_each_prompt_by_itself_or_several_in_a_pass():
+    for tokens, passes in ((1, [1, 1, 1, 1]), (100, [4])):
+        engine = Engine()
+        producer = made(engine, batch_tokens=tokens)
+        assert producer.once()
+        assert not producer.once()
+        assert engine.passes == passes
+        counts(producer, **{COMMITTED: 4})
+        assert producer.controller.features.stat().samples == 0  # they are the trainer's now
+
+
+def test_no_more_prompts_in_hand_than_allowed():
+    producer = made(Engine(), max_prompts=3)
+    producer.once()
+    counts(producer, **{COMMITTED: 3, QUEUED: 1})
+
+
+def test_two_epochs_of_a_sample_are_produced_once():
+    engine = Engine()
+    producer = made(engine)
+    producer.controller.ingest(TASKS, 1, PROVENANCE)
+    while producer.once():
+        pass
+    counts(producer, **{COMMITTED: 8})
+    assert len(engine.passes) == 4
+
+
+def test_leases_are_renewed_while_the_target_runs():
+    """The target takes longer than a lease; whoever looks for expired ones finds none."""
+    found: list[int] = []
+
+    def slow(ids) -> None:
+        if not found:
+            threading.Event().wait(0.5)  # five leases long
+            found.append(len(others.lease("thief", 9)))
+
+    producer = made(Engine(slow), lease_seconds=0.1)
+    others = DataFlowController(producer.controller.metadata, producer.controller.features, lease_seconds=0.1)
+    producer.run(threading.Event(), idle_seconds=0.1)
+    assert found == [0]
+    counts(producer, **{COMMITTED: 4})
+
+
+def test_a_stopped_producer_gives_back_what_it_has_not_begun():
+    stop = threading.Event()
+    producer = made(Engine(lambda ids: stop.set()))
+    producer.run(stop)
+    counts(producer, **{COMMITTED: 1, QUEUED: 3})
+    assert all(entry.tries == 0 for entry in producer.controller.metadata.entries((QUEUED,)))
+
+
+def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
+    def fail(ids) -> None:
+        if len(ids[0]) == 3:
+            raise RuntimeError("out of memory\nand more lines")
+
+    producer = made(Engine(fail))
+    while producer.once():
+        pass
+    counts(producer, **{COMMITTED: 3, DEAD: 1})
+    assert producer.controller.dead_letters()[0].reason == "the target failed: out of memory"
+
+
+def test_a_full_store_is_waited_for():
+    """What does not fit is given back untried, and produced when the trainer has taken something away."""
+    producer = made(Engine(), max_bytes=60)
+    features, disown = producer.controller.features, producer.controller.features.disown
+    held, full = [], threading.Event()
+    features.disown = held.extend  # nobody takes anything away
+    release = producer.controller.release
+
+    def released(owner: str) -> int:
+        count = release(owner)
+        if count:
+            full.set()
+        return count
+
+    producer.controller.release = released
+    stop = threading.Event()
+    thread = threading.Thread(target=producer.run, args=[stop, 1.0])
+    thread.start()
+    assert full.wait(10)
+    assert 0 < len(held) < 4
+    features.disown = disown
+    disown(held)
+    thread.join()
+    counts(producer, **{COMMITTED: 4})
+
+
+def test_another_target_or_an_unsaid_capture_is_refused_and_nothing_stays_leased():
+    for options, message in (
+        ({"fingerprint": "g" * 8}, "the same target"),
+        ({}, "does not say what to capture"),
+    ):
+        producer = made(Engine())
+        if options:
+            producer.fingerprint = options["fingerprint"]
+        else:
+            producer.controller.metadata.forget([f"{name}@0" for name in TASKS])
+            producer.controller.ingest(TASKS)
+        with pytest.raises(UserError, match=message):
+            producer.run(threading.Event())
+        counts(producer, **{QUEUED: 4})

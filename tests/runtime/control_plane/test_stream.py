@@ -1,0 +1,187 @@
+"""The trainer's end of the control plane: what is queued when, and what comes out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef, StrategySpec
+from specforge.errors import UserError
+from specforge.inference.rollout_worker import expect, sample_id
+from specforge.runtime.control_plane.controller import DataFlowController, sample_key
+from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, MemoryMetadataStore
+from specforge.runtime.control_plane.stream import Room, StreamedSamples
+from specforge.runtime.data_plane.loader import FeatureDataLoader
+from specforge.runtime.data_plane.local import MemoryBackend
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
+
+PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,), last_hidden_states=False), "float32")
+SPEC = StrategySpec("any", PROVENANCE.capture, ("aux_hidden_states",), 1, 1)
+TASKS = {
+    sample_id(task, PROVENANCE): task
+    for task in (PromptTask(f"t{i}", (i, 1, 2), (0, 1, 1), f"line {i}") for i in range(8))
+}
+REFS = expect(list(TASKS.values()), PROVENANCE, 4)
+BYTES = 3 * (4 * 4 + 4 + 1)
+
+
+def stream(max_samples: int = 4, **options) -> StreamedSamples:
+    room = Room(max_samples * BYTES, 99, options.pop("low_water", 1.0))
+    control = DataFlowController(
+        MemoryMetadataStore(), FeatureStore(MemoryBackend()), retain=options.pop("retain", "until_durable"), max_tries=2
+    )  # fmt: skip
+    return StreamedSamples(control, TASKS, PROVENANCE, room, **{"wait_seconds": 5.0, **options})
+
+
+def batches(count: int = 4, epoch: int = 0):
+    return iter([(epoch, REFS[2 * i : 2 * i + 2]) for i in range(count)])
+
+
+def produce(samples: StreamedSamples, count: int = 99) -> list[str]:
+    control = samples.controller
+    leased = control.lease("w", count)
+    refs = {name: put(control.features, name) for name in dict.fromkeys(x.sample_id for x in leased)}
+    for prompt in leased:
+        assert prompt.provenance == PROVENANCE
+        control.commit([(prompt.key, refs[prompt.sample_id])])
+    return [prompt.sample_id for prompt in leased]
+
+
+def put(features: FeatureStore, name: str, width: int = 4) -> SampleRef:
+    tensors = {
+        "aux_hidden_states": torch.ones(3, width), "input_ids": torch.tensor(TASKS[name].input_ids, dtype=torch.int32),
+        "loss_mask": torch.tensor(TASKS[name].loss_mask, dtype=torch.uint8),
+    }  # fmt: skip
+    return features.put(name, tensors, num_supervised=2, source="", provenance=PROVENANCE)
+
+
+def test_what_is_expected_is_what_is_produced():
+    control = stream().controller
+    for ref in REFS:
+        made = put(control.features, ref.sample_id)
+        assert (made.features, made.num_tokens, made.nbytes) == (ref.features, ref.num_tokens, ref.nbytes)
+
+
+def test_prompts_are_queued_in_order_as_far_as_they_fit():
+    samples = stream(max_samples=5)
+    samples.start(batches())
+    assert produce(samples) == [ref.sample_id for ref in REFS[:4]]
+    assert samples.nbytes == 4 * BYTES
+    assert not samples.reserve(REFS[4:6])
+    assert list(samples.room.window(batches())) == [sample_key(ref.sample_id, 0) for ref in REFS[:4]]
+
+
+def test_room_is_filled_again_when_it_is_low():
+    samples = stream(max_samples=4, low_water=0.5, retain="until_trained")
+    samples.start(iter([(0, [ref]) for ref in REFS]))
+    names = produce(samples)
+    for step, waiting in enumerate([0, 2, 0, 2], 1):
+        assert samples.reserve([REFS[step - 1]])
+        with samples.get(REFS[step - 1]):
+            pass
+        samples.trained([sample_key(names[step - 1], 0)], step)
+        samples.reserve([])
+        assert samples.controller.counts()[QUEUED] == waiting
+        names += produce(samples)
+
+
+def test_what_waits_for_a_checkpoint_does_not_lock_out_the_next_batch(caplog):
+    samples = stream(max_samples=4)
+    samples.start(batches())
+    produce(samples)
+    for n in range(2):
+        for ref in REFS[2 * n : 2 * n + 2]:
+            with samples.get(ref):
+                pass
+        samples.trained([sample_key(ref.sample_id, 0) for ref in REFS[2 * n : 2 * n + 2]], n + 1)
+    assert samples.nbytes == 4 * BYTES
+    assert samples.reserve(REFS[4:6])
+    assert samples.nbytes == 4 * BYTES
+    assert samples.controller.features.stat().samples == 2
+    assert "let go early" in caplog.text
+    samples.controller.rewind(1)
+    assert samples.controller.counts()[COMMITTED] == 2
+
+
+def test_a_plan_without_room_is_refused():
+    samples = stream(max_samples=1)
+    samples.start(batches())
+    with pytest.raises(UserError, match=r"raise data\.max_bytes"):
+        samples.get(REFS[0])
+
+
+def test_features_of_another_kind_are_refused_by_name():
+    samples = stream()
+    samples.start(batches())
+    for prompt in samples.controller.lease("w", 1):
+        samples.controller.commit([(prompt.key, put(samples.controller.features, prompt.sample_id, width=5))])
+    with pytest.raises(BadSampleError, match="not of the kind"):
+        samples.get(REFS[0])
+
+
+def test_a_sample_that_is_damaged_each_time_is_refused():
+    damages = 0
+
+    def wait(seconds: float) -> None:
+        nonlocal damages
+        (leased,) = samples.controller.lease("w", 1)
+        ref = put(samples.controller.features, leased.sample_id)
+        samples.controller.commit([(leased.key, replace(ref, checksum="0" * 16))])
+        damages += 1
+
+    samples = stream(wait=wait)
+    samples.start(batches(1))
+    with pytest.raises(BadSampleError, match="checksum"):
+        samples.get(REFS[0])
+    assert damages == 2
+
+
+def test_a_sample_is_read_once_in_each_epoch_and_kept_ones_at_any_time():
+    samples = stream(max_samples=8)
+    samples.start(iter([(0, REFS[:1]), (1, REFS[:1])]))
+    samples.keep(REFS[1:2])
+    samples.keep(REFS[1:2])
+    assert len(produce(samples)) == 3
+    for _ in range(2):
+        for ref in REFS[:2]:
+            with samples.get(ref):
+                pass
+    with samples.get(REFS[1]):
+        pass
+    flow = samples.flow()
+    assert (flow["ready"], flow["queued"], flow["bytes"]) == (0.0, 0.0, 2.0 * BYTES)
+    assert flow["read_per_second"] > 0
+    assert samples.flow()["read_per_second"] == 0
+    with pytest.raises(UserError):
+        samples.get(REFS[0])
+
+
+def test_a_stream_that_is_left_does_not_wait_for_what_never_comes():
+    samples = stream(max_samples=8, wait_seconds=600.0)
+    loader = FeatureDataLoader(REFS, samples, SPEC, batch_size=2, shuffle=False, prefetch=2)
+    samples.start((epoch, refs) for epoch, _, refs in loader.upcoming(0))
+    produce(samples, 2)
+    batch_stream = iter(loader)
+    assert next(batch_stream).sample_ids == tuple(ref.sample_id for ref in REFS[:2])
+    started = time.monotonic()
+    batch_stream.close()
+    assert time.monotonic() - started < 30
+
+
+def test_what_is_upcoming_is_what_every_rank_gets():
+    for rank in range(2):
+        samples = stream(max_samples=99)
+        loader = FeatureDataLoader(
+            REFS[:7], samples, SPEC, batch_size=2, rank=rank, world_size=2, prefetch=0, seed=3
+        )
+        loader.load_state_dict({**loader.state_dict(), "epoch": 1, "batch": 1})
+        ahead = loader.upcoming(rank)
+        expected = [next(ahead) for _ in range(5)]
+        samples.start(iter([(epoch, refs) for epoch, _, refs in expected]))
+        produce(samples)
+        found = [(x.cursor["epoch"], x.cursor["batch"] - 1, x.sample_ids) for _ in "abc" for x in loader]
+        assert found[:5] == [(e, n, tuple(ref.sample_id for ref in refs)) for e, n, refs in expected]
+        assert [n for _, n, _ in expected] == [1, 0, 1, 0, 1]

@@ -1,0 +1,288 @@
+"""Producers, trainers and their control plane in processes of their own; flow control; the commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.eagle3 import Eagle3Module
+from specforge.cli import main
+from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED
+from specforge.runtime.control_plane.stream import bottleneck
+from specforge.target_files import TargetFiles
+from tests.disaggregated import (
+    STEPS,
+    assert_nothing_is_left,
+    control,
+    disaggregated,
+    places,
+    producers,
+)
+from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
+from tests.tiny import recipe, write_target
+
+PRODUCE = [str(Path(sys.executable).with_name("specforge")), "produce"]
+
+
+def start_producer(target: Path, where: dict[str, str], *options: object) -> subprocess.Popen:
+    words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], *options]
+    return subprocess.Popen(
+        [*PRODUCE, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def features_alone(target, prompts, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
+               "--batch_tokens", 1]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(target, features_alone, tmp_path_factory) -> Path:
+    return fit(recipe(target, features_alone, tmp_path_factory.mktemp("offline"), **STEPS))
+
+
+@pytest.mark.faults
+def test_a_killed_trainer_goes_on_bit_for_bit(target, prompts, tmp_path, undisturbed):
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where)
+    with producers(target, where, 1):
+        process = start(path)
+        wait_for_steps(process, tmp_path / "run", 9)
+        process.kill()
+        process.wait()
+        run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
+@pytest.mark.faults
+def test_a_killed_producer_is_taken_over(target, prompts, tmp_path, undisturbed, monkeypatch):
+    """It dies with prompts in hand; another, which is there only then, does them when the lease is over."""
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where, lease_seconds=2, max_samples=20)
+    victim = start_producer(target, where, "--lease_seconds", 2, "--name", "victim")
+    rescue: list[subprocess.Popen] = []
+    original = Eagle3Module.training_step
+
+    def step(self, batch, index):
+        if not rescue:
+            victim.kill()
+            rescue.append(start_producer(target, where, "--lease_seconds", 2))
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Eagle3Module, "training_step", step)
+    try:
+        run = fit(path)
+    finally:
+        victim.kill()
+        victim.communicate()
+        rescue[0].send_signal(signal.SIGTERM)
+        output, _ = rescue[0].communicate(timeout=60)
+    assert rescue[0].returncode == 0, output
+    assert "samples produced" in output
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    controller = control(where)
+    assert controller.counts() == {**dict.fromkeys(STATES, 0), DURABLE: 18 * 4}
+
+
+def test_several_processes_produce_and_end_when_nothing_comes(target, tmp_path, capfd):
+    where = places(tmp_path)
+    words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
+    assert main(["produce", *words, "--workers", "2", "--idle_seconds", "0.2", "--name", "p"]) == 0
+    out = capfd.readouterr().out
+    assert "p-0: 0 samples produced" in out
+    assert "p-1: 0 samples produced" in out
+
+
+def test_the_plan_starts_nothing(target, tmp_path, capsys):
+    where = places(tmp_path)
+    words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
+    assert main(["produce", *words, "--workers", "3", "--plan", "true"]) == 0
+    text = capsys.readouterr().out
+    assert "3 processes of" in text
+    assert "bytes a token" in text
+    assert not Path(where["store"]).exists()
+    assert not Path(where["metadata"]).exists()
+
+
+def test_status_names_states_dead_letters_and_the_bottleneck(target, prompts, tmp_path, capsys):
+    where = places(tmp_path)
+    words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
+    assert main(["status", *words]) == 2
+    assert "a run makes it when it starts" in capsys.readouterr().err
+    controller = control(where, max_tries=1)
+    controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
+    assert main(["status", *words]) == 0
+    assert "no producer takes the 3 queued prompts" in capsys.readouterr().out
+    (leased,) = controller.lease("w", 1)
+    controller.fail("w", leased, "s0: holds NaN")
+    assert main(["status", *words, "--revive", "true"]) == 0
+    text = capsys.readouterr().out
+    assert "2 queued" in text
+    assert "dead: s0@0 after 1 tries: s0: holds NaN" in text
+    assert controller.counts()[QUEUED] == 3
+
+
+def test_the_bottleneck_is_named():
+    empty = dict.fromkeys(STATES, 0)
+    assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
+    assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
+    assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
+    assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
+    assert "the store has no room" in bottleneck({**empty, TRAINED: 3}, 0.0)
+
+
+def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path, capsys, caplog):
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where, wait_seconds=1.0, stall_seconds=0.2)
+    assert main(["fit", "--config", str(path)]) == 2
+    assert "no producer takes the" in capsys.readouterr().err
+    assert "training waits for samples" in caplog.text
+
+
+def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
+    where = places(tmp_path)
+    other = write_target(tmp_path / "other", seed=1)
+    controller = control(where)
+    provenance = Provenance(
+        "tiny", TargetFiles.find(str(target)).fingerprint, "t", CapturePolicy((1,)), "float32"
+    )
+    controller.ingest({"s0": PromptTask("t0", (1, 2), (0, 1))}, provenance=provenance)
+    words = ["--target", str(other), "--store", where["store"], "--metadata", where["metadata"]]
+    assert main(["produce", *words, "--idle_seconds", "0.1"]) == 2
+    assert "start it with the same target" in capsys.readouterr().err
+    assert controller.counts()[QUEUED] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_bytes": 50_000}, "max_bytes must be at least"),
+        ({"store": "s3://bucket"}, "no store of the kind s3"),
+        ({"metadata": "postgres://host"}, "give a file"),
+        ({"metadata": "redis://127.0.0.1:1/0?password_file=nowhere"}, "cannot be read"),
+        ({"low_water": 0.0}, "low_water"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(target, prompts, tmp_path, capsys, options, message):
+    path = disaggregated(target, prompts, tmp_path, places(tmp_path) | options)
+    assert main(["fit", "--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_new_run_over_the_stores_of_an_old_one_begins_anew(target, prompts, tmp_path, undisturbed):
+    """The old one had another order of the samples, and was left in the middle."""
+    where = places(tmp_path)
+    with producers(target, where, 1):
+        fit(disaggregated(target, prompts, tmp_path / "old", where, seed=7), "--trainer.max_steps", 11)
+        run = fit(disaggregated(target, prompts, tmp_path / "new", where))
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
+RANKS = {
+    "trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": -1, "trainer__max_epochs": 2,
+    "trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0,
+    "checkpoint": {"every_n_train_steps": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks_offline(target, prompts, features_alone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    data = {"features": str(features_alone), "batch_size": 5}
+    output, _ = (
+        process := start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))
+    ).communicate(timeout=180)
+    assert process.returncode == 0, output
+    return folder / "run"
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.faults)])
+def test_two_ranks_and_two_producers(target, prompts, tmp_path, two_ranks_offline, killed):
+    """Ragged: 32 samples in batches of 5 are 7, so the second rank's last one is empty; the ranks share no sample."""
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
+    with producers(target, where, 2) as made:
+        process = start(path)
+        if killed:
+            wait_for_steps(process, tmp_path / "run", 5)
+            os.kill(second_rank(process.pid), signal.SIGKILL)
+            output, _ = process.communicate(timeout=180)
+            assert process.returncode != 0, output
+            process = start(path, "--ckpt_path", "last")
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+    assert sorted(losses(tmp_path / "run"))[-1] == 8
+    assert losses(tmp_path / "run") == losses(two_ranks_offline)
+    assert_same_weights(tmp_path / "run", two_ranks_offline)
+    assert all(producer.produced for producer in made)
+    assert_nothing_is_left(where, trained=2 * 32)
+
+
+def second_rank(first: int) -> int:
+    """The process that the first rank started."""
+    (pid,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    return int(pid)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Of all tensors in a store, finished or not."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                size = path.stat().st_size
+                header = int.from_bytes(path.open("rb").read(8), "little") if size >= 8 else 0
+                total += max(0, size - 8 - header)
+        except FileNotFoundError:
+            continue
+    return total
+
+
+@pytest.mark.parametrize("retain", ["until_durable", "until_trained"])
+def test_a_slow_trainer_never_fills_the_store(target, prompts, tmp_path, monkeypatch, undisturbed, retain):
+    """The producers are faster than training: at every step, and after every put, the store is under its limit."""
+    where, limit = places(tmp_path), 700_000
+    peaks: list[int] = []
+    original = Eagle3Module.training_step
+
+    def step(self, batch, index):
+        if len(peaks) > 1:
+            settled.wait(0.3)  # time enough for the producers to fill whatever they may fill
+        peaks.append(stored_bytes(Path(where["store"])))
+        return original(self, batch, index)
+
+    settled = threading.Event()
+    monkeypatch.setattr(Eagle3Module, "training_step", step)
+    with producers(target, where, 2) as made:
+        for producer in made:
+            write = producer.controller.features.backend.write
+
+            def watched(key, tensors, write=write):
+                uri = write(key, tensors)
+                peaks.append(stored_bytes(Path(where["store"])))
+                return uri
+
+            producer.controller.features.backend.write = watched
+        run = fit(
+            disaggregated(target, prompts, tmp_path, where, max_bytes=limit, retain=retain, low_water=1.0)
+        )
+    assert max(peaks) <= limit
+    assert max(peaks) > 0.6 * limit
+    assert_same_weights(run, undisturbed)

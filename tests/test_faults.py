@@ -1,0 +1,460 @@
+"""Whatever dies: every sample trained once in each epoch of the surviving history, and nothing left behind.
+
+Most cases run trainer and producers in this process, step by step, over the real datamodule, ledger, stores and files;
+only the target and the optimizer are arithmetic. A kill is an exception that nothing catches, and everything that was
+in memory is thrown away. A few cases kill real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from datamodules import DisaggregatedDataModule
+from specforge.callbacks.ledger import SampleLedger
+from specforge.contracts import CapturePolicy, PromptTask, StrategySpec, TokenCounts, content_id
+from specforge.data.prompts import PromptSet
+from specforge.errors import UserError
+from specforge.files import write_file
+from specforge.inference.producer import Producer
+from specforge.runtime.control_plane.controller import DataFlowController, load_ref
+from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
+from specforge.runtime.data_plane.store import FeatureStore
+from specforge.runtime.places import open_backend, open_metadata
+from tests.disaggregated import places
+
+pytestmark = pytest.mark.faults
+
+SAMPLES, EPOCHS, BATCH, ACCUMULATE, EVERY = 14, 2, 2, 2, 2
+STEPS = EPOCHS * 4  # 7 batches in windows of 2
+HIDDEN = 4
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches SIGKILL."""
+
+
+class Engine:
+    """A target of arithmetic: features depend on the tokens alone."""
+
+    def check(self, policy: CapturePolicy) -> None:
+        pass
+
+    def capture(self, input_ids, policy: CapturePolicy) -> list[dict[str, torch.Tensor]]:
+        rows = [torch.tensor(ids, dtype=torch.float32) for ids in input_ids]
+        return [
+            {"last_hidden_states": torch.stack([(x * k).sin() for k in range(1, HIDDEN + 1)], 1)}
+            for x in rows
+        ]
+
+
+def prompt(index: int) -> PromptTask:
+    ids = tuple((index * 7 + k) % 50 for k in range(3 + index % 5))
+    mask = (0, *[1] * (len(ids) - 1))
+    return PromptTask(content_id(list(ids), list(mask), index), ids, mask, f"line {index}")
+
+
+class World:
+    """A run's folder, its clock, its producers, and what is to go wrong."""
+
+    def __init__(
+        self, folder: Path, seed: int = 0, max_samples: int = 8, retain: str = "until_durable"
+    ) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.where = places(folder)
+        self.now = 1000.0
+        self.max_samples, self.retain = max_samples, retain
+        self.countdown: dict[str, int] = {}
+        self.history: list[tuple[int, tuple[int, str]]] = []
+        self.producers: list[Producer] = []
+        self.events: list[Callable[[], None]] = []
+        self.deaths, self.engine, self.bad_samples = 0, Engine(), "error"
+        if not (folder / "prompts").exists():
+            counts = TokenCounts(torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64))
+            PromptSet([prompt(i) for i in range(SAMPLES)], "t" * 8, counts).save(folder / "prompts" / "train")
+
+    # What goes wrong.
+
+    def at(self, point: str) -> None:
+        """Die here, if it is time."""
+        if point in self.countdown:
+            self.countdown[point] -= 1
+            if self.countdown[point] < 0:
+                del self.countdown[point]
+                self.deaths += 1
+                raise Killed(point)
+
+    def hook(self, owner: object, name: str, before: str = "", after: str = "") -> None:
+        """Die before or after a method of an object."""
+        original = getattr(owner, name)
+
+        def hooked(*args, **options):
+            self.at(before)
+            result = original(*args, **options)
+            self.at(after)
+            return result
+
+        setattr(owner, name, hooked)
+
+    # Producers.
+
+    def start_producer(self, name: str) -> Producer:
+        controller = DataFlowController(
+            open_metadata(self.where["metadata"]), FeatureStore(open_backend(self.where["store"])),
+            clock=lambda: self.now, lease_seconds=10.0, max_tries=5,
+        )  # fmt: skip
+        self.hook(controller.features.backend, "write", "before put", "after put")
+        self.hook(controller, "commit", "before commit", "after commit")
+        self.hook(controller, "lease", "", "after lease")
+        producer = Producer(controller, lambda dtype: self.engine, "f" * 8, name, max_prompts=3)
+        controller.release(name)
+        return producer
+
+    def produce(self, seconds: float) -> None:
+        """What happens while the trainer waits: time passes, and one of the producers works."""
+        self.now += 1.0
+        at = self.random.randrange(len(self.producers))
+        producer = self.producers[at]
+        try:
+            producer.once()
+        except Killed:
+            again = producer.owner if self.random.random() < 0.5 else f"{producer.owner}x"
+            self.producers[at] = self.start_producer(again)
+        except UserError:  # a full disk: the process ends in good order, and is started again
+            producer.controller.release(producer.owner)
+            self.producers[at] = self.start_producer(producer.owner)
+        for event in self.events:
+            event()
+
+    # The trainer.
+
+    def train(self) -> torch.Tensor:
+        """Train to the end, restarting after every death; returns the weights."""
+        self.producers = [self.start_producer(f"p{i}") for i in range(2)]
+        for _ in range(10):
+            try:
+                return self._attempt()
+            except Killed:
+                self.now += self.random.choice([0.0, 5.0, 30.0])
+        raise AssertionError("it dies again and again")
+
+    def _attempt(self) -> torch.Tensor:
+        data, trainer = self._start()
+        ledger, loader = SampleLedger(), data.train_dataloader()
+        trainer.train_dataloader = loader
+        trainer.num_training_batches = len(loader)
+        weights = torch.zeros(HIDDEN, dtype=torch.float64)
+        checkpoint = self.folder / "last.ckpt"
+        if checkpoint.exists():
+            saved = json.loads(checkpoint.read_text())
+            trainer.global_step, weights = saved["step"], torch.tensor(saved["weights"], dtype=torch.float64)
+            loader.load_state_dict(saved["loader"])
+            self.history = [(step, key) for step, key in self.history if step <= saved["step"]]
+        else:
+            self.history = []
+        ledger.on_train_start(trainer, None)
+        gradient, window = torch.zeros_like(weights), []
+        while trainer.global_step < STEPS:
+            for batch in loader:
+                ledger.on_train_batch_start(trainer, None, batch, 0)
+                features = batch.features["last_hidden_states"].double()
+                gradient = gradient + (features * batch.loss_mask[:, None]).sum(0)
+                window += [(batch.cursor["epoch"], name) for name in batch.sample_ids]
+                if batch.cursor["batch"] % ACCUMULATE == 0 or batch.cursor["batch"] == len(loader):
+                    self.at("mid-step")
+                    weights = weights * 0.9 + gradient * (1 + trainer.global_step)
+                    trainer.global_step += 1
+                    self.history += [(trainer.global_step, key) for key in window]
+                    gradient, window = torch.zeros_like(weights), []
+                    self.at("step done")
+                loader.acknowledge(batch)
+                ledger.on_train_batch_end(trainer, None, None, batch, 0)
+                self.at("step recorded")
+                if not window and trainer.global_step % EVERY == 0:
+                    state = {
+                        "step": trainer.global_step,
+                        "weights": weights.tolist(),
+                        "loader": loader.state_dict(),
+                    }
+                    write_file(checkpoint, json.dumps(state))
+                    self.at("checkpoint complete")
+                    ledger.saved(trainer)
+                    self.at("checkpoint durable")
+        data.teardown("fit")
+        return weights
+
+    def _start(self) -> tuple[DisaggregatedDataModule, SimpleNamespace]:
+        data = DisaggregatedDataModule(
+            str(self.folder / "prompts"), **self.where, batch_size=BATCH, dtype="float32", prefetch=0,
+            max_samples=self.max_samples, retain=self.retain, lease_seconds=10.0, max_tries=5, low_water=1.0,
+            bad_samples=self.bad_samples,
+        )  # fmt: skip
+        spec = StrategySpec("any", CapturePolicy(()), ("last_hidden_states",), 1, 1)
+        target = SimpleNamespace(name="tiny", fingerprint="f" * 8, hidden_size=HIDDEN)
+        trainer = SimpleNamespace(
+            global_rank=0, world_size=1, is_global_zero=True, global_step=0, max_steps=STEPS, max_epochs=None,
+            accumulate_grad_batches=ACCUMULATE, log_every_n_steps=10**9, datamodule=data,
+            lightning_module=SimpleNamespace(spec=spec, target=target),
+            strategy=SimpleNamespace(barrier=lambda name: None, root_device=torch.device("cpu")),
+        )  # fmt: skip
+        data.trainer = trainer
+        data.setup("fit")
+        controller, stream = data._controller, data._splits["train"][1]
+        controller.clock, stream._wait = lambda: self.now, self.produce
+        self.hook(controller, "rewind", "", "rewound")
+        self.hook(controller, "forget", "before forgetting", "forgotten")
+        self.hook(controller, "deliver", "", "delivered")
+        self.hook(controller.metadata, "mark_trained", "", "marked trained")
+        self.hook(controller.metadata, "mark_durable", "", "marked durable")
+        self.hook(controller.features, "discard", "", "discarded")
+        return data, trainer
+
+    def check(
+        self, weights: torch.Tensor, expected: torch.Tensor, durable: int | None = EPOCHS * SAMPLES
+    ) -> None:
+        """The weights are right, each epoch trained every sample once, and nothing is left."""
+        assert torch.equal(weights, expected)
+        times = Counter(key for _, key in self.history)
+        names = {name for _, name in times}
+        assert times == {(epoch, name): 1 for epoch in range(EPOCHS) for name in names}
+        assert len(names) == SAMPLES
+        while any([producer.once() for producer in self.producers]):  # nobody has anything more to do
+            pass
+        controller = self.producers[0].controller
+        counts = controller.counts()
+        if durable is not None:
+            assert counts == {**dict.fromkeys(STATES, 0), DURABLE: durable}
+        assert not any(counts[state] for state in STATES if state != DURABLE)
+        controller.remove_orphans()
+        assert controller.features.backend.stored() == []
+        assert controller.features.stat().leases == 0
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> torch.Tensor:
+    """The weights of the undisturbed run."""
+    world = World(tmp_path_factory.mktemp("undisturbed"))
+    weights = world.train()
+    world.check(weights, weights)
+    assert len({json.dumps(key) for _, key in world.history}) == EPOCHS * SAMPLES
+    return weights
+
+
+@pytest.fixture
+def dying(monkeypatch) -> list[World]:
+    """These worlds may die between writing a file and renaming it. No host dies, so nothing need reach the disk."""
+    worlds: list[World] = []
+    replace = os.replace
+
+    def rename(source, target, **options):
+        for world in worlds:
+            world.at("mid-checkpoint" if str(target).endswith(".ckpt") else "mid-put")
+        return replace(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    return worlds
+
+
+PRODUCER = ["after lease", "before put", "mid-put", "after put", "before commit", "after commit"]
+TRAINER = [
+    "delivered", "mid-step", "step done", "marked trained", "step recorded", "mid-checkpoint", "checkpoint complete",
+    "marked durable", "discarded", "checkpoint durable", "rewound", "before forgetting", "forgotten",
+]  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """More seeds: `pytest -m faults --fault-seeds 50`."""
+    if "fault_seed" in metafunc.fixturenames:
+        many = 4 if "point" not in metafunc.fixturenames else 1
+        metafunc.parametrize("fault_seed", range(many * metafunc.config.getoption("--fault-seeds")))
+
+
+@pytest.mark.parametrize("point", PRODUCER + TRAINER)
+def test_a_kill_at_any_point_changes_nothing(tmp_path, expected, dying, point, fault_seed):
+    world = World(tmp_path, fault_seed, retain=("until_durable", "until_trained")[fault_seed % 2])
+    dying.append(world)
+    first = point in ("rewound", "before forgetting", "forgotten")  # happens once a start
+    few = "checkpoint" in point or point == "marked durable"
+    world.countdown = {point: 0 if first else world.random.randrange(3 if few else 6)}
+    weights = world.train()
+    assert world.producers[0].controller.remove_orphans() == 0  # the next checkpoint removed them
+    world.check(weights, expected)
+    assert world.deaths == 1
+
+
+def test_kills_upon_kills_change_nothing(tmp_path, expected, dying, fault_seed):
+    room, retain = (5, 8, 100)[fault_seed % 3], ("until_durable", "until_trained")[fault_seed % 2]
+    world = World(tmp_path, fault_seed, room, retain)
+    dying.append(world)
+    points = world.random.sample(PRODUCER + TRAINER, 6)
+    world.countdown = {point: world.random.randrange(8) for point in points}
+    world.check(world.train(), expected)
+    assert world.deaths
+
+
+def stored_files(world: World) -> list[Path]:
+    return sorted(Path(world.where["store"]).rglob("*.safetensors"))
+
+
+def cut_off(path: Path) -> None:
+    rewrite(path, path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1 - len(content) // 4] ^= 16
+    rewrite(path, bytes(content))
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """As another file: who has the old one mapped keeps it."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "damage", [cut_off, flip_a_bit, Path.unlink], ids=["cut off", "bit flipped", "deleted"]
+)
+def test_damaged_features_are_produced_again(tmp_path, expected, dying, damage, seed):
+    world = World(tmp_path, seed)
+    damaged: list[Path] = []
+
+    def strike() -> None:
+        files = stored_files(world)
+        if files and len(damaged) < 4 and world.random.random() < 0.3:
+            damaged.append(world.random.choice(files))
+            damage(damaged[-1])
+
+    world.events.append(strike)
+    world.check(world.train(), expected)
+    assert damaged
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_full_disk_stops_producers_in_good_order(tmp_path, expected, dying, monkeypatch, seed):
+    from specforge.runtime.data_plane import shared_dir
+
+    world, write, refused = World(tmp_path, seed), shared_dir.write_flat, []
+
+    def write_flat(path, tensors, *, sync):
+        if world.random.random() < 0.2:
+            path.write_bytes(b"what still fitted")
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        write(path, tensors, sync=sync)
+
+    monkeypatch.setattr(shared_dir, "write_flat", write_flat)
+    world.check(world.train(), expected)
+    assert refused
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_producer_started_twice(tmp_path, expected, dying, seed):
+    """Under one name, they give each other's prompts back and produce some twice."""
+    world = World(tmp_path, seed)
+    started: list[str] = []
+
+    def start_again() -> None:
+        if len(started) < 5 and world.random.random() < 0.3:
+            started.append("p0")
+            world.producers[world.random.randrange(2)] = world.start_producer("p0")
+            leased = world.producers[0].controller.lease("p0", 2)  # one that hangs with prompts in hand
+            world.now += world.random.choice([0.0, 20.0])
+            assert len(leased) <= 2
+
+    world.events.append(start_again)
+    world.check(world.train(), expected)
+    assert started
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
+    """A producer that was taken for dead puts and commits after all, each sample once more."""
+    world = World(tmp_path, seed)
+    late: list[str] = []
+
+    def again() -> None:
+        waiting = list(world.producers[0].controller.metadata.entries((COMMITTED, DELIVERED, TRAINED)))
+        if waiting and world.random.random() < 0.5:
+            entry = world.random.choice(waiting)
+            ref = load_ref(entry.ref)
+            if not world.producers[0].controller.features.holds(ref):
+                return
+            twin = world.start_producer("twin").controller  # with a store of its own
+            twin.features.adopt([ref])
+            with twin.features.get(ref) as tensors:
+                copies = {name: x.clone() for name, x in tensors.items()}
+            twin.features.disown([ref])
+            copy = twin.features.put(
+                ref.sample_id, copies, num_supervised=ref.num_supervised, source="", provenance=ref.provenance
+            )
+            assert twin.commit([(entry.key, copy)]) == [False]
+            late.append(entry.key)
+
+    world.events.append(again)
+    world.check(world.train(), expected)
+    assert late
+
+
+@pytest.mark.parametrize("jump", [1e6, -1e6, 11.0])
+def test_clocks_jump(tmp_path, expected, dying, jump):
+    world = World(tmp_path, 1)
+    world.countdown = {"after lease": 2}
+    jumps = iter([jump, 0.0, -jump, 20.0, 1e7])
+
+    def step() -> None:
+        world.now += next(jumps, 0.0)
+
+    world.events.append(step)
+    world.check(world.train(), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_metadata_store_that_is_emptied_is_refused_and_loses_nothing(tmp_path, expected, dying, seed):
+    world = World(tmp_path, seed)
+    emptied: list[int] = []
+
+    def empty() -> None:
+        controller = world.producers[0].controller
+        if not emptied and len(world.history) > 8 + seed:
+            emptied.append(len(world.history))
+            controller.metadata.forget([entry.key for entry in controller.metadata.entries(STATES)])
+
+    world.events.append(empty)
+    with pytest.raises(UserError, match="resume with --ckpt_path last"):
+        world.train()
+    assert emptied
+    world.check(world.train(), expected, durable=None)
+
+
+def test_prompts_that_no_target_can_do_are_named_and_left_out_by_policy(tmp_path, dying):
+    world = World(tmp_path)
+    bad = prompt(3)
+
+    class Broken(Engine):
+        def capture(self, input_ids, policy):
+            (features,) = super().capture(input_ids, policy)
+            if tuple(input_ids[0]) == bad.input_ids:
+                features["last_hidden_states"][0, 0] = float("nan")
+            return [features]
+
+    world.engine = Broken()
+    with pytest.raises(UserError, match=r"last_hidden_states holds NaN or infinity \(from line 3\)"):
+        world.train()
+    (letter,) = world.producers[0].controller.dead_letters()
+    assert letter.tries == 5
+    world.bad_samples = "skip"
+    world.train()
+    names = {name for _, (_, name) in world.history}
+    assert len(names) == SAMPLES - 1
+    assert letter.key.rpartition("@")[0] not in names
