@@ -19,6 +19,7 @@ from specforge.cli import main
 from specforge.contracts import TrainBatch
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, producers
 from tests.runtime.control_plane.redis_server import PASSWORD, redis_server
+from tests.runtime.data_plane.mooncake_store import mooncake_store, needs_mooncake
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe
 
@@ -173,6 +174,18 @@ def where(request, tmp_path) -> Iterator[dict[str, str]]:
     with redis_server(tmp_path, "--requirepass", PASSWORD) as port:
         url = f"redis://127.0.0.1:{port}/0?password_file={tmp_path / 'password'}#{tmp_path.name}"
         yield {"store": str(tmp_path / "store"), "metadata": url}
+
+
+@needs_mooncake
+def test_disaggregated_over_mooncake_is_offline_bit_for_bit(target, prompts, tmp_path, offline_run):
+    with mooncake_store() as (address, _):
+        where = places(tmp_path) | {"store": address}
+        with producers(target, where, 2):
+            run = fit(disaggregated(target, prompts, tmp_path / "run", where))
+        assert losses(run) == losses(offline_run)
+        assert validations(run) == validations(offline_run)
+        assert_same_weights(run, offline_run)
+        assert_nothing_is_left(where, trained=18 * 4)
 
 
 @pytest.mark.parametrize(
