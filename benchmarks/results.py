@@ -220,7 +220,7 @@ plain decoding in the same process.
 """
 
 
-def page(content: dict[str, Any], command: str) -> str:
+def page(content: dict[str, Any], command: str, note: str = "") -> str:
     """The table in Markdown."""
     run, training = content["run"], content["training"]
     gpu = any("peak_gpu_mib" in cost for cost in training.values())
@@ -230,7 +230,7 @@ def page(content: dict[str, Any], command: str) -> str:
         "offline τ", "acceptance by position", "tok/s", "speed-up", "lossless",
     )  # fmt: skip
     sampling = "greedy" if run["temperature"] == 0 else f"temperature {run['temperature']}"
-    how = _HOW + (_SPEED if run["speed_prompts"] else "")
+    how = _HOW + (_SPEED if run["speed_prompts"] else "") + note
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
         "# Results", "",
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=ROOT / "docs", help="folder of the page and its figures"
     )
     parser.add_argument("--name", default="results", help="name of the page, without .md")
+    parser.add_argument("--note", default="", help="what else the page should say")
     parser.add_argument("--batch_size", type=int, help="documents a step, in place of the recipes'")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the rows")
     parser.add_argument("--gamma", type=int, default=4)
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     # Where things lie does not belong in the page.
     given = {k: v for k, v in vars(options).items() if isinstance(v, int) and v != parser.get_default(k)}
     command = " ".join(["python -m benchmarks.results", *(f"--{k} {v}" for k, v in given.items())])
-    (options.output / f"{options.name}.md").write_text(page(content, command))
+    (options.output / f"{options.name}.md").write_text(page(content, command, options.note))
     print(f"wrote {options.output / f'{options.name}.md'}")
     return 1 if failed else 0
 
