@@ -177,9 +177,9 @@ def where(request, tmp_path) -> Iterator[dict[str, str]]:
 
 
 @needs_mooncake
-def test_disaggregated_over_mooncake_is_offline_bit_for_bit(target, prompts, tmp_path, offline_run):
+def test_disaggregated_over_mooncake_is_offline_bit_for_bit(target, prompts, tmp_path, offline_run, where):
     with mooncake_store() as (address, _):
-        where = places(tmp_path) | {"store": address}
+        where = where | {"store": address}
         with producers(target, where, 2):
             run = fit(disaggregated(target, prompts, tmp_path / "run", where))
         assert losses(run) == losses(offline_run)

@@ -1,0 +1,97 @@
+"""A training step on features from disk, from the target in the same process, and from a producer in another.
+
+    python -m benchmarks.data_paths
+
+The quickstart's recipe with a longer unroll, so that one producer on a core of its own keeps up with the trainer on
+another. Needs the target, prompts and features of the quickstart. Median wall time a step of whole runs, taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from benchmarks.results import CLOCK, ROOT, specforge
+
+
+def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
+    """The recipe of one path."""
+    content = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    content["trainer"] |= {
+        "max_steps": options.steps, "limit_val_batches": 0, "default_root_dir": str(folder), "devices": 1,
+        "accelerator": "cpu", "enable_progress_bar": False,
+    }  # fmt: skip
+    content["model"]["init_args"] |= {"steps": options.unroll, "target": str(options.target)}
+    prompts = str(options.quickstart / "prompts")
+    content["data"] = {
+        "offline": {"class_path": "OfflineDataModule", "init_args": {
+            "batch_size": 4, "features": str(options.quickstart / "features")}},
+        "online": {"class_path": "OnlineDataModule", "init_args": {"batch_size": 4, "prompts": prompts}},
+        "disaggregated": {"class_path": "DisaggregatedDataModule", "init_args": {
+            "batch_size": 4, "prompts": prompts, **places(folder)}},
+    }[path]  # fmt: skip
+    written = folder / "recipe.yaml"
+    written.write_text(yaml.safe_dump(content))
+    return written
+
+
+def places(folder: Path) -> dict[str, str]:
+    """Where a disaggregated run meets."""
+    return {"store": str(folder / "store"), "metadata": str(folder / "metadata.db")}
+
+
+def seconds_per_step(path: str, options: argparse.Namespace) -> float:
+    """Wall time of a step in a run of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = [word for key, value in places(folder).items() for word in (f"--{key}", value)]
+        producer = None
+        if path == "disaggregated":
+            command = [sys.executable, "-m", "specforge.cli", "produce", "--target", options.target, *words]
+            producer = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+        try:
+            specforge(
+                "fit", "--config", config(path, folder, options),
+                "--trainer.callbacks+=benchmarks.results.StepClock",
+                "--trainer.callbacks.skip", options.skip,
+            )  # fmt: skip
+            return float(json.loads((folder / CLOCK).read_text())["seconds_per_step"])
+        finally:
+            if producer is not None:
+                producer.terminate()
+                producer.wait()
+
+
+def main() -> None:
+    """Measure in turn and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--skip", type=int, default=10, help="steps that fill what is fetched ahead")
+    parser.add_argument("--unroll", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found: dict[str, list[float]] = {"offline": [], "online": [], "disaggregated": []}
+    for _ in range(options.repeats):
+        for path, values in found.items():
+            values.append(seconds_per_step(path, options))
+    base = statistics.median(found["offline"])
+    for path, values in found.items():
+        step = statistics.median(values)
+        print(f"{path:14} {step:.3f} s a step, {step / base - 1:+.1%} of offline")
+
+
+if __name__ == "__main__":
+    main()
