@@ -51,7 +51,7 @@ class MTPModule(DraftModule):
     """
 
     algorithm: ClassVar[str] = "mtp"
-    architectures: ClassVar[tuple[str, ...]] = ("MTPDraft",)
+    architectures: ClassVar[tuple[str, ...]] = ("MTPDraft", "DeepseekMTPDraft")
     export_format: ClassVar[DraftFormat] = MTPFormat()
     draft: MTPDraft
 
@@ -114,10 +114,13 @@ class MTPModule(DraftModule):
         config, family = target.config, mtp_family(target)
         heads = int(config["num_attention_heads"])
         keep = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
+        latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        is_latent = config.get("kv_lora_rank") is not None
         names = set(target.weight_files)
         return {
-            "architectures": ["MTPDraft"],
-            "model_type": "llama",
+            "architectures": ["DeepseekMTPDraft" if is_latent else "MTPDraft"],
+            "model_type": "deepseek_v3" if is_latent else "llama",
+            **({key: config.get(key) for key in latent} if is_latent else {}),
             "hidden_size": target.hidden_size,
             "intermediate_size": config["intermediate_size"],
             "num_attention_heads": heads,

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.lightning_modules.eagle3_reference import rms_norm, rotate
+from tests.lightning_modules.eagle3_reference import rms_norm, rotate, rotate_pairs
 
 
 class MTPReference:
@@ -32,11 +32,17 @@ class MTPReference:
             heads = [rms_norm(h, norm, self.config.rms_norm_eps) for h in heads]
         return [rotate(h, position, self.config.rope_parameters["rope_theta"]) for h in heads]
 
+    def heads(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Queries, keys and values of one row."""
+        return (
+            self.project("q", x, position), self.project("k", x, position), self.project("v", x, position),
+        )  # fmt: skip
+
     def states(self, tokens: Tensor, last: Tensor, steps: int) -> list[dict[int, Tensor]]:
         """Normed state of every row at every step."""
         c, w, eps = self.config, self.w, self.config.rms_norm_eps
         hidden = {p: last[p] for p in range(len(tokens))}
-        seen: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        seen: dict[tuple[int, int], list[list[Tensor]]] = {}
         out: list[dict[int, Tensor]] = []
         group = c.num_attention_heads // c.num_key_value_heads
         for step in range(steps):
@@ -47,15 +53,14 @@ class MTPReference:
                     [embed, rms_norm(hidden[p], w["hidden_norm.weight"], eps)]
                 )
                 x = rms_norm(inputs[p], w["layer.input_layernorm.weight"], eps)
-                queries[p] = self.project("q", x, p + step)
-                seen[step, p] = self.project("k", x, p + step), self.project("v", x, p + step)
+                queries[p], *seen[step, p] = self.heads(x, p + step)
             out.append({})
             for p, x in inputs.items():
                 rows = [seen[0, j] for j in range(p + 1)] + [seen[s, p] for s in range(1, step + 1)]
                 heads = []
                 for h in range(c.num_attention_heads):
                     scores = torch.stack([queries[p][h] @ key[h // group] for key, _ in rows])
-                    probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
+                    probs = torch.softmax(scores / math.sqrt(len(queries[p][h])), 0)
                     heads.append(
                         sum(a * value[h // group] for a, (_, value) in zip(probs, rows, strict=True))
                     )
@@ -94,3 +99,23 @@ class MTPReference:
                 }[loss]
                 total = total + beta**step / sum(beta**j for j in range(steps)) * row
         return total, int(mask[2:].sum()), hits, rows
+
+
+class LatentMTPReference(MTPReference):
+    """With multi-head latent attention as arXiv 2405.04434, equations 37 to 47, has it."""
+
+    def heads(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        c, eps, theta = self.config, self.config.rms_norm_eps, self.config.rope_parameters["rope_theta"]
+        w = {n.removeprefix("layer.self_attn."): t for n, t in self.w.items()}
+        nope, rank = c.qk_nope_head_dim, c.kv_lora_rank
+        latent_q = rms_norm(w["q_a_proj.weight"] @ x, w["q_a_layernorm.weight"], eps)
+        compressed = w["kv_a_proj_with_mqa.weight"] @ x
+        latent = rms_norm(compressed[:rank], w["kv_a_layernorm.weight"], eps)
+        shared = rotate_pairs(compressed[rank:], position, theta)
+        queries, keys, values = [], [], []
+        for h in (w["q_b_proj.weight"] @ latent_q).chunk(c.num_attention_heads):
+            queries.append(torch.cat([h[:nope], rotate_pairs(h[nope:], position, theta)]))
+        for h in (w["kv_b_proj.weight"] @ latent).chunk(c.num_attention_heads):
+            keys.append(torch.cat([h[:nope], shared]))
+            values.append(h[nope:])
+        return queries, keys, values

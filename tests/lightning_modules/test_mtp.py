@@ -18,13 +18,17 @@ from specforge.errors import UserError
 from specforge.export.mtp import mtp_tensors
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
-from tests.lightning_modules.mtp_reference import MTPReference
+from tests.lightning_modules.mtp_reference import LatentMTPReference, MTPReference
 from tests.lightning_modules.test_eagle3 import V, make_head, pack, run, same, small_target
 from tests.lightning_modules.test_heads import documents_of, mask_prompts
 
 __all__ = ["small_target"]
 
 H, STEPS = 16, 3
+LATENT = {
+    "architectures": ["DeepseekMTPDraft"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 
 
@@ -51,6 +55,8 @@ def make_module(target: Path, draft_vocab: int = 20, config: dict | None = None,
         ({"step_decay": 1.0}, V, {"qk_norm": True}, 1.0),
         ({"loss": "kl", "chunk": 3}, 20, {"attention_bias": True}, 0.6),
         ({"loss": "lk_alpha"}, 20, {"qk_norm": True, "attention_bias": True, "norm_output": False}, 0.6),
+        ({}, 20, LATENT, 0.6),
+        ({"loss": "kl", "label": "target", "chunk": 2}, 20, {**LATENT, "norm_output": False}, 0.6),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
@@ -65,7 +71,8 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
         for name, x in module.draft.state_dict().items()
     }
     module.draft.config.norm_output = config.get("norm_output", True)
-    reference = MTPReference(weights, module.draft.config, head.embedding, head.lm_head)
+    definition = LatentMTPReference if "kv_lora_rank" in config else MTPReference
+    reference = definition(weights, module.draft.config, head.embedding, head.lm_head)
     parts = [
         reference.document(
             d.input_ids, d.loss_mask, d.features[LAST_HIDDEN_STATES], steps=STEPS,
@@ -86,8 +93,9 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_is_one_by_one(small_target, masked):
-    module, head = make_module(small_target, config={"qk_norm": True}), make_head()
+@pytest.mark.parametrize("config", [{"qk_norm": True}, LATENT], ids=["qwen3", "latent"])
+def test_packed_is_one_by_one(small_target, config, masked):
+    module, head = make_module(small_target, config=config), make_head()
     documents = documents_of((8, 3, 11, 5), share=1.0)
     if masked:
         mask_prompts(documents)

@@ -26,7 +26,7 @@ from specforge.modeling.layers.rope import apply_rope
 
 
 class LatentAttention(Eagle3Attention):
-    """Multi-head latent attention over the doubled input.
+    """Multi-head latent attention over ``input_parts`` times H columns: EAGLE-3's doubled input.
 
     A head is ``[rotary, other]`` inside, where checkpoints have ``[other, rotary]``, and the rotary pairs
     ``(2i, 2i + 1)`` of checkpoints become ``(i, i + r/2)``; scores do not notice, if keys and queries agree.
@@ -38,6 +38,8 @@ class LatentAttention(Eagle3Attention):
         ValueError: there is no ``q_lora_rank``, or ``v_head_dim`` is larger than a key's head.
     """
 
+    input_parts: ClassVar[int] = 2
+
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         if not config.q_lora_rank:
@@ -48,7 +50,7 @@ class LatentAttention(Eagle3Attention):
         if self.value_dim > self.head_dim:
             raise ValueError(f"v_head_dim is {self.value_dim}, more than a key's {self.head_dim}")
         self.query_width, self.rank = config.q_lora_rank, config.kv_lora_rank
-        width = 2 * config.hidden_size
+        width = self.input_parts * config.hidden_size
         self.q_a_proj = nn.Linear(width, self.query_width, bias=False)
         self.q_a_layernorm = RMSNorm(self.query_width, eps)
         self.q_b_proj = nn.Linear(self.query_width, self.heads * self.head_dim, bias=False)
@@ -59,7 +61,7 @@ class LatentAttention(Eagle3Attention):
         self._scale = _yarn_scale(config)
 
     def inputs(self) -> list[nn.Linear]:
-        """The two projections of the doubled input."""
+        """The two projections of the layer's input."""
         return [self.q_a_proj, self.kv_a_proj_with_mqa]
 
     def more(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -9,7 +9,8 @@ Shape legend: N tokens, R query rows, T steps, H hidden size, D draft vocabulary
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ from specforge.modeling.layers.rope import RotaryTable, apply_rope
 from specforge.target_files import TargetFiles
 
 
-class _Weights(NamedTuple):
+class MTPWeights(NamedTuple):
     """The matrices in the compute dtype, fused; made once and used by all T steps."""
 
     embed: Tensor
     hidden: Tensor
     qkv: Tensor
     bias: Tensor | None
+    more: tuple[Tensor, ...]
     out: Tensor
     gate_up: Tensor
     down: Tensor
@@ -44,7 +46,7 @@ class MTPAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.head_dim = self.value_dim = config.head_dim
         hidden, bias = config.hidden_size, bool(config.attention_bias)
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
@@ -68,11 +70,13 @@ def _norm_heads(x: Tensor, norm: RMSNorm | None) -> Tensor:
 class MTPLayer(nn.Module):
     """A decoder layer under the names of Llama and Qwen."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    self_attn: Any
+
+    def __init__(self, config: LlamaConfig, attention: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MTPAttention(config)
+        self.self_attn = attention
         self.mlp = SwiGLUMLP(config)
 
 
@@ -86,6 +90,9 @@ class MTPDraft(Draft):
             FastMTP do; DeepSeek feeds back the output before the norm).
     """
 
+    form: ClassVar[str] = "a Llama or Qwen3 layer"
+    attention: ClassVar[type[nn.Module]] = MTPAttention
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         if config.num_hidden_layers != 1:
@@ -94,7 +101,7 @@ class MTPDraft(Draft):
         self.norm_output = bool(getattr(config, "norm_output", True))
         self.embed_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.proj = nn.Linear(2 * size, size, bias=False)
-        self.layer = MTPLayer(config)
+        self.layer = MTPLayer(config, self.attention(config))
         self.norm = RMSNorm(size, eps)
         self.rotary = RotaryTable(config)
 
@@ -103,12 +110,12 @@ class MTPDraft(Draft):
         """Copy tensors by their names here.
 
         Raises:
-            UserError: one has no place, or another shape: the layer is not Llama's or Qwen3's.
+            UserError: one has no place, or another shape: the layer is of another form.
         """
         own = dict(self.named_parameters())
         for name in sorted(set(tensors) ^ set(own)):
             lack = "has no place in" if name in tensors else "is missing for"
-            raise UserError(f"{what}: {name} {lack} a Llama or Qwen3 layer of this draft config")
+            raise UserError(f"{what}: {name} {lack} {self.form} of this draft config")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
                 raise UserError(
@@ -134,28 +141,35 @@ class MTPDraft(Draft):
         passing = torch.cat([torch.randn(size, size) * 0.002, torch.eye(size)], dim=1)
         self.start_from({**tensors, "proj.weight": passing}, f"{target.name}: its last layer")
 
-    def weights(self, dtype: torch.dtype) -> _Weights:
+    def weights(self, dtype: torch.dtype) -> MTPWeights:
         """Cast and fuse the matrices."""
-        attn, mlp = self.layer.self_attn, self.layer.mlp
-        inputs = (attn.q_proj, attn.k_proj, attn.v_proj)
+        attn = self.layer.self_attn
+        return self.fuse_weights((attn.q_proj, attn.k_proj, attn.v_proj), (), dtype)
+
+    def fuse_weights(
+        self, inputs: Iterable[nn.Linear], more: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> MTPWeights:
+        """The matrices, of an attention with these projections of the layer's input and ``more`` behind them."""
+        mlp, biases = self.layer.mlp, [p.bias.to(dtype) for p in inputs if p.bias is not None]
         embed, hidden = self.proj.weight.to(dtype).chunk(2, dim=1)
-        return _Weights(
+        return MTPWeights(
             embed=embed,
             hidden=hidden,
             qkv=torch.cat([p.weight.to(dtype) for p in inputs]),
-            bias=None if attn.q_proj.bias is None else torch.cat([p.bias.to(dtype) for p in inputs]),
-            out=attn.o_proj.weight.to(dtype),
+            bias=torch.cat(biases) if biases else None,
+            more=more,
+            out=self.layer.self_attn.o_proj.weight.to(dtype),
             gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
             down=mlp.down_proj.weight.to(dtype),
         )
 
-    def heads(self, x: Tensor, w: _Weights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, w: MTPWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of ``x [R, H]``, positions applied."""
         qkv = self.layer.input_layernorm.linear(x, w.qkv)
         query, key, value = self.layer.self_attn.split(qkv if w.bias is None else qkv + w.bias)
         return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
 
-    def finish(self, x: Tensor, attention: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
+    def finish(self, x: Tensor, attention: Tensor, w: MTPWeights) -> tuple[Tensor, Tensor]:
         """Output projection, residual and MLP of ``x [R, H]``; the normed state, and the one to feed back."""
         x = x + F.linear(attention.flatten(1), w.out)
         x = self.layer.post_attention_layernorm.mlp(x, w.gate_up, w.down)
@@ -226,8 +240,10 @@ class MTPDecoder:
         self.rows = 0
         self._cos, self._sin = self.draft.rotary(0, self.device)
         attn = self.draft.layer.self_attn
-        empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
-        self._keys, self._values = empty, empty
+        self._keys, self._values = (
+            torch.empty(0, attn.kv_heads, size, dtype=self.dtype, device=self.device)
+            for size in (attn.head_dim, attn.value_dim)
+        )
 
     def crop(self, rows: int) -> None:
         """Keep the first ``rows`` rows."""
