@@ -114,13 +114,18 @@ class MTPModule(DraftModule):
         config, family = target.config, mtp_family(target)
         heads = int(config["num_attention_heads"])
         keep = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
-        latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        latent = (
+            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+            "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group",
+            "norm_topk_prob", "routed_scaling_factor",
+        )  # fmt: skip
         is_latent = config.get("kv_lora_rank") is not None
         names = set(target.weight_files)
         return {
             "architectures": ["DeepseekMTPDraft" if is_latent else "MTPDraft"],
             "model_type": "deepseek_v3" if is_latent else "llama",
-            **({key: config.get(key) for key in latent} if is_latent else {}),
+            **({key: config[key] for key in latent if key in config} if is_latent else {}),
+            "moe": family is not None and f"{family.prefix}mlp.gate.weight" in names,
             "hidden_size": target.hidden_size,
             "intermediate_size": config["intermediate_size"],
             "num_attention_heads": heads,

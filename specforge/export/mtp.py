@@ -21,6 +21,7 @@ from specforge.export.checks import check_tensors
 from specforge.export.format import DTYPES, DraftFormat
 from specforge.files import disk_error
 from specforge.modeling.draft import Draft
+from specforge.modeling.draft.mtp import MTPDraft
 from specforge.target_files import TargetFiles
 
 
@@ -74,7 +75,7 @@ def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
     """The target's MTP module under SpecForge's names.
 
     Raises:
-        UserError: the target has none.
+        UserError: the target has none, or has it in 8 bits.
     """
     family = require_mtp(target)
     found: dict[str, Tensor] = {}
@@ -82,6 +83,10 @@ def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
         name = full.removeprefix(family.prefix)
         if name == full or name in family.skipped:
             continue
+        if name.endswith("_scale_inv"):
+            raise UserError(
+                f"{target.name}: {full} scales 8-bit weights, which are not read; use a bfloat16 copy of the target"
+            )
         mine = family.names.get(name) or f"layer.{name.removeprefix(family.layer)}"
         found[mine] = (
             _swap(target.tensor(full))
@@ -119,9 +124,10 @@ class MTPFormat(DraftFormat):
             UserError: the target has no MTP weights or none of some tensor's name, the draft is not trained or
                 damaged, or the folder exists.
         """
+        assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
-        state = {n: x.detach().cpu().to(DTYPES[dtype]) for n, x in draft.named_parameters()}
+        state = draft.module_tensors(DTYPES[dtype])
         if family.hidden_first:
             state["proj.weight"] = _swap(state["proj.weight"])
         theirs = {mine: family.prefix + name for name, mine in family.names.items()}

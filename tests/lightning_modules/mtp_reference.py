@@ -13,6 +13,10 @@ from torch import Tensor
 from tests.lightning_modules.eagle3_reference import rms_norm, rotate, rotate_pairs
 
 
+def swiglu(y: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return down @ ((gate @ y) * torch.sigmoid(gate @ y) * (up @ y))
+
+
 class MTPReference:
     def __init__(self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor) -> None:
         self.w, self.config, self.embedding, self.lm_head = weights, config, embedding, lm_head
@@ -37,6 +41,11 @@ class MTPReference:
         return (
             self.project("q", x, position), self.project("k", x, position), self.project("v", x, position),
         )  # fmt: skip
+
+    def mlp(self, y: Tensor) -> Tensor:
+        """The MLP of one row."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        return swiglu(y, *(self.w[f"layer.mlp.{n}.weight"] for n in names))
 
     def states(self, tokens: Tensor, last: Tensor, steps: int) -> list[dict[int, Tensor]]:
         """Normed state of every row at every step."""
@@ -66,8 +75,7 @@ class MTPReference:
                     )
                 x = x + w["layer.self_attn.o_proj.weight"] @ torch.cat(heads)
                 y = rms_norm(x, w["layer.post_attention_layernorm.weight"], eps)
-                gate, up = w["layer.mlp.gate_proj.weight"] @ y, w["layer.mlp.up_proj.weight"] @ y
-                x = x + w["layer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+                x = x + self.mlp(y)
                 out[step][p] = rms_norm(x, w["norm.weight"], eps)
                 hidden[p] = out[step][p] if c.norm_output else x
         return out
@@ -119,3 +127,23 @@ class LatentMTPReference(MTPReference):
             keys.append(torch.cat([h[:nope], shared]))
             values.append(h[nope:])
         return queries, keys, values
+
+    def mlp(self, y: Tensor) -> Tensor:
+        """A dense MLP, or the experts of arXiv 2412.19437, equations 12 to 16, in groups."""
+        c, w = self.config, {n.removeprefix("layer.mlp."): t for n, t in self.w.items()}
+        if not c.moe:
+            return super().mlp(y)
+        scores = [torch.sigmoid(row @ y) for row in w["gate.weight"]]
+        choice = [float(s) + float(b) for s, b in zip(scores, w["gate.e_score_correction_bias"], strict=True)]
+        size = c.n_routed_experts // c.n_group
+        groups = [range(g * size, (g + 1) * size) for g in range(c.n_group)]
+        groups.sort(key=lambda g: sum(sorted(choice[i] for i in g)[-2:]), reverse=True)
+        allowed = [i for g in groups[: c.topk_group] for i in g]
+        chosen = sorted(allowed, key=lambda i: choice[i], reverse=True)[: c.num_experts_per_tok]
+        total = sum(scores[i] for i in chosen) if c.norm_topk_prob else 1.0
+        out = swiglu(y, *(w[f"shared_experts.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        for i in chosen:
+            gate, up = w["experts.gate_up_proj"][i].chunk(2)
+            weight = c.routed_scaling_factor * scores[i] / total
+            out = out + weight * swiglu(y, gate, up, w["experts.down_proj"][i])
+        return out

@@ -29,6 +29,10 @@ LATENT = {
     "architectures": ["DeepseekMTPDraft"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
     "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
+EXPERTS = {
+    **LATENT, "moe": True, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 6, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 
 
@@ -42,6 +46,9 @@ def make_module(target: Path, draft_vocab: int = 20, config: dict | None = None,
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             torch.nn.init.normal_(parameter, std=0.3)
+    for name, bias in module.draft.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(bias, std=0.2)
     if draft_vocab < V:
         module.draft.set_vocabulary(torch.randperm(V)[:draft_vocab].sort().values)
     return module
@@ -57,6 +64,8 @@ def make_module(target: Path, draft_vocab: int = 20, config: dict | None = None,
         ({"loss": "lk_alpha"}, 20, {"qk_norm": True, "attention_bias": True, "norm_output": False}, 0.6),
         ({}, 20, LATENT, 0.6),
         ({"loss": "kl", "label": "target", "chunk": 2}, 20, {**LATENT, "norm_output": False}, 0.6),
+        ({}, 20, EXPERTS, 0.6),
+        ({}, 20, {**EXPERTS, "norm_topk_prob": False, "norm_output": False}, 0.6),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
@@ -93,7 +102,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("config", [{"qk_norm": True}, LATENT], ids=["qwen3", "latent"])
+@pytest.mark.parametrize("config", [{"qk_norm": True}, LATENT, EXPERTS], ids=["qwen3", "latent", "experts"])
 def test_packed_is_one_by_one(small_target, config, masked):
     module, head = make_module(small_target, config=config), make_head()
     documents = documents_of((8, 3, 11, 5), share=1.0)

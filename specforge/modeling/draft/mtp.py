@@ -36,8 +36,7 @@ class MTPWeights(NamedTuple):
     bias: Tensor | None
     more: tuple[Tensor, ...]
     out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    mlp: dict[str, Tensor]
 
 
 class MTPAttention(nn.Module):
@@ -71,13 +70,14 @@ class MTPLayer(nn.Module):
     """A decoder layer under the names of Llama and Qwen."""
 
     self_attn: Any
+    mlp: Any
 
-    def __init__(self, config: LlamaConfig, attention: nn.Module) -> None:
+    def __init__(self, config: LlamaConfig, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention
-        self.mlp = SwiGLUMLP(config)
+        self.mlp = mlp
 
 
 @register_draft("MTPDraft", config_class=LlamaConfig)
@@ -101,9 +101,18 @@ class MTPDraft(Draft):
         self.norm_output = bool(getattr(config, "norm_output", True))
         self.embed_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.proj = nn.Linear(2 * size, size, bias=False)
-        self.layer = MTPLayer(config, self.attention(config))
+        self.layer = MTPLayer(config, self.attention(config), self.make_mlp(config))
         self.norm = RMSNorm(size, eps)
         self.rotary = RotaryTable(config)
+
+    @staticmethod
+    def make_mlp(config: Any) -> nn.Module:
+        """The layer's MLP."""
+        return SwiGLUMLP(config)
+
+    def module_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What targets keep of the module, as :meth:`start_from` takes it; parameters in ``dtype``, on the CPU."""
+        return {n: x.detach().cpu().to(dtype) for n, x in self.named_parameters()}
 
     @torch.no_grad()
     def start_from(self, tensors: dict[str, Tensor], what: str) -> None:
@@ -112,7 +121,7 @@ class MTPDraft(Draft):
         Raises:
             UserError: one has no place, or another shape: the layer is of another form.
         """
-        own = dict(self.named_parameters())
+        own = {n: x for n, x in self.state_dict().items() if n not in ("d2t", "t2d")}
         for name in sorted(set(tensors) ^ set(own)):
             lack = "has no place in" if name in tensors else "is missing for"
             raise UserError(f"{what}: {name} {lack} {self.form} of this draft config")
@@ -150,7 +159,7 @@ class MTPDraft(Draft):
         self, inputs: Iterable[nn.Linear], more: tuple[Tensor, ...], dtype: torch.dtype
     ) -> MTPWeights:
         """The matrices, of an attention with these projections of the layer's input and ``more`` behind them."""
-        mlp, biases = self.layer.mlp, [p.bias.to(dtype) for p in inputs if p.bias is not None]
+        biases = [p.bias.to(dtype) for p in inputs if p.bias is not None]
         embed, hidden = self.proj.weight.to(dtype).chunk(2, dim=1)
         return MTPWeights(
             embed=embed,
@@ -159,9 +168,18 @@ class MTPDraft(Draft):
             bias=torch.cat(biases) if biases else None,
             more=more,
             out=self.layer.self_attn.o_proj.weight.to(dtype),
-            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
-            down=mlp.down_proj.weight.to(dtype),
+            mlp=self.mlp_weights(dtype),
         )
+
+    def mlp_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The MLP's matrices in the compute dtype."""
+        mlp = self.layer.mlp
+        gate_up = torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)])
+        return {"gate_up": gate_up, "down": mlp.down_proj.weight.to(dtype)}
+
+    def apply_mlp(self, x: Tensor, mlp: dict[str, Tensor]) -> Tensor:
+        """``x + MLP(norm(x))`` of ``x [R, H]``."""
+        return self.layer.post_attention_layernorm.mlp(x, **mlp)
 
     def heads(self, x: Tensor, w: MTPWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of ``x [R, H]``, positions applied."""
@@ -172,7 +190,7 @@ class MTPDraft(Draft):
     def finish(self, x: Tensor, attention: Tensor, w: MTPWeights) -> tuple[Tensor, Tensor]:
         """Output projection, residual and MLP of ``x [R, H]``; the normed state, and the one to feed back."""
         x = x + F.linear(attention.flatten(1), w.out)
-        x = self.layer.post_attention_layernorm.mlp(x, w.gate_up, w.down)
+        x = self.apply_mlp(x, w.mlp)
         normed = self.norm(x)
         return normed, normed if self.norm_output else x
 
