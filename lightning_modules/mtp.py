@@ -121,11 +121,12 @@ class MTPModule(DraftModule):
         )  # fmt: skip
         is_latent = config.get("kv_lora_rank") is not None
         names = set(target.weight_files)
+        prefix = family.prefix if family else f"model.layers.{target.num_layers - 1}."
         return {
             "architectures": ["DeepseekMTPDraft" if is_latent else "MTPDraft"],
             "model_type": "deepseek_v3" if is_latent else "llama",
             **({key: config[key] for key in latent if key in config} if is_latent else {}),
-            "moe": family is not None and f"{family.prefix}mlp.gate.weight" in names,
+            **({"moe": f"{prefix}mlp.gate.weight" in names} if is_latent else {}),
             "hidden_size": target.hidden_size,
             "intermediate_size": config["intermediate_size"],
             "num_attention_heads": heads,

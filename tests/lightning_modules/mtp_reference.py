@@ -134,7 +134,7 @@ class LatentMTPReference(MTPReference):
         if not c.moe:
             return super().mlp(y)
         scores = [torch.sigmoid(row @ y) for row in w["gate.weight"]]
-        choice = [float(s) + float(b) for s, b in zip(scores, w["gate.e_score_correction_bias"], strict=True)]
+        choice = [s.item() + b.item() for s, b in zip(scores, w["gate.e_score_correction_bias"], strict=True)]
         size = c.n_routed_experts // c.n_group
         groups = [range(g * size, (g + 1) * size) for g in range(c.n_group)]
         groups.sort(key=lambda g: sum(sorted(choice[i] for i in g)[-2:]), reverse=True)

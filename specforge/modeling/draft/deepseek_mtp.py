@@ -1,7 +1,7 @@
 """The MTP module with a DeepSeek layer: multi-head latent attention, and a dense MLP or a mixture of experts.
 
-The experts are transformers' (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias that only chooses, groups, a shared
-expert. That bias is not trained.
+The experts are transformers' own (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias
+that only chooses, groups, a shared expert. That bias is not trained, and no balance loss is added.
 
 Shape legend: R rows, H hidden size, h heads, d / v size of a query and key head / of a value head.
 """

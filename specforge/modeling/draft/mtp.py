@@ -142,9 +142,8 @@ class MTPDraft(Draft):
             UserError: the target's last layer is not one of the draft's form.
         """
         last, size = target.num_layers - 1, self.proj.out_features
-        tensors = {
-            f"layer.{name}": target.layer_tensor(last, name) for name, _ in self.layer.named_parameters()
-        }
+        names = [n for n in self.module_tensors(torch.float32) if n.startswith("layer.")]
+        tensors = {n: target.layer_tensor(last, n.removeprefix("layer.")) for n in names}
         tensors |= {"norm.weight": target.final_norm()}
         tensors |= {name: torch.ones(size) for name in ("embed_norm.weight", "hidden_norm.weight")}
         passing = torch.cat([torch.randn(size, size) * 0.002, torch.eye(size)], dim=1)
