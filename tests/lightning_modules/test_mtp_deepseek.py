@@ -114,13 +114,12 @@ def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) 
         module.target_head(torch.device("cpu")),
         torch.optim.Adam(module.draft.parameters(), 1e-2),
     )
-    batches = [
-        TrainBatch(
-            torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool), features, (len(ids),), ((0, len(ids)),)
-        )
-        for ids in texts
-        for features in engine.capture([ids], module.spec.capture)
-    ]
+    batches = []
+    for ids in texts:
+        (captured,) = engine.capture([ids], module.spec.capture)
+        features = {name: x.clone() for name, x in captured.items()}
+        mask, size = torch.ones(len(ids), dtype=torch.bool), len(ids)
+        batches.append(TrainBatch(torch.tensor(ids), mask, features, (size,), ((0, size),)))
     for _ in range(60):
         optimizer.zero_grad()
         sum(output.loss / output.count for output in (module.compute(b, head) for b in batches)).backward()
