@@ -234,7 +234,7 @@ def page(content: dict[str, Any], command: str, note: str = "") -> str:
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
         "# Results", "",
-        textwrap.fill(how.format(**run, name=Path(run["target"]).name, sampling=sampling).strip(), 120), "",
+        textwrap.fill(" ".join(how.split()).format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
         f"Made by `{command}`.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *("| " + " | ".join(row) + " |" for row in rows), "",

@@ -131,4 +131,4 @@ def build_optimizer(
 
 def _is_table(name: str) -> bool:
     """Rows of an embedding or output matrix belong to tokens; Muon's orthogonal updates do not suit them."""
-    return any(part in name for part in ("lm_head", "embed", "codebook"))
+    return any(part in name for part in ("lm_head", "embed", "codebook", "markov_w"))
