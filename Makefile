@@ -34,7 +34,7 @@ quickstart: install
 	  --max_new_tokens 80 --batch_size 64 --speed_prompts 6 --json $(RUN)/evaluation.json
 
 test: install
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(VENV)/bin/ruff check .
