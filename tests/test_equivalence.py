@@ -60,17 +60,23 @@ def digest(batch: TrainBatch) -> str:
     return hashed.hexdigest()
 
 
+def open_files() -> list[str]:
+    """What this process has open."""
+    return [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+
+
 @pytest.fixture
 def seen(monkeypatch) -> list[object]:
-    """What training steps see: batches; and at the end of each, this process's threads and sockets."""
+    """What training steps see: batches; and at each, this process's threads, sockets, and files opened since."""
     found: list[object] = []
+    before = open_files()
     original = Eagle3Module.training_step
 
     def step(self, batch, index):
         threads = Counter(thread.name.rpartition("_")[0] for thread in threading.enumerate())
-        descriptors = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+        descriptors = open_files()
         sockets = sum(name.startswith("socket:") for name in descriptors)
-        files = {name for name in descriptors if name.endswith((".safetensors", ".db"))}
+        files = {name for name in descriptors if name.endswith((".safetensors", ".db"))} - set(before)
         found.append((digest(batch), threads, sockets, files))
         return original(self, batch, index)
 
