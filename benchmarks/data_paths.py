@@ -20,6 +20,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks.results import CLOCK, ROOT, specforge
+from specforge.data.prompts import PromptSet
+from specforge.runtime.data_plane.features import FeatureFolder
 
 
 def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
@@ -30,7 +32,7 @@ def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
         "accelerator": "cpu", "enable_progress_bar": False,
     }  # fmt: skip
     content["model"]["init_args"] |= {"steps": options.unroll, "target": str(options.target)}
-    prompts = str(options.quickstart / "prompts")
+    prompts = write_prompts(options.quickstart, folder / "prompts")
     content["data"] = {
         "offline": {"class_path": "OfflineDataModule", "init_args": {
             "batch_size": 4, "features": str(options.quickstart / "features")}},
@@ -41,6 +43,15 @@ def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
     written = folder / "recipe.yaml"
     written.write_text(yaml.safe_dump(content))
     return written
+
+
+def write_prompts(quickstart: Path, folder: Path) -> str:
+    """The prompts of the captured features, and no others, so that every path trains on the same."""
+    captured = {ref.source for ref in FeatureFolder.open(quickstart / "features" / "train").refs}
+    found = PromptSet.load(quickstart / "prompts" / "train")
+    tasks = [task for task in found.tasks if task.source in captured]
+    PromptSet(tasks, found.tokenizer, found.counts).save(folder / "train")
+    return str(folder)
 
 
 def places(folder: Path) -> dict[str, str]:
@@ -90,7 +101,8 @@ def main() -> None:
     base = statistics.median(found["offline"])
     for path, values in found.items():
         step = statistics.median(values)
-        print(f"{path:14} {step:.3f} s a step, {step / base - 1:+.1%} of offline")
+        runs = ", ".join(f"{x:.3f}" for x in values)
+        print(f"{path:14} {step:.3f} s a step ({runs}), {step / base - 1:+.1%} of offline")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m benchmarks.data_plane --json data_plane.json
 
 The shared folder against copying files of the same bytes, one a sample, each synced to disk. Mooncake against a loop of
-`put_from` and `get_into` over the same TCP, between buffers registered before. The store also looks for NaN, makes
-checksums and compares them. Medians of the repetitions, the sides in turn. `specforge store up` runs meanwhile.
+`put_from` and `get_into` over the same TCP, between buffers registered before, one a sample, as features have. The
+store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn.
+`specforge store up` runs meanwhile.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def mooncake(
 
     def each(call: Callable[[str, int], int], right: int) -> None:
         for i, name in enumerate(names):
-            assert call(name, buffers[i % len(buffers)].data_ptr()) == right
+            assert call(name, buffers[i].data_ptr()) == right
 
     record(times, "raw put_from", lambda: each(lambda k, p: client.put_from(k, p, nbytes, config), 0))
     record(times, "raw get_into", lambda: each(lambda k, p: client.get_into(k, p, nbytes), nbytes))
@@ -147,7 +148,7 @@ def main() -> None:
         process, address = start_store(total + (64 << 20))
         client = connect(MooncakeAddress.parse(address))
         nbytes = len(b"".join(chunks(samples[0])))
-        buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2)]
+        buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in samples]
         for buffer in buffers:
             assert client.register_buffer(buffer.data_ptr(), nbytes) == 0
         backend = MooncakeBackend(address)

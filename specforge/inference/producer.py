@@ -116,16 +116,12 @@ class Producer:
                     self.controller.fail(self.owner, prompt, str(error))
                 logger.warning("%s", error)
                 tasks = [x for x in tasks if sample_id(x, worker.provenance) != error.sample_id]
-            except (
-                RuntimeError
-            ) as error:  # out of memory, say; the prompt must not stop every producer in turn
-                logger.warning("the target failed: %s", error)
-                for prompt in [
-                    x for task in tasks for x in self._hand.pop(sample_id(task, worker.provenance), [])
-                ]:
-                    self.controller.fail(
-                        self.owner, prompt, f"the target failed: {str(error).splitlines()[0]}"
-                    )
+            except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
+                reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                logger.warning("%s", reason)
+                for task in tasks:
+                    for prompt in self._hand.pop(sample_id(task, worker.provenance), []):
+                        self.controller.fail(self.owner, prompt, reason)
                 return
 
     def _commit(self, refs: Sequence[SampleRef]) -> None:

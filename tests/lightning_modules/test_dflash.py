@@ -12,8 +12,11 @@ from lightning_modules.dflash import DFlashModule
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
 from specforge.modeling.draft.blocks import plan_blocks, sample_anchors
-from specforge.modeling.target_head import TargetHead
 from tests.lightning_modules.block_reference import BlockReference, dflash_document
+from tests.lightning_modules.checks import (
+    assert_bf16_gradients_are_close,
+    assert_nothing_leaks_across_documents,
+)
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import write_target
 
@@ -146,14 +149,7 @@ def test_padding_chunks_and_order_change_nothing(small_target, weights):
 
 
 def test_nothing_leaks_across_documents(small_target):
-    module, head = make_module(small_target, config=SLIDING), make_head()
-    first, second = make_documents((8, 9), share=0.9)
-    alone = run(module, head, [second])
-    first.features = {name: values * 100 for name, values in first.features.items()}
-    first.input_ids = first.input_ids.flip(0)
-    for order in ([first, second], [second, first]):
-        both, other = run(module, head, [pack(order)]), run(module, head, [first])
-        torch.testing.assert_close(both[0] - other[0], alone[0], rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert_nothing_leaks_across_documents(make_module(small_target, config=SLIDING))
 
 
 def test_a_document_without_a_block_gives_nothing(small_target):
@@ -167,21 +163,7 @@ def test_a_document_without_a_block_gives_nothing(small_target):
 
 
 def test_bf16_gradients_are_close_to_fp32(small_target):
-    head = make_head()
-    module = make_module(small_target)
-    documents = make_documents((30, 40), share=0.9)
-    _, exact, _ = run(module, head, [pack(documents)])
-    module.draft.float()
-    batch = pack(documents)
-    batch.features = {name: x.float() for name, x in batch.features.items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
-    module.zero_grad()
-    loss.backward()
-    for name, parameter in module.draft.named_parameters():
-        error = (parameter.grad.double() - exact[name]).norm() / exact[name].norm()
-        assert error < 0.1, (name, float(error))
-        assert parameter.dtype == torch.float32  # masters stay fp32
+    assert_bf16_gradients_are_close(make_module(small_target))
 
 
 def test_validation_chains_are_the_drafts_greedy_choices(small_target):

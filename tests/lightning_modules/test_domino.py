@@ -14,8 +14,12 @@ from lightning_modules.domino import DominoModule
 from specforge.cli import main
 from specforge.contracts import AUX_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
-from specforge.modeling.target_head import TargetHead
 from tests.lightning_modules.block_reference import BlockReference
+from tests.lightning_modules.checks import (
+    assert_bf16_gradients_are_close,
+    assert_nothing_leaks_across_documents,
+    assert_packing_changes_nothing,
+)
 from tests.lightning_modules.test_dflash import make_module, slow
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import recipe, write_target
@@ -103,13 +107,8 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(
 @pytest.mark.parametrize("fields", [{}, UNSHIFTED], ids=["shifted", "unshifted"])
 @pytest.mark.parametrize("share", [0.7, 1.0])
 def test_packing_padding_order_and_chunks_change_nothing(small_target, share, fields):
-    module, head = make(small_target, share=0.4, fields=fields), make_head()
     documents = make_documents((8, 3, 11, 5), share=share)
-    expected = run(module, head, documents)
-    for batch in (pack(documents), pack(documents[::-1]), pack(documents, padding=13)):
-        same(run(module, head, [batch]), expected)
-    module.chunk = 2
-    same(run(module, head, [pack(documents)]), expected)
+    assert_packing_changes_nothing(make(small_target, share=0.4, fields=fields), documents)
 
 
 def test_a_masked_prompt_is_read_and_not_learnt(small_target):
@@ -125,31 +124,11 @@ def test_a_masked_prompt_is_read_and_not_learnt(small_target):
 
 
 def test_nothing_leaks_across_documents(small_target):
-    module, head = make(small_target, share=0.4), make_head()
-    first, second = make_documents((8, 9), share=0.9)
-    alone = run(module, head, [second])
-    first.features = {name: values * 100 for name, values in first.features.items()}
-    first.input_ids = first.input_ids.flip(0)
-    for order in ([first, second], [second, first]):
-        both, other = run(module, head, [pack(order)]), run(module, head, [first])
-        torch.testing.assert_close(both[0] - other[0], alone[0], rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert_nothing_leaks_across_documents(make(small_target, share=0.4))
 
 
 def test_bf16_gradients_are_close_to_fp32(small_target):
-    head, module = make_head(), make(small_target, share=0.5)
-    documents = make_documents((30, 40), share=0.9)
-    _, exact, _ = run(module, head, [pack(documents)])
-    module.draft.float()
-    batch = pack(documents)
-    batch.features = {name: x.float() for name, x in batch.features.items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
-    module.zero_grad()
-    loss.backward()
-    for name, parameter in module.draft.named_parameters():
-        error = (parameter.grad.double() - exact[name]).norm() / exact[name].norm()
-        assert error < 0.1, (name, float(error))
-        assert parameter.dtype == torch.float32  # masters stay fp32
+    assert_bf16_gradients_are_close(make(small_target, share=0.5))
 
 
 @pytest.mark.parametrize("fields", [{}, UNSHIFTED], ids=["shifted", "unshifted"])

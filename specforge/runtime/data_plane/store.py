@@ -148,6 +148,18 @@ class _Entry:
     doomed: bool = False
 
 
+def _checked(sample_id: str, tensors: Mapping[str, Tensor]) -> int:
+    """The number of tokens of a sample that may be stored."""
+    check_id(sample_id)
+    lengths = {name: len(x) for name, x in tensors.items()}
+    if len(set(lengths.values())) != 1:
+        raise BadSampleError(sample_id, f"features disagree about the number of tokens: {lengths}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise BadSampleError(sample_id, f"{name} holds NaN or infinity")
+    return next(iter(lengths.values()))
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # NaN and infinity survive a sum, which is fifteen times faster than looking at each value. Where a sum overflows
     # (as fp16's may), each value is looked at.
@@ -222,13 +234,7 @@ class FeatureStore:
                 name a path.
             StoreFullError: the byte limit would be exceeded.
         """
-        check_id(sample_id)
-        lengths = {name: len(x) for name, x in tensors.items()}
-        if len(set(lengths.values())) != 1:
-            raise BadSampleError(sample_id, f"features disagree about the number of tokens: {lengths}")
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not _is_finite(tensor):
-                raise BadSampleError(sample_id, f"{name} holds NaN or infinity")
+        num_tokens = _checked(sample_id, tensors)
         stored = encode(tensors, self.encoding)
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
@@ -255,7 +261,7 @@ class FeatureStore:
                 FeatureSpec(name, str(x.dtype).removeprefix("torch."), tuple(x.shape))
                 for name, x in sorted(tensors.items())
             ),
-            num_tokens=next(iter(lengths.values())),
+            num_tokens=num_tokens,
             num_supervised=num_supervised,
             nbytes=nbytes,
             checksum=checksum(stored),
