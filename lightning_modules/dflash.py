@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.base import DraftModule, LogitTile, StepOutput, draft_config_for, load_weights
+from lightning_modules.base import (
+    DraftModule,
+    LogitTile,
+    StepOutput,
+    draft_config_for,
+    initialise,
+    layer_fields,
+    load_weights,
+)
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
 from specforge.decoding.block import BlockDrafter, Corrector
@@ -124,39 +132,26 @@ class DFlashModule(DraftModule):
         return draft
 
     @classmethod
-    def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
-        """Five layers and the last hidden state."""
-        policy = CapturePolicy(tuple(layer_ids or default_layers(target.num_layers)))
-        check_layers(policy, target.num_layers, target.name)
-        return policy
+    def default_layers(cls, num_layers: int) -> list[int]:
+        """Outputs of five layers, evenly from the second to the third from the end."""
+        return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
         """Five Qwen3 layers of the target's own dimensions, blocks of 16; the mask is the last token id."""
-        config = target.config
-        heads = int(config["num_attention_heads"])
-        keep = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
         return {
+            **layer_fields(target),
             "architectures": list(cls.architectures),
             "model_type": "qwen3",
-            "hidden_size": target.hidden_size,
             "target_hidden_size": target.hidden_size,
-            "intermediate_size": config["intermediate_size"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads", heads),
-            "head_dim": config.get("head_dim") or target.hidden_size // heads,
-            "hidden_act": "silu",
             "num_hidden_layers": 5,
             "num_target_layers": target.num_layers,
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-            "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
             "block_size": 16,
             "dflash_config": {
                 "mask_token_id": target.vocab_size - 1,
-                "target_layer_ids": default_layers(target.num_layers),
+                "target_layer_ids": cls.default_layers(target.num_layers),
             },
-            **{key: config[key] for key in keep if config.get(key) is not None},
         }
 
     def setup(self, stage: str) -> None:
@@ -237,10 +232,7 @@ class DFlashModule(DraftModule):
 
     # What drafters on this backbone change.
 
-    @staticmethod
-    def _initialise(module: torch.nn.Module) -> None:
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.02)
+    _initialise = staticmethod(initialise)
 
     @staticmethod
     def _needs_target(label: str) -> bool:
@@ -317,8 +309,3 @@ class DFlashModule(DraftModule):
             first=1 - draft.shift,
             corrector=self._corrector(head, dtype),
         )
-
-
-def default_layers(num_layers: int) -> list[int]:
-    """Outputs of five layers, evenly from the second to the third from the end."""
-    return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]

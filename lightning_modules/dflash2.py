@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.base import initialise
 from lightning_modules.dflash import DFlashModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
@@ -88,7 +89,7 @@ class DFlash2Module(DFlashModule):
 
     @staticmethod
     def _initialise(module: torch.nn.Module) -> None:
-        DFlashModule._initialise(module)
+        initialise(module)
         if isinstance(module, DynamicConv):
             module.start_as_identity()
 

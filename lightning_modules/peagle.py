@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.fused import FusedModule, Students
+from lightning_modules.distilled import Students
+from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch, content_id
 from specforge.decoding.parallel import ParallelDrafter
@@ -116,7 +117,8 @@ class PEagleModule(FusedModule):
         count = plan.count if positions else int(plan.valid.sum())
         plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], batch.input_ids, head.embedding, plan)
-        return Students(states, plan.labels, plan.students, plan.valid, plan.count, count)
+        heads = [self.draft.lm_head.weight]
+        return Students(states[None], heads, plan.labels, plan.students, plan.valid, plan.count, count)
 
     def _seeds(self, batch: TrainBatch) -> Sequence[int]:
         """A document's sampling depends on the document and the step alone, so a resumed run repeats it."""
