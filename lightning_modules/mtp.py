@@ -17,7 +17,7 @@ from lightning_modules.base import draft_config_for, initialise, layer_fields, l
 from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
-from specforge.decoding.mtp import LastStateChainDrafter
+from specforge.decoding.drafters import ChainDrafter
 from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.mtp import MTPFormat, mtp_family, mtp_tensors, require_mtp
@@ -124,10 +124,10 @@ class MTPModule(DistilledModule):
         states = self.draft(batch.features[LAST_HIDDEN_STATES], head.embed(batch.input_ids), plan)
         return unrolled(states, head.sliced(self.draft.target_ids), plan)
 
-    def drafter(self, head: TargetHead, dtype: torch.dtype) -> LastStateChainDrafter:
+    def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
         """A chain drafter with the present weights and the target's head."""
         draft = self.draft
-        return LastStateChainDrafter(
+        return ChainDrafter(
             draft.decoder(head.sliced(draft.target_ids), dtype), head.embed, draft.target_ids.clone(),
             self.target.vocab_size, self.spec.capture,
         )  # fmt: skip

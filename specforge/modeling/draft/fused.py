@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specforge.errors import UserError
-from specforge.modeling.draft.registry import Draft
+from specforge.modeling.draft.registry import Draft, copy_into
 from specforge.modeling.layers.functional import RMSNorm
 from specforge.modeling.layers.rope import RotaryTable
 from specforge.target_files import TargetFiles
@@ -88,6 +87,11 @@ class SwiGLUMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gate and up matrices, fused, and the down matrix, in the compute dtype."""
+        gate_up = torch.cat([self.gate_proj.weight.to(dtype), self.up_proj.weight.to(dtype)])
+        return gate_up, self.down_proj.weight.to(dtype)
+
 
 class Eagle3Layer(nn.Module):
     """A decoder layer that reads a token embedding beside the carried hidden state.
@@ -115,16 +119,17 @@ class Eagle3Layer(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> LayerWeights:
         """Cast and fuse the layer's matrices."""
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
         inputs = torch.cat([p.weight.to(dtype) for p in attn.inputs()])
         split = inputs.shape[1] - attn.o_proj.out_features
+        gate_up, down = self.mlp.weights(dtype)
         return LayerWeights(
             embed=inputs[:, :split],
             hidden=inputs[:, split:],
             more=attn.more(dtype),
             out=attn.o_proj.weight.to(dtype),
-            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
-            down=mlp.down_proj.weight.to(dtype),
+            gate_up=gate_up,
+            down=down,
         )
 
     def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
@@ -195,9 +200,9 @@ class FusedDraft(Draft):
             (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
         ]
         for parameter, name in pairs:
-            _copy(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
-        _copy(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
-        _copy(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
+            copy_into(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
+        copy_into(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
+        copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
         self.fc.weight.normal_(std=0.002)
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
 
@@ -210,11 +215,3 @@ class FusedDraft(Draft):
             parts = features.chunk(len(self.layer_ids), dim=-1)
             features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return F.linear(features, self.fc.weight.to(dtype))
-
-
-def _copy(parameter: Tensor, value: Tensor, what: str) -> None:
-    if parameter.shape != value.shape:
-        raise UserError(
-            f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there"
-        )
-    parameter.copy_(value)

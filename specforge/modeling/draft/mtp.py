@@ -22,7 +22,8 @@ from specforge.modeling.draft.fused import SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.functional import RMSNorm, compute_dtype
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
+from specforge.modeling.layers.functional import RMSNorm, compute_dtype, norm_heads
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
 from specforge.target_files import TargetFiles
 
@@ -59,11 +60,7 @@ class MTPAttention(nn.Module):
         """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
         heads = qkv.unflatten(1, (-1, self.head_dim))
         query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm), value.contiguous()
-
-
-def _norm_heads(x: Tensor, norm: RMSNorm | None) -> Tensor:
-    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
+        return norm_heads(self.q_norm, query), norm_heads(self.k_norm, key), value.contiguous()
 
 
 class MTPLayer(nn.Module):
@@ -172,9 +169,8 @@ class MTPDraft(Draft):
 
     def mlp_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The MLP's matrices in the compute dtype."""
-        mlp = self.layer.mlp
-        gate_up = torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)])
-        return {"gate_up": gate_up, "down": mlp.down_proj.weight.to(dtype)}
+        gate_up, down = self.layer.mlp.weights(dtype)
+        return {"gate_up": gate_up, "down": down}
 
     def apply_mlp(self, x: Tensor, mlp: dict[str, Tensor]) -> Tensor:
         """``x + MLP(norm(x))`` of ``x [R, H]``."""
@@ -255,12 +251,8 @@ class MTPDecoder:
     def reset(self) -> None:
         """Forget all rows."""
         self.rows = 0
-        self._cos, self._sin = self.draft.rotary(0, self.device)
-        attn = self.draft.layer.self_attn
-        self._keys, self._values = (
-            torch.empty(0, attn.kv_heads, size, dtype=self.dtype, device=self.device)
-            for size in (attn.head_dim, attn.value_dim)
-        )
+        attentions = [self.draft.layer.self_attn]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     def crop(self, rows: int) -> None:
         """Keep the first ``rows`` rows."""
@@ -283,25 +275,11 @@ class MTPDecoder:
         """
         draft, w, before = self.draft, self._weights, self.rows
         self.rows = after = before + len(hidden)
-        self._grow(after)
+        self._cache.reserve(after)
         x = draft.hidden_norm.linear(hidden, w.hidden)
         x = x + draft.embed_norm.linear(embeds.to(self.dtype), w.embed)
-        query, key, value = draft.heads(x, w, self._cos[before:after], self._sin[before:after])
-        self._keys[before:after], self._values[before:after] = key, value
+        query, key, value = draft.heads(x, w, *self._cache.angles(before, after))
         # Only the last row's output is used; the others are there for their keys.
-        attention = F.scaled_dot_product_attention(
-            query[-1:].transpose(0, 1)[None], self._keys[:after].transpose(0, 1)[None],
-            self._values[:after].transpose(0, 1)[None], enable_gqa=True,
-        )  # fmt: skip
-        normed, feedback = draft.finish(x[-1:], attention[0].transpose(0, 1), w)
+        attention = attend(query[-1:], *self._cache.write(0, before, key, value))
+        normed, feedback = draft.finish(x[-1:], attention, w)
         return F.linear(normed, self._head)[0], feedback[0]
-
-    def _grow(self, rows: int) -> None:
-        room = len(self._keys)
-        if rows <= room:
-            return
-        more = max(128, 2 * rows) - room
-        self._keys, self._values = (
-            torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in (self._keys, self._values)
-        )
-        self._cos, self._sin = self.draft.rotary(len(self._keys), self.device)
