@@ -18,8 +18,6 @@ from lightning_modules.dflash import DFlashModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.dflash2 import DFlash2Format
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
 from specforge.modeling.draft.blocks import BlockPlan
@@ -53,7 +51,6 @@ class DFlash2Module(DFlashModule):
 
     algorithm: ClassVar[str] = "dflash2"
     architectures: ClassVar[tuple[str, ...]] = ("DFlash2DraftModel",)
-    export_format: ClassVar[DraftFormat] = DFlash2Format()
     network: ClassVar[type[DFlash]] = DFlash2
     draft: DFlash2
 

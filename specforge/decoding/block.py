@@ -12,22 +12,7 @@ from torch.nn import functional as F
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import TrainedDrafter, joined
 from specforge.decoding.verify import Proposal, Sampling
-
-
-class BlockNetwork(Protocol):
-    """A draft network that computes a block over a context with a key/value cache."""
-
-    def reset(self) -> None:
-        """Forget the context."""
-        ...
-
-    def extend(self, aux_hidden_states: Tensor) -> None:
-        """Append the features ``[n, A]`` of committed tokens."""
-        ...
-
-    def block(self, embeds: Tensor) -> Tensor:
-        """States ``[b, H]`` of a block with these embeddings ``[b, H]``."""
-        ...
+from specforge.modeling.draft.dflash import BlockDecoder
 
 
 class Corrector(Protocol):
@@ -60,7 +45,7 @@ class BlockDrafter(TrainedDrafter):
     """
 
     def __init__(
-        self, network: BlockNetwork, embed: Callable[[Tensor], Tensor], head: Tensor, target_ids: Tensor,
+        self, network: BlockDecoder, embed: Callable[[Tensor], Tensor], head: Tensor, target_ids: Tensor,
         vocab_size: int, capture: CapturePolicy, *, block_size: int, mask_token_id: int, first: int,
         corrector: Corrector | None = None, deterministic: bool = False,
     ) -> None:  # fmt: skip

@@ -6,8 +6,7 @@ so the first head drafts the token two after h's, the next one three after, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,19 +14,7 @@ from torch import Tensor
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import TrainedDrafter, joined
 from specforge.decoding.verify import Proposal, Sampling
-
-
-class HeadDecoder(Protocol):
-    """Heads over one hidden state."""
-
-    @property
-    def positions(self) -> int:
-        """Number of heads."""
-        ...
-
-    def logits(self, hidden: Tensor, embeds: Sequence[Tensor]) -> Tensor:
-        """Logits ``[D]`` of the next head: the k-th is given k embeddings ``[1, H]``, its hidden state ``[1, H]``."""
-        ...
+from specforge.modeling.draft.heads import HeadsDecoder
 
 
 class HeadsDrafter(TrainedDrafter):
@@ -42,7 +29,7 @@ class HeadsDrafter(TrainedDrafter):
     """
 
     def __init__(
-        self, decoder: HeadDecoder, embed: Callable[[Tensor], Tensor], target_ids: Tensor, vocab_size: int,
+        self, decoder: HeadsDecoder, embed: Callable[[Tensor], Tensor], target_ids: Tensor, vocab_size: int,
         deterministic: bool = False,
     ) -> None:  # fmt: skip
         self.decoder, self.embed = decoder, embed

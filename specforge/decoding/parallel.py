@@ -6,28 +6,13 @@ lossless all the same, because each was sampled from the distribution that is re
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import TrainedDrafter
 from specforge.decoding.verify import Proposal, Sampling
-
-
-class ParallelDecoder(Protocol):
-    """A draft network that drafts several tokens in one pass, with a key/value cache of committed rows."""
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        ...
-
-    def draft_logits(
-        self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int
-    ) -> Tensor:
-        """Append committed rows, each with the token after it; logits ``[count, D]`` of the tokens behind the last."""
-        ...
+from specforge.modeling.draft.peagle import PEagleDecoder
 
 
 class ParallelDrafter(TrainedDrafter):
@@ -44,7 +29,7 @@ class ParallelDrafter(TrainedDrafter):
 
     def __init__(
         self,
-        decoder: ParallelDecoder,
+        decoder: PEagleDecoder,
         embedding: Tensor,
         target_ids: Tensor,
         vocab_size: int,

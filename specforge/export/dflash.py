@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +13,11 @@ from specforge.target_files import TargetFiles
 
 
 class DFlashFormat(DraftFormat):
-    """DFlash checkpoints: backbone only, the embedding and the head being the target's."""
+    """DFlash checkpoints, and DFlash-2's: the embedding and the head are the target's."""
 
     aliases = (("model.", ""), ("encoder.fc.", "fc."), ("encoder.output_norm_enc.", "hidden_norm."))
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
+    server = "DFLASH"
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """See :meth:`DraftFormat.check`."""
@@ -37,10 +37,3 @@ class DFlashFormat(DraftFormat):
         """Without the vocabulary maps where they say nothing."""
         maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
         return {name: x for name, x in state.items() if name not in maps}
-
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's DFLASH."""
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
-            f"--speculative-draft-model-path {folder}"
-        )

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from specforge.export.dflash import DFlashFormat
 
 
 class DSparkFormat(DFlashFormat):
     """DSpark checkpoints; SGLang reads the heads' fields at the top of the config, where SpecForge has them."""
 
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's DSPARK."""
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK "
-            f"--speculative-draft-model-path {folder}"
-        )
+    server = "DSPARK"
