@@ -20,11 +20,9 @@ class Corrector(Protocol):
 
     def reset(self) -> None:
         """Begin a block."""
-        ...
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
         """The next draft's final logits ``[D]``, from its logits, its state ``[H]`` and the token before it."""
-        ...
 
 
 class BlockDrafter(TrainedDrafter):

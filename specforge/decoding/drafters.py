@@ -24,16 +24,13 @@ class Drafter(Protocol):
     @property
     def capture(self) -> CapturePolicy | None:
         """The features of the target that it wants; None for none."""
-        ...
 
     @property
     def deterministic(self) -> bool:
         """Whether it drafts the likeliest token also where the target samples; settable where there is a choice."""
-        ...
 
     def reset(self) -> None:
         """Forget the sequence."""
-        ...
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Learn of committed tokens.
@@ -43,11 +40,9 @@ class Drafter(Protocol):
             features: named tensors ``[n, width]`` of the tokens that the target processed since the last call;
                 these lag the committed tokens by one. Empty unless ``capture`` asks for some.
         """
-        ...
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """Draft at most ``count`` tokens to follow the committed ones."""
-        ...
 
 
 class NoDrafter:
@@ -112,19 +107,15 @@ class ChainDecoder(Protocol):
 
     def reset(self) -> None:
         """Forget all rows."""
-        ...
 
     def crop(self, rows: int) -> None:
         """Keep the first ``rows`` rows."""
-        ...
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """Draft states ``[n, H]`` of captured layers ``[n, A]``."""
-        ...
 
     def extend(self, hidden: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Append rows; logits ``[D]`` and feedback ``[H]`` of the last one."""
-        ...
 
 
 class TrainedDrafter:

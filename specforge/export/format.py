@@ -29,6 +29,7 @@ class DraftFormat:
         aliases: beginnings of tensor names that others use, and what they are here; tried in this order.
         not_the_drafts: names (as they are here) of tensors in others' files that are not the draft's.
         hf_embedding: whether the ``hf`` form carries the target's embedding.
+        refusal: why SGLang cannot serve such a draft at all; None where it can.
         server: SGLang's name of the algorithm; None where it has none.
         chain: tokens that the server drafts one after another; 0 where the draft's config says how many.
     """
@@ -36,6 +37,7 @@ class DraftFormat:
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     not_the_drafts: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)
     hf_embedding: ClassVar[bool] = False
+    refusal: ClassVar[str | None] = None
     server: ClassVar[str | None] = None
     chain: ClassVar[int] = 0
 
@@ -45,6 +47,8 @@ class DraftFormat:
         Raises:
             UserError: says which field, and what the server would make of it.
         """
+        if self.refusal is not None:
+            raise UserError(f"export: {self.refusal}")
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """Fields of the written ``config.json``."""

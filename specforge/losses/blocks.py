@@ -44,7 +44,6 @@ class RowLoss(Protocol):
             labels: ``[C]`` draft id of the label; arbitrary where the row has no weight.
             rows: which of the M rows they are.
         """
-        ...
 
 
 Weigh = Callable[[slice, Tensor], Tensor]
