@@ -79,7 +79,7 @@ class DraftModule(pl.LightningModule):
         target: folder or hub name of the target.
         draft: the network.
         spec: what the algorithm asks of the data path.
-        init_from: where the weights came from, if not at random; the vocabulary then comes from there too.
+        has_vocabulary: whether the draft comes with its vocabulary; otherwise the data chooses it.
         optimizer: optimizer and schedule.
         gamma: tokens drafted a round in validation.
 

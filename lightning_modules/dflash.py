@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,22 @@ from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
+
+
+class Supervised(NamedTuple):
+    """The drafts of a batch that have a label.
+
+    Attributes:
+        plan: of which blocks.
+        states: ``[M, H]`` what the head reads.
+        labels: ``[M]`` draft ids; -1 outside the draft vocabulary.
+        trained: ``[M]`` bool, which are in the loss.
+    """
+
+    plan: BlockPlan
+    states: Tensor
+    labels: Tensor
+    trained: Tensor
 
 
 class DFlashModule(DraftModule):
@@ -181,14 +197,12 @@ class DFlashModule(DraftModule):
             return self.empty_output(depths, states, batch.spans if positions else ())
         labels = self.draft.draft_ids(self._labels(batch, head, plan, "data" if positions else self.label))
         trained = (labels >= 0) & (torch.arange(len(labels), device=labels.device) < plan.count)
-        result = self._loss(batch, head, plan, states, labels, trained)
+        result = self._loss(batch, head, Supervised(plan, states, labels, trained))
         depth = plan.depth[: plan.count]
         zeros = torch.zeros(depths, dtype=result.losses.dtype, device=states.device)
         losses = zeros.index_add(0, depth, torch.where(trained, result.losses, 0.0)[: plan.count])
-        hits, count = (
-            zeros.long().index_add(0, depth, result.hits[: plan.count].long()),
-            depth.bincount(minlength=depths),
-        )
+        hits = zeros.long().index_add(0, depth, result.hits[: plan.count].long())
+        count = depth.bincount(minlength=depths)
         if not positions:
             return StepOutput(result.loss, plan.count, losses, hits, count)
         found = np.zeros((plan.blocks, depths), dtype=bool)
@@ -239,16 +253,9 @@ class DFlashModule(DraftModule):
         """Whether the loss reads the target's last hidden states."""
         return label == "target"
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
-        """Loss of the drafts, given their states, the draft ids of their labels, and which are trained."""
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        """Loss of the drafts."""
+        plan, states, labels, trained = drafts
         matrix = head.sliced(self.draft.target_ids)
         if self.weights == "decay":
             return block_loss(states, matrix, labels, self._decay(plan) * trained, chunk=self.chunk)

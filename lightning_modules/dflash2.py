@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import initialise
-from lightning_modules.dflash import DFlashModule
+from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
@@ -104,15 +104,8 @@ class DFlash2Module(DFlashModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> SelectingCorrector:
         return SelectingCorrector(self.draft, dtype)
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        plan, states, labels, trained = drafts
         chooser = self.draft.candidate_selector
         objective = Candidates(
             self._context(batch, plan, states), chooser.successor_codebook, chooser.top_k, self.selector

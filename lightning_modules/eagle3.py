@@ -99,11 +99,6 @@ class Eagle3Module(FusedModule):
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
         """A chain drafter with the present weights."""
-        draft = self.draft
-        return ChainDrafter(
-            draft.decoder(dtype),
-            head.embed,
-            draft.target_ids.clone(),
-            self.target.vocab_size,
-            CapturePolicy(draft.layer_ids, last_hidden_states=False),
-        )
+        draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
+        ids, size = draft.target_ids.clone(), self.target.vocab_size
+        return ChainDrafter(draft.decoder(dtype), head.embed, ids, size, reads)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from lightning_modules.base import draft_config_for, initialise, layer_fields, load_weights
 from lightning_modules.distilled import DistilledModule
-from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_engine.base import check_layers
-from specforge.losses.objectives import Objective
 from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.fused import FusedDraft
 from specforge.target_files import TargetFiles
@@ -28,13 +24,7 @@ class FusedModule(DistilledModule):
         layer_ids: the captured layers, instead of the draft config's.
         init_from: a SpecForge checkpoint or a draft in the field's own form (weights only); ``target``: the target's
             own last layer and head; or None: random.
-        weights: of each drafted position in the loss; as many as are trained.
-        objective: the loss of a row.
-        feature_weight: weight of the feature distance.
-        label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
-        gamma: tokens drafted a round in validation.
-        optimizer: optimizer and schedule.
-        chunk: labels of a loss tile; by default what fits the cache.
+        training: ``weights``, ``objective`` and the other arguments of :class:`DistilledModule`.
 
     Attributes:
         network: the class of the drafts.
@@ -45,8 +35,7 @@ class FusedModule(DistilledModule):
 
     def __init__(
         self, target: str, draft_config: str | dict[str, Any] | None, layer_ids: list[int] | None,
-        init_from: str | None, *, weights: Tensor, objective: Objective, feature_weight: float,
-        label: Literal["target", "data"], gamma: int, optimizer: OptimizerOptions, chunk: int | None,
+        init_from: str | None, **training: Any,
     ) -> None:  # fmt: skip
         files = TargetFiles.find(target)
         config, where = draft_config_for(files, draft_config, self.default_draft_config(files))
@@ -63,9 +52,8 @@ class FusedModule(DistilledModule):
         if init_from is not None and not starts_anew:
             load_weights(draft, Path(init_from), self.export_format)
         super().__init__(
-            files, draft, CapturePolicy(draft.layer_ids), weights=weights, objective=objective, label=label,
-            chunk=chunk, has_vocabulary=not starts_anew, optimizer=optimizer, gamma=gamma,
-            feature_weight=feature_weight, start=draft.start_from_target if init_from == "target" else None,
+            files, draft, CapturePolicy(draft.layer_ids), has_vocabulary=not starts_anew,
+            start=draft.start_from_target if init_from == "target" else None, **training,
         )  # fmt: skip
         self.starts_anew = starts_anew
 

@@ -126,11 +126,9 @@ class MTPModule(DistilledModule):
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
         """A chain drafter with the present weights and the target's head."""
-        draft = self.draft
-        return ChainDrafter(
-            draft.decoder(head.sliced(draft.target_ids), dtype), head.embed, draft.target_ids.clone(),
-            self.target.vocab_size, self.spec.capture,
-        )  # fmt: skip
+        ids, size = self.draft.target_ids.clone(), self.target.vocab_size
+        decoder = self.draft.decoder(head.sliced(self.draft.target_ids), dtype)
+        return ChainDrafter(decoder, head.embed, ids, size, self.spec.capture)
 
 
 def _initialise(module: torch.nn.Module) -> None:

@@ -89,8 +89,7 @@ class PEagleModule(FusedModule):
             )
         super().__init__(
             target, draft_config, layer_ids, init_from, weights=torch.ones(depths),
-            objective=make_objective(loss, lk_eta, topk), feature_weight=0.0, label=label, gamma=gamma,
-            optimizer=optimizer, chunk=chunk,
+            objective=make_objective(loss, lk_eta, topk), label=label, gamma=gamma, optimizer=optimizer, chunk=chunk,
         )  # fmt: skip
         self.depths, self.sampling = depths, DepthSampling(keep_ratio, keep_least)
 
@@ -127,11 +126,6 @@ class PEagleModule(FusedModule):
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ParallelDrafter:
         """A parallel drafter with the present weights."""
-        draft = self.draft
-        return ParallelDrafter(
-            draft.decoder(dtype),
-            head.embedding,
-            draft.target_ids.clone(),
-            self.target.vocab_size,
-            CapturePolicy(draft.layer_ids, last_hidden_states=False),
-        )
+        draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
+        ids, size = draft.target_ids.clone(), self.target.vocab_size
+        return ParallelDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)

@@ -128,14 +128,13 @@ def chains(hits: np.ndarray, labels: Sequence[int], spans: Sequence[tuple[int, i
         For each span ``[starts, T]``: start s follows the s-th token of the answer and its k-th draft is token
         s + 1 + k; zero past the end.
     """
-    row = {int(label): m for m, label in enumerate(labels)}
+    depth = np.arange(hits.shape[1])
+    # The last row is that of tokens without a label.
+    padded = np.concatenate([hits, np.zeros((1, len(depth)), dtype=hits.dtype)])
+    row = np.full(1 + max((stop for _, stop in spans), default=0), -1)
+    row[list(labels)] = np.arange(len(labels))
     out = []
     for first, stop in spans:
-        table = np.zeros((max(0, stop - first - 1), hits.shape[1]), dtype=hits.dtype)
-        for start in range(len(table)):
-            for k in range(min(hits.shape[1], len(table) - start)):
-                m = row.get(first + 1 + start + k)
-                if m is not None:
-                    table[start, k] = hits[m, k]
-        out.append(table)
+        tokens = first + 1 + np.arange(max(0, stop - first - 1))[:, None] + depth
+        out.append(padded[np.where(tokens < stop, row[np.minimum(tokens, stop)], -1), depth])
     return out

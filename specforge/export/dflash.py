@@ -1,4 +1,4 @@
-"""DFlash drafts: the names of the DFlash code, which SGLang loads with or without ``model.`` in front."""
+"""Block drafters: the names of the DFlash code, which SGLang loads with or without ``model.`` in front."""
 
 from __future__ import annotations
 
@@ -37,3 +37,29 @@ class DFlashFormat(DraftFormat):
         """Without the vocabulary maps where they say nothing."""
         maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
         return {name: x for name, x in state.items() if name not in maps}
+
+
+class DSparkFormat(DFlashFormat):
+    """DSpark checkpoints; SGLang reads the heads' fields at the top of the config, where SpecForge has them."""
+
+    server = "DSPARK"
+
+
+class DominoFormat(DFlashFormat):
+    """Domino checkpoints, which SGLang serves as DFLASH and tells by ``projector_type``."""
+
+    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
+        """See :meth:`DraftFormat.check`."""
+        super().check(config, target)
+        prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
+        if prefix != 1:
+            raise UserError(f"export: pure_draft_prefix_len is {prefix}; SGLang corrects all drafts but one")
+
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """As everywhere, under DFlash's architecture, with every field that SGLang needs."""
+        fields = {"shift_label": True, "pure_draft_prefix_len": 1, **config["dflash_config"]}
+        return {
+            **super().config(config, dtype),
+            "architectures": ["DFlashDraftModel"],
+            "dflash_config": {**fields, "projector_type": "domino"},
+        }

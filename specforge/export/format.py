@@ -1,7 +1,7 @@
 """How drafts look to others: what every algorithm's format has in common.
 
-A format is one small subclass a network, in a file of its own in this folder: the field's tensor names, the
-config that a server reads, and what that server would silently misread. ``hf`` is the field's own form,
+A format is one small subclass a kind of network, in this folder: the field's tensor names, the config that a
+server reads, and what that server would silently misread. ``hf`` is the field's own form,
 ``sglang`` what SGLang serves.
 """
 
