@@ -131,7 +131,7 @@ def chains(hits: np.ndarray, labels: Sequence[int], spans: Sequence[tuple[int, i
     depth = np.arange(hits.shape[1])
     # The last row is that of tokens without a label.
     padded = np.concatenate([hits, np.zeros((1, len(depth)), dtype=hits.dtype)])
-    row = np.full(1 + max((stop for _, stop in spans), default=0), -1)
+    row = np.full(1 + max((*labels, *(stop for _, stop in spans)), default=0), -1)
     row[list(labels)] = np.arange(len(labels))
     out = []
     for first, stop in spans:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.fused import SwiGLUMLP
+from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.layers.block_attention import block_attention
 from specforge.modeling.layers.decode_cache import DecodeCache, attend
@@ -46,23 +46,6 @@ class _Heads(NamedTuple):
     value: Tensor
 
 
-class BlockAttention(nn.Module):
-    """Projections of a draft layer, with a norm per query and key head unless ``qk_norm`` is off."""
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = self.value_dim = config.head_dim
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        normed = getattr(config, "qk_norm", True)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-
-
 class BlockLayer(nn.Module):
     """A Qwen3 or Llama decoder layer whose keys and values come from the context too.
 
@@ -77,7 +60,7 @@ class BlockLayer(nn.Module):
         self.window: int | None = config.sliding_window if kind == "sliding_attention" else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = BlockAttention(config)
+        self.self_attn = GroupedAttention(config, qk_norm=True)
         self.mlp = SwiGLUMLP(config)
 
     def weights(self, dtype: torch.dtype) -> _Weights:
@@ -96,10 +79,7 @@ class BlockLayer(nn.Module):
         return self._heads(self.input_layernorm.linear(hidden, w.qkv))
 
     def _heads(self, product: Tensor) -> _Heads:
-        attn = self.self_attn
-        qkv = product.unflatten(1, (-1, attn.head_dim))
-        query, key, value = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
-        return _Heads(norm_heads(attn.q_norm, query), norm_heads(attn.k_norm, key), value)
+        return _Heads(*self.self_attn.split(product))
 
     def inject(self, context: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge.modeling.draft.registry import Draft, copy_into
-from specforge.modeling.layers.functional import RMSNorm
+from specforge.modeling.layers.functional import RMSNorm, norm_heads
 from specforge.modeling.layers.rope import RotaryTable
 from specforge.target_files import TargetFiles
 
@@ -76,6 +76,34 @@ class Eagle3Attention(nn.Module):
     @abstractmethod
     def keys_values(self, product: Tensor, angles: Angles, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Rotated keys ``[R, k, d]`` and values ``[R, k, v]`` of the other columns."""
+
+
+class GroupedAttention(nn.Module):
+    """Projections to heads and back, under the names of Llama and Qwen.
+
+    Args:
+        config: sizes; ``attention_bias`` (Qwen2: on query, key and value), and ``qk_norm`` (Qwen3).
+        qk_norm: whether there are norms of query and key heads where the config does not say.
+    """
+
+    def __init__(self, config: Any, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = self.value_dim = config.head_dim
+        hidden, bias = config.hidden_size, bool(getattr(config, "attention_bias", False))
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
+        normed = getattr(config, "qk_norm", qk_norm)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
+        heads = qkv.unflatten(1, (-1, self.head_dim))
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return norm_heads(self.q_norm, query), norm_heads(self.k_norm, key), value.contiguous()
 
 
 class SwiGLUMLP(nn.Module):

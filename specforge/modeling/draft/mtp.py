@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.errors import UserError
-from specforge.modeling.draft.fused import SwiGLUMLP
+from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.decode_cache import DecodeCache, attend
-from specforge.modeling.layers.functional import RMSNorm, compute_dtype, norm_heads
+from specforge.modeling.layers.functional import RMSNorm, compute_dtype
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
 from specforge.target_files import TargetFiles
 
@@ -38,29 +38,6 @@ class MTPWeights(NamedTuple):
     more: tuple[Tensor, ...]
     out: Tensor
     mlp: dict[str, Tensor]
-
-
-class MTPAttention(nn.Module):
-    """Projections to heads and back, with Qwen2's biases and Qwen3's query and key norms where they are asked for."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = self.value_dim = config.head_dim
-        hidden, bias = config.hidden_size, bool(config.attention_bias)
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        normed = bool(getattr(config, "qk_norm", False))
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
-        heads = qkv.unflatten(1, (-1, self.head_dim))
-        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return norm_heads(self.q_norm, query), norm_heads(self.k_norm, key), value.contiguous()
 
 
 class MTPLayer(nn.Module):
@@ -88,7 +65,7 @@ class MTPDraft(Draft):
     """
 
     form: ClassVar[str] = "a Llama or Qwen3 layer"
-    attention: ClassVar[type[nn.Module]] = MTPAttention
+    attention: ClassVar[type[nn.Module]] = GroupedAttention
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
