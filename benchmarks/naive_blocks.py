@@ -17,10 +17,17 @@ from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.layers.rope import apply_rope
 
 
+def document_ids(batch: TrainBatch) -> Tensor:
+    """``[N]`` index of each token's document, -1 for padding."""
+    lengths = torch.tensor(batch.lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return F.pad(ids, (0, batch.num_tokens - len(ids)), value=-1)
+
+
 def block_states(draft: DFlash, batch: TrainBatch, embedding: Tensor, anchors: Tensor) -> Tensor:
     """Normed states ``[n, b, H]`` of the blocks at some anchors; full layers only."""
     dtype, size = draft.fc.weight.dtype, draft.block_size
-    documents = batch.document_ids
+    documents = document_ids(batch)
     starts = F.pad(torch.tensor(batch.lengths).cumsum(0), (1, 0))
     positions = torch.arange(batch.num_tokens) - starts[documents]
     context = plain_norm(draft.hidden_norm, draft.fc(batch.features[AUX_HIDDEN_STATES].to(dtype)))
@@ -61,7 +68,7 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
     labels = anchors.unsqueeze(1) + 1 + torch.arange(draft.drafts)
     inside = labels < batch.num_tokens
     labels = labels.clamp(max=batch.num_tokens - 1)
-    documents = batch.document_ids
+    documents = document_ids(batch)
     valid = inside & batch.loss_mask[labels] & (documents[labels] == documents[anchors].unsqueeze(1))
     logits = F.linear(states, lm_head)
     weights = torch.exp(-torch.arange(draft.drafts) / module.decay) * valid

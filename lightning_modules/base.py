@@ -28,6 +28,7 @@ from specforge.eval.tau import chains
 from specforge.export import DraftFormat
 from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
+from specforge.inference.target_engine.base import check_layers
 from specforge.modeling.draft import Draft, config_fields, read_draft
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
@@ -78,7 +79,7 @@ class DraftModule(pl.LightningModule):
         target: folder or hub name of the target.
         draft: the network.
         spec: what the algorithm asks of the data path.
-        init_from: where the weights came from, if not at random; the vocabulary then comes from there too.
+        has_vocabulary: whether the draft comes with its vocabulary; otherwise the data chooses it.
         optimizer: optimizer and schedule.
         gamma: tokens drafted a round in validation.
 
@@ -86,11 +87,13 @@ class DraftModule(pl.LightningModule):
         algorithm: the name in tables and files.
         architectures: names under which drafts of this algorithm are saved.
         export_format: how its drafts look to others.
+        reads_layers: whether features of the target's layers are of any use to it.
     """
 
     algorithm: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     export_format: ClassVar[DraftFormat]
+    reads_layers: ClassVar[bool] = True
 
     def __init__(
         self, target: TargetFiles, draft: Draft, spec: StrategySpec, *, has_vocabulary: bool,
@@ -107,9 +110,22 @@ class DraftModule(pl.LightningModule):
     # What an algorithm defines.
 
     @classmethod
-    @abstractmethod
+    def default_layers(cls, num_layers: int) -> list[int]:
+        """The algorithm's own choice of layers to capture; none unless it says so."""
+        return []
+
+    @classmethod
     def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
-        """What to capture of a target: the given layers, or the algorithm's own choice."""
+        """What to capture of a target: the given layers or the algorithm's own choice, and the last hidden state.
+
+        Raises:
+            UserError: the target has no such layer, or the algorithm reads none.
+        """
+        if layer_ids and not cls.reads_layers:
+            raise UserError(f"layers {layer_ids}: {cls.algorithm} reads the last hidden state alone")
+        policy = CapturePolicy(tuple(layer_ids or cls.default_layers(target.num_layers)))
+        check_layers(policy, target.num_layers, target.name)
+        return policy
 
     @abstractmethod
     def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
@@ -328,6 +344,30 @@ def draft_config_for(
             f"{target.name}, whose width is {target.hidden_size}"
         )
     return config, where
+
+
+def layer_fields(target: TargetFiles) -> dict[str, Any]:
+    """Fields of a draft config whose layers have the target's own dimensions and positions."""
+    config = target.config
+    heads = int(config["num_attention_heads"])
+    rope = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
+    return {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads", heads),
+        "head_dim": config.get("head_dim") or target.hidden_size // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "vocab_size": target.vocab_size,
+        **{key: config[key] for key in rope if config.get(key) is not None},
+    }
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """Draw the matrix of a linear layer anew, as the targets' own are drawn."""
+    if isinstance(module, torch.nn.Linear):
+        torch.nn.init.normal_(module.weight, std=0.02)
 
 
 def load_weights(draft: Draft, path: str | Path, form: DraftFormat) -> None:

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.base import DraftModule, LogitTile, StepOutput, draft_config_for, load_weights
+from lightning_modules.base import (
+    DraftModule,
+    LogitTile,
+    StepOutput,
+    draft_config_for,
+    initialise,
+    layer_fields,
+    load_weights,
+)
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
 from specforge.decoding.block import BlockDrafter, Corrector
@@ -34,6 +42,22 @@ from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
+
+
+class Supervised(NamedTuple):
+    """The drafts of a batch that have a label.
+
+    Attributes:
+        plan: of which blocks.
+        states: ``[M, H]`` what the head reads.
+        labels: ``[M]`` draft ids; -1 outside the draft vocabulary.
+        trained: ``[M]`` bool, which are in the loss.
+    """
+
+    plan: BlockPlan
+    states: Tensor
+    labels: Tensor
+    trained: Tensor
 
 
 class DFlashModule(DraftModule):
@@ -124,39 +148,26 @@ class DFlashModule(DraftModule):
         return draft
 
     @classmethod
-    def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
-        """Five layers and the last hidden state."""
-        policy = CapturePolicy(tuple(layer_ids or default_layers(target.num_layers)))
-        check_layers(policy, target.num_layers, target.name)
-        return policy
+    def default_layers(cls, num_layers: int) -> list[int]:
+        """Outputs of five layers, evenly from the second to the third from the end."""
+        return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
         """Five Qwen3 layers of the target's own dimensions, blocks of 16; the mask is the last token id."""
-        config = target.config
-        heads = int(config["num_attention_heads"])
-        keep = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
         return {
+            **layer_fields(target),
             "architectures": list(cls.architectures),
             "model_type": "qwen3",
-            "hidden_size": target.hidden_size,
             "target_hidden_size": target.hidden_size,
-            "intermediate_size": config["intermediate_size"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads", heads),
-            "head_dim": config.get("head_dim") or target.hidden_size // heads,
-            "hidden_act": "silu",
             "num_hidden_layers": 5,
             "num_target_layers": target.num_layers,
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-            "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
             "block_size": 16,
             "dflash_config": {
                 "mask_token_id": target.vocab_size - 1,
-                "target_layer_ids": default_layers(target.num_layers),
+                "target_layer_ids": cls.default_layers(target.num_layers),
             },
-            **{key: config[key] for key in keep if config.get(key) is not None},
         }
 
     def setup(self, stage: str) -> None:
@@ -186,14 +197,12 @@ class DFlashModule(DraftModule):
             return self.empty_output(depths, states, batch.spans if positions else ())
         labels = self.draft.draft_ids(self._labels(batch, head, plan, "data" if positions else self.label))
         trained = (labels >= 0) & (torch.arange(len(labels), device=labels.device) < plan.count)
-        result = self._loss(batch, head, plan, states, labels, trained)
+        result = self._loss(batch, head, Supervised(plan, states, labels, trained))
         depth = plan.depth[: plan.count]
         zeros = torch.zeros(depths, dtype=result.losses.dtype, device=states.device)
         losses = zeros.index_add(0, depth, torch.where(trained, result.losses, 0.0)[: plan.count])
-        hits, count = (
-            zeros.long().index_add(0, depth, result.hits[: plan.count].long()),
-            depth.bincount(minlength=depths),
-        )
+        hits = zeros.long().index_add(0, depth, result.hits[: plan.count].long())
+        count = depth.bincount(minlength=depths)
         if not positions:
             return StepOutput(result.loss, plan.count, losses, hits, count)
         found = np.zeros((plan.blocks, depths), dtype=bool)
@@ -237,26 +246,16 @@ class DFlashModule(DraftModule):
 
     # What drafters on this backbone change.
 
-    @staticmethod
-    def _initialise(module: torch.nn.Module) -> None:
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.02)
+    _initialise = staticmethod(initialise)
 
     @staticmethod
     def _needs_target(label: str) -> bool:
         """Whether the loss reads the target's last hidden states."""
         return label == "target"
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
-        """Loss of the drafts, given their states, the draft ids of their labels, and which are trained."""
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        """Loss of the drafts."""
+        plan, states, labels, trained = drafts
         matrix = head.sliced(self.draft.target_ids)
         if self.weights == "decay":
             return block_loss(states, matrix, labels, self._decay(plan) * trained, chunk=self.chunk)
@@ -317,8 +316,3 @@ class DFlashModule(DraftModule):
             first=1 - draft.shift,
             corrector=self._corrector(head, dtype),
         )
-
-
-def default_layers(num_layers: int) -> list[int]:
-    """Outputs of five layers, evenly from the second to the third from the end."""
-    return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.dflash import DFlashModule
+from lightning_modules.base import initialise
+from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.dflash2 import DFlash2Format
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
 from specforge.modeling.draft.blocks import BlockPlan
@@ -52,7 +51,6 @@ class DFlash2Module(DFlashModule):
 
     algorithm: ClassVar[str] = "dflash2"
     architectures: ClassVar[tuple[str, ...]] = ("DFlash2DraftModel",)
-    export_format: ClassVar[DraftFormat] = DFlash2Format()
     network: ClassVar[type[DFlash]] = DFlash2
     draft: DFlash2
 
@@ -88,7 +86,7 @@ class DFlash2Module(DFlashModule):
 
     @staticmethod
     def _initialise(module: torch.nn.Module) -> None:
-        DFlashModule._initialise(module)
+        initialise(module)
         if isinstance(module, DynamicConv):
             module.start_as_identity()
 
@@ -106,15 +104,8 @@ class DFlash2Module(DFlashModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> SelectingCorrector:
         return SelectingCorrector(self.draft, dtype)
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        plan, states, labels, trained = drafts
         chooser = self.draft.candidate_selector
         objective = Candidates(
             self._context(batch, plan, states), chooser.successor_codebook, chooser.top_k, self.selector

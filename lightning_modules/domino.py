@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.dflash import DFlashModule
+from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
 from specforge.export import DraftFormat
-from specforge.export.domino import DominoFormat
+from specforge.export.dflash import DominoFormat
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
 from specforge.modeling.draft.dflash import DFlash
@@ -120,15 +120,8 @@ class DominoModule(DFlashModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> DominoCorrector:
         return DominoCorrector(self.draft, head.embed, dtype)
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        plan, states, labels, trained = drafts
         return block_loss(
             states, head.sliced(self.draft.target_ids), labels, self._decay(plan) * trained,
             correction=self._correction(batch, head, plan, states), base_share=self.base_share, chunk=self.chunk,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.dflash import DFlashModule
+from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
 from specforge.export import DraftFormat
-from specforge.export.dspark import DSparkFormat
+from specforge.export.dflash import DSparkFormat
 from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
 from specforge.modeling.draft.dflash import DFlash
@@ -115,15 +115,8 @@ class DSparkModule(DFlashModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> MarkovCorrector:
         return MarkovCorrector(self.draft, dtype)
 
-    def _loss(
-        self,
-        batch: TrainBatch,
-        head: TargetHead,
-        plan: BlockPlan,
-        states: Tensor,
-        labels: Tensor,
-        trained: Tensor,
-    ) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+        plan, states, labels, trained = drafts
         matrix = head.sliced(self.draft.target_ids).to(states.dtype)
         last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
         partial = len(matrix) < len(head.lm_head)

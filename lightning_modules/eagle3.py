@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.fused import FusedModule, Students
+from lightning_modules.distilled import Students, unrolled
+from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
@@ -94,17 +95,10 @@ class Eagle3Module(FusedModule):
         plan = plan_unroll(batch.lengths, batch.spans, positions or self.steps, batch.num_tokens)
         plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], head.embed(batch.input_ids), plan)
-        steps = torch.arange(plan.steps, device=states.device)
-        index = plan.students + steps * len(plan.rows)
-        return Students(states.flatten(0, 1), plan.labels, index, plan.valid, plan.count, plan.count)
+        return unrolled(states, self.draft.lm_head.weight, plan)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
         """A chain drafter with the present weights."""
-        draft = self.draft
-        return ChainDrafter(
-            draft.decoder(dtype),
-            head.embed,
-            draft.target_ids.clone(),
-            self.target.vocab_size,
-            CapturePolicy(draft.layer_ids, last_hidden_states=False),
-        )
+        draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
+        ids, size = draft.target_ids.clone(), self.target.vocab_size
+        return ChainDrafter(draft.decoder(dtype), head.embed, ids, size, reads)

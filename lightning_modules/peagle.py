@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.fused import FusedModule, Students
+from lightning_modules.distilled import Students
+from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch, content_id
 from specforge.decoding.parallel import ParallelDrafter
@@ -88,8 +89,7 @@ class PEagleModule(FusedModule):
             )
         super().__init__(
             target, draft_config, layer_ids, init_from, weights=torch.ones(depths),
-            objective=make_objective(loss, lk_eta, topk), feature_weight=0.0, label=label, gamma=gamma,
-            optimizer=optimizer, chunk=chunk,
+            objective=make_objective(loss, lk_eta, topk), label=label, gamma=gamma, optimizer=optimizer, chunk=chunk,
         )  # fmt: skip
         self.depths, self.sampling = depths, DepthSampling(keep_ratio, keep_least)
 
@@ -116,7 +116,8 @@ class PEagleModule(FusedModule):
         count = plan.count if positions else int(plan.valid.sum())
         plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], batch.input_ids, head.embedding, plan)
-        return Students(states, plan.labels, plan.students, plan.valid, plan.count, count)
+        heads = [self.draft.lm_head.weight]
+        return Students(states[None], heads, plan.labels, plan.students, plan.valid, plan.count, count)
 
     def _seeds(self, batch: TrainBatch) -> Sequence[int]:
         """A document's sampling depends on the document and the step alone, so a resumed run repeats it."""
@@ -125,11 +126,6 @@ class PEagleModule(FusedModule):
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ParallelDrafter:
         """A parallel drafter with the present weights."""
-        draft = self.draft
-        return ParallelDrafter(
-            draft.decoder(dtype),
-            head.embedding,
-            draft.target_ids.clone(),
-            self.target.vocab_size,
-            CapturePolicy(draft.layer_ids, last_hidden_states=False),
-        )
+        draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
+        ids, size = draft.target_ids.clone(), self.target.vocab_size
+        return ParallelDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)

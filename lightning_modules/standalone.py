@@ -9,43 +9,32 @@ see each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.base import DraftModule, LogitTile, StepOutput, load_weights
+from lightning_modules.base import load_weights
+from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
-from specforge.contracts import LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
+from specforge.contracts import TrainBatch
 from specforge.data.templates import ChatTemplate
 from specforge.decoding.standalone import StandaloneDrafter
 from specforge.errors import UserError
-from specforge.eval.tau import chains
 from specforge.export import DraftFormat
 from specforge.export.standalone import StandaloneFormat
 from specforge.files import read_json
-from specforge.inference.target_engine.base import check_layers
-from specforge.losses import TeacherRows, chunked_distillation, make_objective
+from specforge.losses import make_objective
 from specforge.modeling.draft.standalone import StandaloneDraft, config_like
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
 
-class _Rows(NamedTuple):
-    """``labels [M]`` flat tokens to predict, ``rows [M]`` of ``states [S, H]`` that predict them."""
-
-    labels: Tensor
-    rows: Tensor
-    states: Tensor
-
-
-class StandaloneModule(DraftModule):
+class StandaloneModule(DistilledModule):
     """A causal LM of transformers with the target's vocabulary.
 
     Args:
@@ -96,65 +85,17 @@ class StandaloneModule(DraftModule):
         network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
         if start is not None or init_from not in (None, "target"):
             load_weights(network, start.folder if start else str(init_from), self.export_format)
-        spec = StrategySpec(
-            algorithm=self.algorithm,
-            capture=self.capture_policy(files),
-            features=(LAST_HIDDEN_STATES,),
-            positions=1,
-            min_tokens=2,
-        )
         super().__init__(
-            files,
-            network,
-            spec,
-            has_vocabulary=init_from not in (None, "target"),
-            optimizer=optimizer,
-            gamma=gamma,
-        )
-        self.starts_at_target = init_from == "target"
-        self.label, self.chunk = label, chunk
-        self.objective = make_objective(loss, lk_eta)
+            files, network, self.capture_policy(files), weights=torch.ones(1), objective=make_objective(loss, lk_eta),
+            label=label, chunk=chunk, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer,
+            gamma=gamma, min_tokens=2, start=network.start_from_target if init_from == "target" else None,
+        )  # fmt: skip
 
-    def setup(self, stage: str) -> None:
-        """Copy what starts at the target; only now is the draft vocabulary known."""
-        super().setup(stage)
-        if self.starts_at_target and stage == "fit":
-            self.draft.start_from_target(self.target)
-
-    @classmethod
-    def capture_policy(cls, target: TargetFiles, layer_ids: list[int] | None = None) -> CapturePolicy:
-        """The last hidden state; layers only if they are asked for."""
-        policy = CapturePolicy(tuple(layer_ids or ()))
-        check_layers(policy, target.num_layers, target.name)
-        return policy
-
-    def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
-        """Losses of a batch; with ``positions``, chains of that length against the data tokens.
+    def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
+        """Run the draft over all documents.
 
         Up to the first rejection the draft reads the answer itself, so all positions are alike.
         """
-        steps = positions or 1
-        labels, rows, states = self._rows(batch, head)
-        count = len(labels)
-        if not count:
-            return self.empty_output(steps, states, batch.spans if positions else ())
-        last = batch.features[LAST_HIDDEN_STATES][labels - 1]
-        ids, log_sum = self._labels(batch, head, labels, last, "data" if positions else self.label)
-        result = chunked_distillation(
-            states, self.draft.head_weight, rows.unsqueeze(1), (ids >= 0).float().unsqueeze(1),
-            TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, ids), self.objective, chunk=self.chunk,
-        )  # fmt: skip
-        found: tuple[Any, ...] = ()
-        if positions:
-            right = result.hits.expand(-1, steps).cpu().numpy()
-            found = tuple(chains(right, labels.tolist(), batch.spans))
-        hits = result.hits.sum(0).expand(steps)
-        return StepOutput(
-            result.loss, count, result.losses.expand(steps), hits, torch.full_like(hits, count), found
-        )
-
-    def _rows(self, batch: TrainBatch, head: TargetHead) -> _Rows:
-        """The draft's states of all documents, and which of them predicts each supervised token."""
         device = batch.input_ids.device
         documents = list(batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths)))
         # A rank without documents takes part in the reductions of the others.
@@ -168,28 +109,9 @@ class StandaloneModule(DraftModule):
                 inside = range(max(first, begin + 1), min(stop, end))
                 labels += inside
                 rows += [document * ids.shape[1] + label - 1 - begin for label in inside]
-        return _Rows(
-            torch.tensor(labels, device=device).long(), torch.tensor(rows, device=device).long(), states
-        )
-
-    def _labels(
-        self, batch: TrainBatch, head: TargetHead, labels: Tensor, last: Tensor, label: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """Draft ids of the labels (-1 outside the draft vocabulary), and full-vocabulary log-sums if needed."""
-        if label == "data" and not self.objective.full_vocabulary:
-            return self.draft.draft_ids(batch.input_ids[labels]), None
-        rows = head.rows(last)
-        ids = rows.argmax if label == "target" else batch.input_ids[labels]
-        return self.draft.draft_ids(ids), rows.log_sum
-
-    @torch.no_grad()
-    def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
-        """Logits of every supervised token, alike at all ``positions``, 256 labels at a time."""
-        labels, rows, states = self._rows(batch, head)
-        weight, last = self.draft.head_weight.to(states.dtype), batch.features[LAST_HIDDEN_STATES]
-        for part, index in zip(labels.split(256), rows.split(256), strict=True):
-            logits = F.linear(states[index], weight).float()
-            yield LogitTile(part, logits.unsqueeze(1).expand(-1, positions, -1), last[part - 1])
+        index = torch.tensor(rows, device=device).long().unsqueeze(1)
+        flat, valid = torch.tensor(labels, device=device).long(), torch.ones_like(index, dtype=torch.bool)
+        return Students(states[None], [self.draft.head_weight], flat, index, valid, len(labels), len(labels))
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> StandaloneDrafter:
         """A drafter with the present weights."""

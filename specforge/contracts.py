@@ -259,16 +259,6 @@ class TrainBatch:
             features={name: move(x) for name, x in self.features.items()},
         )
 
-    @property
-    def document_ids(self) -> Tensor:
-        """``[N]`` index of each token's document, -1 for padding."""
-        ids = torch.full_like(self.input_ids, -1)
-        lengths = torch.tensor(self.lengths, device=ids.device)
-        ids[: sum(self.lengths)] = torch.repeat_interleave(
-            torch.arange(len(lengths), device=ids.device), lengths
-        )
-        return ids
-
 
 def mask_spans(loss_mask: Sequence[bool] | Tensor, lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Runs of supervised tokens of a packed row, cut at every document's border."""

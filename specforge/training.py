@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
 import datamodules  # noqa: F401 - makes the built-in classes known by name
-import lightning_modules  # noqa: F401
+import lightning_modules
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from specforge.callbacks.ledger import SampleLedger
@@ -96,14 +97,10 @@ class TrainingCLI(LightningCLI):
 def known_keys(parser: Any) -> list[str]:
     """Every option of a parser, the class options of the built-in models and data included."""
     keys = [action.dest for action in parser._actions]
-    for base, classes in (
-        ("model", _subclasses(pl.LightningModule)),
-        ("data", _subclasses(pl.LightningDataModule)),
-    ):
+    models: list[type] = list(lightning_modules.algorithms().values())
+    for base, classes in (("model", models), ("data", _subclasses(pl.LightningDataModule))):
         for cls in classes:
             if cls.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
-                import inspect
-
                 keys += [f"{base}.init_args.{name}" for name in inspect.signature(cls).parameters]
     return keys
 

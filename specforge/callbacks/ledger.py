@@ -16,19 +16,15 @@ class Ledger(Protocol):
 
     def rewind(self, loader: Any, step: int) -> None:
         """Go back to the checkpoint of ``step``, from which the loader goes on; on every rank."""
-        ...
 
     def trained(self, epoch: int, sample_ids: tuple[str, ...], step: int) -> None:
         """Optimizer step ``step`` used samples of an epoch on this rank."""
-        ...
 
     def durable(self, step: int) -> None:
         """The checkpoint of ``step`` is complete; on every rank."""
-        ...
 
     def flow(self) -> dict[str, float]:
         """What to log of the stream: samples that are ready, samples a second, ..."""
-        ...
 
 
 class SampleLedger(pl.Callback):

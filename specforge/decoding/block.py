@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
-from specforge.decoding.drafters import Features
+from specforge.contracts import CapturePolicy
+from specforge.decoding.drafters import TrainedDrafter, joined
 from specforge.decoding.verify import Proposal, Sampling
-
-
-class BlockNetwork(Protocol):
-    """A draft network that computes a block over a context with a key/value cache."""
-
-    def reset(self) -> None:
-        """Forget the context."""
-        ...
-
-    def extend(self, aux_hidden_states: Tensor) -> None:
-        """Append the features ``[n, A]`` of committed tokens."""
-        ...
-
-    def block(self, embeds: Tensor) -> Tensor:
-        """States ``[b, H]`` of a block with these embeddings ``[b, H]``."""
-        ...
+from specforge.modeling.draft.dflash import BlockDecoder
 
 
 class Corrector(Protocol):
@@ -35,14 +20,12 @@ class Corrector(Protocol):
 
     def reset(self) -> None:
         """Begin a block."""
-        ...
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
         """The next draft's final logits ``[D]``, from its logits, its state ``[H]`` and the token before it."""
-        ...
 
 
-class BlockDrafter:
+class BlockDrafter(TrainedDrafter):
     """Drafts blocks with a trained network.
 
     Args:
@@ -56,31 +39,23 @@ class BlockDrafter:
         mask_token_id: the token of every slot but the first.
         first: the slot that drafts the first token: 1 where slots predict their own token, 0 where the next one.
         corrector: of the logits, token by token; None drafts all tokens from the block alone.
-        deterministic: when sampling, draft the likeliest token rather than a sample of the draft's own
-            distribution. Both are lossless; the latter accepts more.
+        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
-        self, network: BlockNetwork, embed: Callable[[Tensor], Tensor], head: Tensor, target_ids: Tensor,
+        self, network: BlockDecoder, embed: Callable[[Tensor], Tensor], head: Tensor, target_ids: Tensor,
         vocab_size: int, capture: CapturePolicy, *, block_size: int, mask_token_id: int, first: int,
         corrector: Corrector | None = None, deterministic: bool = False,
     ) -> None:  # fmt: skip
-        self.network, self.embed, self.head, self.target_ids = network, embed, head, target_ids
-        self.vocab_size, self.capture, self.deterministic = vocab_size, capture, deterministic
+        self.network, self.embed, self.head = network, embed, head
         self.first, self.corrector = first, corrector
         self._block = torch.full((block_size,), mask_token_id, device=target_ids.device)
-        self.reset()
+        super().__init__(target_ids, vocab_size, capture, deterministic)
 
     def reset(self) -> None:
         """Forget the sequence."""
+        super().reset()
         self.network.reset()
-        self._last = -1
-        self._features: list[Tensor] = []
-
-    def observe(self, tokens: Sequence[int], features: Features) -> None:
-        """Keep the last token and the features for the next proposal."""
-        self._last = tokens[-1]
-        self._features.append(features[AUX_HIDDEN_STATES])
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
@@ -88,31 +63,16 @@ class BlockDrafter:
         count = min(count, len(self._block) - self.first)
         if count == 0:
             return Proposal(())
-        self.network.extend(torch.cat(self._features) if len(self._features) > 1 else self._features[0])
-        self._features = []
-        self._block[0] = self._last
+        features, following = self.take()
+        self.network.extend(features)
+        self._block[0] = following[-1]
         states = self.network.block(self.embed(self._block))[self.first : self.first + count]
         logits = F.linear(states, self.head)
-        greedy = sampling.greedy or self.deterministic
-        if self.corrector is None and greedy:
-            return Proposal(tuple(self.target_ids[logits.argmax(-1)].tolist()))
-        if self.corrector is not None:
-            self.corrector.reset()
-        tokens: list[int] = []
-        probs: list[Tensor] = []
-        token = self._last
+        if self.corrector is None:
+            return self.choose(logits, sampling, generator)
+        self.corrector.reset()
+        token, parts = self._tokens[-1], list[Proposal]()
         for state, row in zip(states, logits, strict=True):
-            scores = row if self.corrector is None else self.corrector(row, state, token)
-            token = self._choose(scores, sampling, generator, probs)
-            tokens.append(token)
-        return Proposal(tuple(tokens), torch.stack(probs) if probs else None)
-
-    def _choose(
-        self, scores: Tensor, sampling: Sampling, generator: torch.Generator | None, probs: list[Tensor]
-    ) -> int:
-        if sampling.greedy or self.deterministic:
-            return int(self.target_ids[scores.argmax()])
-        q = sampling.probs(scores.unsqueeze(0).cpu())[0]
-        draft_id = int(torch.multinomial(q, 1, generator=generator))
-        probs.append(torch.zeros(self.vocab_size).scatter_(0, self.target_ids.cpu(), q))
-        return int(self.target_ids[draft_id])
+            parts.append(self.choose(self.corrector(row, state, token)[None], sampling, generator))
+            token = parts[-1].tokens[0]
+        return joined(parts)

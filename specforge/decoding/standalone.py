@@ -8,35 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge.contracts import CapturePolicy
-from specforge.decoding.drafters import Features
+from specforge.decoding.drafters import Features, TrainedDrafter, joined
 from specforge.decoding.verify import Proposal, Sampling
 
 
-class StandaloneDrafter:
+class StandaloneDrafter(TrainedDrafter):
     """Drafts one token after another with a causal LM; rejected tokens are cut off its cache.
 
     Args:
         model: a transformers causal LM in eval mode.
         target_ids: ``[D]`` target id of every row of its head.
         vocab_size: V.
-        deterministic: when sampling, draft the likeliest token rather than a sample of the draft's own distribution.
+        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
-    capture: CapturePolicy | None = None
-
     def __init__(self, model: Any, target_ids: Tensor, vocab_size: int, deterministic: bool = False) -> None:
-        self.model, self.target_ids, self.vocab_size = model, target_ids.cpu(), vocab_size
-        self.deterministic = deterministic
-        self.reset()
+        self.model = model
+        super().__init__(target_ids.cpu(), vocab_size, None, deterministic)
 
     def reset(self) -> None:
         """Forget the sequence."""
         from transformers import DynamicCache
 
+        super().reset()
         self._cache = DynamicCache()
         self._cached: list[int] = []  # tokens whose keys and values the cache holds
-        self._tokens: list[int] = []
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Keep what was committed; drafted tokens that were accepted stay in the cache."""
@@ -52,24 +48,16 @@ class StandaloneDrafter:
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """Read what was committed since, then draft ``count`` tokens."""
-        tokens: list[int] = []
-        probs: list[Tensor] = []
-        new = self._tokens[len(self._cached) :]
-        while len(tokens) < count:
-            logits = self._read(new)
-            if sampling.greedy or self.deterministic:
-                draft_id = int(logits.argmax())
-            else:
-                q = sampling.probs(logits.unsqueeze(0))[0]
-                draft_id = int(torch.multinomial(q, 1, generator=generator))
-                probs.append(torch.zeros(self.vocab_size).scatter_(0, self.target_ids, q))
-            tokens.append(int(self.target_ids[draft_id]))
-            new = tokens[-1:]
-        return Proposal(tuple(tokens), torch.stack(probs) if probs else None)
+        new: Sequence[int] = self._tokens[len(self._cached) :]
+        parts: list[Proposal] = []
+        while len(parts) < count:
+            parts.append(self.choose(self._read(new), sampling, generator))
+            new = parts[-1].tokens
+        return joined(parts)
 
     def _read(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to the cache; logits ``[D]`` on the CPU after the last."""
+        """Append tokens to the cache; logits ``[1, D]`` on the CPU after the last."""
         ids = torch.tensor([list(tokens)], device=self.model.device)
         output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cached += tokens
-        return output.logits[0, -1].cpu()  # type: ignore[no-any-return]
+        return output.logits[0, -1:].cpu()  # type: ignore[no-any-return]

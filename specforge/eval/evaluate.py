@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -88,6 +88,9 @@ class MethodResult:
     identical: int | None
     ties: int | None
     speed_identical: int | None
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -186,41 +189,46 @@ class Evaluation:
         self.progress(f"the target answers {len(prompts)} prompts plainly")
         options = self.options
         engine = self._engine(options.dtype)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[int, Reference] = {}
-        for start in range(0, len(order), options.batch_size):
-            part = order[start : start + options.batch_size]
+
+        def answer(part: list[Sequence[int]], seed: int) -> list[Reference]:
             answers = engine.generate(
-                [prompts[i] for i in part], max_new_tokens=options.max_new_tokens, end_ids=self.end_ids,
+                part, max_new_tokens=options.max_new_tokens, end_ids=self.end_ids,
                 temperature=options.sampling.temperature, top_p=options.sampling.top_p, top_k=options.sampling.top_k,
-                seed=options.seed + start,
+                seed=seed,
             )  # fmt: skip
-            features = engine.capture(
-                [[*prompts[i], *a] for i, a in zip(part, answers, strict=True)], capture
-            )
-            for i, answer, tensors in zip(part, answers, features, strict=True):
-                found[i] = Reference(list(prompts[i]), answer, tensors)
+            features = engine.capture([[*p, *a] for p, a in zip(part, answers, strict=True)], capture)
+            return [Reference(list(p), a, x) for p, a, x in zip(part, answers, features, strict=True)]
+
+        return self._by_length(prompts, answer)
+
+    def _by_length(
+        self, prompts: Sequence[Sequence[int]], run: Callable[[list[Sequence[int]], int], list[_T]]
+    ) -> list[_T]:
+        """Run prompts of similar length together, each batch with a seed of its own; results in the given order."""
+        found: dict[int, _T] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.options.batch_size):
+            part = order[start : start + self.options.batch_size]
+            results = run([prompts[i] for i in part], self.options.seed + start)
+            found |= dict(zip(part, results, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _row(
         self, method: _Method, references: Sequence[Reference], speed: tuple[float, float, int] | None
     ) -> MethodResult:
-        if method.name == "none" and self.options.sampling.greedy:
+        plain = method.name == "none"
+        if plain and self.options.sampling.greedy:
             # The reference *is* plain greedy decoding.
             decoded = [Decoded(tokens=r.answer, rounds=len(r.answer) - 1) for r in references]
         else:
             self.progress(f"{method.name}: decoding {len(references)} prompts in {self.options.dtype}")
             decoded = self._decode_all(method, references)
         rounds = [Rounds(d.counted, d.rounds) for d in decoded]
-        tau = pooled_tau(rounds) if method.name != "none" else Tau(1.0, 1.0, 1.0)
-        drafted = (
-            np.array([d.drafted for d in decoded if d.drafted]).sum(0)
-            if method.name != "none"
-            else np.zeros(0)
-        )
-        accepted = (
-            np.array([d.accepted for d in decoded if d.accepted]).sum(0) if drafted.size else np.zeros(0)
-        )
+        tau = Tau(1.0, 1.0, 1.0) if plain else pooled_tau(rounds)
+        drafted, accepted = (
+            [] if plain else np.array(counts).sum(0)
+            for counts in ([d.drafted for d in decoded], [d.accepted for d in decoded])
+        )  # fmt: skip
         identical = ties = None
         if self.options.sampling.greedy:
             identical, ties = self._compare(decoded, references)
@@ -244,17 +252,14 @@ class Evaluation:
     def _decode_all(self, method: _Method, references: Sequence[Reference]) -> list[Decoded]:
         options = self.options
         engine, factory = self._engine(options.dtype), method.make(options.dtype)
-        found: dict[int, Decoded] = {}
-        order = sorted(range(len(references)), key=lambda i: len(references[i].prompt))
-        for start in range(0, len(order), options.batch_size):
-            part = order[start : start + options.batch_size]
-            decoded = decode(
-                engine.model, factory, [references[i].prompt for i in part], gamma=options.gamma,
-                max_new_tokens=options.max_new_tokens, end_ids=self.end_ids, sampling=options.sampling,
-                seed=options.seed + start,
+
+        def answer(part: list[Sequence[int]], seed: int) -> list[Decoded]:
+            return decode(
+                engine.model, factory, part, gamma=options.gamma, max_new_tokens=options.max_new_tokens,
+                end_ids=self.end_ids, sampling=options.sampling, seed=seed,
             )  # fmt: skip
-            found |= dict(zip(part, decoded, strict=True))
-        return [found[i] for i in range(len(references))]
+
+        return self._by_length([r.prompt for r in references], answer)
 
     def _compare(self, decoded: Sequence[Decoded], references: Sequence[Reference]) -> tuple[int, int]:
         """How many answers are the target's token for token, and how many part from it at a tie."""

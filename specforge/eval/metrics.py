@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from specforge.eval.tau import Tau, jump, t_quantile
+from specforge.eval.tau import Rounds, jump, products, tau_of_sums
 
 
 class AcceptanceLength(Metric):
@@ -45,18 +45,9 @@ class AcceptanceLength(Metric):
             self.drafted += torch.from_numpy(drafted).to(self.device)
             self.accepted += torch.from_numpy(accepted).to(self.device)
         if rounds:
-            row = [1, tokens, rounds, tokens * tokens, tokens * rounds, rounds * rounds]
-            self.sums += torch.tensor(row, device=self.device)
+            self.sums += torch.from_numpy(products(Rounds(tokens, rounds))).to(self.device)
 
     def compute(self) -> dict[str, Any]:
         """``tau`` (a :class:`Tau`), and ``acceptance [γ]``: P(accept k | accepted up to k)."""
-        n, tokens, rounds, tokens2, product, rounds2 = (float(x) for x in self.sums)
         acceptance = (self.accepted.double() / self.drafted.clamp(min=1)).tolist()
-        if n == 0:
-            return {"tau": Tau(float("nan"), float("nan"), float("nan")), "acceptance": acceptance}
-        tau = tokens / rounds
-        half = float("nan")
-        if n > 1:
-            residual = max(0.0, tokens2 - 2 * tau * product + tau * tau * rounds2)
-            half = t_quantile(int(n) - 1) * (residual / (n * (n - 1))) ** 0.5 / (rounds / n)
-        return {"tau": Tau(tau, tau - half, tau + half), "acceptance": acceptance}
+        return {"tau": tau_of_sums(self.sums.tolist()), "acceptance": acceptance}

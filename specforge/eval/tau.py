@@ -78,19 +78,24 @@ def pooled_tau(prompts: Iterable[Rounds]) -> Tau:
 
     SE = sqrt(Σ(N_i - τ R_i)² / (n (n - 1))) / mean(R).
     """
-    counts = np.array([(p.tokens, p.rounds) for p in prompts], dtype=np.float64).reshape(-1, 2)
-    counts = counts[counts[:, 1] > 0]
-    n = len(counts)
-    if n == 0:
-        return Tau(float("nan"), float("nan"), float("nan"))
-    tokens, rounds = counts.sum(0)
-    tau = tokens / rounds
-    if n == 1:
-        return Tau(float(tau), float("nan"), float("nan"))
-    residual = counts[:, 0] - tau * counts[:, 1]
-    error = np.sqrt((residual**2).sum() / (n * (n - 1))) / counts[:, 1].mean()
-    half = t_quantile(n - 1) * error
-    return Tau(float(tau), float(tau - half), float(tau + half))
+    return tau_of_sums(sum((products(p) for p in prompts if p.rounds > 0), np.zeros(6)))
+
+
+def products(prompt: Rounds) -> np.ndarray:
+    """``[1, N, R, N², N R, R²]`` of one prompt; their sums over prompts give τ and its interval."""
+    tokens, rounds = prompt
+    return np.array([1, tokens, rounds, tokens * tokens, tokens * rounds, rounds * rounds])
+
+
+def tau_of_sums(sums: Iterable[float]) -> Tau:
+    """τ of :func:`pooled_tau` from summed :func:`products`; NaN without prompts."""
+    n, tokens, rounds, tokens2, product, rounds2 = map(float, sums)
+    tau = tokens / rounds if n else float("nan")
+    half = float("nan")
+    if n > 1:
+        residual = max(0.0, tokens2 - 2 * tau * product + tau * tau * rounds2)
+        half = t_quantile(int(n) - 1) * (residual / (n * (n - 1))) ** 0.5 / (rounds / n)
+    return Tau(tau, tau - half, tau + half)
 
 
 def t_quantile(freedom: int, p: float = 0.975) -> float:
@@ -123,14 +128,13 @@ def chains(hits: np.ndarray, labels: Sequence[int], spans: Sequence[tuple[int, i
         For each span ``[starts, T]``: start s follows the s-th token of the answer and its k-th draft is token
         s + 1 + k; zero past the end.
     """
-    row = {int(label): m for m, label in enumerate(labels)}
+    depth = np.arange(hits.shape[1])
+    # The last row is that of tokens without a label.
+    padded = np.concatenate([hits, np.zeros((1, len(depth)), dtype=hits.dtype)])
+    row = np.full(1 + max((*labels, *(stop for _, stop in spans)), default=0), -1)
+    row[list(labels)] = np.arange(len(labels))
     out = []
     for first, stop in spans:
-        table = np.zeros((max(0, stop - first - 1), hits.shape[1]), dtype=hits.dtype)
-        for start in range(len(table)):
-            for k in range(min(hits.shape[1], len(table) - start)):
-                m = row.get(first + 1 + start + k)
-                if m is not None:
-                    table[start, k] = hits[m, k]
-        out.append(table)
+        tokens = first + 1 + np.arange(max(0, stop - first - 1))[:, None] + depth
+        out.append(padded[np.where(tokens < stop, row[np.minimum(tokens, stop)], -1), depth])
     return out

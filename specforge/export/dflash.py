@@ -1,8 +1,7 @@
-"""DFlash drafts: the names of the DFlash code, which SGLang loads with or without ``model.`` in front."""
+"""Block drafters: the names of the DFlash code, which SGLang loads with or without ``model.`` in front."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +13,11 @@ from specforge.target_files import TargetFiles
 
 
 class DFlashFormat(DraftFormat):
-    """DFlash checkpoints: backbone only, the embedding and the head being the target's."""
+    """DFlash checkpoints, and DFlash-2's: the embedding and the head are the target's."""
 
     aliases = (("model.", ""), ("encoder.fc.", "fc."), ("encoder.output_norm_enc.", "hidden_norm."))
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
+    server = "DFLASH"
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """See :meth:`DraftFormat.check`."""
@@ -38,9 +38,28 @@ class DFlashFormat(DraftFormat):
         maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
         return {name: x for name, x in state.items() if name not in maps}
 
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's DFLASH."""
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
-            f"--speculative-draft-model-path {folder}"
-        )
+
+class DSparkFormat(DFlashFormat):
+    """DSpark checkpoints; SGLang reads the heads' fields at the top of the config, where SpecForge has them."""
+
+    server = "DSPARK"
+
+
+class DominoFormat(DFlashFormat):
+    """Domino checkpoints, which SGLang serves as DFLASH and tells by ``projector_type``."""
+
+    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
+        """See :meth:`DraftFormat.check`."""
+        super().check(config, target)
+        prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
+        if prefix != 1:
+            raise UserError(f"export: pure_draft_prefix_len is {prefix}; SGLang corrects all drafts but one")
+
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """As everywhere, under DFlash's architecture, with every field that SGLang needs."""
+        fields = {"shift_label": True, "pure_draft_prefix_len": 1, **config["dflash_config"]}
+        return {
+            **super().config(config, dtype),
+            "architectures": ["DFlashDraftModel"],
+            "dflash_config": {**fields, "projector_type": "domino"},
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from specforge.errors import UserError
@@ -22,6 +21,7 @@ class Eagle3Format(DraftFormat):
     )
     not_the_drafts = ("embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")
     hf_embedding = True
+    server, chain = "EAGLE3", 4
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """See :meth:`DraftFormat.check`."""
@@ -44,14 +44,6 @@ class Eagle3Format(DraftFormat):
             raise UserError(
                 "export: tie_word_embeddings is set; the server would use the embedding as lm_head"
             )
-
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's EAGLE3, as a chain of four."""
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
-            f"--speculative-draft-model-path {folder} --speculative-num-steps 4 --speculative-eagle-topk 1 "
-            "--speculative-num-draft-tokens 5"
-        )
 
 
 def check_captured_layers(layers: list[int], target: TargetFiles) -> None:

@@ -1,7 +1,7 @@
 """How drafts look to others: what every algorithm's format has in common.
 
-A format is one small subclass a network, in a file of its own in this folder: the field's tensor names, the
-config that a server reads, and what that server would silently misread. ``hf`` is the field's own form,
+A format is one small subclass a kind of network, in this folder: the field's tensor names, the config that a
+server reads, and what that server would silently misread. ``hf`` is the field's own form,
 ``sglang`` what SGLang serves.
 """
 
@@ -29,11 +29,17 @@ class DraftFormat:
         aliases: beginnings of tensor names that others use, and what they are here; tried in this order.
         not_the_drafts: names (as they are here) of tensors in others' files that are not the draft's.
         hf_embedding: whether the ``hf`` form carries the target's embedding.
+        refusal: why SGLang cannot serve such a draft at all; None where it can.
+        server: SGLang's name of the algorithm; None where it has none.
+        chain: tokens that the server drafts one after another; 0 where the draft's config says how many.
     """
 
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     not_the_drafts: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)
     hf_embedding: ClassVar[bool] = False
+    refusal: ClassVar[str | None] = None
+    server: ClassVar[str | None] = None
+    chain: ClassVar[int] = 0
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """Refuse a draft that SGLang cannot serve, or would serve as another network.
@@ -41,6 +47,8 @@ class DraftFormat:
         Raises:
             UserError: says which field, and what the server would make of it.
         """
+        if self.refusal is not None:
+            raise UserError(f"export: {self.refusal}")
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """Fields of the written ``config.json``."""
@@ -56,7 +64,15 @@ class DraftFormat:
 
     def serve(self, target: str, folder: Path) -> str | None:
         """The command that serves the draft; None where SGLang has no such algorithm."""
-        return None
+        if self.server is None:
+            return None
+        command = (
+            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {self.server} "
+        )
+        command += f"--speculative-draft-model-path {folder}"
+        steps, tokens = self.chain, self.chain + 1
+        chain = f" --speculative-num-steps {steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens}"
+        return command + chain if self.chain else command
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """Somebody's tensors under SpecForge's names, in fp32, with both vocabulary maps.

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from specforge.errors import UserError
 from specforge.export.format import DTYPES, DraftFormat
 from specforge.modeling.draft import Draft
 from specforge.target_files import TargetFiles
@@ -21,14 +20,7 @@ class PEagleFormat(DraftFormat):
 
     aliases = (("model.", ""), ("midlayer.", "layers.0."))
     not_the_drafts = ("rotary_emb.inv_freq",)
-
-    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Always refuses.
-
-        Raises:
-            UserError: SGLang has no such algorithm.
-        """
-        raise UserError("export: SGLang does not serve P-EAGLE; use --to hf, which vLLM loads")
+    refusal = "SGLang does not serve P-EAGLE; use --to hf, which vLLM loads"
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As everywhere, and the mask token under vLLM's name."""

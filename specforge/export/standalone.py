@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +16,8 @@ from specforge.target_files import TargetFiles
 
 class StandaloneFormat(DraftFormat):
     """Names without ``model.``, a tied head left out, no vocabulary maps."""
+
+    server, chain = "STANDALONE", 4
 
     def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
         """See :meth:`DraftFormat.build`."""
@@ -46,14 +47,6 @@ class StandaloneFormat(DraftFormat):
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`DraftFormat.tensors`."""
         return {n.removeprefix("model."): x for n, x in state.items() if n not in ("d2t", "t2d")}
-
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's STANDALONE, as a chain of four."""
-        return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE "
-            f"--speculative-draft-model-path {folder} --speculative-num-steps 4 --speculative-eagle-topk 1 "
-            "--speculative-num-draft-tokens 5"
-        )
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """See :meth:`DraftFormat.read`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.losses.chunked import default_chunk
+from specforge.losses.chunked import add_product, default_chunk
 
 # Tiles that end where a block does are padded to a multiple of this (see specforge.modeling.draft.unroll.ROUND).
 _ROUND = 32
@@ -44,7 +44,6 @@ class RowLoss(Protocol):
             labels: ``[C]`` draft id of the label; arbitrary where the row has no weight.
             rows: which of the M rows they are.
         """
-        ...
 
 
 Weigh = Callable[[slice, Tensor], Tensor]
@@ -193,11 +192,7 @@ class _Grads:
             slope = self.tile.slope(grad)
             own = scale * (1 - share)
             self.extra[part] += (slope @ self.matrix_given).mul_(own)
-            picked = self.given[part] * own
-            if slope.dtype == self.matrix.dtype:
-                self.matrix.addmm_(slope.t(), picked)
-            else:
-                self.matrix += slope.t() @ picked
+            add_product(self.matrix, slope, self.given[part] * own)
         self.states[part] += (self.tile.slope(grad if base is None else base) @ self.job.head).mul_(scale)
 
 
@@ -304,14 +299,8 @@ class Acceptance:
     def __init__(
         self, head: Tensor, hidden: Tensor, tokens: Tensor, log_sum: Tensor | None, ce: float, l1: float
     ) -> None:
-        self.head, self.hidden, self.tokens, self.log_sum, self.ce, self.l1 = (
-            head,
-            hidden,
-            tokens,
-            log_sum,
-            ce,
-            l1,
-        )
+        self.head, self.hidden, self.tokens, self.log_sum = head, hidden, tokens, log_sum
+        self.ce, self.l1 = ce, l1
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.accept = torch.zeros(len(tokens), dtype=wide, device=tokens.device)
 

@@ -146,7 +146,7 @@ class _ChunkedDistillation(torch.autograd.Function):
             if grad_states is not None:
                 grad_states.index_add_(0, index, (slope @ matrix).mul_(scale))
             if grad_head is not None:
-                _add_product(grad_head, slope, picked.mul_(scale))
+                add_product(grad_head, slope, picked.mul_(scale))
         ctx.save_for_backward(grad_states, grad_head)
         trained = torch.where(weights != 0, losses, 0.0)
         ctx.mark_non_differentiable(hits)
@@ -159,7 +159,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _add_product(total: Tensor, slope: Tensor, states: Tensor) -> None:
+def add_product(total: Tensor, slope: Tensor, states: Tensor) -> None:
     """``total += slopeᵀ @ states``, accumulated in the dtype of ``total``."""
     if slope.dtype == total.dtype:
         total.addmm_(slope.t(), states)

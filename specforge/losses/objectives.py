@@ -60,11 +60,9 @@ class Objective(Protocol):
     @property
     def full_vocabulary(self) -> bool:
         """Whether it reads ``Teacher.mass``, the share of p that the draft vocabulary holds."""
-        ...
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """Loss of each row, ``[C, T]``, and its gradient by the logits, ``[C, T, D]``."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def module(request, target) -> FusedModule:
     torch.manual_seed(0)
     module = MAKERS[request.param](str(target)).eval()
     module.draft.set_vocabulary(torch.randperm(264)[:200].sort().values)
-    if module.starts_at_target:
-        module.draft.start_from_target(module.target)
+    if module.start is not None:
+        module.start(module.target)
     else:  # a random layer between the target's own ends
         module.draft.lm_head.weight.data = module.target.lm_head()[module.draft.target_ids]
         module.draft.fc.weight.data[:, -32:] += torch.eye(32)

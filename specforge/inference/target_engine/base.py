@@ -26,7 +26,6 @@ class TargetEngine(Protocol):
         Raises:
             UserError: a layer does not exist, or a feature comes out with the wrong width or dtype.
         """
-        ...
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, on the CPU, without padding.
@@ -38,7 +37,6 @@ class TargetEngine(Protocol):
         Returns:
             For each sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
         """
-        ...
 
 
 def feature_widths(policy: CapturePolicy, hidden_size: int) -> dict[str, int]:

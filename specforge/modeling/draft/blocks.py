@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from specforge.modeling.draft.unroll import ROUND
+from specforge.modeling.draft.unroll import ROUND, Plan, borders
 from specforge.modeling.layers.block_attention import BlockGroup
 
 # Blocks that share one product over the context; more of them hide more of it from each other.
@@ -27,7 +27,7 @@ _BLOCK_ROUND = 4
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class BlockPlan(Plan):
     """Index tensors of the blocks of one packed batch.
 
     Attributes:
@@ -53,11 +53,6 @@ class BlockPlan:
     labels: Tensor
     firsts: tuple[int, ...]
     longest: int
-
-    def to(self, device: torch.device) -> BlockPlan:
-        """The same plan with its tensors on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return BlockPlan(**{**vars(self), **moved})
 
 
 def starts(spans: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -108,11 +103,8 @@ def plan_blocks(
         tokens: N when the batch is padded; the sum of ``lengths`` when not given.
         contiguous: a token that is not supervised ends the block, rather than leaving a gap in it.
     """
-    total, tokens = sum(lengths), sum(lengths) if tokens is None else tokens
-    ends = np.cumsum(lengths, dtype=np.int64)
-    begin, end = (np.full(tokens, total, dtype=np.int64) for _ in range(2))
-    begin[:total] = np.repeat(ends - np.asarray(lengths, dtype=np.int64), lengths)
-    end[:total] = np.repeat(ends, lengths)
+    tokens = sum(lengths) if tokens is None else tokens
+    begin, end = borders(lengths, tokens)
     supervised = np.zeros(tokens + 1, dtype=bool)
     for start, stop in spans:
         supervised[start:stop] = True

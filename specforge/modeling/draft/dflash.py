@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.fused import SwiGLUMLP
+from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.layers.block_attention import block_attention
-from specforge.modeling.layers.functional import RMSNorm, compute_dtype
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
+from specforge.modeling.layers.functional import RMSNorm, compute_dtype, norm_heads
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
 
 
@@ -45,26 +46,6 @@ class _Heads(NamedTuple):
     value: Tensor
 
 
-class BlockAttention(nn.Module):
-    """Projections of a draft layer, with a norm per query and key head unless ``qk_norm`` is off."""
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, width = config.head_dim, config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        normed = getattr(config, "qk_norm", True)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-
-
-def _per_head(norm: RMSNorm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
-
-
 class BlockLayer(nn.Module):
     """A Qwen3 or Llama decoder layer whose keys and values come from the context too.
 
@@ -79,17 +60,18 @@ class BlockLayer(nn.Module):
         self.window: int | None = config.sliding_window if kind == "sliding_attention" else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = BlockAttention(config)
+        self.self_attn = GroupedAttention(config, qk_norm=True)
         self.mlp = SwiGLUMLP(config)
 
     def weights(self, dtype: torch.dtype) -> _Weights:
         """Cast and fuse the layer's matrices."""
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
+        gate_up, down = self.mlp.weights(dtype)
         return _Weights(
             qkv=torch.cat([p.weight.to(dtype) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]),
             out=attn.o_proj.weight.to(dtype),
-            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
-            down=mlp.down_proj.weight.to(dtype),
+            gate_up=gate_up,
+            down=down,
         )
 
     def project(self, hidden: Tensor, w: _Weights) -> _Heads:
@@ -97,17 +79,14 @@ class BlockLayer(nn.Module):
         return self._heads(self.input_layernorm.linear(hidden, w.qkv))
 
     def _heads(self, product: Tensor) -> _Heads:
-        attn = self.self_attn
-        qkv = product.unflatten(1, (-1, attn.head_dim))
-        query, key, value = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], dim=1)
-        return _Heads(_per_head(attn.q_norm, query), _per_head(attn.k_norm, key), value)
+        return _Heads(*self.self_attn.split(product))
 
     def inject(self, context: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""
         attn = self.self_attn
         kv = F.linear(context, w.qkv[attn.heads * attn.head_dim :])
         key, value = kv.unflatten(1, (-1, attn.head_dim)).chunk(2, dim=1)
-        return _per_head(attn.k_norm, key), value
+        return norm_heads(attn.k_norm, key), value
 
     def finish(self, hidden: Tensor, attention: Tensor, w: _Weights) -> Tensor:
         """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, d]`` to ``[R, H]``."""
@@ -269,26 +248,19 @@ class BlockDecoder:
     def reset(self) -> None:
         """Forget the context."""
         self.length = 0
-        self._cos, self._sin = self.draft.rotary(0, self.device)
-        self._room = 0
-        self._cache: list[tuple[Tensor, Tensor]] = []
-        for layer in self.draft.decoder_layers:
-            attn = layer.self_attn
-            empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
-            self._cache.append((empty, empty))
+        attentions = [layer.self_attn for layer in self.draft.decoder_layers]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     @torch.inference_mode()
     def extend(self, aux_hidden_states: Tensor) -> None:
         """Append the features ``[n, A]`` of tokens that the target has processed."""
         before, self.length = self.length, self.length + len(aux_hidden_states)
-        self._grow(self.length + self.draft.block_size)
+        self._cache.reserve(self.length + self.draft.block_size)
         context = self.draft.context(aux_hidden_states, self.dtype)
-        new, angles = slice(before, self.length), self._angles(before, self.length)
-        for layer, w, (keys, values) in zip(
-            self.draft.decoder_layers, self._weights, self._cache, strict=True
-        ):
-            key, values[new] = layer.inject(context, w)
-            keys[new] = apply_rope(key, *angles)
+        angles = self._cache.angles(before, self.length)
+        for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
+            key, value = layer.inject(context, w)
+            self._cache.write(i, before, apply_rope(key, *angles), value)
 
     @torch.inference_mode()
     def block(self, embeds: Tensor) -> Tensor:
@@ -298,19 +270,16 @@ class BlockDecoder:
             embeds: ``[b, H]`` embeddings of the token behind the context and of the mask tokens.
         """
         hidden, size = embeds.to(self.dtype), self.draft.block_size
-        angles = self._angles(self.length, self.length + size)
-        for layer, w, (keys, values) in zip(
-            self.draft.decoder_layers, self._weights, self._cache, strict=True
-        ):
+        angles = self._cache.angles(self.length, self.length + size)
+        for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
             query, key, value = layer.project(hidden, w)
             first = 0 if layer.window is None else max(0, self.length - layer.window + 1)
-            keys = torch.cat([keys[first : self.length], apply_rope(key, *angles)])
-            values = torch.cat([values[first : self.length], value])
-            attention = F.scaled_dot_product_attention(
-                apply_rope(query, *angles).transpose(0, 1)[None], keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None], self._mask(layer.window, first), enable_gqa=True,
-            )  # fmt: skip
-            hidden = layer.finish(hidden, attention[0].transpose(0, 1), w)
+            # Behind the context, where the next committed tokens take their place.
+            keys, values = self._cache.write(i, self.length, apply_rope(key, *angles), value)
+            mask = self._mask(layer.window, first)
+            hidden = layer.finish(
+                hidden, attend(apply_rope(query, *angles), keys[first:], values[first:], mask), w
+            )
         return self.draft.norm(hidden)  # type: ignore[no-any-return]
 
     def _mask(self, window: int | None, first: int) -> Tensor | None:
@@ -319,16 +288,3 @@ class BlockDecoder:
         rows = torch.arange(self.length, self.length + self.draft.block_size, device=self.device).unsqueeze(1)
         keys = torch.arange(first, self.length + self.draft.block_size, device=self.device)
         return (keys <= rows) & (keys > rows - window)
-
-    def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self._cos[start:stop], self._sin[start:stop]
-
-    def _grow(self, rows: int) -> None:
-        if rows <= self._room:
-            return
-        more, self._room = max(128, 2 * rows) - self._room, max(128, 2 * rows)
-        self._cache = [
-            (torch.cat([k, k.new_empty(more, *k.shape[1:])]), torch.cat([v, v.new_empty(more, *v.shape[1:])]))
-            for k, v in self._cache
-        ]
-        self._cos, self._sin = self.draft.rotary(self._room, self.device)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from specforge.modeling.draft.fused import Eagle3Attention, Eagle3Layer, FusedDraft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import compute_dtype
 
 
@@ -135,12 +136,8 @@ class Eagle3Decoder:
     def reset(self) -> None:
         """Forget all rows."""
         self.rows = 0
-        self._cos, self._sin = self.draft.rotary(0, self.device)
-        attn = self.draft.midlayer.self_attn
-        self._keys, self._values = (
-            torch.empty(0, attn.kv_heads, size, dtype=self.dtype, device=self.device)
-            for size in (attn.head_dim, attn.value_dim)
-        )
+        attentions = [self.draft.midlayer.self_attn]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     def crop(self, rows: int) -> None:
         """Keep the first ``rows`` rows."""
@@ -165,31 +162,17 @@ class Eagle3Decoder:
         """
         layer, attn, w = self.draft.midlayer, self.draft.midlayer.self_attn, self._weights
         before, after = self.rows, self.rows + hidden.shape[0]
-        self._grow(after)
+        self._cache.reserve(after)
         product = layer.input_layernorm.linear(embeds.to(self.dtype), w.embed)
         product = product + layer.hidden_norm.linear(hidden, w.hidden)
-        angles = self._cos[before:after], self._sin[before:after]
-        key, value = attn.keys_values(product[:, attn.query_width :], angles, w.more)
-        self._keys[before:after], self._values[before:after] = key, value
+        key, value = attn.keys_values(
+            product[:, attn.query_width :], self._cache.angles(before, after), w.more
+        )
+        keys, values = self._cache.write(0, before, key, value)
         self.rows = after
         # Only the last row's output is used; the others are there for their keys.
-        last = self._cos[after - 1 : after], self._sin[after - 1 : after]
-        query = attn.queries(product[-1:, : attn.query_width], last, w.more)
-        attention = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None], self._keys[:after].transpose(0, 1)[None],
-            self._values[:after].transpose(0, 1)[None], enable_gqa=True,
-        )  # fmt: skip
-        hidden = layer.finish(hidden[-1:], attention[0].transpose(0, 1), w)
+        query = attn.queries(product[-1:, : attn.query_width], self._cache.angles(after - 1, after), w.more)
+        hidden = layer.finish(hidden[-1:], attend(query, keys, values), w)
         normed = self.draft.norm(hidden)
         logits = F.linear(normed, self._lm_head)
         return logits[0], (normed if self.draft.norm_output else hidden)[0]
-
-    def _grow(self, rows: int) -> None:
-        room = self._keys.shape[0]
-        if rows <= room:
-            return
-        more = max(128, 2 * rows) - room
-        self._keys, self._values = (
-            torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in (self._keys, self._values)
-        )
-        self._cos, self._sin = self.draft.rotary(self._keys.shape[0], self.device)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specforge.errors import UserError
-from specforge.modeling.draft.registry import Draft
-from specforge.modeling.layers.functional import RMSNorm
+from specforge.modeling.draft.registry import Draft, copy_into
+from specforge.modeling.layers.functional import RMSNorm, norm_heads
 from specforge.modeling.layers.rope import RotaryTable
 from specforge.target_files import TargetFiles
 
@@ -79,6 +78,34 @@ class Eagle3Attention(nn.Module):
         """Rotated keys ``[R, k, d]`` and values ``[R, k, v]`` of the other columns."""
 
 
+class GroupedAttention(nn.Module):
+    """Projections to heads and back, under the names of Llama and Qwen.
+
+    Args:
+        config: sizes; ``attention_bias`` (Qwen2: on query, key and value), and ``qk_norm`` (Qwen3).
+        qk_norm: whether there are norms of query and key heads where the config does not say.
+    """
+
+    def __init__(self, config: Any, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = self.value_dim = config.head_dim
+        hidden, bias = config.hidden_size, bool(getattr(config, "attention_bias", False))
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
+        normed = getattr(config, "qk_norm", qk_norm)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
+        heads = qkv.unflatten(1, (-1, self.head_dim))
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return norm_heads(self.q_norm, query), norm_heads(self.k_norm, key), value.contiguous()
+
+
 class SwiGLUMLP(nn.Module):
     """Gate, up and down projections of a Llama MLP."""
 
@@ -87,6 +114,11 @@ class SwiGLUMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gate and up matrices, fused, and the down matrix, in the compute dtype."""
+        gate_up = torch.cat([self.gate_proj.weight.to(dtype), self.up_proj.weight.to(dtype)])
+        return gate_up, self.down_proj.weight.to(dtype)
 
 
 class Eagle3Layer(nn.Module):
@@ -115,16 +147,17 @@ class Eagle3Layer(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> LayerWeights:
         """Cast and fuse the layer's matrices."""
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
         inputs = torch.cat([p.weight.to(dtype) for p in attn.inputs()])
         split = inputs.shape[1] - attn.o_proj.out_features
+        gate_up, down = self.mlp.weights(dtype)
         return LayerWeights(
             embed=inputs[:, :split],
             hidden=inputs[:, split:],
             more=attn.more(dtype),
             out=attn.o_proj.weight.to(dtype),
-            gate_up=torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)]),
-            down=mlp.down_proj.weight.to(dtype),
+            gate_up=gate_up,
+            down=down,
         )
 
     def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
@@ -195,9 +228,9 @@ class FusedDraft(Draft):
             (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
         ]
         for parameter, name in pairs:
-            _copy(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
-        _copy(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
-        _copy(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
+            copy_into(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
+        copy_into(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
+        copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
         self.fc.weight.normal_(std=0.002)
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
 
@@ -210,11 +243,3 @@ class FusedDraft(Draft):
             parts = features.chunk(len(self.layer_ids), dim=-1)
             features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return F.linear(features, self.fc.weight.to(dtype))
-
-
-def _copy(parameter: Tensor, value: Tensor, what: str) -> None:
-    if parameter.shape != value.shape:
-        raise UserError(
-            f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there"
-        )
-    parameter.copy_(value)

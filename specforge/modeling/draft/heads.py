@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from specforge.errors import UserError
-from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.registry import Draft, copy_into, register_draft
 from specforge.modeling.layers.functional import compute_dtype
 from specforge.target_files import TargetFiles
 
@@ -102,12 +101,7 @@ class HeadsDraft(Draft):
         """
         rows = target.lm_head()[self.target_ids.cpu()]
         for head in self.each:
-            if head.lm_head.weight.shape != rows.shape:
-                raise UserError(
-                    f"{target.name}: its lm_head rows are {tuple(rows.shape)}, the draft's "
-                    f"{tuple(head.lm_head.weight.shape)}: it cannot start there"
-                )
-            head.lm_head.weight.copy_(rows)
+            copy_into(head.lm_head.weight, rows, f"{target.name}: its lm_head")
             for matrix in head.matrices:
                 matrix.zero_()
 

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.errors import UserError
-from specforge.modeling.draft.fused import SwiGLUMLP
+from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
 from specforge.target_files import TargetFiles
@@ -37,33 +38,6 @@ class MTPWeights(NamedTuple):
     more: tuple[Tensor, ...]
     out: Tensor
     mlp: dict[str, Tensor]
-
-
-class MTPAttention(nn.Module):
-    """Projections to heads and back, with Qwen2's biases and Qwen3's query and key norms where they are asked for."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = self.value_dim = config.head_dim
-        hidden, bias = config.hidden_size, bool(config.attention_bias)
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        normed = bool(getattr(config, "qk_norm", False))
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
-
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed query ``[R, h, d]`` and key ``[R, k, d]``, and value, of ``qkv [R, (h + 2 k) d]``."""
-        heads = qkv.unflatten(1, (-1, self.head_dim))
-        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm), value.contiguous()
-
-
-def _norm_heads(x: Tensor, norm: RMSNorm | None) -> Tensor:
-    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
 
 
 class MTPLayer(nn.Module):
@@ -91,7 +65,7 @@ class MTPDraft(Draft):
     """
 
     form: ClassVar[str] = "a Llama or Qwen3 layer"
-    attention: ClassVar[type[nn.Module]] = MTPAttention
+    attention: ClassVar[type[nn.Module]] = GroupedAttention
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -172,9 +146,8 @@ class MTPDraft(Draft):
 
     def mlp_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The MLP's matrices in the compute dtype."""
-        mlp = self.layer.mlp
-        gate_up = torch.cat([mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype)])
-        return {"gate_up": gate_up, "down": mlp.down_proj.weight.to(dtype)}
+        gate_up, down = self.layer.mlp.weights(dtype)
+        return {"gate_up": gate_up, "down": down}
 
     def apply_mlp(self, x: Tensor, mlp: dict[str, Tensor]) -> Tensor:
         """``x + MLP(norm(x))`` of ``x [R, H]``."""
@@ -256,12 +229,8 @@ class MTPDecoder:
     def reset(self) -> None:
         """Forget all rows."""
         self.rows = 0
-        self._cos, self._sin = self.draft.rotary(0, self.device)
-        attn = self.draft.layer.self_attn
-        self._keys, self._values = (
-            torch.empty(0, attn.kv_heads, size, dtype=self.dtype, device=self.device)
-            for size in (attn.head_dim, attn.value_dim)
-        )
+        attentions = [self.draft.layer.self_attn]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     def crop(self, rows: int) -> None:
         """Keep the first ``rows`` rows."""
@@ -284,25 +253,11 @@ class MTPDecoder:
         """
         draft, w, before = self.draft, self._weights, self.rows
         self.rows = after = before + len(hidden)
-        self._grow(after)
+        self._cache.reserve(after)
         x = draft.hidden_norm.linear(hidden, w.hidden)
         x = x + draft.embed_norm.linear(embeds.to(self.dtype), w.embed)
-        query, key, value = draft.heads(x, w, self._cos[before:after], self._sin[before:after])
-        self._keys[before:after], self._values[before:after] = key, value
+        query, key, value = draft.heads(x, w, *self._cache.angles(before, after))
         # Only the last row's output is used; the others are there for their keys.
-        attention = F.scaled_dot_product_attention(
-            query[-1:].transpose(0, 1)[None], self._keys[:after].transpose(0, 1)[None],
-            self._values[:after].transpose(0, 1)[None], enable_gqa=True,
-        )  # fmt: skip
-        normed, feedback = draft.finish(x[-1:], attention[0].transpose(0, 1), w)
+        attention = attend(query[-1:], *self._cache.write(0, before, key, value))
+        normed, feedback = draft.finish(x[-1:], attention, w)
         return F.linear(normed, self._head)[0], feedback[0]
-
-    def _grow(self, rows: int) -> None:
-        room = len(self._keys)
-        if rows <= room:
-            return
-        more = max(128, 2 * rows) - room
-        self._keys, self._values = (
-            torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in (self._keys, self._values)
-        )
-        self._cos, self._sin = self.draft.rotary(len(self._keys), self.device)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge.modeling.draft.unroll import ROUND, plan_unroll
+from specforge.modeling.draft.unroll import ROUND, Plan, plan_unroll
 from specforge.modeling.layers.attention import Segment
 from specforge.modeling.layers.parallel_attention import Chunk
 
@@ -44,7 +44,7 @@ class DepthSampling:
 
 
 @dataclass(frozen=True)
-class ParallelPlan:
+class ParallelPlan(Plan):
     """Index tensors of one packed batch.
 
     Attributes:
@@ -76,11 +76,6 @@ class ParallelPlan:
     students: Tensor
     valid: Tensor
     longest: int
-
-    def to(self, device: torch.device) -> ParallelPlan:
-        """The same plan with its tensors on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return ParallelPlan(**{**vars(self), **moved})
 
 
 def plan_parallel(

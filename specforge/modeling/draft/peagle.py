@@ -22,6 +22,7 @@ from specforge.modeling.draft.llama_eagle3 import LlamaEagle3Attention
 from specforge.modeling.draft.parallel import ParallelPlan
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import compute_dtype
 from specforge.modeling.layers.parallel_attention import deep_attention
 from specforge.target_files import TargetFiles
@@ -204,10 +205,8 @@ class PEagleDecoder:
     def reset(self) -> None:
         """Forget all rows."""
         self.rows = 0
-        attn = self.draft.entry.self_attn
-        empty = torch.empty(0, attn.kv_heads, attn.head_dim, dtype=self.dtype, device=self.device)
-        self._angles = self.draft.rotary(128, self.device)
-        self._cache = [(empty, empty) for _ in self.draft.stack]
+        attentions = [layer.self_attn for layer in self.draft.stack]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     @torch.inference_mode()
     def draft_logits(
@@ -231,9 +230,8 @@ class PEagleDecoder:
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)
-        if end > len(self._angles[0]):
-            self._angles = draft.rotary(2 * end, self.device)
-        cos, sin = (x[self.rows : end] for x in self._angles)
+        self._cache.reserve(end)
+        angles = self._cache.angles(self.rows, end)
         # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
         seen = (
             torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
@@ -241,14 +239,11 @@ class PEagleDecoder:
         for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
             if i > 0:
                 product = layer.state_norm.linear(hidden, w.hidden)
-            query, key, value = project(layer, product, (cos, sin), w)
-            key, value = (torch.cat(pair) for pair in zip(self._cache[i], (key, value), strict=True))
-            kept = self.rows + new
-            self._cache[i] = key[:kept], value[:kept]
+            query, key, value = project(layer, product, angles, w)
+            # The masks' rows are written again by the next call.
+            keys, values = self._cache.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
-            q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-            attention = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-            hidden = layer.finish(hidden, attention[0].transpose(0, 1), w)
+            hidden = layer.finish(hidden, attend(query, keys, values, seen), w)
         self.rows += new
         return F.linear(draft.norm(hidden), self._lm_head)

@@ -87,6 +87,19 @@ class Draft(nn.Module):
         return torch.where(self.t2d[target_ids], ids, -1)
 
 
+def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
+    """Start a parameter as a tensor of the target, which a message calls ``what``.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    if parameter.shape != value.shape:
+        raise UserError(
+            f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there"
+        )
+    parameter.copy_(value)
+
+
 _DRAFTS: dict[str, type[Draft]] = {}
 _BY_PROJECTOR: dict[str, str] = {}
 _D = TypeVar("_D", bound=type[Draft])

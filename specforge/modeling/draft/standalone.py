@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge.errors import UserError
-from specforge.modeling.draft.registry import Draft
+from specforge.modeling.draft.registry import Draft, copy_into
 from specforge.modeling.target_head import check_plain_logits
 from specforge.target_files import TargetFiles
 
@@ -101,12 +101,7 @@ class StandaloneDraft(Draft):
                 if source not in target.weight_files:
                     raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start there")
                 value = target.tensor(source)
-            if value.shape != parameter.shape:
-                raise UserError(
-                    f"{name} of {target.name} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: "
-                    "it cannot start there"
-                )
-            parameter.copy_(value)
+            copy_into(parameter, value, f"{name} of {target.name}")
 
     def _keep_tied_tensors_once(self) -> None:
         """A tied tensor is stored under its first name only, and shared again when it is loaded."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,8 +25,26 @@ from specforge.modeling.layers.attention import Segment
 ROUND = 32
 
 
+class Plan:
+    """Index tensors of one packed batch, made on the host."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same plan with its tensors on ``device``."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return type(self)(**{**vars(self), **moved})
+
+
+def borders(lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token, and token behind the last, of the document (or of the padding) of each of N ``tokens``."""
+    total, ends = sum(lengths), np.cumsum(lengths, dtype=np.int64)
+    begin, end = (np.full(tokens, x, dtype=np.int64) for x in (total, tokens))
+    begin[:total] = np.repeat(ends - np.asarray(lengths, dtype=np.int64), lengths)
+    end[:total] = np.repeat(ends, lengths)
+    return begin, end
+
+
 @dataclass(frozen=True)
-class UnrollPlan:
+class UnrollPlan(Plan):
     """Index tensors of one packed batch.
 
     Attributes:
@@ -54,11 +73,6 @@ class UnrollPlan:
     valid: Tensor
     longest: int
 
-    def to(self, device: torch.device) -> UnrollPlan:
-        """The same plan with its tensors on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return UnrollPlan(**{**vars(self), **moved})
-
 
 def plan_unroll(
     lengths: Sequence[int], spans: Sequence[tuple[int, int]], steps: int, tokens: int | None = None
@@ -71,13 +85,8 @@ def plan_unroll(
         steps: T.
         tokens: N when the batch is padded; the sum of ``lengths`` when not given.
     """
-    total = sum(lengths)
-    tokens = total if tokens is None else tokens
-    ends = np.cumsum(lengths, dtype=np.int64)
-    begin = np.full(tokens, total, dtype=np.int64)
-    end = np.full(tokens, tokens, dtype=np.int64)
-    begin[:total] = np.repeat(ends - np.asarray(lengths, dtype=np.int64), lengths)
-    end[:total] = np.repeat(ends, lengths)
+    tokens = sum(lengths) if tokens is None else tokens
+    begin, end = borders(lengths, tokens)
     flat = np.arange(tokens, dtype=np.int64)
 
     labels = np.concatenate([flat[start:stop] for start, stop in spans] or [flat[:0]])

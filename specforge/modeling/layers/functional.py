@@ -25,6 +25,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def norm_heads(norm: RMSNorm | None, x: Tensor) -> Tensor:
+    """``x [R, h, d]`` with every head normed; as it is without a norm."""
+    return x if norm is None else norm(x.flatten(0, 1)).view(x.shape)
+
+
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x²) + eps)``, ``[R, 1]`` in fp32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
