@@ -55,7 +55,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         checkpoint = read_checkpoint(Path(self.broadcast(checkpoint_path)))
-        self.lightning_module.on_load_checkpoint(checkpoint)  # what does not fit is refused before it is loaded
+        self.lightning_module.on_load_checkpoint(
+            checkpoint
+        )  # what does not fit is refused before it is loaded
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
