@@ -130,5 +130,5 @@ def build_optimizer(
 
 
 def _is_table(name: str, matrix: torch.Tensor) -> bool:
-    """Rows of an embedding or output matrix, be it one, belong to tokens; Muon's orthogonal updates do not suit them."""
+    """Rows of an embedding or output matrix, be it one, belong to outputs; orthogonal updates do not suit them."""
     return len(matrix) == 1 or any(part in name for part in ("lm_head", "embed", "codebook", "markov_w"))
