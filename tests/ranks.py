@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -42,17 +43,18 @@ def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> No
                     [sys.executable, "-m", "tests.ranks", str(path)], stdout=file, stderr=subprocess.STDOUT,
                     env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
                 ))  # fmt: skip
+        deadline = time.monotonic() + timeout
         try:
-            status = processes[0].wait(timeout)
-            failed = status != 0
+            for process in processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            failed = True
-        for process in processes:
-            if failed:
+            pass  # the one that is killed below has failed
+        finally:
+            for process in processes:
                 process.kill()
-            process.wait()
+                process.wait()
         texts = [output.read_text() for output in outputs]
-    failed = failed or any(process.returncode for process in processes)
+    failed = any(process.returncode for process in processes)
     done = min(text.count(END) for text in texts)
     tail = "\n".join(f"--- rank {rank}\n{text[-6000:]}" for rank, text in enumerate(texts))
     assert not failed, f"in {[*jobs, 'nothing'][done]}:\n{tail}"
