@@ -49,6 +49,8 @@ class FusedModule(DistilledModule):
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         draft.apply(initialise)
         starts_anew = init_from in (None, "target")
+        if init_from == "target":  # in setup several ranks would draw other numbers than one
+            torch.nn.init.normal_(draft.fc.weight, std=0.002)
         if init_from is not None and not starts_anew:
             load_weights(draft, Path(init_from), self.export_format)
         super().__init__(

@@ -114,8 +114,8 @@ def build_optimizer(
     matrices = [p for p in trainable.values() if p.ndim == 2]
     vectors = [p for p in trainable.values() if p.ndim != 2]
     if options.name == "muon":
-        tables = [p for name, p in trainable.items() if p.ndim == 2 and _is_table(name)]
-        layers = [p for name, p in trainable.items() if p.ndim == 2 and not _is_table(name)]
+        layers = [p for name, p in trainable.items() if p.ndim == 2 and not _is_table(name, p)]
+        tables = [p for name, p in trainable.items() if p.ndim == 2 and _is_table(name, p)]
         optimizer: Optimizer = MuonWithAdamW(
             layers, [*tables, *vectors], options.lr, options.betas, options.weight_decay
         )
@@ -129,6 +129,6 @@ def build_optimizer(
     return optimizer, LambdaLR(optimizer, lr_factor(options, total_steps))
 
 
-def _is_table(name: str) -> bool:
-    """Rows of an embedding or output matrix belong to tokens; Muon's orthogonal updates do not suit them."""
-    return any(part in name for part in ("lm_head", "embed", "codebook", "markov_w"))
+def _is_table(name: str, matrix: torch.Tensor) -> bool:
+    """Rows of an embedding or output matrix, be it one, belong to outputs; orthogonal updates do not suit them."""
+    return len(matrix) == 1 or any(part in name for part in ("lm_head", "embed", "codebook", "markov_w"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specforge.errors import UserError
 from specforge.files import read_json
+from specforge.float8_blocks import FLOAT8, SCALE, Block, dequantise
 
 _SAMPLE = 1 << 16
 _SAMPLES_PER_FILE = 64
@@ -55,8 +56,18 @@ class TargetFiles:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Fields of config.json; of its text part where the model has several modalities."""
-        config = read_json(self.folder / "config.json")
-        return dict(config.get("text_config") or config)
+        return dict(self._whole_config.get("text_config") or self._whole_config)
+
+    @cached_property
+    def _whole_config(self) -> dict[str, Any]:
+        return dict(read_json(self.folder / "config.json"))
+
+    @cached_property
+    def weight_block(self) -> Block | None:
+        """Rows and columns of a block of 8-bit weights with one scale each; None where the config has no such."""
+        form = self._whole_config.get("quantization_config") or self.config.get("quantization_config") or {}
+        block: list[int] = form.get("weight_block_size") or []
+        return (int(block[0]), int(block[1])) if len(block) == 2 else None
 
     @property
     def hidden_size(self) -> int:
@@ -94,7 +105,26 @@ class TargetFiles:
             return dict.fromkeys(file.keys(), single)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor; 8-bit weights with one scale a block become fp32.
+
+        Raises:
+            UserError: it is quantised otherwise.
+        """
+        tensor = self._stored(name)
+        if tensor.dtype.itemsize > 1:
+            return tensor
+        scales = name + SCALE
+        if tensor.dtype != FLOAT8 or self.weight_block is None or scales not in self.weight_files:
+            raise UserError(
+                f"{self.name}: {name} is quantised to {str(tensor.dtype).removeprefix('torch.')}, of which only "
+                "float8_e4m3fn with one scale a block is read; use a bfloat16 copy"
+            )
+        try:
+            return dequantise(tensor, self._stored(scales), self.weight_block)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {name}: {error}") from error
+
+    def _stored(self, name: str) -> Tensor:
         with open_safetensors(self.weight_files[name]) as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 

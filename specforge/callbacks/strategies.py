@@ -1,17 +1,25 @@
 """`--trainer.strategy fsdp2`: pure FSDP2, gradients reduced once per optimizer step.
 
-Lightning's ModelParallelStrategy never skips the reduction under accumulation, and its ``auto`` sizes mean
-tensor parallelism inside a node; a draft needs neither.
+Lightning's ModelParallelStrategy never skips the reduction under accumulation, its ``auto`` sizes mean tensor
+parallelism inside a node, which a draft does not need, and it wants a tied tensor in the checkpoint once a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
+
+from specforge.export.checkpoint import read_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -37,6 +45,27 @@ class FSDP2Strategy(ModelParallelStrategy):
         finally:
             for shard in shards:
                 shard.set_requires_gradient_sync(True, recurse=False)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank reads its shards of the one file.
+
+        Raises:
+            UserError: the file cannot be read, or is of another algorithm, draft or target.
+        """
+        assert self.model is not None
+        assert self.lightning_module is not None
+        checkpoint = read_checkpoint(Path(self.broadcast(checkpoint_path)))
+        self.lightning_module.on_load_checkpoint(
+            checkpoint
+        )  # what does not fit is refused before it is loaded
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            named = FullyShardedDataParallel.rekey_optim_state_dict(
+                state, OptimStateKeyType.PARAM_NAME, self.model
+            )
+            set_optimizer_state_dict(self.model, optimizer, named, options=whole)
+        return checkpoint
 
 
 def register_strategies() -> None:

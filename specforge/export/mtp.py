@@ -20,6 +20,7 @@ from specforge.errors import UserError
 from specforge.export.checks import check_tensors
 from specforge.export.format import DTYPES, DraftFormat
 from specforge.files import disk_error
+from specforge.float8_blocks import SCALE, quantise
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.mtp import MTPDraft
 from specforge.target_files import TargetFiles
@@ -75,18 +76,14 @@ def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
     """The target's MTP module under SpecForge's names.
 
     Raises:
-        UserError: the target has none, or has it in 8 bits.
+        UserError: the target has none, or has it quantised in a form that is not read.
     """
     family = require_mtp(target)
     found: dict[str, Tensor] = {}
     for full in target.weight_files:
         name = full.removeprefix(family.prefix)
-        if name == full or name in family.skipped:
+        if name == full or name in family.skipped or name.endswith(SCALE):
             continue
-        if name.endswith("_scale_inv"):
-            raise UserError(
-                f"{target.name}: {full} scales 8-bit weights, which are not read; use a bfloat16 copy of the target"
-            )
         mine = family.names.get(name) or f"layer.{name.removeprefix(family.layer)}"
         found[mine] = (
             _swap(target.tensor(full))
@@ -109,6 +106,17 @@ def require_mtp(target: TargetFiles) -> MTPFamily:
     return family
 
 
+def _named_as_theirs(family: MTPFamily, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SpecForge's tensors of a module as the family has them."""
+    theirs = {mine: family.prefix + name for name, mine in family.names.items()}
+    return {
+        theirs.get(n) or family.prefix + family.layer + n.removeprefix("layer."): (
+            _swap(x) if family.hidden_first and n == "proj.weight" else x
+        )
+        for n, x in state.items()
+    }
+
+
 def _swap(proj: Tensor) -> Tensor:
     first, second = proj.chunk(2, dim=1)
     return torch.cat([second, first], dim=1)
@@ -120,6 +128,8 @@ class MTPFormat(DraftFormat):
     def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
         """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
 
+        What the target keeps as 8-bit blocks is written as such.
+
         Raises:
             UserError: the target has no MTP weights or none of some tensor's name, the draft is not trained or
                 damaged, or the folder exists.
@@ -127,19 +137,16 @@ class MTPFormat(DraftFormat):
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
-        state = draft.module_tensors(DTYPES[dtype])
-        if family.hidden_first:
-            state["proj.weight"] = _swap(state["proj.weight"])
-        theirs = {mine: family.prefix + name for name, mine in family.names.items()}
-        renamed = {
-            theirs.get(n) or family.prefix + family.layer + n.removeprefix("layer."): x
-            for n, x in state.items()
-        }
+        renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))
         if unknown:
             raise UserError(
                 f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently"
             )
+        if target.weight_block is not None:
+            wide = _named_as_theirs(family, draft.module_tensors(torch.float32))
+            for name in [n for n in renamed if n + SCALE in target.weight_files]:
+                renamed[name], renamed[name + SCALE] = quantise(wide[name], target.weight_block)
         _copy_target(target, folder, renamed)
 
     def serve(self, target: str, folder: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -168,12 +170,106 @@ def test_another_form_is_refused_by_its_tensor(deepseek, change, message):
         MTPModule(str(deepseek), draft_config=change, init_from="target_mtp")
 
 
-def test_eight_bit_weights_are_refused_by_name(deepseek, tmp_path):
-    shutil.copytree(deepseek, tmp_path / "target")
-    path = tmp_path / "target" / "model.safetensors"
-    scale = {f"{NEXTN}self_attn.o_proj.weight_scale_inv": torch.ones(1, 1)}
-    save_file({**load_file(path), **scale}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"o_proj.weight_scale_inv scales 8-bit weights"):
+BLOCK = (8, 6)
+
+
+def plain_dequantised(values: Tensor, scales: Tensor) -> Tensor:
+    """Entry by entry."""
+    wide = torch.empty(values.shape)
+    for row in range(len(values)):
+        for column in range(values.shape[1]):
+            wide[row, column] = float(values[row, column]) * float(
+                scales[row // BLOCK[0], column // BLOCK[1]]
+            )
+    return wide
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def eight_bit(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target with its layers' matrices in 8-bit blocks, as DeepSeek-V3 is published."""
+    folder = tmp_path_factory.mktemp("eight") / "target"
+    shutil.copytree(deepseek, folder)
+    tensors = {}
+    for name, tensor in load_file(deepseek / "model.safetensors").items():
+        tensors[name] = tensor
+        plain = ("norm.weight", "gate.weight", "eh_proj.weight", "embed_tokens.weight", "head.weight")
+        if tensor.ndim == 2 and not name.endswith(plain):
+            grid = [-(-size // block) for size, block in zip(tensor.shape, BLOCK, strict=True)]
+            scales = torch.rand(grid) * 0.01 + 0.001
+            values = torch.randint(-400, 401, tensor.shape).float()
+            for i, j in itertools.product(
+                *map(range, grid)
+            ):  # the largest value of every block is the format's
+                values[i * BLOCK[0], j * BLOCK[1]] = -448.0
+            tensors |= {name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    rewrite(folder, tensors, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCK})
+    return folder
+
+
+def test_published_8_bit_weights_are_read_and_stitched_back(eight_bit, tmp_path):
+    """Ragged blocks included; what was not trained comes back as it was, in the target's own 8 bits."""
+    module, stored = MTPModule(str(eight_bit), init_from="target_mtp"), nextn(eight_bit)
+    scaled = [name for name in stored if f"{name}_scale_inv" in stored]
+    assert len(scaled) == 5 + 3 * 8 + 3
+    state = module.draft.module_tensors(torch.float32)
+    ragged = set()
+    for name in scaled:
+        expected = plain_dequantised(stored[name], stored[f"{name}_scale_inv"])
+        assert torch.equal(state[f"layer.{name}"], expected), name
+        ragged |= {tuple(bool(size % block) for size, block in zip(expected.shape, BLOCK, strict=True))}
+    assert (True, True) in ragged
+    assert torch.equal(module.draft.proj.weight, stored["eh_proj.weight"])
+    module.export_format.to_sglang(module.draft, module.target, tmp_path / "same", "float32")
+    before, after = (load_file(x / "model.safetensors") for x in (eight_bit, tmp_path / "same"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        torch.testing.assert_close(after[name].float(), tensor.float(), rtol=1e-6, atol=0, msg=name)
+
+    with torch.no_grad():
+        for parameter in module.draft.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    module.export_format.to_sglang(module.draft, module.target, tmp_path / "trained")
+    trained, again = nextn(tmp_path / "trained"), module.draft.module_tensors(torch.float32)
+    for name in scaled:
+        found = plain_dequantised(trained[name], trained[f"{name}_scale_inv"])
+        torch.testing.assert_close(found, again[f"layer.{name}"], rtol=1 / 16, atol=1e-2, msg=name)
+    assert trained["eh_proj.weight"].dtype == torch.bfloat16
+
+
+def test_it_can_start_at_the_last_layer_of_an_8_bit_target(eight_bit):
+    layer = MTPModule(str(eight_bit), init_from="target").draft.layer.self_attn.o_proj.weight
+    stored = load_file(eight_bit / "model.safetensors")
+    name = f"model.layers.{LAYERS - 1}.self_attn.o_proj.weight"
+    assert torch.equal(layer, plain_dequantised(stored[name], stored[f"{name}_scale_inv"]))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "message"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": None}, None, "float8_e4m3fn, of which only"),
+        ({"quant_method": "fp8", "weight_block_size": [8, 8]}, None, "have . x . scales, not"),
+        (
+            {"quant_method": "fp8", "weight_block_size": BLOCK},
+            torch.float8_e5m2,
+            "float8_e5m2, of which only",
+        ),
+        ({"quant_method": "bitsandbytes"}, torch.int8, "int8, of which only"),
+    ],
+)
+def test_other_quantised_weights_are_refused_by_name(eight_bit, tmp_path, quantization, dtype, message):
+    shutil.copytree(eight_bit, tmp_path / "target")
+    tensors = load_file(eight_bit / "model.safetensors")
+    if dtype is not None:
+        tensors = {n: x.float().to(dtype) if x.dtype.itemsize == 1 else x for n, x in tensors.items()}
+    rewrite(tmp_path / "target", tensors, quantization)
+    with pytest.raises(UserError, match=rf"layers.2.\S+_proj\S*.weight.*{message}"):
         MTPModule(str(tmp_path / "target"), init_from="target_mtp")
 
 

@@ -174,7 +174,7 @@ class DFlash(Draft):
         with torch.autocast(embeds.device.type, enabled=False):
             context = self.context(aux_hidden_states, dtype)
             if not len(plan.anchors):
-                return context[:0]
+                return context[:0].clone()  # not a view: sharding hooks into what a module returns
             return self._run(context, embeds.to(dtype), plan, rows)
 
     def _run(self, context: Tensor, embeds: Tensor, plan: BlockPlan, rows: Tensor) -> Tensor:

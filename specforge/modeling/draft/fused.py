@@ -210,8 +210,8 @@ class FusedDraft(Draft):
     def start_from_target(self, target: TargetFiles) -> None:
         """Start near the target: its last layer reads the last captured one, and its own head reads that.
 
-        What has no counterpart stays random: the embedding's half of the attention input, and (near zero) what
-        ``fc`` reads of the other captured layers.
+        What has no counterpart stays as it is: the embedding's half of the attention input, and what ``fc`` reads of
+        the other captured layers.
 
         Raises:
             UserError: the target's last layer is none of the draft's kind and dimensions.
@@ -231,7 +231,6 @@ class FusedDraft(Draft):
             copy_into(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
         copy_into(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
         copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
-        self.fc.weight.normal_(std=0.002)
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
 
     def fuse(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
