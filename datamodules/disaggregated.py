@@ -32,6 +32,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         batch_size: documents of a micro-batch; or
         max_tokens: most tokens of a micro-batch. Exactly one of the two.
         dtype: compute dtype of the target, and that of the features.
+        encoding: producers store features as they are, or in 8 bits.
         max_bytes: most bytes of features that the store holds; a slow trainer slows the producers.
         max_samples: most samples that are queued, produced or held at once.
         low_water: what has filled up is filled again when no more than this part of it is taken.
@@ -57,6 +58,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         batch_size: int | None = None,
         max_tokens: int | None = None,
         dtype: str = "bfloat16",
+        encoding: Literal["raw", "float8_e4m3fn"] = "raw",
         max_bytes: int = 4 << 30,
         max_samples: int = 4096,
         low_water: float = 0.75,
@@ -78,12 +80,8 @@ class DisaggregatedDataModule(FeatureDataModule):
         if not 0.0 < low_water <= 1.0:
             raise UserError(f"data.low_water is {low_water}, not in (0, 1]")
         self.folder, self.store, self.metadata = Path(prompts), store, metadata
-        self.dtype, self.max_bytes, self.max_samples, self.low_water = (
-            dtype,
-            max_bytes,
-            max_samples,
-            low_water,
-        )
+        self.dtype, self.encoding = dtype, encoding
+        self.max_bytes, self.max_samples, self.low_water = max_bytes, max_samples, low_water
         self.retain, self.lease_seconds, self.max_tries = retain, lease_seconds, max_tries
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
         self._controller: DataFlowController | None = None
@@ -188,8 +186,9 @@ class DisaggregatedDataModule(FeatureDataModule):
         module = self.trainer.lightning_module  # type: ignore[union-attr]
         assert self._controller is not None
         provenance = Provenance(
-            module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype
-        )
+            module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype,
+            encoding=self.encoding,
+        )  # fmt: skip
         tasks = [x for batch in plan_batches(prompts.tasks, 1) for x in batch]  # in the order of capture
         refs = expect(tasks, provenance, module.target.hidden_size)
         kept, _ = self._splits.get("heldout", ([], None))

@@ -44,6 +44,7 @@ class OnlineDataModule(FeatureDataModule):
         val_batch_size: documents of a validation batch.
         server: address of `specforge target serve`, which then runs the target in place of this process.
         token_file: holds that server's token.
+        encoding: the server sends features as they are, or in 8 bits.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class OnlineDataModule(FeatureDataModule):
         val_batch_size: int = 8,
         server: str | None = None,
         token_file: str = "runs/target.token",
+        encoding: Literal["raw", "float8_e4m3fn"] = "raw",
     ) -> None:
         super().__init__(
             batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
@@ -70,7 +72,12 @@ class OnlineDataModule(FeatureDataModule):
         self.folder = Path(prompts)
         self.dtype, self.device = dtype, device
         self.max_bytes, self.keep_bytes = max_bytes, keep_bytes
-        self.server, self.token_file = server, Path(token_file)
+        if server is None and encoding != "raw":
+            raise UserError(
+                f"data.encoding is {encoding}, but features neither travel nor are stored here; leave it out, or "
+                "name a data.server"
+            )
+        self.server, self.token_file, self.encoding = server, Path(token_file), encoding
         self._engine: TargetEngine | None = None
         self._engine_lock = threading.Lock()  # the streams of training and validation share the target
         self._splits: dict[str, tuple[list[SampleRef], ProducedSamples]] = {}
@@ -106,7 +113,9 @@ class OnlineDataModule(FeatureDataModule):
             self._engine = (
                 HFTargetEngine(module.target, self.dtype, device)
                 if self.server is None
-                else HTTPTargetEngine(self.server, self.token_file, module.target, self.dtype)
+                else HTTPTargetEngine(
+                    self.server, self.token_file, module.target, self.dtype, encoding=self.encoding
+                )
             )
         provenance = Provenance(
             module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype

@@ -213,8 +213,10 @@ def capture(
     place = pick_device(device)
     engine = HFTargetEngine(files, dtype, place)
     for name, prompt_set in sets.items():
-        provenance = Provenance(target, files.fingerprint, prompt_set.tokenizer, policy, dtype)
-        folder = FeatureFolder.create(output / name, provenance, encoding, prompt_set.counts)
+        provenance = Provenance(
+            target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
+        )
+        folder = FeatureFolder.create(output / name, provenance, prompt_set.counts)
         worker = RolloutWorker(engine, folder.store, folder.manifest.append, provenance)
         tasks = prompt_set.tasks[: limit_samples if name == "train" else None]
         tokens, start = 0, time.perf_counter()

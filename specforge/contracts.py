@@ -102,6 +102,7 @@ class Provenance(Record):
         capture: what was captured.
         dtype: compute dtype of the target's forward pass.
         draft_weight_version: kept for engines that decode with a draft; nothing reads it.
+        encoding: how features are stored: ``raw``, or ``float8_e4m3fn``.
     """
 
     target: str
@@ -110,6 +111,7 @@ class Provenance(Record):
     capture: CapturePolicy
     dtype: str
     draft_weight_version: str = ""
+    encoding: str = "raw"
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Provenance:

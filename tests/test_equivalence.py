@@ -17,6 +17,7 @@ import xxhash
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.cli import main
 from specforge.contracts import TrainBatch
+from specforge.runtime.data_plane.features import FeatureFolder
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, producers
 from tests.runtime.control_plane.redis_server import PASSWORD, redis_server
 from tests.runtime.data_plane.mooncake_store import mooncake_store, needs_mooncake
@@ -37,6 +38,16 @@ def features_alone(target, prompts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
                "--batch_tokens", 1]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features_in_8_bits(target, prompts, tmp_path_factory) -> Path:
+    """The same, stored in 8 bits."""
+    folder = tmp_path_factory.mktemp("encoded")
+    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
+               "--batch_tokens", 1, "--encoding", "float8_e4m3fn"]  # fmt: skip
     assert main([str(word) for word in command]) == 0
     return folder
 
@@ -180,6 +191,42 @@ def where(request, tmp_path) -> Iterator[dict[str, str]]:
     with redis_server(tmp_path, "--requirepass", PASSWORD) as port:
         url = f"redis://127.0.0.1:{port}/0?password_file={tmp_path / 'password'}#{tmp_path.name}"
         yield {"store": str(tmp_path / "store"), "metadata": url}
+
+
+def compare_8_bits(target, prompts, features: Path, tmp_path, seen, where) -> None:
+    """Training on producers' features in 8 bits is training on those of disk."""
+    offline_run = fit(recipe(target, features, tmp_path / "offline", **RUN))
+    offline, seen[:] = [x[0] for x in seen], []
+    with producers(target, where):
+        run = fit(disaggregated(target, prompts, tmp_path / "run", where, encoding="float8_e4m3fn"))
+    assert [x[0] for x in seen] == offline
+    assert losses(run) == losses(offline_run)
+    assert_same_weights(run, offline_run)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
+def test_8_bits_from_producers_are_those_of_disk(
+    target, prompts, features_alone, features_in_8_bits, tmp_path, seen
+):
+    whole, encoded = (
+        sum(ref.nbytes for ref in FeatureFolder.open(folder / "train").refs)
+        for folder in (features_alone, features_in_8_bits)
+    )
+    assert encoded < 0.4 * whole  # of fp32
+    compare_8_bits(target, prompts, features_in_8_bits, tmp_path, seen, places(tmp_path))
+
+
+@needs_mooncake
+def test_8_bits_over_mooncake_are_those_of_disk(target, prompts, features_in_8_bits, tmp_path, seen):
+    with mooncake_store() as (address, _):
+        compare_8_bits(
+            target, prompts, features_in_8_bits, tmp_path, seen, places(tmp_path) | {"store": address}
+        )
+
+
+def test_8_bits_without_a_store_are_refused(target, prompts, tmp_path, capsys):
+    assert main(["fit", "--config", str(online(target, prompts, tmp_path, encoding="float8_e4m3fn"))]) == 2
+    assert "features neither travel nor are stored here" in capsys.readouterr().err
 
 
 @needs_mooncake

@@ -6,7 +6,15 @@ import pytest
 
 from tests.inference.test_target_server import free_port
 from tests.inference.test_target_server import start as serve
-from tests.test_equivalence import RUN, features_alone, offline_run, online, seen, validations  # noqa: F401
+from tests.test_equivalence import (  # noqa: F401
+    RUN,
+    features_alone,
+    features_in_8_bits,
+    offline_run,
+    online,
+    seen,
+    validations,
+)
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe
 
@@ -42,6 +50,18 @@ def test_batches_losses_and_weights_are_those_of_disk(
     assert losses(run) == losses(offline_run)
     assert validations(run) == validations(offline_run)
     assert_same_weights(run, offline_run)
+
+
+def test_8_bits_from_a_server_are_those_of_disk(
+    target, prompts, features_in_8_bits, tmp_path, seen, server  # noqa: F811
+):  # fmt: skip
+    disk = fit(recipe(target, features_in_8_bits, tmp_path / "offline", **RUN))
+    offline, seen[:] = [row[0] for row in seen], []
+    server()
+    run = fit(online(target, prompts, tmp_path / "http", encoding="float8_e4m3fn", **server.options))
+    assert [row[0] for row in seen] == offline
+    assert losses(run) == losses(disk)
+    assert_same_weights(run, disk)
 
 
 def test_a_server_killed_and_started_again_loses_nothing(target, prompts, tmp_path, offline_run, server):  # noqa: F811

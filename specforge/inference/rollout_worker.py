@@ -25,6 +25,7 @@ from specforge.contracts import (
     content_id,
 )
 from specforge.inference.target_engine import TargetEngine
+from specforge.runtime.data_plane.encoding import stored_width
 from specforge.runtime.data_plane.store import FeatureStore
 from specforge.target_files import torch_dtype
 
@@ -58,7 +59,8 @@ def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int
     widths = {AUX_HIDDEN_STATES: len(policy.layer_ids), LAST_HIDDEN_STATES: int(policy.last_hidden_states)}
     states = [(name, provenance.dtype, (n * hidden_size,)) for name, n in widths.items() if n]
     kinds = sorted([*states, (INPUT_IDS, "int32", ()), (LOSS_MASK, "uint8", ())])
-    token = 4 + 1 + sum(width * torch_dtype(dtype).itemsize for _, dtype, (width,) in states)
+    size = torch_dtype(provenance.dtype).itemsize
+    token = 4 + 1 + sum(stored_width(width, size, provenance.encoding) for _, _, (width,) in states)
     return [
         SampleRef(
             sample_id(task, provenance), 0,

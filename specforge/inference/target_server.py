@@ -25,6 +25,7 @@ from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_engine.base import TargetEngine, check_layers
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, read_token
+from specforge.runtime.data_plane.encoding import ENCODINGS, encode
 from specforge.target_files import TargetFiles
 
 _BYTES_PER_TOKEN = 12  # of a token id in JSON
@@ -117,6 +118,9 @@ class TargetServer(ThreadingHTTPServer):
         for name, own in (("target_fingerprint", self.target.fingerprint), ("dtype", self.engine.dtype)):
             if request.get(name) != own:
                 raise _RefusedError(HTTPStatus.CONFLICT, f"{name} is {own} here, not {request.get(name)}")
+        encoding = request.get("encoding", "raw")
+        if encoding not in ENCODINGS:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"encoding must be one of {', '.join(ENCODINGS)}")
         policy, input_ids = _policy(request), self._sequences(request)
         try:
             check_layers(policy, self.target.num_layers, self.target.name)
@@ -130,7 +134,8 @@ class TargetServer(ThreadingHTTPServer):
             raise _RefusedError(
                 HTTPStatus.INTERNAL_SERVER_ERROR, f"the target failed ({type(error).__name__}: {error})"
             ) from error
-        return save({f"{i}/{name}": x for i, group in enumerate(features) for name, x in group.items()})
+        encoded = [encode(group, encoding) for group in features]
+        return save({f"{i}/{name}": x for i, group in enumerate(encoded) for name, x in group.items()})
 
     def _sequences(self, request: Mapping[str, Any]) -> list[list[int]]:
         found = request.get("input_ids")

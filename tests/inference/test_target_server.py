@@ -105,6 +105,7 @@ def good(server: TargetServer, **changes: object) -> dict[str, object]:
     [
         ({"target_fingerprint": "other"}, 409, "target_fingerprint is"),
         ({"dtype": "bfloat16"}, 409, "dtype is float32 here, not bfloat16"),
+        ({"encoding": "zip"}, 400, "encoding must be one of raw, float8_e4m3fn"),
         ({"input_ids": [[1, 264]]}, 400, "tokens below 264"),
         ({"input_ids": [[1, -1]]}, 400, "tokens below"),
         ({"input_ids": [[1, True]]}, 400, "tokens below"),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -23,6 +24,7 @@ from torch import Tensor
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_engine.base import check_layers, feature_widths
+from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.target_files import TargetFiles, torch_dtype
 
 PATH = "/v1/features"
@@ -66,6 +68,7 @@ class HTTPTargetEngine:
         token_file: holds the server's token.
         target: files of the target that must answer.
         dtype: its compute dtype.
+        encoding: features travel as they are, or in 8 bits.
         patience: seconds to go on asking a server that does not answer.
         timeout: seconds to wait for one answer.
 
@@ -75,7 +78,7 @@ class HTTPTargetEngine:
 
     def __init__(
         self, url: str, token_file: Path, target: TargetFiles, dtype: str = "bfloat16", *,
-        patience: float = 300.0, timeout: float = 120.0,
+        encoding: str = "raw", patience: float = 300.0, timeout: float = 120.0,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         try:
@@ -88,6 +91,7 @@ class HTTPTargetEngine:
         self._connection = kind(parts.hostname, port, timeout=timeout)
         self._token = read_token(token_file)
         self.url, self.target, self.dtype, self.patience = url.rstrip("/"), target, dtype, patience
+        self.encoding = encoding
         self._lock = threading.Lock()
 
     def check(self, policy: CapturePolicy) -> None:
@@ -106,22 +110,28 @@ class HTTPTargetEngine:
             UserError: the server refuses, answers something else, or has not answered for ``patience`` seconds.
         """
         widths, dtype = feature_widths(policy, self.target.hidden_size), torch_dtype(self.dtype)
+        token = encode(
+            {name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding
+        )
         expected = {
-            f"{i}/{name}": ((len(ids), width), dtype)
+            f"{i}/{name}": ((len(ids), x.shape[1]), x.dtype)
             for i, ids in enumerate(input_ids)
-            for name, width in widths.items()
+            for name, x in token.items()
         }
         request = {
             "target_fingerprint": self.target.fingerprint, "dtype": self.dtype, "capture": policy.to_json(),
-            "input_ids": [list(ids) for ids in input_ids],
+            "encoding": self.encoding, "input_ids": [list(ids) for ids in input_ids],
         }  # fmt: skip
-        nbytes = sum(length * width for (length, width), _ in expected.values()) * dtype.itemsize
+        nbytes = sum(length * width * kind.itemsize for (length, width), kind in expected.values())
         with self._lock:
             features = self._ask(json.dumps(request).encode(), nbytes + 4096 + 256 * len(expected))
         found = {name: (tuple(x.shape), x.dtype) for name, x in features.items()}
         if found != expected:
             raise UserError(f"server {self.url}: answered with {found}, not {expected}"[:400])
-        return [{name: features[f"{i}/{name}"] for name in widths} for i in range(len(input_ids))]
+        return [
+            decode({name: features[f"{i}/{name}"] for name in token}, dict.fromkeys(widths, self.dtype))
+            for i in range(len(input_ids))
+        ]
 
     def _ask(self, body: bytes, limit: int) -> dict[str, Tensor]:
         deadline, pause = time.monotonic() + self.patience, _FIRST_PAUSE

@@ -24,6 +24,14 @@ local function move(key, to, score)
   redis.call('ZADD', set(to), score or get(key, 'seq'), key)
   redis.call('HSET', sample(key), 'state', to)
 end
+local function batched(command, name, words)  -- Lua hands a call some thousands at most
+  for i = 1, #words, 1000 do redis.call(command, name, unpack(words, i, math.min(i + 999, #words))) end
+end
+local function move_all(keys, from, to, scored, ...)  -- what a step waits for, in few calls; `scored`: score, key, ...
+  batched('ZREM', set(from), keys)
+  batched('ZADD', set(to), scored)
+  for _, key in ipairs(keys) do redis.call('HSET', sample(key), 'state', to, ...) end
+end
 local function give_up(key, reason, max_tries)
   redis.call('HSET', sample(key), 'reason', reason)
   move(key, tonumber(get(key, 'tries')) >= max_tries and 'dead' or 'queued')
@@ -108,26 +116,23 @@ end
 return new
 """,
     "deliver": """
-for _, key in ipairs(ARGV) do
-  local state = get(key, 'state')
-  if state ~= 'committed' and state ~= 'delivered' then return refuse(key) end
-end
-local refs = {}
+local refs, scored = {}, {}
 for i, key in ipairs(ARGV) do
-  refs[i] = get(key, 'ref')
-  move(key, 'delivered')
+  local state, seq, ref = unpack(redis.call('HMGET', sample(key), 'state', 'seq', 'ref'))
+  if state ~= 'committed' and state ~= 'delivered' then return refuse(key) end
+  refs[i], scored[2 * i - 1], scored[2 * i] = ref, seq, key
 end
+move_all(ARGV, 'committed', 'delivered', scored)
 return refs
 """,
     "trained": """
+local now, keys, scored = ARGV[1], {}, {}
 for i = 2, #ARGV do
-  local state = get(ARGV[i], 'state')
-  if state ~= 'delivered' and (state ~= 'trained' or get(ARGV[i], 'step') ~= ARGV[1]) then return refuse(ARGV[i]) end
+  local key, state, step = ARGV[i], unpack(redis.call('HMGET', sample(ARGV[i]), 'state', 'step'))
+  if state ~= 'delivered' and (state ~= 'trained' or step ~= now) then return refuse(key) end
+  keys[i - 1], scored[2 * i - 3], scored[2 * i - 2] = key, now, key
 end
-for i = 2, #ARGV do
-  redis.call('HSET', sample(ARGV[i]), 'step', ARGV[1])
-  move(ARGV[i], 'trained', ARGV[1])
-end
+move_all(keys, 'delivered', 'trained', scored, 'step', now)
 return 0
 """,
     "durable": """

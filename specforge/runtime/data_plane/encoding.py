@@ -35,16 +35,18 @@ def encode(tensors: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
     return stored
 
 
-def decode(stored: Mapping[str, Tensor], encoding: str, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+def stored_width(width: int, itemsize: int, encoding: str) -> int:
+    """Bytes a token of a floating-point tensor of so many values of so many bytes."""
+    return width * itemsize if encoding == "raw" else width + torch.float32.itemsize
+
+
+def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors in their own dtype again.
 
     Args:
-        stored: the stored form.
-        encoding: how it was made.
+        stored: the stored form; scales tell what is encoded.
         dtypes: dtype name of every tensor before it was encoded.
     """
-    if encoding == "raw":
-        return dict(stored)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if name.endswith(_SCALE):

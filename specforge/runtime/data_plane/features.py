@@ -44,22 +44,21 @@ class FeatureFolder:
     counts: TokenCounts
 
     @classmethod
-    def create(
-        cls, folder: Path, provenance: Provenance, encoding: str, counts: TokenCounts
-    ) -> FeatureFolder:
+    def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts) -> FeatureFolder:
         """Start a folder, or go on with one that was made from the same target in the same way.
 
         Raises:
             UserError: the folder holds features made otherwise.
         """
-        if encoding not in ENCODINGS:
-            raise UserError(f"encoding {encoding!r}: use one of {', '.join(ENCODINGS)}")
-        meta = {"format": FORMAT, "encoding": encoding, "provenance": provenance.to_json()}
+        if provenance.encoding not in ENCODINGS:
+            raise UserError(f"encoding {provenance.encoding!r}: use one of {', '.join(ENCODINGS)}")
+        meta = {"format": FORMAT, "provenance": provenance.to_json()}
         path = folder / _META
         if path.exists():
-            found = read_json(path)
+            found = _flat(read_json(path))
+            found.setdefault("provenance.encoding", found.get("encoding"))  # where folders had it before
             for key, value in _flat(meta).items():
-                was = _flat(found).get(key)
+                was = found.get(key)
                 if was != value and key != "provenance.target":
                     raise UserError(
                         f"{folder}: holds features with {key} {was}, not {value}; choose another folder"
@@ -88,7 +87,7 @@ class FeatureFolder:
             counts = TokenCounts(file.get_tensor("supervised"), file.get_tensor("context"))
         manifest = Manifest(folder)
         refs = manifest.refs()
-        store = FeatureStore(ShardBackend(folder), encoding=meta["encoding"])
+        store = FeatureStore(ShardBackend(folder))
         store.adopt(refs)
         return cls(folder, store, manifest, refs, Provenance.from_json(meta["provenance"]), counts)
 

@@ -39,6 +39,12 @@ def chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     Args:
         tensors: on the CPU.
     """
+    header, order = lay_out(tensors)
+    return [header, *(bytes_of(tensors[name]) for name in order)]
+
+
+def lay_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """A safetensors file's header, and the names of the tensors in the order in which their bytes follow it."""
     whole = {name: x.nbytes % _ALIGN == 0 for name, x in tensors.items()}
     order = sorted(tensors, key=lambda name: (not whole[name], -tensors[name].itemsize, name))
     header, start = {}, 0
@@ -48,7 +54,7 @@ def chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
         start += x.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH + len(text)) % _ALIGN)
-    return [len(text).to_bytes(_LENGTH, "little") + text, *(bytes_of(tensors[name]) for name in order)]
+    return len(text).to_bytes(_LENGTH, "little") + text, order
 
 
 def write_flat(path: Path, tensors: Mapping[str, Tensor], *, sync: bool) -> None:

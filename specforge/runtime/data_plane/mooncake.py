@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.runtime.data_plane.flat import FlatTensors, chunks
+from specforge.runtime.data_plane.flat import FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
@@ -183,17 +182,18 @@ class MooncakeBackend:
             UserError: the store does not answer.
         """
         client, pool, config = self._join()
-        pieces = chunks(tensors)
-        nbytes = sum(map(len, pieces))
+        header, order = lay_out(tensors)
+        pieces = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
+        pieces += [tensors[name].contiguous() for name in order if tensors[name].nbytes]
+        nbytes = sum(piece.nbytes for piece in pieces)
         uri = f"{key}-{secrets.token_hex(8)}-{nbytes}"
         name = self._name(key, uri)
         if self.address.protocol == "tcp":  # sends from any memory
-            parts = [np.frombuffer(piece, np.uint8) for piece in pieces if len(piece)]
-            places, sizes = [part.ctypes.data for part in parts], [len(part) for part in parts]
+            places, sizes = [piece.data_ptr() for piece in pieces], [piece.nbytes for piece in pieces]
             (code,) = client.batch_put_from_multi_buffers([name], [places], [sizes], config)
         else:
             buffer = pool.take(nbytes)
-            buffer.numpy()[:] = np.frombuffer(b"".join(pieces), np.uint8)
+            torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces], out=buffer)
             code = client.put_from(name, buffer.data_ptr(), nbytes, config)
         if code == _FULL:
             raise StoreFullError(f"store {self.address}: no room for {nbytes} bytes")

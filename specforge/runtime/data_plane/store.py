@@ -179,7 +179,6 @@ class FeatureStore:
 
     Args:
         backend: moves the bytes.
-        encoding: ``raw``, or ``float8_e4m3fn`` to store floating-point features in half the bytes.
         max_bytes: most bytes to hold at once; None for no limit.
         lease_seconds: a lease older than this is taken for abandoned by :meth:`sweep`.
         verify: compare checksums at the first read of each sample in this process.
@@ -189,12 +188,11 @@ class FeatureStore:
         self,
         backend: FeatureBackend,
         *,
-        encoding: str = "raw",
         max_bytes: int | None = None,
         lease_seconds: float = 600.0,
         verify: bool = True,
     ) -> None:
-        self.backend, self.encoding, self.max_bytes = backend, encoding, max_bytes
+        self.backend, self.max_bytes = backend, max_bytes
         self.lease_seconds, self.verify = lease_seconds, verify
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -227,7 +225,7 @@ class FeatureStore:
             tensors: CPU tensors whose first dimension counts tokens, the same in all of them.
             num_supervised: tokens under the loss mask.
             source: file and line of the conversation.
-            provenance: where the features come from.
+            provenance: where the features come from, and how they are to be stored.
 
         Raises:
             BadSampleError: a tensor has a wrong first dimension, or a value that is not finite; or the identity could
@@ -235,7 +233,7 @@ class FeatureStore:
             StoreFullError: the byte limit would be exceeded.
         """
         num_tokens = _checked(sample_id, tensors)
-        stored = encode(tensors, self.encoding)
+        stored = encode(tensors, provenance.encoding)
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
@@ -308,7 +306,7 @@ class FeatureStore:
             if checksum(stored) != ref.checksum:
                 raise BadSampleError(ref.sample_id, f"checksum does not match in {ref.uri or 'the store'}")
             self._verified.add(key)
-        tensors = decode(stored, self.encoding, {f.name: f.dtype for f in ref.features})
+        tensors = decode(stored, {f.name: f.dtype for f in ref.features})
         for spec in ref.features:
             tensor = tensors.get(spec.name)
             if tensor is None:

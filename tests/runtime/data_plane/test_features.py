@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -90,3 +91,30 @@ def test_float8_features_train(target, prompts, tmp_path):
 
     assert capture(target, prompts, tmp_path / "f", "--encoding", "float8_e4m3fn") == 0
     assert main(["fit", "--config", str(recipe(target, tmp_path / "f", tmp_path))]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["raw", "float8_e4m3fn"])
+def test_folders_that_name_their_encoding_elsewhere_are_read_and_gone_on_with(
+    target, prompts, tmp_path, capsys, encoding
+):
+    """As they were before the encoding was part of a sample's provenance."""
+    folder = tmp_path / "f"
+    assert capture(target, prompts, folder, "--encoding", encoding) == 0
+    for name in ("train", "heldout"):
+        now = FeatureFolder.open(folder / name)
+        wanted = {ref.sample_id: now.store.get(ref).tensors for ref in now.refs}
+        meta, manifest = folder / name / "features.json", folder / name / "manifest.jsonl"
+        fields = json.loads(meta.read_text())
+        fields["encoding"] = fields["provenance"].pop("encoding")
+        meta.write_text(json.dumps(fields))
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        assert all(line["provenance"].pop("encoding") == encoding for line in lines)
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        old = FeatureFolder.open(folder / name)
+        for ref in old.refs:
+            found = old.store.get(ref).tensors
+            assert all(torch.equal(found[key], x) for key, x in wanted[ref.sample_id].items())
+    assert capture(target, prompts, folder, "--encoding", encoding) == 0
+    other = "raw" if encoding == "float8_e4m3fn" else "float8_e4m3fn"
+    assert capture(target, prompts, folder, "--encoding", other) == 2
+    assert f"encoding {encoding}, not {other}" in capsys.readouterr().err
