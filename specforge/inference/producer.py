@@ -58,6 +58,7 @@ class Producer:
                         busy = self.once(stop)
                     except StoreFullError as error:
                         logger.warning("the store is full (%s); waiting", error)
+                        self._workers.clear()  # with what they had put and not committed, which goes with the leases
                         self.controller.release(self.owner)
                         busy = False
                     idle = 0.0 if busy else idle + _POLL

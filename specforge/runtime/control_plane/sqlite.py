@@ -121,13 +121,13 @@ class SQLiteMetadataStore:
         with self._transaction() as db:
             return [db.execute(update, (deadline, key, owner)).rowcount > 0 for key in keys]
 
-    def release(self, owner: str) -> int:
+    def release(self, owner: str) -> list[str]:
         """See :class:`MetadataStore`."""
-        update = (
-            f"UPDATE samples SET state = '{QUEUED}', tries = tries - 1 WHERE state = '{LEASED}' AND owner = ?"
-        )
+        held = f"state = '{LEASED}' AND owner = ?"
         with self._transaction() as db:
-            return db.execute(update, (owner,)).rowcount
+            keys = [key for (key,) in db.execute(f"SELECT key FROM samples WHERE {held}", (owner,))]
+            db.execute(f"UPDATE samples SET state = '{QUEUED}', tries = tries - 1 WHERE {held}", (owner,))
+        return keys
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
         """See :class:`MetadataStore`."""
@@ -182,9 +182,10 @@ class SQLiteMetadataStore:
     def requeue(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
         with self._transaction() as db:
-            self._found(db, keys, (COMMITTED, DELIVERED, DEAD), "queued again")
+            self._found(db, keys, (QUEUED, LEASED, COMMITTED, DELIVERED, DEAD), "queued again")
             db.execute(
-                f"UPDATE samples SET state = '{QUEUED}', ref = '', tries = 0 WHERE {_KEYS}",
+                f"UPDATE samples SET state = '{QUEUED}', ref = '', tries = 0 "
+                f"WHERE {_KEYS} AND state NOT IN ('{QUEUED}', '{LEASED}')",
                 (json.dumps(keys),),
             )
 
