@@ -46,7 +46,7 @@ from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
-from specforge.runtime.data_plane.store import FeatureBackend, FeatureStore
+from specforge.runtime.data_plane.store import FeatureStore
 from specforge.runtime.places import open_backend, open_metadata
 from tests.disaggregated import places, stored_bytes
 
@@ -97,7 +97,6 @@ class World:
         self.strike: Callable[[str], None] = self.die
         self.history: list[tuple[int, tuple[int, str]]] = []
         self.producers: list[Producer] = []
-        self.backends: list[FeatureBackend] = []
         self.ended: list[str] = []  # what producers said that ended
         self.events: list[Callable[[], None]] = []
         self.deaths, self.engine, self.bad_samples = 0, Engine(), "error"
@@ -138,7 +137,6 @@ class World:
             open_metadata(self.where["metadata"]), FeatureStore(open_backend(self.where["store"])),
             clock=lambda: self.now, lease_seconds=10.0, max_tries=self.max_tries,
         )  # fmt: skip
-        self.backends.append(controller.features.backend)
         self.hook(controller.features.backend, "write", "before put", "after put")
         self.hook(controller, "commit", "before commit", "after commit")
         self.hook(controller, "lease", "", "after lease")
@@ -237,7 +235,6 @@ class World:
         data.trainer = trainer
         data.setup("fit")
         controller, stream = data._controller, data._splits["train"][1]
-        self.backends.append(controller.features.backend)
         controller.clock, stream._wait = lambda: self.now, self.produce
         self.hook(controller, "rewind", "", "rewound")
         self.hook(controller, "forget", "before forgetting", "forgotten")

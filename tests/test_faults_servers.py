@@ -1,7 +1,11 @@
-"""Servers that die in the middle of a disaggregated run: Mooncake, Redis; they come back with nothing, in part with all."""
+# ruff: noqa: F811 - fixtures of other modules
+"""Servers that die in the middle of a disaggregated run, Mooncake and Redis: they stay away, or come back."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +16,12 @@ from specforge.cli import main
 from specforge.errors import UserError
 from specforge.runtime.control_plane import redis as redis_store
 from specforge.runtime.control_plane.redis import RedisMetadataStore
+from specforge.runtime.data_plane.mooncake import MooncakeBackend
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places, producers
 from tests.runtime.control_plane.redis_server import RedisServer, redis_server
 from tests.runtime.control_plane.test_metadata import needs_redis
-from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
+from tests.runtime.data_plane.mooncake_store import free_ports, needs_mooncake
+from tests.runtime.data_plane.test_mooncake import is_open
 from tests.test_equivalence import features_alone, offline_run  # noqa: F401 - fixtures
 from tests.test_faults import PRODUCER, TRAINER, World, dying, expected  # noqa: F401 - fixtures
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
@@ -31,25 +37,8 @@ def train_and_kill(path: Path, run: Path, steps: int) -> None:
     process.wait()
 
 
-@needs_mooncake
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_mooncake_store_that_comes_back_empty_loses_nothing(target, prompts, tmp_path, offline_run, step):  # noqa: F811
-    with mooncake_store() as (address, _):
-        where = places(tmp_path) | {"store": address}
-        with producers(target, where, 2):
-            train_and_kill(disaggregated(target, prompts, tmp_path, where), tmp_path / "run", step)
-    with mooncake_store() as (address, _):
-        where["store"] = address
-        resume = ("--ckpt_path", "last") if step >= 4 else ()
-        with producers(target, where, 2):
-            run = fit(disaggregated(target, prompts, tmp_path, where), *resume)
-        assert losses(run) == losses(offline_run)
-        assert_same_weights(run, offline_run)
-        assert_nothing_is_left(where, trained=18 * 4)
-
-
 @needs_redis
-def test_a_redis_server_that_comes_back_empty_loses_nothing(target, prompts, tmp_path, offline_run):  # noqa: F811
+def test_a_redis_server_that_comes_back_empty_loses_nothing(target, prompts, tmp_path, offline_run):
     where = places(tmp_path)
     for number, folder in enumerate(("first", "second")):
         (tmp_path / folder).mkdir()
@@ -149,7 +138,7 @@ def test_a_redis_server_that_stays_away_is_one_line_and_loses_nothing(
 
 @needs_redis
 def test_a_run_whose_redis_server_dies_ends_in_one_line_and_goes_on(
-    target, prompts, tmp_path, offline_run, monkeypatch, capsys, server  # noqa: F811
+    target, prompts, tmp_path, offline_run, monkeypatch, capsys, server
 ):  # fmt: skip
     monkeypatch.setattr(redis_store, "_RETRIES", 0)
     where = places(tmp_path) | {"metadata": f"redis://127.0.0.1:{server.port}/0"}
@@ -176,54 +165,102 @@ def test_a_run_whose_redis_server_dies_ends_in_one_line_and_goes_on(
     assert_nothing_is_left(where, trained=18 * 4)
 
 
+class MooncakeServer:
+    """An owner and its master, in a process that can be killed and started again on its ports."""
+
+    def __init__(self) -> None:
+        self.ports, self.starts = free_ports(2), 0
+        self.start()
+
+    def start(self) -> None:
+        code = "from specforge.services import store_up; store_up(1 << 24, '127.0.0.1', {}, {})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code.format(*self.ports)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+        self.starts += 1
+        line = self.process.stdout.readline()
+        assert line.startswith("mooncake://"), self.process.stderr.read()
+        self.address = line.split(": ")[0]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for port in self.ports:
+            while is_open(port):
+                time.sleep(0.01)  # there is nothing to wait on but the port
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[str]:
-    with mooncake_store() as (address, _):
-        yield address
+def mooncake() -> Iterator[MooncakeServer]:
+    server = MooncakeServer()
+    yield server
+    server.kill()
 
 
-def close(world: World) -> None:
-    for backend in world.backends:
-        backend.close()
-
-
-@needs_mooncake
-@pytest.mark.parametrize("seed", range(6))
-def test_kills_upon_kills_over_mooncake_change_nothing(tmp_path, expected, dying, running, seed):
-    retain = ("until_durable", "until_trained")[seed % 2]
-    world = World(tmp_path, seed, (5, 8)[seed % 2], retain, store=f"{running}#{tmp_path.name}")
-    dying.append(world)
-    points = world.random.sample([point for point in PRODUCER if point != "mid-put"], 3)
-    points += world.random.sample(TRAINER, 3)
-    world.countdown = {point: world.random.randrange(6) for point in points}
-    world.check(world.train(), expected)
-    assert world.deaths
-    close(world)
+@pytest.fixture
+def shared(mooncake, monkeypatch) -> Iterator[MooncakeServer]:
+    """One client for all of a world, because leaving takes a second."""
+    first = MooncakeBackend(mooncake.address)
+    joined = first._join()
+    monkeypatch.setattr(MooncakeBackend, "_join", lambda self: joined)
+    yield mooncake
+    first.close()
 
 
 @needs_mooncake
-@pytest.mark.parametrize("seed", range(2))
+def test_kills_upon_kills_over_mooncake_change_nothing(tmp_path, expected, dying, shared):
+    for seed in range(8):
+        retain = ("until_durable", "until_trained")[seed % 2]
+        store = f"{shared.address}#{tmp_path.name}-{seed}"
+        world = World(tmp_path / str(seed), seed, (5, 8)[seed // 2 % 2], retain, store=store)
+        dying[:] = [world]
+        points = world.random.sample([point for point in PRODUCER if point != "mid-put"], 3)
+        points += world.random.sample(TRAINER, 3)
+        world.countdown = {point: world.random.randrange(6) for point in points}
+        world.check(world.train(), expected)
+        assert world.deaths
+
+
+@needs_mooncake
+@pytest.mark.parametrize("point", ["delivered", "after commit", "after put"])
 def test_a_mooncake_store_that_is_started_again_in_the_middle_only_costs_work(
-    tmp_path, expected, dying, seed
+    tmp_path, expected, dying, shared, point
 ):
     """Its owner is killed, the master ends with it; what they held is produced again."""
-    ports = free_ports(2)
-    stores = [store_up(*ports)]
-    address = stores[0].stdout.readline().split(": ")[0]
-    world = World(tmp_path, seed, store=address)
-    world.countdown = {world.random.choice(["delivered", "marked trained", "after commit"]): 3 + seed}
+    world = World(tmp_path, store=f"{shared.address}#{tmp_path.name}")
+    world.countdown, starts = {point: 5}, shared.starts
 
     def strike(point: str) -> None:
-        stores[-1].kill()
-        stores[-1].communicate()
-        stores.append(store_up(*ports))
-        assert stores[-1].stdout.readline().startswith(address), stores[-1].stderr.read()
+        shared.kill()
+        shared.start()
 
     world.strike = strike
-    try:
-        world.check(world.train(), expected)
-        assert len(stores) == 2
-        close(world)
-    finally:
-        stores[-1].terminate()
-        stores[-1].communicate()
+    world.check(world.train(), expected)
+    assert shared.starts == starts + 1
+
+
+@needs_mooncake
+def test_a_mooncake_store_that_stays_away_is_one_line_and_loses_nothing(tmp_path, expected, dying, shared):
+    world = World(tmp_path, store=f"{shared.address}#{tmp_path.name}")
+    world.countdown, world.strike = {"before put": 5}, lambda point: shared.kill()
+    with pytest.raises(UserError, match=r"store mooncake://.*does not answer"):
+        world.train()
+    shared.start()
+    world.check(world.train(), expected)
+
+
+@needs_mooncake
+def test_a_mooncake_store_that_comes_back_empty_loses_nothing(
+    target, prompts, tmp_path, offline_run, mooncake
+):
+    where = places(tmp_path) | {"store": f"{mooncake.address}#{tmp_path.name}"}
+    path = disaggregated(target, prompts, tmp_path, where)
+    with producers(target, where, 2):
+        train_and_kill(path, tmp_path / "run", 6)
+    mooncake.kill()
+    mooncake.start()
+    with producers(target, where, 2):
+        run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(offline_run)
+    assert_same_weights(run, offline_run)
+    assert_nothing_is_left(where, trained=18 * 4)

@@ -140,7 +140,7 @@ class MetadataStore(Protocol):
         ...
 
     def requeue(self, keys: Sequence[str]) -> None:
-        """Queue again, with all their tries, samples whose features are lost, or dead ones; saying so twice is harmless.
+        """Queue again, with all their tries, samples whose features are lost, or dead ones; twice is harmless.
 
         Raises:
             StateError: one is unknown, trained or durable.

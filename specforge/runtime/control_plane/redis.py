@@ -228,7 +228,8 @@ class RedisMetadataStore:
         elif any(tls.values()):
             raise UserError("metadata in Redis: certificates are for TLS; write the address as rediss://")
         self._errors = redis.exceptions
-        self._where = url.rpartition("//")[2].rpartition("@")[2]  # without the password that an address may hold
+        # Without the password that an address may hold.
+        self._where = url.rpartition("//")[2].rpartition("@")[2]
         try:
             self._client = redis.Redis.from_url(
                 url, decode_responses=True, socket_timeout=timeout, socket_connect_timeout=timeout,
@@ -240,8 +241,8 @@ class RedisMetadataStore:
             raise UserError(f"metadata in Redis at {self._where}: {error}") from error
         # A server that is started again in the middle of a run is waited for. What it did before it died is done
         # twice then, which every script bears.
-        patience = Retry(ExponentialBackoff(cap=1.0, base=0.01), _RETRIES, (redis.exceptions.ConnectionError,))
-        self._client.set_retry(patience)
+        waits = ExponentialBackoff(cap=1.0, base=0.01)
+        self._client.set_retry(Retry(waits, _RETRIES, (redis.exceptions.ConnectionError,)))
         self.namespace = "{" + namespace + "}"  # braces keep a cluster's keys on one node
         self._scripts = {name: self._client.register_script(_LUA + body) for name, body in _SCRIPTS.items()}
 
