@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from specforge.errors import UserError
+
 QUEUED, LEASED, COMMITTED, DELIVERED = "queued", "leased", "committed", "delivered"
 TRAINED, DURABLE, DEAD = "trained", "durable", "dead"
 STATES = (QUEUED, LEASED, COMMITTED, DELIVERED, TRAINED, DURABLE, DEAD)
@@ -33,6 +35,14 @@ class StateError(Exception):
     def __init__(self, key: str, state: str, action: str) -> None:
         super().__init__(f"sample {key} is {state or 'unknown'} and cannot be {action}")
         self.key, self.state, self.action = key, state, action
+
+
+def unusable(where: str, error: Exception) -> UserError:
+    """What to say when the store itself fails in the middle of a run."""
+    return UserError(
+        f"metadata {where}: {str(error).rstrip('.')}; when it works again, start the producers again and resume with "
+        "--ckpt_path last, which loses nothing"
+    )
 
 
 class Grant(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from specforge.errors import UserError
-from specforge.runtime.control_plane.metadata import STATES, Entry, Grant, StateError
+from specforge.runtime.control_plane.metadata import STATES, Entry, Grant, StateError, unusable
 
 # Every script checks all it was given before it changes anything: Redis does not roll back.
 _LUA = """
@@ -317,16 +317,10 @@ class RedisMetadataStore:
         except self._errors.ResponseError as error:
             kind, _, rest = str(error).partition(" ")
             if kind in ("MISCONF", "OOM", "READONLY"):  # its disk or its memory is full, say
-                raise self._unusable(error) from error
+                raise unusable(f"in Redis at {self._where}", error) from error
             if kind != "STATE":
                 raise
             state, _, key = rest.partition(" ")
             raise StateError(json.loads(key), "" if state == "?" else state, action) from error
         except (self._errors.ConnectionError, self._errors.TimeoutError) as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(
-            f"metadata in Redis at {self._where}: {error}; when it works again, start the producers again and resume "
-            "with --ckpt_path last, which loses nothing"
-        )
+            raise unusable(f"in Redis at {self._where}", error) from error

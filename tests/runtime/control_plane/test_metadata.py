@@ -339,6 +339,22 @@ def test_a_process_killed_within_a_transaction_changes_nothing(tmp_path):
     assert SQLiteMetadataStore(path).counts()[QUEUED] == 4
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    store = SQLiteMetadataStore(tmp_path / "metadata.db")
+    advance(store, filled(store), TRAINED)
+    store._db.execute("PRAGMA max_page_count=1")  # no more than there are
+    with pytest.raises(
+        UserError, match=r"metadata .*metadata\.db: database or disk is full; when it works again"
+    ):
+        store.ingest([(f"new {i}", "task" * 1000) for i in range(100)])
+    assert store.counts() == {**dict.fromkeys(STATES, 0), TRAINED: 4}
+    store._db.execute("PRAGMA max_page_count=1000")
+    assert store.ingest([(f"new {i}", "task" * 1000) for i in range(100)]) == [True] * 100
+    store.close()
+    with pytest.raises(UserError, match="closed"):
+        store.counts()
+
+
 def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "text.db").write_text("not a database, however one looks at it" * 100)
     with pytest.raises(UserError, match=r"text.db: cannot be opened as a metadata store"):
