@@ -403,11 +403,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        action=st.sampled_from(["lease", "commit", "commit", "fail", "renew", "release", "time_passes"]),
+        action=st.sampled_from(
+            ["lease", "commit", "commit", "die_with_bytes", "fail", "renew", "release", "time_passes"]
+        ),
     )
     def producers(self, data, action):
         owner = data.draw(st.sampled_from("ab"))
-        if action in ("commit", "fail") and not self.hands:
+        if action in ("commit", "die_with_bytes", "fail") and not self.hands:
             action = "lease"
         getattr(self, action)(data, owner)
 
@@ -444,6 +446,7 @@ class Machine(RuleBasedStateMachine):
         leased = self.control.lease(owner, count)
         assert [x.key for x in leased] == expected
         assert [x.task.attempt for x in leased] == [self.tries[key] for key in expected]
+        assert not self.stored() & {x.sample_id for x in leased}  # nobody puts a sample beside another's
         for key in expected:
             self.state[key], self.owner[key] = LEASED, (owner, self.clock.now + 10.0)
             self.tries[key] += 1
@@ -484,6 +487,16 @@ class Machine(RuleBasedStateMachine):
             assert fresh == (self.state[leased.key] in (QUEUED, LEASED, DEAD))
             if fresh:
                 self.state[leased.key] = COMMITTED
+
+    def die_with_bytes(self, data, owner):
+        """Between put and commit."""
+        leased = data.draw(st.sampled_from(self.hands))
+        if self.state[leased.key] == LEASED and leased.sample_id not in self.features:
+            put(self.features, leased.sample_id)
+
+    def stored(self) -> set[str]:
+        """Samples of which the store has bytes."""
+        return {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
 
     def deliver(self, data):
         if not self.of(COMMITTED):
@@ -529,7 +542,7 @@ class Machine(RuleBasedStateMachine):
             self.features.backend.remove(f"{name}.{self.features._entries[name].generation}", "")
 
     def everything_restarts(self, data):
-        held = {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
+        held = self.stored()
         self.features = FeatureStore(self.features.backend)
         self.reopen()
         self.restart()
@@ -543,8 +556,7 @@ class Machine(RuleBasedStateMachine):
         self.the_trainer_dies()
 
     def requeue_or(self, key: str, state: str) -> None:
-        name = key.rpartition("@")[0]
-        held = any(stored.rpartition(".")[0] == name for stored, _ in self.features.backend.stored())
+        held = key.rpartition("@")[0] in self.stored()
         self.state[key] = state if held else QUEUED
         self.tries[key] = self.tries[key] if held else 0
 
