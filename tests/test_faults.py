@@ -97,6 +97,7 @@ class World:
         self.strike: Callable[[str], None] = self.die
         self.history: list[tuple[int, tuple[int, str]]] = []
         self.producers: list[Producer] = []
+        self.at_work = -1
         self.ended: list[str] = []  # what producers said that ended
         self.events: list[Callable[[], None]] = []
         self.deaths, self.engine, self.bad_samples = 0, Engine(), "error"
@@ -147,7 +148,7 @@ class World:
     def produce(self, seconds: float) -> None:
         """What happens while the trainer waits: time passes, and one of the producers works."""
         self.now += 1.0
-        at = self.random.randrange(len(self.producers))
+        self.at_work = at = self.random.randrange(len(self.producers))
         producer = self.producers[at]
         try:
             producer.once()
@@ -392,15 +393,17 @@ def test_a_slow_disk_only_costs_time(tmp_path, expected, dying, monkeypatch, fau
     world = World(tmp_path, fault_seed, max_tries=99)  # nobody renews leases here, as producers do
     write, read = shared_dir.write_flat, shared_dir.SharedDirBackend.read
     stalls: list[str] = []
-    idle: list[Producer] = []
+    others: list[Producer] = []
 
     def stall(where: str) -> None:
-        if not idle and world.random.random() < 0.15:
+        if not others and world.random.random() < 0.15:
             stalls.append(where)
             world.now += world.random.choice([3.0, 15.0])
-            idle.extend(world.producers)
-            world.random.choice(idle).once()  # also the one that stalls, started twice
-            idle.clear()
+            others.append(world.producers[1 - world.at_work])
+            if world.random.random() < 0.3:  # the one that stalls, started again
+                others[0] = world.start_producer(world.producers[world.at_work].owner)
+            others[0].once()
+            others.clear()
 
     def write_flat(path, tensors, *, sync):
         stall("before a write")
