@@ -140,13 +140,13 @@ class DisaggregatedDataModule(FeatureDataModule):
         if trainer.is_global_zero:
             self._controller.rewind(step)
             self._controller.durable(step)
-            self._controller.reconcile()
             # What is queued or held beyond the room that there is now comes again when its turn comes.
             wanted = {sample_key(ref.sample_id, KEPT) for ref in self._splits.get("heldout", ([],))[0]}
             for rank in range(trainer.world_size):
                 wanted.update(stream.room.window(self._ahead(loader, rank)))
             waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
             self._controller.forget([entry.key for entry in waiting if entry.key not in wanted])
+            self._controller.reconcile()
         trainer.strategy.barrier("the control plane is at the step of the checkpoint")
         stream.start(self._ahead(loader, trainer.global_rank))
 

@@ -89,6 +89,20 @@ def producers(
         assert not errors, errors
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of all tensors in a store, finished or not."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                size = path.stat().st_size
+                header = int.from_bytes(path.open("rb").read(8), "little") if size >= 8 else 0
+                total += max(0, size - 8 - header)
+        except FileNotFoundError:
+            continue
+    return total
+
+
 def assert_nothing_is_left(where: dict[str, str], trained: int) -> None:
     """So many samples are durable, and there is no other sample, lease or byte."""
     controller = control(where)

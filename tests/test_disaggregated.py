@@ -24,6 +24,7 @@ from tests.disaggregated import (
     disaggregated,
     places,
     producers,
+    stored_bytes,
 )
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe, write_target
@@ -239,20 +240,6 @@ def second_rank(first: int) -> int:
     """The process that the first rank started."""
     (pid,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
     return int(pid)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Of all tensors in a store, finished or not."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                size = path.stat().st_size
-                header = int.from_bytes(path.open("rb").read(8), "little") if size >= 8 else 0
-                total += max(0, size - 8 - header)
-        except FileNotFoundError:
-            continue
-    return total
 
 
 @pytest.mark.parametrize("retain", ["until_durable", "until_trained"])

@@ -2,7 +2,24 @@
 
 Most cases run trainer and producers in this process, step by step, over the real datamodule, ledger, stores and files;
 only the target and the optimizer are arithmetic. A kill is an exception that nothing catches, and everything that was
-in memory is thrown away. A few cases kill real processes.
+in memory is thrown away. Real processes and servers are killed in the other files of this table.
+
+    fault                                        tested by
+    a producer dies: mid-put, before commit ...  here: a kill at any point, kills upon kills, again and again; SIGKILL
+                                                 in test_disaggregated.py; over Mooncake in test_faults_servers.py
+    the trainer dies: mid-step, mid-checkpoint,  here, the same; SIGKILL in test_disaggregated.py, test_equivalence.py
+      between step and checkpoint
+    one of two trainer ranks dies                test_disaggregated.py: two ranks (gloo) and two producers, ragged
+    the metadata server dies, is started again   test_faults_servers.py: Redis, with its data, at any point; not
+                                                 started again; with no data. SQLite: control_plane/test_metadata.py
+    the owner and master of a store die          test_faults_servers.py: Mooncake, started again in the middle of a run
+    a store or metadata server comes back empty  test_faults_servers.py; here: metadata is emptied
+    a producer is started twice, commits twice   here
+    the clock jumps                              here
+    a disk is slow, full                         here; the stall's message in control_plane/test_stream.py
+    features are cut off, changed, deleted       here
+    a slow trainer; producers die with bytes     test_disaggregated.py; here: bytes stay within the limit
+    any order of all that                        control_plane/test_controller.py: a state machine against a model
 """
 
 from __future__ import annotations
@@ -10,6 +27,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +38,17 @@ import torch
 
 from datamodules import DisaggregatedDataModule
 from specforge.callbacks.ledger import SampleLedger
-from specforge.contracts import CapturePolicy, PromptTask, StrategySpec, TokenCounts, content_id
+from specforge.contracts import CapturePolicy, PromptTask, Provenance, StrategySpec, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.inference.producer import Producer
+from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
 from specforge.runtime.data_plane.store import FeatureStore
 from specforge.runtime.places import open_backend, open_metadata
-from tests.disaggregated import places
+from tests.disaggregated import places, stored_bytes
 
 pytestmark = pytest.mark.faults
 
@@ -66,15 +85,20 @@ class World:
     """A run's folder, its clock, its producers, and what is to go wrong."""
 
     def __init__(
-        self, folder: Path, seed: int = 0, max_samples: int = 8, retain: str = "until_durable"
-    ) -> None:
+        self, folder: Path, seed: int = 0, max_samples: int = 8, retain: str = "until_durable",
+        max_bytes: int = 1 << 30, max_tries: int = 5, **where: str,
+    ) -> None:  # fmt: skip
         self.folder, self.random = folder, random.Random(seed)
-        self.where = places(folder)
+        self.where = places(folder) | where
+        self.max_bytes, self.max_tries = max_bytes, max_tries
         self.now = 1000.0
         self.max_samples, self.retain = max_samples, retain
         self.countdown: dict[str, int] = {}
+        self.strike: Callable[[str], None] = self.die
         self.history: list[tuple[int, tuple[int, str]]] = []
         self.producers: list[Producer] = []
+        self.at_work = -1
+        self.ended: list[str] = []  # what producers said that ended
         self.events: list[Callable[[], None]] = []
         self.deaths, self.engine, self.bad_samples = 0, Engine(), "error"
         if not (folder / "prompts").exists():
@@ -84,13 +108,16 @@ class World:
     # What goes wrong.
 
     def at(self, point: str) -> None:
-        """Die here, if it is time."""
+        """Something strikes here, if it is time."""
         if point in self.countdown:
             self.countdown[point] -= 1
             if self.countdown[point] < 0:
                 del self.countdown[point]
                 self.deaths += 1
-                raise Killed(point)
+                self.strike(point)
+
+    def die(self, point: str) -> None:
+        raise Killed(point)
 
     def hook(self, owner: object, name: str, before: str = "", after: str = "") -> None:
         """Die before or after a method of an object."""
@@ -109,7 +136,7 @@ class World:
     def start_producer(self, name: str) -> Producer:
         controller = DataFlowController(
             open_metadata(self.where["metadata"]), FeatureStore(open_backend(self.where["store"])),
-            clock=lambda: self.now, lease_seconds=10.0, max_tries=5,
+            clock=lambda: self.now, lease_seconds=10.0, max_tries=self.max_tries,
         )  # fmt: skip
         self.hook(controller.features.backend, "write", "before put", "after put")
         self.hook(controller, "commit", "before commit", "after commit")
@@ -121,14 +148,15 @@ class World:
     def produce(self, seconds: float) -> None:
         """What happens while the trainer waits: time passes, and one of the producers works."""
         self.now += 1.0
-        at = self.random.randrange(len(self.producers))
+        self.at_work = at = self.random.randrange(len(self.producers))
         producer = self.producers[at]
         try:
             producer.once()
         except Killed:
             again = producer.owner if self.random.random() < 0.5 else f"{producer.owner}x"
             self.producers[at] = self.start_producer(again)
-        except UserError:  # a full disk: the process ends in good order, and is started again
+        except UserError as error:  # a full disk: the process ends in good order, and is started again
+            self.ended.append(str(error))
             producer.controller.release(producer.owner)
             self.producers[at] = self.start_producer(producer.owner)
         for event in self.events:
@@ -194,8 +222,8 @@ class World:
     def _start(self) -> tuple[DisaggregatedDataModule, SimpleNamespace]:
         data = DisaggregatedDataModule(
             str(self.folder / "prompts"), **self.where, batch_size=BATCH, dtype="float32", prefetch=0,
-            max_samples=self.max_samples, retain=self.retain, lease_seconds=10.0, max_tries=5, low_water=1.0,
-            bad_samples=self.bad_samples,
+            max_samples=self.max_samples, max_bytes=self.max_bytes, retain=self.retain, lease_seconds=10.0,
+            max_tries=self.max_tries, low_water=1.0, bad_samples=self.bad_samples,
         )  # fmt: skip
         spec = StrategySpec("any", CapturePolicy(()), ("last_hidden_states",), 1, 1)
         target = SimpleNamespace(name="tiny", fingerprint="f" * 8, hidden_size=HIDDEN)
@@ -344,18 +372,109 @@ def test_damaged_features_are_produced_again(tmp_path, expected, dying, damage, 
 def test_a_full_disk_stops_producers_in_good_order(tmp_path, expected, dying, monkeypatch, seed):
     from specforge.runtime.data_plane import shared_dir
 
-    world, write, refused = World(tmp_path, seed), shared_dir.write_flat, []
+    world, write = World(tmp_path, seed), shared_dir.write_flat
 
     def write_flat(path, tensors, *, sync):
         if world.random.random() < 0.2:
             path.write_bytes(b"what still fitted")
-            refused.append(path)
             raise OSError(28, "No space left on device")
         write(path, tensors, sync=sync)
 
     monkeypatch.setattr(shared_dir, "write_flat", write_flat)
     world.check(world.train(), expected)
-    assert refused
+    assert world.ended
+    assert all("No space left on device" in line for line in world.ended)
+
+
+def test_a_slow_disk_only_costs_time(tmp_path, expected, dying, monkeypatch, fault_seed):
+    """Writes, renames, syncs and reads take longer than leases last; meanwhile others take the prompts over."""
+    from specforge.runtime.data_plane import shared_dir
+
+    world = World(tmp_path, fault_seed, max_tries=99)  # nobody renews leases here, as producers do
+    write, read = shared_dir.write_flat, shared_dir.SharedDirBackend.read
+    stalls: list[str] = []
+    others: list[Producer] = []
+
+    def stall(where: str) -> None:
+        if not others and world.random.random() < 0.15:
+            stalls.append(where)
+            world.now += world.random.choice([3.0, 15.0])
+            others.append(world.producers[1 - world.at_work])
+            if world.random.random() < 0.3:  # the one that stalls, started again
+                others[0] = world.start_producer(world.producers[world.at_work].owner)
+            others[0].once()
+            others.clear()
+
+    def write_flat(path, tensors, *, sync):
+        stall("before a write")
+        write(path, tensors, sync=sync)
+        stall("before a rename")
+
+    def slow_read(self, key, uri):
+        stall("a read")
+        return read(self, key, uri)
+
+    monkeypatch.setattr(shared_dir, "write_flat", write_flat)
+    monkeypatch.setattr(shared_dir.SharedDirBackend, "read", slow_read)
+    monkeypatch.setattr(os, "fsync", lambda file: stall("a sync"))
+    world.check(world.train(), expected)
+    assert stalls
+    assert not world.ended
+
+
+def test_a_put_that_takes_longer_than_a_lease_keeps_it(tmp_path):
+    world = World(tmp_path)
+    provenance = Provenance("tiny", "f" * 8, "t", CapturePolicy(()), "float32")
+    slow, other = (
+        DataFlowController(open_metadata(world.where["metadata"]), FeatureStore(open_backend(world.where["store"])),
+                           lease_seconds=0.3) for _ in "ab"
+    )  # fmt: skip
+    slow.ingest({sample_id(prompt(0), provenance): prompt(0)}, provenance=provenance)
+    renewed, stop, found = threading.Semaphore(0), threading.Event(), []
+    renew, write = slow.renew, slow.features.backend.write
+
+    def renewing(owner, leased):
+        held = renew(owner, leased)
+        renewed.release()
+        return held
+
+    def slow_write(key, tensors):
+        uri = write(key, tensors)
+        for _ in range(5):  # half a second
+            renewed.acquire(timeout=60)
+        found.extend([other.lease("other", 1), other.unfinished()])
+        stop.set()
+        return uri
+
+    slow.renew, slow.features.backend.write = renewing, slow_write
+    Producer(slow, lambda dtype: Engine(), "f" * 8, "slow").run(stop)
+    assert found == [[], 1]
+    assert slow.counts()[COMMITTED] == 1
+
+
+def test_producers_that_die_with_bytes_in_the_store_never_exceed_its_limit(
+    tmp_path, expected, dying, fault_seed
+):
+    """Between put and commit, again and again, started again under their own names and under others."""
+    limit = 900  # six samples of the longest
+    world = World(tmp_path, fault_seed, 100, ("until_durable", "until_trained")[fault_seed % 2], limit, 99)
+    dying.append(world)
+    peaks: list[int] = []
+    points = ["mid-put", "after put", "before commit"]
+
+    def measure_and_die(point: str) -> None:
+        peaks.append(stored_bytes(Path(world.where["store"])))
+        if point in points and len(peaks) < 60:
+            world.countdown[point] = world.random.randrange(3)
+        world.die(point)
+
+    world.strike = measure_and_die
+    world.countdown = {point: world.random.randrange(3) for point in points}
+    world.countdown |= {point: world.random.randrange(6) for point in world.random.sample(TRAINER, 2)}
+    world.events.append(lambda: peaks.append(stored_bytes(Path(world.where["store"]))))
+    world.check(world.train(), expected)
+    assert world.deaths > 10
+    assert 0.6 * limit < max(peaks) <= limit
 
 
 @pytest.mark.parametrize("seed", range(3))

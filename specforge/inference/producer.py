@@ -58,6 +58,8 @@ class Producer:
                         busy = self.once(stop)
                     except StoreFullError as error:
                         logger.warning("the store is full (%s); waiting", error)
+                        for worker in self._workers.values():
+                            worker.drop()
                         self.controller.release(self.owner)
                         busy = False
                     idle = 0.0 if busy else idle + _POLL
@@ -119,6 +121,7 @@ class Producer:
             except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
                 reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
                 logger.warning("%s", reason)
+                worker.drop()
                 for task in tasks:
                     for prompt in self._hand.pop(sample_id(task, worker.provenance), []):
                         self.controller.fail(self.owner, prompt, reason)

@@ -144,6 +144,12 @@ class RolloutWorker:
             yield Progress(sum(missing), tokens, len(batch) - sum(missing))
         self.flush()
 
+    def drop(self) -> None:
+        """Delete what was captured and not committed."""
+        for ref in self._refs:
+            self.store.discard(ref)
+        self._refs = []
+
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""
         self.store.flush()

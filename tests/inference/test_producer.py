@@ -11,7 +11,7 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
-from specforge.runtime.control_plane.controller import DataFlowController
+from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
@@ -116,6 +116,28 @@ def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
         pass
     counts(producer, **{COMMITTED: 3, DEAD: 1})
     assert producer.controller.dead_letters()[0].reason == "the target failed: out of memory"
+
+
+def test_what_a_failure_left_uncommitted_is_not_taken_for_done():
+    """The third of four samples is bad, so two lie in the store; then the target fails on the rest."""
+
+    class Failing(Engine):
+        def capture(self, input_ids, policy):
+            features = super().capture(input_ids, policy)
+            if len(self.passes) == 1:
+                features[2]["last_hidden_states"][0] = float("nan")
+            if len(self.passes) == 2:
+                raise RuntimeError("out of memory")
+            return features
+
+    producer = made(Failing(), batch_tokens=100)
+    while producer.once():
+        pass
+    counts(producer, **{COMMITTED: 4})
+    features = producer.controller.features
+    for entry in producer.controller.metadata.entries((COMMITTED,)):
+        assert features.holds(load_ref(entry.ref))
+    assert len(features.backend.stored()) == 4
 
 
 def test_a_full_store_is_waited_for():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal
@@ -115,7 +115,8 @@ class DataFlowController:
     def lease(self, owner: str, count: int) -> list[LeasedPrompt]:
         """Prompts to produce, at most ``count``; those of dead producers and failed ones come again.
 
-        A sample whose features of the epoch before are still held is committed with them and not lent.
+        A sample whose features of the epoch before are still held is committed with them and not lent. What a dead
+        producer had put and not committed is deleted, so that the store never holds a sample twice.
 
         Args:
             owner: the producer; unique among those that run.
@@ -136,6 +137,8 @@ class DataFlowController:
             if held:
                 self.metadata.commit(held)
             if leased or not held:
+                if again := [prompt.key for prompt in leased if prompt.task.attempt]:
+                    self._remove_orphans(self.features.backend.stored(), again)
                 return leased
 
     def renew(self, owner: str, leased: Sequence[LeasedPrompt]) -> list[bool]:
@@ -143,8 +146,20 @@ class DataFlowController:
         return self.metadata.renew(owner, [x.key for x in leased], self.clock() + self.lease_seconds)
 
     def release(self, owner: str) -> int:
-        """Give back everything ``owner`` holds, untried: before it stops, or when it starts again under its name."""
-        return self.metadata.release(owner)
+        """Give back everything ``owner`` holds, untried: before it stops, or when it starts again under its name.
+
+        What it had put and not committed is deleted.
+
+        Returns:
+            How many prompts it held.
+        """
+        try:
+            stored = self.features.backend.stored()  # before others can be lent the prompts, and put them
+        finally:
+            keys = self.metadata.release(owner)
+        if keys:
+            self._remove_orphans(stored, keys)
+        return len(keys)
 
     def fail(self, owner: str, leased: LeasedPrompt, reason: str) -> str:
         """Report that a prompt gave no features; returns its state, ``dead`` where it was the last try."""
@@ -262,12 +277,29 @@ class DataFlowController:
 
     def remove_orphans(self) -> int:
         """Delete features that nobody committed and nobody is about to, such as those of killed producers."""
-        # In this order, because producers go on meanwhile: what is put, leased or committed after one of these
+        return self._remove_orphans(self.features.backend.stored())
+
+    def _remove_orphans(self, stored: Iterable[tuple[str, str]], keys: Collection[str] | None = None) -> int:
+        """Delete those of ``stored`` that are orphans; of ``keys`` alone, whose leases end, where they are given."""
+        # In this order, because producers go on meanwhile: what is put before, leased or committed after one of these
         # lines is not deleted by the last.
-        stored = self.features.backend.stored()
-        leased = {_sample(entry.key) for entry in self.metadata.entries((LEASED,))}
-        refs = [load_ref(entry.ref) for entry in self.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
+        samples = None if keys is None else {_sample(key) for key in keys}
+
+        def concerned(sample_id: str) -> bool:
+            return samples is None or sample_id in samples
+
+        stored = [(key, uri) for key, uri in stored if concerned(key.rpartition(".")[0])]
+        if not stored:
+            return 0
+        leased = {_sample(x.key) for x in self.metadata.entries((LEASED,)) if x.key not in (keys or ())}
+        kept = self.metadata.entries((COMMITTED, DELIVERED, TRAINED))
+        refs = [load_ref(entry.ref) for entry in kept if concerned(_sample(entry.key))]
         return self.features.remove_orphans(refs, leased, stored)
+
+    def unfinished(self) -> int:
+        """Samples in work of which the store has bytes already: their puts take long, or their producer died there."""
+        stored = {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
+        return len(stored & {_sample(entry.key) for entry in self.metadata.entries((LEASED,))})
 
     def dead_letters(self) -> list[DeadLetter]:
         """Prompts that were given up; :meth:`revive` tries them again."""

@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from specforge.errors import UserError
+
 QUEUED, LEASED, COMMITTED, DELIVERED = "queued", "leased", "committed", "delivered"
 TRAINED, DURABLE, DEAD = "trained", "durable", "dead"
 STATES = (QUEUED, LEASED, COMMITTED, DELIVERED, TRAINED, DURABLE, DEAD)
@@ -33,6 +35,14 @@ class StateError(Exception):
     def __init__(self, key: str, state: str, action: str) -> None:
         super().__init__(f"sample {key} is {state or 'unknown'} and cannot be {action}")
         self.key, self.state, self.action = key, state, action
+
+
+def unusable(where: str, error: Exception) -> UserError:
+    """What to say when the store itself fails in the middle of a run."""
+    return UserError(
+        f"metadata {where}: {str(error).rstrip('.')}; when it works again, start the producers again and resume with "
+        "--ckpt_path last, which loses nothing"
+    )
 
 
 class Grant(NamedTuple):
@@ -85,8 +95,8 @@ class MetadataStore(Protocol):
         """Extend leases; for each key, whether ``owner`` still holds it."""
         ...
 
-    def release(self, owner: str) -> int:
-        """Queue again what ``owner`` holds, as if it had not been tried; returns how many."""
+    def release(self, owner: str) -> list[str]:
+        """Queue again what ``owner`` holds, as if it had not been tried; returns the keys."""
         ...
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
@@ -140,10 +150,10 @@ class MetadataStore(Protocol):
         ...
 
     def requeue(self, keys: Sequence[str]) -> None:
-        """Queue again, with all their tries, samples whose features are lost, or dead ones.
+        """Queue again, with all their tries, samples whose features are lost, or dead ones; twice is harmless.
 
         Raises:
-            StateError: one is neither committed, delivered nor dead.
+            StateError: one is unknown, trained or durable.
         """
         ...
 
@@ -183,9 +193,9 @@ class NullMetadataStore:
         """Nothing is leased."""
         return [False] * len(keys)
 
-    def release(self, owner: str) -> int:
+    def release(self, owner: str) -> list[str]:
         """Nothing is leased."""
-        return 0
+        return []
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
         """Nothing to record."""
@@ -278,13 +288,13 @@ class MemoryMetadataStore:
                     self._rows[key].deadline = deadline
         return held
 
-    def release(self, owner: str) -> int:
+    def release(self, owner: str) -> list[str]:
         """See :class:`MetadataStore`."""
         with self._lock:
-            rows = [row for key, row in self._rows.items() if self._holds(owner, key)]
-            for row in rows:
+            held = {key: row for key, row in self._rows.items() if self._holds(owner, key)}
+            for row in held.values():
                 row.state, row.tries = QUEUED, row.tries - 1
-        return len(rows)
+        return list(held)
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
         """See :class:`MetadataStore`."""
@@ -336,8 +346,9 @@ class MemoryMetadataStore:
     def requeue(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
         with self._lock:
-            for row in self._found(keys, (COMMITTED, DELIVERED, DEAD), "queued again"):
-                row.state, row.ref, row.tries = QUEUED, "", 0
+            for row in self._found(keys, (QUEUED, LEASED, COMMITTED, DELIVERED, DEAD), "queued again"):
+                if row.state not in (QUEUED, LEASED):
+                    row.state, row.ref, row.tries = QUEUED, "", 0
 
     def forget(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""

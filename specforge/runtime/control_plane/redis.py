@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from specforge.errors import UserError
-from specforge.runtime.control_plane.metadata import STATES, Entry, Grant, StateError
+from specforge.runtime.control_plane.metadata import STATES, Entry, Grant, StateError, unusable
 
 # Every script checks all it was given before it changes anything: Redis does not roll back.
 _LUA = """
@@ -83,15 +83,15 @@ end
 return held
 """,
     "release": """
-local count = 0
+local held = {}
 for _, key in ipairs(redis.call('ZRANGE', set('leased'), 0, -1)) do
   if holds(ARGV[1], key) then
     redis.call('HINCRBY', sample(key), 'tries', -1)
     move(key, 'queued')
-    count = count + 1
+    held[#held + 1] = key
   end
 end
-return count
+return held
 """,
     "fail": """
 local owner, key, tries, reason, max_tries = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -151,11 +151,14 @@ return keys
     "requeue": """
 for _, key in ipairs(ARGV) do
   local state = get(key, 'state')
-  if state ~= 'committed' and state ~= 'delivered' and state ~= 'dead' then return refuse(key) end
+  if not state or state == 'trained' or state == 'durable' then return refuse(key) end
 end
 for _, key in ipairs(ARGV) do
-  redis.call('HSET', sample(key), 'ref', '', 'tries', 0)
-  move(key, 'queued')
+  local state = get(key, 'state')
+  if state ~= 'queued' and state ~= 'leased' then
+    redis.call('HSET', sample(key), 'ref', '', 'tries', 0)
+    move(key, 'queued')
+  end
 end
 return 0
 """,
@@ -191,6 +194,8 @@ return counts
 """,
 }
 
+_RETRIES = 15  # with waits that grow to a second: ten seconds
+
 
 class RedisMetadataStore:
     """See :class:`~specforge.runtime.control_plane.metadata.MetadataStore`.
@@ -215,6 +220,8 @@ class RedisMetadataStore:
     ) -> None:  # fmt: skip
         try:
             import redis
+            from redis.backoff import ExponentialBackoff, NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise UserError(
                 "metadata in Redis needs its package: python -m pip install 'specforge[redis]'"
@@ -226,17 +233,21 @@ class RedisMetadataStore:
         elif any(tls.values()):
             raise UserError("metadata in Redis: certificates are for TLS; write the address as rediss://")
         self._errors = redis.exceptions
+        # Without the password that an address may hold.
+        self._where = url.rpartition("//")[2].rpartition("@")[2]
         try:
             self._client = redis.Redis.from_url(
                 url, decode_responses=True, socket_timeout=timeout, socket_connect_timeout=timeout,
                 **{name: value for name, value in options.items() if value is not None},
             )  # fmt: skip
+            self._client.set_retry(Retry(NoBackoff(), 0))  # a wrong address is said at once
             self._client.ping()
         except (redis.exceptions.RedisError, ValueError, OSError) as error:
-            where = url.rpartition("//")[2].rpartition("@")[
-                2
-            ]  # without the password that an address may hold
-            raise UserError(f"metadata in Redis at {where}: {error}") from error
+            raise UserError(f"metadata in Redis at {self._where}: {error}") from error
+        # A server that is started again in the middle of a run is waited for. What it did before it died is done
+        # twice then, which every script bears.
+        waits = ExponentialBackoff(cap=1.0, base=0.01)
+        self._client.set_retry(Retry(waits, _RETRIES, (redis.exceptions.ConnectionError,)))
         self.namespace = "{" + namespace + "}"  # braces keep a cluster's keys on one node
         self._scripts = {name: self._client.register_script(_LUA + body) for name, body in _SCRIPTS.items()}
 
@@ -253,9 +264,9 @@ class RedisMetadataStore:
         """See :class:`MetadataStore`."""
         return [held == 1 for held in self._run("renew", "renewed", owner, repr(deadline), *keys)]
 
-    def release(self, owner: str) -> int:
+    def release(self, owner: str) -> list[str]:
         """See :class:`MetadataStore`."""
-        return int(self._run("release", "released", owner))
+        return list(self._run("release", "released", owner))
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
         """See :class:`MetadataStore`."""
@@ -310,7 +321,11 @@ class RedisMetadataStore:
             return self._scripts[script](keys=[self.namespace], args=arguments)
         except self._errors.ResponseError as error:
             kind, _, rest = str(error).partition(" ")
+            if kind in ("MISCONF", "OOM", "READONLY"):  # its disk or its memory is full, say
+                raise unusable(f"in Redis at {self._where}", error) from error
             if kind != "STATE":
                 raise
             state, _, key = rest.partition(" ")
             raise StateError(json.loads(key), "" if state == "?" else state, action) from error
+        except (self._errors.ConnectionError, self._errors.TimeoutError) as error:
+            raise unusable(f"in Redis at {self._where}", error) from error

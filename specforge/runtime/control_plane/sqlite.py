@@ -27,6 +27,7 @@ from specforge.runtime.control_plane.metadata import (
     Grant,
     StateError,
     check_states,
+    unusable,
 )
 
 _SCHEMA = """
@@ -72,14 +73,23 @@ class SQLiteMetadataStore:
             raise UserError(f"{path}: cannot be opened as a metadata store ({error})") from error
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
-                self._db.execute("COMMIT")
+            except sqlite3.Error as error:  # the disk is full, say
+                raise unusable(str(self.path), error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if db.in_transaction:  # SQLite itself undoes what finds no place on the disk
+                    db.execute("ROLLBACK")
                 raise
 
     def ingest(self, items: Sequence[tuple[str, str]]) -> list[bool]:
@@ -121,13 +131,13 @@ class SQLiteMetadataStore:
         with self._transaction() as db:
             return [db.execute(update, (deadline, key, owner)).rowcount > 0 for key in keys]
 
-    def release(self, owner: str) -> int:
+    def release(self, owner: str) -> list[str]:
         """See :class:`MetadataStore`."""
-        update = (
-            f"UPDATE samples SET state = '{QUEUED}', tries = tries - 1 WHERE state = '{LEASED}' AND owner = ?"
-        )
+        held = f"state = '{LEASED}' AND owner = ?"
         with self._transaction() as db:
-            return db.execute(update, (owner,)).rowcount
+            keys = [key for (key,) in db.execute(f"SELECT key FROM samples WHERE {held}", (owner,))]
+            db.execute(f"UPDATE samples SET state = '{QUEUED}', tries = tries - 1 WHERE {held}", (owner,))
+        return keys
 
     def fail(self, owner: str, key: str, attempt: int, reason: str, max_tries: int) -> str:
         """See :class:`MetadataStore`."""
@@ -182,9 +192,10 @@ class SQLiteMetadataStore:
     def requeue(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
         with self._transaction() as db:
-            self._found(db, keys, (COMMITTED, DELIVERED, DEAD), "queued again")
+            self._found(db, keys, (QUEUED, LEASED, COMMITTED, DELIVERED, DEAD), "queued again")
             db.execute(
-                f"UPDATE samples SET state = '{QUEUED}', ref = '', tries = 0 WHERE {_KEYS}",
+                f"UPDATE samples SET state = '{QUEUED}', ref = '', tries = 0 "
+                f"WHERE {_KEYS} AND state NOT IN ('{QUEUED}', '{LEASED}')",
                 (json.dumps(keys),),
             )
 
@@ -197,8 +208,8 @@ class SQLiteMetadataStore:
 
     def refs(self, keys: Sequence[str]) -> list[str]:
         """See :class:`MetadataStore`."""
-        with self._lock:
-            found = dict(self._db.execute(f"SELECT key, ref FROM samples WHERE {_KEYS}", (json.dumps(keys),)))
+        with self._reading() as db:
+            found = dict(db.execute(f"SELECT key, ref FROM samples WHERE {_KEYS}", (json.dumps(keys),)))
         return [found.get(key, "") for key in keys]
 
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
@@ -207,13 +218,13 @@ class SQLiteMetadataStore:
             "SELECT key, state, ref, tries, reason FROM samples "
             "WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
         )
-        with self._lock:
-            return iter([Entry(*row) for row in self._db.execute(select, (json.dumps(list(states)),))])
+        with self._reading() as db:
+            return iter([Entry(*row) for row in db.execute(select, (json.dumps(list(states)),))])
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""
-        with self._lock:
-            found = dict(self._db.execute("SELECT state, count(*) FROM samples GROUP BY state"))
+        with self._reading() as db:
+            found = dict(db.execute("SELECT state, count(*) FROM samples GROUP BY state"))
         return {state: found.get(state, 0) for state in STATES}
 
     def close(self) -> None:

@@ -164,7 +164,11 @@ class StreamedSamples:
             if (found.features, found.provenance) != (ref.features, ref.provenance):
                 raise BadSampleError(ref.sample_id, "its features are not of the kind that was asked for")
             try:
-                return self.controller.features.get(found)
+                started = time.monotonic()
+                lease = self.controller.features.get(found)
+                if (seconds := time.monotonic() - started) >= self.stall_seconds:
+                    logger.warning("the store is the bottleneck: it took %.0f s to read a sample", seconds)
+                return lease
             except BadSampleError as error:
                 if attempt + 1 == self.controller.max_tries:
                     raise
@@ -189,7 +193,7 @@ class StreamedSamples:
             if waited >= min(warn_at, self.wait_seconds) or self._closed.is_set():
                 counts = self.controller.counts()
                 produced = (_produced(counts) - before) / max(waited, 1e-9)
-                reason = bottleneck(counts, produced)
+                reason = bottleneck(counts, produced, self.controller.unfinished())
                 if waited >= self.wait_seconds or self._closed.is_set():
                     raise UserError(f"no sample for {waited:.0f} s: {reason}")
                 logger.warning("training waits for samples since %.0f s: %s", waited, reason)
@@ -313,18 +317,23 @@ def _produced(counts: Mapping[str, int]) -> int:
     return sum(counts[state] for state in (COMMITTED, DELIVERED, TRAINED, DURABLE))
 
 
-def bottleneck(counts: Mapping[str, int], produced: float) -> str:
+def bottleneck(counts: Mapping[str, int], produced: float, unfinished: int = 0) -> str:
     """Who keeps the others waiting.
 
     Args:
         counts: samples in each state.
         produced: samples a second that producers give.
+        unfinished: samples in work of which the store has bytes already.
     """
     queued, leased = counts[QUEUED], counts[LEASED]
     if leased:
+        what, cure = "the producers are the bottleneck", "start more of them"
+        if unfinished:
+            what = f"the store is the bottleneck, which is writing {unfinished} samples"
+            cure = "a faster disk helps"
         return (
-            f"the producers are the bottleneck: {leased} prompts in work, {queued} queued, {produced:.1f} samples/s "
-            "produced; start more of them (those of a dead one are taken over when their leases expire)"
+            f"{what}: {leased} prompts in work, {queued} queued, {produced:.1f} samples/s produced; {cure} (those of a "
+            "dead producer are taken over when their leases expire)"
         )
     if queued:
         return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -31,7 +31,7 @@ from specforge.runtime.data_plane.flat import FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
-_FULL, _UNFINISHED, _MISSING = -200, -703, -704
+_FULL, _UNFINISHED, _MISSING, _UNREACHABLE = -200, -703, -704, -900
 _SMALLEST_SEGMENT, _SMALLEST_BUFFER = 16 << 20, 1 << 16
 _SECONDS = 5.0  # to wait for the master where it should answer at once
 
@@ -216,8 +216,14 @@ class MooncakeBackend:
         return {feature: flat[feature] for feature in flat}
 
     def remove(self, key: str, uri: str) -> None:
-        """Free the value, whoever has asked for it before."""
-        self._join()[0].remove(self._name(key, uri), force=True)
+        """Free the value, whoever has asked for it before.
+
+        Raises:
+            UserError: the master does not answer.
+        """
+        client, name = self._join()[0], self._name(key, uri)
+        if (code := self._ask(lambda: client.remove(name, force=True))) == _UNREACHABLE:
+            raise self._silent(code)
 
     def holds(self, key: str, uri: str) -> bool:
         """Whether the master knows it; of a dead owner's it learns some seconds later.
@@ -225,10 +231,10 @@ class MooncakeBackend:
         Raises:
             UserError: the master does not answer.
         """
-        code = self._join()[0].is_exist(self._name(key, uri))
-        if code not in (0, 1):
-            raise UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
-        return bool(code == 1)
+        client, name = self._join()[0], self._name(key, uri)
+        if (code := self._ask(lambda: client.is_exist(name))) not in (0, 1):
+            raise self._silent(code)
+        return code == 1
 
     def stored(self) -> list[tuple[str, str]]:
         """Key and uri of every value of this namespace.
@@ -265,6 +271,14 @@ class MooncakeBackend:
         if match is None or match.group(1) != key:
             raise OSError(f"{uri!r} is not the name of a value of {key}")
         return f"{self.address.namespace}/{uri}"
+
+    def _ask(self, call: Callable[[], int]) -> int:
+        """Ask the master; one that was started again is found at the second time."""
+        code = call()
+        return call() if code == _UNREACHABLE else code
+
+    def _silent(self, code: int) -> UserError:
+        return UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
 
     def _join(self) -> tuple[Any, BufferPool, Any]:
         with self._lock:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -49,8 +50,10 @@ class SharedDirBackend:
             write_flat(temporary, tensors, sync=False)
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise disk_error(path, error) from error
+            if not (isinstance(error, FileNotFoundError) and path.parent.exists()):
+                temporary.unlink(missing_ok=True)
+                raise disk_error(path, error) from error
+            # Others took us for dead and deleted it: it is as lost as if they had done so a moment later.
         self._unsynced[path] = sum(x.nbytes for x in tensors.values())
         return uri
 
@@ -85,7 +88,7 @@ class SharedDirBackend:
         """
         try:
             for path in self._unsynced:
-                with path.open("rb") as file:
+                with suppress(FileNotFoundError), path.open("rb") as file:
                     os.fsync(file.fileno())
             for folder in {path.parent for path in self._unsynced}:
                 sync_folder(folder)

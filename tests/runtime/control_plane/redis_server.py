@@ -1,4 +1,4 @@
-"""Real Redis servers for tests: on the loopback, with a password or with TLS, nothing on disk."""
+"""Real Redis servers for tests: on the loopback, with a password or with TLS, nothing on disk unless they are told."""
 
 from __future__ import annotations
 
@@ -12,26 +12,41 @@ from pathlib import Path
 PASSWORD = "secret"
 
 
+class RedisServer:
+    """A server that can be killed and started again, on its port and over its folder."""
+
+    def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        listen = ["--port", "0", "--tls-port", str(self.port)] if tls else ["--port", str(self.port)]
+        self.command = [
+            "redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        for _ in range(500):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert self.process.poll() is None, "redis-server ended"
+            time.sleep(0.01)  # there is nothing to wait on but the port
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @contextmanager
 def redis_server(folder: Path, *options: str, tls: bool = False) -> Iterator[int]:
     """Run a server; gives its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    listen = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
-    command = ["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = RedisServer(folder, *options, tls=tls)
     try:
-        for _ in range(500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "redis-server ended"
-            time.sleep(0.01)  # there is nothing to wait on but the port
-        yield port
+        yield server.port
     finally:
         server.kill()
-        server.wait()
 
 
 def make_certificates(folder: Path) -> dict[str, str]:

@@ -403,11 +403,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        action=st.sampled_from(["lease", "commit", "commit", "fail", "renew", "release", "time_passes"]),
+        action=st.sampled_from(
+            ["lease", "commit", "commit", "die_with_bytes", "fail", "renew", "release", "time_passes"]
+        ),
     )
     def producers(self, data, action):
         owner = data.draw(st.sampled_from("ab"))
-        if action in ("commit", "fail") and not self.hands:
+        if action in ("commit", "die_with_bytes", "fail") and not self.hands:
             action = "lease"
         getattr(self, action)(data, owner)
 
@@ -444,6 +446,9 @@ class Machine(RuleBasedStateMachine):
         leased = self.control.lease(owner, count)
         assert [x.key for x in leased] == expected
         assert [x.task.attempt for x in leased] == [self.tries[key] for key in expected]
+        assert not self.stored() & {
+            x.sample_id for x in leased if x.task.attempt
+        }  # what the dead put is gone
         for key in expected:
             self.state[key], self.owner[key] = LEASED, (owner, self.clock.now + 10.0)
             self.tries[key] += 1
@@ -463,6 +468,7 @@ class Machine(RuleBasedStateMachine):
     def release(self, data, owner):
         mine = [key for key in self.of(LEASED) if self.owner[key][0] == owner]
         assert self.control.release(owner) == len(mine)
+        assert not self.stored() & {key.rpartition("@")[0] for key in mine}
         for key in mine:
             self.state[key] = QUEUED
             self.tries[key] -= 1
@@ -484,6 +490,23 @@ class Machine(RuleBasedStateMachine):
             assert fresh == (self.state[leased.key] in (QUEUED, LEASED, DEAD))
             if fresh:
                 self.state[leased.key] = COMMITTED
+
+    def die_with_bytes(self, data, owner):
+        """Between put and commit."""
+        leased = data.draw(st.sampled_from(self.hands))
+        if self.state[leased.key] == LEASED and leased.sample_id not in self.features:
+            put(self.features, leased.sample_id)
+
+    def stored(self) -> set[str]:
+        """Samples of which the store has bytes."""
+        return {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
+
+    def held(self, keys: list[str]) -> dict[str, str]:
+        """Of those keys whose features are in the store, what these are called there."""
+        refs = {key: load_ref(text) for key, text in zip(keys, self.metadata.refs(keys), strict=True) if text}
+        names = {key: f"{ref.sample_id}.{ref.generation}" for key, ref in refs.items()}
+        stored = {name for name, _ in self.features.backend.stored()}
+        return {key: name for key, name in names.items() if name in stored}
 
     def deliver(self, data):
         if not self.of(COMMITTED):
@@ -519,9 +542,11 @@ class Machine(RuleBasedStateMachine):
         self.step = self.saved
         self.history = [(step, key) for step, key in self.history if step <= self.saved]
         back = self.of(DELIVERED, TRAINED)
+        held = self.held(back)
         assert sorted(self.control.rewind(self.saved)) == sorted(back)
         for key in back:
-            self.requeue_or(key, COMMITTED)
+            self.state[key] = COMMITTED if key in held else QUEUED
+            self.tries[key] = self.tries[key] if key in held else 0
 
     def a_sample_is_lost(self, data):
         if list(self.features):
@@ -529,24 +554,19 @@ class Machine(RuleBasedStateMachine):
             self.features.backend.remove(f"{name}.{self.features._entries[name].generation}", "")
 
     def everything_restarts(self, data):
-        held = {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
+        held = self.held(self.of(COMMITTED, DELIVERED, TRAINED))
+        leased = {key.rpartition("@")[0] for key in self.of(LEASED)}
+        stored = {name for name, _ in self.features.backend.stored() if name.rpartition(".")[0] not in leased}
         self.features = FeatureStore(self.features.backend)
         self.reopen()
         self.restart()
-        known = {key.rpartition("@")[0] for key in self.of(COMMITTED, DELIVERED, TRAINED, LEASED)}
         found = self.control.reconcile()
-        assert found.orphans == len(held - known)
-        lost = [key for key in self.of(COMMITTED, DELIVERED) if key.rpartition("@")[0] not in held]
+        assert found.orphans == len(stored - set(held.values()))
+        lost = [key for key in self.of(COMMITTED, DELIVERED) if key not in held]
         assert found.lost == len(lost)
         for key in lost:
             self.state[key], self.tries[key] = QUEUED, 0
         self.the_trainer_dies()
-
-    def requeue_or(self, key: str, state: str) -> None:
-        name = key.rpartition("@")[0]
-        held = any(stored.rpartition(".")[0] == name for stored, _ in self.features.backend.stored())
-        self.state[key] = state if held else QUEUED
-        self.tries[key] = self.tries[key] if held else 0
 
     @invariant()
     def the_states_are_the_models(self):

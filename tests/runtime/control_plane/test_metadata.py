@@ -143,8 +143,8 @@ def test_released_prompts_have_not_been_tried(store):
     filled(store, 3)
     store.lease("a", 2, 0.0, 10.0, 1)
     store.lease("b", 1, 0.0, 10.0, 1)
-    assert store.release("a") == 2
-    assert store.release("a") == 0
+    assert sorted(store.release("a")) == ["k0", "k1"]
+    assert store.release("a") == []
     assert store.lease("c", 9, 0.0, 10.0, 1) == [Grant("k0", "task of k0", 0), Grant("k1", "task of k1", 0)]
 
 
@@ -236,8 +236,11 @@ def test_lost_samples_are_produced_again_in_their_old_place(store):
     keys = filled(store, 3)
     advance(store, keys[:2], DELIVERED)
     store.requeue(["k1"])
+    store.requeue(["k1"])  # said twice
     assert store.refs(["k0", "k1"]) == ["ref of k0", ""]
     assert [g.key for g in store.lease("w", 9, 0.0, 9.0, 3)] == ["k1", "k2"]
+    store.requeue(["k1"])  # said once more, when it is in work
+    assert states(store) == {"k0": DELIVERED, "k1": LEASED, "k2": LEASED}
     store.commit([("k1", "anew")])
     assert store.deliver(["k1"]) == ["anew"]
 
@@ -300,7 +303,7 @@ def test_the_null_store_keeps_nothing():
     store.requeue(["k0"])
     assert store.mark_durable(1) == store.rewind(0) == list(store.entries(STATES)) == []
     assert store.renew("a", ["k0"], 1.0) == [False]
-    assert (store.release("a"), store.fail("a", "k0", 0, "", 1)) == (0, QUEUED)
+    assert (store.release("a"), store.fail("a", "k0", 0, "", 1)) == ([], QUEUED)
     assert store.counts() == dict.fromkeys(STATES, 0)
     store.close()
 
@@ -334,6 +337,22 @@ def test_a_process_killed_within_a_transaction_changes_nothing(tmp_path):
     )
     assert result.returncode == -9
     assert SQLiteMetadataStore(path).counts()[QUEUED] == 4
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    store = SQLiteMetadataStore(tmp_path / "metadata.db")
+    advance(store, filled(store), TRAINED)
+    store._db.execute("PRAGMA max_page_count=1")  # no more than there are
+    with pytest.raises(
+        UserError, match=r"metadata .*metadata\.db: database or disk is full; when it works again"
+    ):
+        store.ingest([(f"new {i}", "task" * 1000) for i in range(100)])
+    assert store.counts() == {**dict.fromkeys(STATES, 0), TRAINED: 4}
+    store._db.execute("PRAGMA max_page_count=1000")
+    assert store.ingest([(f"new {i}", "task" * 1000) for i in range(100)]) == [True] * 100
+    store.close()
+    with pytest.raises(UserError, match="closed"):
+        store.counts()
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, MemoryMe
 from specforge.runtime.control_plane.stream import Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.local import MemoryBackend
+from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,), last_hidden_states=False), "float32")
@@ -137,6 +138,34 @@ def test_a_sample_that_is_damaged_each_time_is_refused():
     with pytest.raises(BadSampleError, match="checksum"):
         samples.get(REFS[0])
     assert damages == 2
+
+
+def test_a_disk_that_stalls_is_named(tmp_path, caplog):
+    """A producer hangs between the write and the sync; then the read takes long."""
+    hanging: list[tuple[str, SampleRef]] = []
+
+    def wait(seconds: float) -> None:
+        if not hanging:
+            leased = samples.controller.lease("w", 2)
+            hanging.append((leased[0].key, put(samples.controller.features, leased[0].sample_id)))
+        elif "which is writing 1 samples: 2 prompts in work, 6 queued" in caplog.text:
+            samples.controller.commit(hanging)
+
+    samples = stream(max_samples=8, wait=wait, stall_seconds=0.01)
+    backend = samples.controller.features.backend = SharedDirBackend(tmp_path)
+    samples.start(batches())
+    read = backend.read
+
+    def slow_read(key, uri):
+        assert "to read a sample" not in caplog.text
+        started = time.monotonic()
+        while time.monotonic() - started < 0.01:
+            found = read(key, uri)
+        return found
+
+    backend.read = slow_read
+    with samples.get(REFS[0]):
+        assert "the store is the bottleneck: it took 0 s to read a sample" in caplog.text
 
 
 def test_a_sample_is_read_once_in_each_epoch_and_kept_ones_at_any_time():
