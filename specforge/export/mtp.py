@@ -35,7 +35,6 @@ class MTPFamily:
         names: SpecForge's name of each tensor outside the decoder layer, by the family's (without the prefix).
         layer: beginning of the layer's tensors after the prefix.
         hidden_first: whether the projection reads the hidden state before the embedding.
-        norm_output: whether the normed output is fed back.
         skipped: copies of the embedding and the head.
     """
 
@@ -44,7 +43,6 @@ class MTPFamily:
     names: Mapping[str, str]
     layer: str = ""
     hidden_first: bool = False
-    norm_output: bool = True
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
 
 
@@ -57,7 +55,7 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
     qwen = parts("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
     mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
     return (
-        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek, norm_output=False),
+        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
         MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0."),
         MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True),
     )
@@ -121,11 +119,15 @@ class MTPFormat(DraftFormat):
         """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
 
         Raises:
-            UserError: the target has no MTP weights or none of some tensor's name, the draft is not trained or
-                damaged, or the folder exists.
+            UserError: the target has no MTP weights or none of some tensor's name, SGLang would feed back another
+                state than the draft does, the draft is not trained or damaged, or the folder exists.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
+        if not draft.norm_output:
+            raise UserError(
+                "export: norm_output is off; SGLang feeds the normed output back, of every family's module"
+            )
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
         state = draft.module_tensors(DTYPES[dtype])
         if family.hidden_first:

@@ -197,7 +197,7 @@ def test_a_targets_own_mtp_weights_are_read_and_stitched_back(small_target, tmp_
     first, second = own["proj.weight"].chunk(2, dim=1)
     parts = [second, first] if family == "mimo" else [first, second]
     assert torch.equal(torch.cat(parts, dim=1), theirs[f"{prefix}{names[2]}.weight"])
-    assert module.draft.norm_output == (family != "deepseek")
+    assert module.draft.norm_output  # SGLang feeds back the normed state, of every family
 
     with torch.no_grad():
         for parameter in module.draft.parameters():

@@ -20,6 +20,10 @@ for _name in ("nms", "qnms"):
     _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from sglang.srt.arg_groups import overrides  # noqa: E402
+from sglang.srt.layers.rotary_embedding import factory  # noqa: E402
+
+# Latent attention has, on a CPU, DeepSeek's scaled positions only.
+factory.get_rope_cpu = lambda *args: factory.get_rope(*args[:-1])
 
 _get_platform = overrides.get_platform
 

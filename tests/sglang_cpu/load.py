@@ -26,7 +26,8 @@ def _initialize_with_nan(*args: object, **kwargs: object) -> torch.nn.Module:
     model = _initialize(*args, **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+            if parameter.is_floating_point():
+                parameter.fill_(float("nan"))
     return model
 
 
