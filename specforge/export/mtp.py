@@ -36,6 +36,7 @@ class MTPFamily:
         layer: beginning of the layer's tensors after the prefix.
         hidden_first: whether the projection reads the hidden state before the embedding.
         skipped: copies of the embedding and the head.
+        served: whether SGLang has a module of this form: Qwen's have experts there, or gated attention.
     """
 
     name: str
@@ -44,6 +45,7 @@ class MTPFamily:
     layer: str = ""
     hidden_first: bool = False
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
+    served: bool = True
 
 
 def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
@@ -56,7 +58,7 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
     mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
     return (
         MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
-        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0."),
+        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0.", served=False),
         MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True),
     )
 
@@ -119,11 +121,15 @@ class MTPFormat(DraftFormat):
         """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
 
         Raises:
-            UserError: the target has no MTP weights or none of some tensor's name, SGLang would feed back another
-                state than the draft does, the draft is not trained or damaged, or the folder exists.
+            UserError: the target has no MTP weights or none of some tensor's name, SGLang has no
+                such module or would feed back another state, the draft is not trained or damaged, or the folder exists.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
+        if not family.served:
+            raise UserError(
+                f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
+            )
         if not draft.norm_output:
             raise UserError(
                 "export: norm_output is off; SGLang feeds the normed output back, of every family's module"

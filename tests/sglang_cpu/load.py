@@ -5,8 +5,11 @@ Every parameter is NaN before the weights are read, so that one which no tensor 
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+
+os.environ["SGLANG_RAGGED_VERIFY_MODE"] = "compact"  # the default drops the confidence head
 
 import launch  # noqa: F401, what SGLang needs on a CPU
 import torch
@@ -33,7 +36,15 @@ def _initialize_with_nan(*args: object, **kwargs: object) -> torch.nn.Module:
 
 def main(target: str, *jobs: str) -> None:
     loader._initialize_model = _initialize_with_nan
-    options = ["--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph"]
+    options = [
+        "--device",
+        "cpu",
+        "--attention-backend",
+        "intel_amx",
+        "--dtype",
+        "float32",
+        "--disable-cuda-graph",
+    ]
     args = prepare_server_args(["--model-path", target, *options])
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     with socket.socket() as port:
