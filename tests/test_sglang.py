@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_modules import algorithms
 from lightning_modules.base import DraftModule
+from specforge.decoding.decoder import decode
+from specforge.inference.target_engine import HFTargetEngine
 from tests.export.test_eagle_export import LATENT
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
-from tests.lightning_modules.test_mtp_deepseek import deepseek
-from tests.sglang_cpu import environment
+from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise
+from tests.sglang_cpu import environment, serve
+from tests.tiny import write_tokenizer
 
 __all__ = ["deepseek", "small_target"]
 
@@ -154,3 +158,74 @@ def test_every_tensor_reaches_a_parameter_and_no_parameter_is_left(form, loaded)
         as_rows(held[parameter])[first : first + len(as_rows(tensor))] = torch.inf
     left = {n for n, x in held.items() if not bool(torch.isinf(x).all())}
     assert left <= {"model.embed_tokens.weight", "lm_head.weight"}, "SGLang has these at random"
+
+
+def mimo(folder: Path) -> Path:
+    """A random target of MiMo's architecture, whose MTP module is near its last layer."""
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=256, pad_token_id=257,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    last, mine = "model.layers.3.", PREFIXES["mtp, mimo"]
+    module = {
+        mine + n.removeprefix(last): x + 0.01 * torch.randn(x.shape)
+        for n, x in tensors.items()
+        if n.startswith(last)
+    }
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        module[f"{mine}{name}.weight"] = torch.rand(32) + 0.5
+    module[f"{mine}input_proj.weight"] = torch.cat([torch.eye(32), 0.1 * torch.randn(32, 32)], dim=1)
+    save_file({**tensors, **module}, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
+    return folder
+
+
+SERVED: dict[str, tuple[str, dict[str, object]]] = {
+    "eagle3": ("eagle3", {"draft_vocab_size": 200}),
+    "eagle3.1": ("eagle3", {"draft_vocab_size": 200, "fc_norm": True, "norm_output": True}),
+    "standalone": ("standalone", {"num_hidden_layers": 2}),
+    "mtp": ("mtp", {}),
+}
+
+
+@pytest.mark.parametrize("form", SERVED)
+def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, python, target, tmp_path):
+    algorithm, config = SERVED[form]
+    torch.manual_seed(0)
+    options: dict[str, object] = {"draft_config": config}
+    if algorithm == "mtp":
+        target, options = mimo(tmp_path / "target"), {"init_from": "target_mtp"}
+    if algorithm == "eagle3":
+        options |= {"layer_ids": [1, 3, 4], "init_from": "target"}
+    module = algorithms()[algorithm](str(target), **options)
+    if len(module.draft.d2t) < 264:
+        module.draft.set_vocabulary(torch.randperm(264)[: len(module.draft.d2t)].sort().values)
+    engine = HFTargetEngine(module.target, "float32")
+    prompts = torch.randint(0, 256, (6, 9)).tolist()
+    answers = engine.generate(prompts, max_new_tokens=24, end_ids=[256])
+    memorise(module, engine, [[*p, *a] for p, a in zip(prompts[:3], answers[:3], strict=True)])
+    module.eval()
+    head = module.target_head(torch.device("cpu"))
+    mine = decode(
+        engine.model,
+        lambda: module.drafter(head, torch.float32),
+        prompts,
+        gamma=3,
+        max_new_tokens=24,
+        end_ids=[256],
+    )
+    assert sum(d.rounds for d in mine) < 0.8 * sum(d.counted for d in mine)  # something is accepted
+    folder = tmp_path / "draft"
+    module.export_format.to_sglang(module.draft, module.target, folder, "float32")
+    command = (module.export_format.serve(str(target), folder) or "").split()[3:]
+    steps, tokens = (command.index(f"--speculative-num-{word}") + 1 for word in ("steps", "draft-tokens"))
+    command[steps], command[tokens] = "3", "4"
+    with serve(python, tmp_path / "log", *command) as server:
+        theirs = [server.answer(prompt, 24, [256]) for prompt in prompts]
+    assert [reply["output_ids"] for reply in theirs] == answers == [d.tokens for d in mine]
+    assert [reply["meta_info"]["spec_verify_ct"] for reply in theirs] == [d.rounds for d in mine]
