@@ -139,6 +139,7 @@ class MTPModule(DraftModule):
             "draft_vocab_size": target.vocab_size,
             "qk_norm": any(name.endswith("layers.0.self_attn.q_norm.weight") for name in names),
             "attention_bias": any(name.endswith("layers.0.self_attn.q_proj.bias") for name in names),
+            "mask_first": family is not None and family.mask_first,
             **{key: config[key] for key in keep if config.get(key) is not None},
         }
 

@@ -101,7 +101,7 @@ class StandaloneModule(DraftModule):
             capture=self.capture_policy(files),
             features=(LAST_HIDDEN_STATES,),
             positions=1,
-            min_tokens=2,
+            min_tokens=3,
         )
         super().__init__(
             files,
@@ -154,9 +154,10 @@ class StandaloneModule(DraftModule):
         )
 
     def _rows(self, batch: TrainBatch, head: TargetHead) -> _Rows:
-        """The draft's states of all documents, and which of them predicts each supervised token."""
+        """The draft's states of all documents without their first tokens, and which predicts each supervised token."""
         device = batch.input_ids.device
-        documents = list(batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths)))
+        whole = batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths))
+        documents = [x[1:] if len(x) > 1 else x for x in whole]
         # A rank without documents takes part in the reductions of the others.
         ids = pad_sequence(documents or [batch.input_ids.new_zeros(1)], batch_first=True)
         states = self.draft(ids).flatten(0, 1).to(head.lm_head.dtype)
@@ -165,9 +166,9 @@ class StandaloneModule(DraftModule):
         rows: list[int] = []
         for document, (begin, end) in enumerate(pairwise(begins)):
             for first, stop in batch.spans:
-                inside = range(max(first, begin + 1), min(stop, end))
+                inside = range(max(first, begin + 2), min(stop, end))
                 labels += inside
-                rows += [document * ids.shape[1] + label - 1 - begin for label in inside]
+                rows += [document * ids.shape[1] + label - 2 - begin for label in inside]
         return _Rows(
             torch.tensor(labels, device=device).long(), torch.tensor(rows, device=device).long(), states
         )

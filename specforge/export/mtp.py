@@ -36,6 +36,7 @@ class MTPFamily:
         layer: beginning of the layer's tensors after the prefix.
         hidden_first: whether the projection reads the hidden state before the embedding.
         skipped: copies of the embedding and the head.
+        mask_first: whether the first row reads no embedding.
         served: whether SGLang has a module of this form: Qwen's have experts there, or gated attention.
     """
 
@@ -45,6 +46,7 @@ class MTPFamily:
     layer: str = ""
     hidden_first: bool = False
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
+    mask_first: bool = False
     served: bool = True
 
 
@@ -59,7 +61,7 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
     return (
         MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
         MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0.", served=False),
-        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True),
+        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True, mask_first=True),
     )
 
 
@@ -133,6 +135,10 @@ class MTPFormat(DraftFormat):
         if not draft.norm_output:
             raise UserError(
                 "export: norm_output is off; SGLang feeds the normed output back, of every family's module"
+            )
+        if draft.mask_first != family.mask_first:
+            raise UserError(
+                f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}"
             )
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
         state = draft.module_tensors(DTYPES[dtype])

@@ -69,15 +69,15 @@ def run(module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, di
 
 
 def by_definition(module, head: TargetHead, batches: list[TrainBatch], loss: str, label: str):
-    """Every supervised token from its prefix alone: no padding, no mask, no packing, plain log-softmax."""
+    """Every supervised token from its prefix alone, the first token left out: no padding, no mask, no packing, plain log-softmax."""
     ids = [i + int(offset) for i, offset in enumerate(module.draft.d2t)]
     total, count, hits = torch.zeros((), dtype=torch.float64), 0, 0
     for d in batches:
-        for j in range(1, d.num_tokens):
+        for j in range(2, d.num_tokens):
             if not d.loss_mask[j]:
                 continue
             count += 1
-            z = module.draft.model(d.input_ids[None, :j]).logits[0, -1]
+            z = module.draft.model(d.input_ids[None, 1:j]).logits[0, -1]
             p = torch.softmax(head.lm_head @ d.features[LAST_HIDDEN_STATES][j - 1], 0)
             right = int(p.argmax()) if label == "target" else int(d.input_ids[j])
             if right not in ids:

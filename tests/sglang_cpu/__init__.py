@@ -15,25 +15,10 @@ from typing import Any
 
 READY = "The server is fired up"
 OPTIONS = [
-    "--device",
-    "cpu",
-    "--attention-backend",
-    "intel_amx",
-    "--dtype",
-    "float32",
-    "--disable-cuda-graph",
-    "--disable-overlap-schedule",
-    "--max-total-tokens",
-    "2048",
-    "--max-running-requests",
-    "4",
-    "--mem-fraction-static",
-    "0.3",
-    "--chunked-prefill-size",
-    "-1",
-    "--disable-radix-cache",
-    "--skip-server-warmup",
-]
+    "--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph",
+    "--disable-overlap-schedule", "--max-total-tokens", "2048", "--max-running-requests", "4",
+    "--mem-fraction-static", "0.3", "--chunked-prefill-size", "-1", "--disable-radix-cache", "--skip-server-warmup",
+]  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -81,7 +66,7 @@ def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
                 file.write(line)
                 if READY in line:
                     break
-        assert process.poll() is None and READY in line, log.read_text()[-4000:]
+        assert READY in line, log.read_text()[-4000:]
         drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
         try:
             yield Server(port)
