@@ -69,7 +69,7 @@ def run(module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, di
 
 
 def by_definition(module, head: TargetHead, batches: list[TrainBatch], loss: str, label: str):
-    """Every supervised token from its prefix alone, the first token left out: no padding, no mask, no packing, plain log-softmax."""
+    """Every supervised token from its prefix alone, without the first token: no padding, mask or packing."""
     ids = [i + int(offset) for i, offset in enumerate(module.draft.d2t)]
     total, count, hits = torch.zeros((), dtype=torch.float64), 0, 0
     for d in batches:
@@ -236,18 +236,13 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
         assert jump(chains)[0] == rounds
 
 
-def test_the_target_itself_as_its_draft_is_always_right(engine, target):
+def test_the_target_itself_drafts_what_it_would_say_without_the_first_token(engine, target):
     module = StandaloneModule(str(target), draft=str(target)).eval()
-    head = module.target_head(torch.device("cpu"))
-    (decoded,) = decode(
-        engine.model,
-        lambda: module.drafter(head, torch.float32),
-        PROMPTS[:1],
-        gamma=4,
-        max_new_tokens=21,
-        end_ids=(),
-    )
-    assert (decoded.counted, decoded.rounds) == (20, 4)
+    for text in PROMPTS[:4]:
+        drafter = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
+        drafter.observe(text, {})
+        (expected,) = engine.generate([text[1:]], max_new_tokens=4, end_ids=())
+        assert list(drafter.propose(4, Sampling()).tokens) == expected
 
 
 def test_the_cache_holds_what_a_fresh_reading_would(target):
@@ -260,7 +255,7 @@ def test_the_cache_holds_what_a_fresh_reading_would(target):
     for accepted in (0, 2, 3, 0, 4, 1):
         proposal = drafter.propose(4, Sampling())
         fresh = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
-        fresh.observe(text[:at] if at <= 4 else drafter._tokens, {})
+        fresh.observe(text[:at] if at <= 4 else [text[0], *drafter._tokens], {})
         assert proposal.tokens == fresh.propose(4, Sampling()).tokens
         drafter.observe([*proposal.tokens[:accepted], text[at]], {})
         at += 1
@@ -281,13 +276,13 @@ def test_sampled_output_has_the_targets_distribution(engine, target, determinist
         return drafter
 
     decoded = decode(
-        engine.model, make, [PROMPTS[1]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
+        engine.model, make, [PROMPTS[3]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
     )
     expected = {(): float(rounds)}
     for _ in range(4):
         step = {}
         for tokens, share in expected.items():
-            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[1], *tokens]])).logits[0, -1:])[0]
+            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[3], *tokens]])).logits[0, -1:])[0]
             step |= {(*tokens, t): share * float(probs[t]) for t in probs.nonzero().flatten().tolist()}
         expected = step
     found = Counter(tuple(d.tokens) for d in decoded)
@@ -295,7 +290,7 @@ def test_sampled_output_has_the_targets_distribution(engine, target, determinist
     chi = sum((found[tokens] - share) ** 2 / share for tokens, share in expected.items())
     assert chi < 50  # 15 degrees of freedom: one in a hundred thousand
     share = sum(sum(d.accepted) for d in decoded) / sum(sum(d.drafted) for d in decoded)
-    assert 0.2 < share < 0.95
+    assert 0.05 < share < 0.95
 
 
 def test_export_is_a_folder_that_transformers_loads_and_specforge_reads_back(target, features, tmp_path):

@@ -87,8 +87,8 @@ class MTPDraft(Draft):
     Args:
         config: a ``LlamaConfig`` with ``draft_vocab_size``; optional ``qk_norm`` (Qwen3), ``attention_bias`` (Qwen2:
             on query, key and value) and ``norm_output`` (default true: the normed output is fed back, as SGLang
-            does for every family; DeepSeek's report feeds back the output before the norm); ``mask_first`` (MiMo: the row of
-            position 0 reads no embedding).
+            does for every family; DeepSeek's report feeds back the output before the norm) and ``mask_first`` (MiMo:
+            the row of position 0 reads no embedding).
     """
 
     form: ClassVar[str] = "a Llama or Qwen3 layer"
