@@ -241,7 +241,7 @@ def test_the_target_itself_drafts_what_it_would_say_without_the_first_token(engi
     for text in PROMPTS[:4]:
         drafter = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
         drafter.observe(text, {})
-        (expected,) = engine.generate([text[1:]], max_new_tokens=4, end_ids=())
+        (expected,) = engine.generate([text[1:]], max_new_tokens=4, end_ids=[256])
         assert list(drafter.propose(4, Sampling()).tokens) == expected
 
 
@@ -276,13 +276,13 @@ def test_sampled_output_has_the_targets_distribution(engine, target, determinist
         return drafter
 
     decoded = decode(
-        engine.model, make, [PROMPTS[3]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
+        engine.model, make, [PROMPTS[2]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
     )
     expected = {(): float(rounds)}
     for _ in range(4):
         step = {}
         for tokens, share in expected.items():
-            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[3], *tokens]])).logits[0, -1:])[0]
+            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[2], *tokens]])).logits[0, -1:])[0]
             step |= {(*tokens, t): share * float(probs[t]) for t in probs.nonzero().flatten().tolist()}
         expected = step
     found = Counter(tuple(d.tokens) for d in decoded)
