@@ -44,3 +44,36 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
     methods = json.loads((tmp_path / "evaluation.json").read_text())["methods"]
     assert all(m["lossless"] for m in methods)
     assert methods[-1]["tau"] == pytest.approx(methods[-1]["offline_tau"])
+
+
+LATENT = {
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("eagle3.yaml", {"head_dim": 16}), ("eagle3.yaml", LATENT), ("mtp-smollm2.yaml", {"head_dim": 16}),
+        ("peagle-smollm2.yaml", {"head_dim": 16}), ("dflash-smollm2.yaml", {"head_dim": 16}),
+    ],
+    ids=["eagle3", "latent", "mtp", "peagle", "dflash"],
+)  # fmt: skip
+def test_flex_attention_trains_to_the_same_weights(name, fields, target, features, tmp_path):
+    module = yaml.safe_load((recipe_folder() / name).read_text())["model"]["class_path"]
+    weights = []
+    for kernel in ("sdpa", "flex_attention"):
+        model = {**TINY_OPTIONS[module], "init_from": None}
+        model["draft_config"] = {**model["draft_config"], **fields, "attn_implementation": kernel}
+        options = {
+            "--trainer.accelerator": "gpu", "--trainer.devices": 1, "--trainer.precision": "32-true",
+            "--trainer.max_steps": 3, "--trainer.default_root_dir": tmp_path / kernel, "--data.features": features,
+            "--model.target": target, "--trainer.limit_val_batches": 0,
+            **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in model.items()},
+        }  # fmt: skip
+        assert main(["fit", "--config", name, *(str(x) for pair in options.items() for x in pair)]) == 0
+        saved = torch.load(tmp_path / kernel / "checkpoints" / "last.ckpt", weights_only=True)
+        weights.append(saved["state_dict"])
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=2e-3, atol=2e-5, msg=key)

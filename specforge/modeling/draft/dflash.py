@@ -214,7 +214,7 @@ class DFlash(Draft):
             key, value = layer.inject(context, w)
             attention = block_attention(
                 apply_rope(heads.query, *angles), apply_rope(key, *at), value, apply_rope(heads.key, *angles),
-                heads.value.contiguous(), plan.anchors, plan.groups, layer.window,
+                heads.value.contiguous(), plan.anchors, plan.groups, layer.window, flex=self.flex,
             )  # fmt: skip
             if number == len(self.layers) - 1 and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))

@@ -101,7 +101,8 @@ class Eagle3Draft(FusedDraft):
                 product = layer.hidden_norm.linear(hidden, w.hidden) + embed[plan.row_tokens[step]]
                 own.append(attn.keys_values(product[:, width:], angles, w.more))
             query = attn.queries(product[:, :width], angles, w.more)
-            hidden = layer.finish(hidden, ttt_attention(query, key, value, plan.segments, own), w)
+            attention = ttt_attention(query, key, value, plan.segments, own, flex=self.flex)
+            hidden = layer.finish(hidden, attention, w)
             normed = self.norm(hidden)
             states.append(normed)
             if self.norm_output:

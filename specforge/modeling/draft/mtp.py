@@ -234,7 +234,8 @@ class MTPDraft(Draft):
                     x, w, cos[row_positions + step], sin[row_positions + step]
                 )
                 own.append((own_key, own_value))
-            normed, hidden = self.finish(x, ttt_attention(query, key, value, plan.segments, own), w)
+            attention = ttt_attention(query, key, value, plan.segments, own, flex=self.flex)
+            normed, hidden = self.finish(x, attention, w)
             states.append(normed)
         return torch.stack(states)
 

@@ -127,7 +127,7 @@ class PEagleDraft(FusedDraft):
                 if i > 0:
                     product = layer.state_norm.linear(hidden, w.hidden)
                 heads = project(layer, product, (cos, sin), w)
-                attention = _attend(heads, tokens, plan, plan.rows if i == last else None)
+                attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
                     hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
                 hidden = layer.finish(hidden, attention, w)
@@ -171,7 +171,7 @@ def project(layer: Eagle3Layer, product: Tensor, angles: Angles, w: LayerWeights
     return query, *attn.keys_values(product[:, attn.query_width :], angles, w.more)
 
 
-def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None) -> Tensor:
+def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
     query, key, value = heads
     segments = plan.documents if rows is None else plan.segments
@@ -179,8 +179,10 @@ def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None) 
     key, own_key = key[:tokens], key[tokens:]
     value, own_value = value[:tokens], value[tokens:]
     return torch.cat([
-        ttt_attention(shallow, key, value, segments, []),
-        deep_attention(query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks),
+        ttt_attention(shallow, key, value, segments, [], flex=flex),
+        deep_attention(
+            query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks, flex=flex
+        ),
     ])  # fmt: skip
 
 

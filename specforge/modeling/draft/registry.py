@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,15 +25,21 @@ class Draft(nn.Module):
 
     Args:
         config: transformers config with at least ``vocab_size``; ``draft_vocab_size`` when the draft predicts
-            a part of the vocabulary.
+            a part of the vocabulary. ``attn_implementation`` (not stored) is ``sdpa`` or ``flex_attention``.
 
     Attributes:
         d2t: ``[D]`` int64, offset from a draft id to its target id: ``target = draft + d2t[draft]``.
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
+        attention_implementations: names that ``attn_implementation`` may have.
+        flex: whether its layers train with FlexAttention rather than PyTorch's fused kernels.
+
+    Raises:
+        ValueError: a field asks for a network that the class is not.
     """
 
     architecture: str
     config_class: type
+    attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "flex_attention")
     d2t: Tensor
     t2d: Tensor
 
@@ -46,6 +52,12 @@ class Draft(nn.Module):
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.t2d[:size] = True
         self._target_ids: tuple[tuple[int, int], Tensor] | None = None
+        attention = getattr(config, "_attn_implementation", None) or "sdpa"
+        if attention not in self.attention_implementations:
+            raise ValueError(
+                f"attn_implementation is {attention}; the draft has {', '.join(self.attention_implementations)}"
+            )
+        self.flex = attention == "flex_attention"
 
     def set_vocabulary(self, target_ids: Tensor) -> None:
         """Choose the draft vocabulary.

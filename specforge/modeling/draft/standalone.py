@@ -31,6 +31,8 @@ class StandaloneDraft(Draft):
         UserError: transformers has no such model, or its logits are not its head times its last state.
     """
 
+    attention_implementations = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
     def __init__(self, config: Mapping[str, Any], where: str = "draft config") -> None:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM

@@ -16,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from specforge.modeling.layers.flex_attention import Sight, attend
 
 
 class Segment(NamedTuple):
@@ -220,6 +223,8 @@ def ttt_attention(
     value: Tensor,
     segments: Sequence[Segment],
     own: Sequence[tuple[Tensor, Tensor]],
+    *,
+    flex: bool = False,
 ) -> Tensor:
     """Attention of one step of the training-time test, exact, without a mask.
 
@@ -229,10 +234,13 @@ def ttt_attention(
         value: step-0 values, ``[N, k, v]``; ``v`` is at most ``d``.
         segments: which tokens the query rows are; rows in none are padding.
         own: keys ``[R, k, d]`` and values ``[R, k, v]`` of steps 1..s; empty at step 0.
+        flex: compute it by FlexAttention.
 
     Returns:
         ``[R, h, v]`` in the dtype of ``query``.
     """
+    if flex:
+        return attend(query, key, value, own, _sight(len(query), segments, query.device))
     size = value.shape[-1]
     # The fused kernels want values as wide as keys; zeros add nothing, and their gradient is cut off again.
     pad = (0, key.shape[-1] - size)
@@ -241,3 +249,12 @@ def ttt_attention(
     flat = [x for pair in own for x in pair]
     out: Tensor = _TTTAttention.apply(query, key, value, segments, *flat)
     return out[..., :size] if pad[1] else out
+
+
+def _sight(rows: int, segments: Sequence[Segment], device: torch.device) -> Sight:
+    low, high = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    for row, start, stop, document in segments:
+        low[row : row + stop - start] = document
+        high[row : row + stop - start] = np.arange(start, stop) + 1
+    each = np.arange(rows)
+    return Sight(*(torch.from_numpy(x).to(device) for x in (low, high, each, np.zeros_like(each))))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specforge.modeling.layers.attention import _merge, flash, flash_backward
+from specforge.modeling.layers.flex_attention import Sight, attend
 
 
 class BlockGroup(NamedTuple):
@@ -117,7 +118,7 @@ class _BlockAttention(torch.autograd.Function):
 
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, anchors: Tensor,
-    groups: Sequence[BlockGroup], window: int | None = None,
+    groups: Sequence[BlockGroup], window: int | None = None, *, flex: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of all blocks, exact; no mask is larger than the scores of a few blocks.
 
@@ -131,10 +132,29 @@ def block_attention(
         groups: the blocks by document; what is in none sees its own block only.
         window: keys that lie this far back or further are hidden, and slots after a row's own (a sliding layer);
             None for a full layer, which sees its whole block. At least b.
+        flex: compute it by FlexAttention.
 
     Returns:
         ``[R, h, d]`` in the dtype of ``query``.
     """
+    if flex:
+        sight = _sight(len(query) // len(anchors), anchors, groups, window)
+        return attend(query, key, value, [(own_key, own_value)], sight)
     return _BlockAttention.apply(  # type: ignore[no-any-return]
         query, key, value, own_key, own_value, anchors, groups, window
     )
+
+
+def _sight(size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int | None) -> Sight:
+    slots = torch.arange(size, device=anchors.device)
+    documents = anchors.new_zeros(len(anchors))
+    real = torch.zeros_like(documents)
+    for first, stop, document, _, _ in groups:
+        documents[first:stop], real[first:stop] = document, 1
+    low, high = (x.unsqueeze(1).expand(-1, size) for x in (documents, anchors * real))
+    order = torch.zeros_like(slots)
+    if window is not None:
+        low, order = torch.maximum(low, anchors.unsqueeze(1) + slots - window + 1), slots
+    block = torch.arange(len(anchors), device=anchors.device)
+    group, order = torch.broadcast_tensors(block.unsqueeze(1), order)
+    return Sight(*(x.flatten() for x in (low, high, group, order)))

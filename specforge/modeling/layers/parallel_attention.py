@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge.modeling.layers.attention import additive_mask, flash, flash_backward
+from specforge.modeling.layers.flex_attention import Sight, attend
 
 
 class Chunk(NamedTuple):
@@ -85,6 +86,8 @@ def deep_attention(
     anchors: Tensor,
     depths: Tensor,
     chunks: Sequence[Chunk],
+    *,
+    flex: bool = False,
 ) -> Tensor:
     """Attention of deep elements, exact.
 
@@ -96,8 +99,20 @@ def deep_attention(
         anchors: ``[E]`` flat token of each element's anchor.
         depths: ``[E]`` its depth.
         chunks: which elements to take together; those in none are padding.
+        flex: compute it by FlexAttention.
 
     Returns:
         ``[E, h, d]`` in the dtype of ``query``.
     """
+    if flex:
+        return attend(query, key, value, [own], _sight(anchors, depths, chunks))
     return _DeepAttention.apply(query, key, value, *own, anchors, depths, chunks)  # type: ignore[no-any-return]
+
+
+def _sight(anchors: Tensor, depths: Tensor, chunks: Sequence[Chunk]) -> Sight:
+    low, high = torch.zeros_like(anchors), torch.zeros_like(anchors)
+    group = -1 - torch.arange(len(anchors), device=anchors.device)  # padding sees itself only
+    for start, stop, document, _ in chunks:
+        rows = slice(start, stop)
+        low[rows], high[rows], group[rows] = document, anchors[rows] + 1, anchors[rows]
+    return Sight(low, high, group, depths)

@@ -1,0 +1,126 @@
+"""FlexAttention gives what the fused kernels give, for every attention of a draft layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.modeling.draft.blocks import plan_blocks, sample_anchors
+from specforge.modeling.draft.parallel import plan_parallel
+from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.block_attention import block_attention
+from specforge.modeling.layers.flex_attention import Sight, attend
+from specforge.modeling.layers.parallel_attention import deep_attention
+
+LENGTHS, PADDED = (90, 3, 170, 41), 320
+SPANS = [(10, 60), (70, 88), (100, 240), (270, 304)]
+HEADS, KV_HEADS, SIZE = 4, 2, 32
+
+
+class Case(NamedTuple):
+    """An attention, by FlexAttention or not; its random tensors; the rows that are not padding."""
+
+    run: Callable[[list[Tensor], bool], Tensor]
+    tensors: list[Tensor]
+    real: slice
+
+
+def ttt(steps: int, value: int = SIZE) -> Case:
+    plan = plan_unroll(LENGTHS, SPANS, steps + 1, PADDED)
+    rows, generator = len(plan.rows), torch.Generator().manual_seed(0)
+    sizes = [(rows, HEADS, SIZE), (PADDED, KV_HEADS, SIZE), (PADDED, KV_HEADS, value)]
+    sizes += [(rows, KV_HEADS, SIZE), (rows, KV_HEADS, value)] * steps
+    tensors = [torch.randn(*size, generator=generator) for size in sizes]
+
+    def run(x: list[Tensor], flex: bool) -> Tensor:
+        own = list(zip(x[3::2], x[4::2], strict=True))
+        return ttt_attention(*x[:3], plan.segments, own, flex=flex)
+
+    return Case(run, tensors, slice(0, max(s.row + s.stop - s.start for s in plan.segments)))
+
+
+def blocks(window: int | None) -> Case:
+    size, generator = 8, torch.Generator().manual_seed(0)
+    anchors = sample_anchors(LENGTHS, SPANS, 7, ["a", "b", "c", "d"])
+    plan = plan_blocks(LENGTHS, SPANS, anchors, size - 1, PADDED)
+    rows = len(plan.anchors) * size
+    sizes = [(rows, HEADS), *[(PADDED, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2]
+    tensors = [torch.randn(*size, SIZE, generator=generator) for size in sizes]
+
+    def run(x: list[Tensor], flex: bool) -> Tensor:
+        return block_attention(*x, plan.anchors.to(x[0].device), plan.groups, window, flex=flex)
+
+    return Case(run, tensors, slice(0, plan.blocks * size))
+
+
+def deep() -> Case:
+    generator = torch.Generator().manual_seed(0)
+    plan = plan_parallel(LENGTHS, SPANS, 5, PADDED)
+    rows = len(plan.anchors)
+    sizes = [(rows, HEADS), *[(PADDED, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2]
+    tensors = [torch.randn(*size, SIZE, generator=generator) for size in sizes]
+
+    def run(x: list[Tensor], flex: bool) -> Tensor:
+        anchors, depths = plan.anchors.to(x[0].device), plan.depths.to(x[0].device)
+        return deep_attention(*x[:3], (x[3], x[4]), anchors, depths, plan.chunks, flex=flex)
+
+    return Case(run, tensors, slice(0, plan.chunks[-1].stop))
+
+
+CASES = {
+    "first_step": lambda: ttt(0), "later_step": lambda: ttt(3), "narrow_values": lambda: ttt(2, value=24),
+    "full_blocks": lambda: blocks(None), "sliding_blocks": lambda: blocks(16), "deep": deep,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_as_the_fused_kernels(name):
+    run, tensors, real = CASES[name]()
+    torch.testing.assert_close(run(tensors, True)[real], run(tensors, False)[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_gradients_as_the_fused_kernels(name):
+    run, tensors, real = CASES[name]()
+    found = []
+    for flex in (False, True):
+        inputs = [x.cuda().requires_grad_() for x in tensors]
+        out = run(inputs, flex)[real]
+        (out * torch.sin(torch.arange(out.numel(), device="cuda").view(out.shape))).sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    for fused, flexed in zip(*found, strict=True):
+        torch.testing.assert_close(flexed, fused, atol=2e-5, rtol=2e-5)
+
+
+def test_a_row_sees_what_its_sight_says():
+    """By brute force: a softmax over a mask of every row and key."""
+    rng = np.random.default_rng(0)
+    rows, tokens, steps = 40, 70, 2
+    low = torch.from_numpy(rng.integers(0, 30, rows))
+    high = low + torch.from_numpy(rng.integers(0, 40, rows))
+    group, order = (torch.from_numpy(rng.integers(0, 6, rows)) for _ in range(2))
+    query = torch.randn(rows, 1, 16, dtype=torch.float64)
+    key, value = (torch.randn(tokens, 1, 16, dtype=torch.float64) for _ in range(2))
+    own = [(torch.randn(rows, 1, 16, dtype=torch.float64),) * 2 for _ in range(steps)]
+    out = attend(query, key, value, own, Sight(low, high, group, order))
+    keys = torch.cat([key, *(k for k, _ in own)])[:, 0]
+    values = torch.cat([value, *(v for _, v in own)])[:, 0]
+    for row in range(rows):
+        seen = [low[row] <= k < high[row] for k in range(tokens)]
+        seen += [group[r] == group[row] and order[r] <= order[row] for _ in range(steps) for r in range(rows)]
+        weights = (keys @ query[row, 0] / 4).masked_fill(~torch.tensor(seen), -torch.inf).softmax(0)
+        torch.testing.assert_close(out[row, 0], weights @ values)
+
+
+def test_training_by_it_on_a_cpu_is_refused_by_name():
+    run, tensors, _ = CASES["deep"]()
+    with pytest.raises(UserError, match="flex_attention trains on accelerators only"):
+        run([x.requires_grad_() for x in tensors], True)
