@@ -242,7 +242,7 @@ def test_the_target_itself_drafts_what_it_would_say_without_the_first_token(engi
         drafter = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
         drafter.observe(text, {})
         (expected,) = engine.generate([text[1:]], max_new_tokens=4, end_ids=[256])
-        assert list(drafter.propose(4, Sampling()).tokens) == expected
+        assert list(drafter.propose(4, Sampling()).tokens)[: len(expected)] == expected
 
 
 def test_the_cache_holds_what_a_fresh_reading_would(target):
