@@ -114,7 +114,7 @@ class MTPModule(DistilledModule):
             "draft_vocab_size": target.vocab_size,
             "qk_norm": any(name.endswith("layers.0.self_attn.q_norm.weight") for name in names),
             "attention_bias": any(name.endswith("layers.0.self_attn.q_proj.bias") for name in names),
-            "norm_output": family is None or family.norm_output,
+            "mask_first": family is not None and family.mask_first,
         }
 
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:

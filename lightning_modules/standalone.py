@@ -88,7 +88,7 @@ class StandaloneModule(DistilledModule):
         super().__init__(
             files, network, self.capture_policy(files), weights=torch.ones(1), objective=make_objective(loss, lk_eta),
             label=label, chunk=chunk, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer,
-            gamma=gamma, min_tokens=2, start=network.start_from_target if init_from == "target" else None,
+            gamma=gamma, min_tokens=3, start=network.start_from_target if init_from == "target" else None,
         )  # fmt: skip
 
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
@@ -97,7 +97,8 @@ class StandaloneModule(DistilledModule):
         Up to the first rejection the draft reads the answer itself, so all positions are alike.
         """
         device = batch.input_ids.device
-        documents = list(batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths)))
+        whole = batch.input_ids[: sum(batch.lengths)].split(list(batch.lengths))
+        documents = [x[1:] if len(x) > 1 else x for x in whole]
         # A rank without documents takes part in the reductions of the others.
         ids = pad_sequence(documents or [batch.input_ids.new_zeros(1)], batch_first=True)
         states = self.draft(ids).flatten(0, 1).to(head.lm_head.dtype)
@@ -106,9 +107,9 @@ class StandaloneModule(DistilledModule):
         rows: list[int] = []
         for document, (begin, end) in enumerate(pairwise(begins)):
             for first, stop in batch.spans:
-                inside = range(max(first, begin + 1), min(stop, end))
+                inside = range(max(first, begin + 2), min(stop, end))
                 labels += inside
-                rows += [document * ids.shape[1] + label - 1 - begin for label in inside]
+                rows += [document * ids.shape[1] + label - 2 - begin for label in inside]
         index = torch.tensor(rows, device=device).long().unsqueeze(1)
         flat, valid = torch.tensor(labels, device=device).long(), torch.ones_like(index, dtype=torch.bool)
         return Students(states[None], [self.draft.head_weight], flat, index, valid, len(labels), len(labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.tiny import write_conversations, write_target
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many seeds the kills of tests/test_faults.py are drawn with."""
     parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
+    parser.addoption(
+        "--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang"
+    )
 
 
 @pytest.fixture(autouse=True)

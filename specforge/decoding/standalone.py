@@ -1,4 +1,8 @@
-"""Drafts with a small language model of its own, which keeps the keys and values of the text in a cache."""
+"""Drafts with a small language model of its own, which keeps the keys and values of the text in a cache.
+
+It never reads the first token of a text: SGLang shifts a draft's input by one token, for a stand-alone model as for
+EAGLE's, and what it accepts is what counts.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class StandaloneDrafter(TrainedDrafter):
     def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Keep what was committed; drafted tokens that were accepted stay in the cache."""
         start = len(self._tokens)
-        self._tokens += tokens
+        self._tokens += tokens if self._tokens else tokens[1:]
         kept = min(start, len(self._cached))
         while kept < len(self._cached) and self._cached[kept] == self._tokens[kept]:
             kept += 1

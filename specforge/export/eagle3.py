@@ -33,6 +33,12 @@ class Eagle3Format(DraftFormat):
                 "the server would silently capture its default layers"
             )
         check_captured_layers(layers, target)
+        if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
+            eagle.get("norm_before_fc") or config.get("norm_before_fc")
+        ):
+            raise UserError(
+                "export: norm_before_fc is set; SGLang's draft with latent attention would skip the norm silently"
+            )
         width = config.get("target_hidden_size", config["hidden_size"]) * len(layers)
         if width == config["hidden_size"]:
             raise UserError("export: features as wide as the draft's states; SGLang would skip fc")

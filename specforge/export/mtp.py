@@ -36,8 +36,9 @@ class MTPFamily:
         names: SpecForge's name of each tensor outside the decoder layer, by the family's (without the prefix).
         layer: beginning of the layer's tensors after the prefix.
         hidden_first: whether the projection reads the hidden state before the embedding.
-        norm_output: whether the normed output is fed back.
         skipped: copies of the embedding and the head.
+        mask_first: whether the first row reads no embedding.
+        served: whether SGLang has a module of this form: Qwen's have experts there, or gated attention.
     """
 
     name: str
@@ -45,8 +46,9 @@ class MTPFamily:
     names: Mapping[str, str]
     layer: str = ""
     hidden_first: bool = False
-    norm_output: bool = True
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
+    mask_first: bool = False
+    served: bool = True
 
 
 def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
@@ -58,9 +60,9 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
     qwen = parts("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
     mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
     return (
-        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek, norm_output=False),
-        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0."),
-        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True),
+        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
+        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0.", served=False),
+        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True, mask_first=True),
     )
 
 
@@ -131,11 +133,23 @@ class MTPFormat(DraftFormat):
         What the target keeps as 8-bit blocks is written as such.
 
         Raises:
-            UserError: the target has no MTP weights or none of some tensor's name, the draft is not trained or
-                damaged, or the folder exists.
+            UserError: the target has no MTP weights or none of some tensor's name, SGLang has no
+                such module or would feed back another state, the draft is not trained or damaged, or the folder exists.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
+        if not family.served:
+            raise UserError(
+                f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
+            )
+        if not draft.norm_output:
+            raise UserError(
+                "export: norm_output is off; SGLang feeds the normed output back, of every family's module"
+            )
+        if draft.mask_first != family.mask_first:
+            raise UserError(
+                f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}"
+            )
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
         renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))

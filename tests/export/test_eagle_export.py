@@ -95,3 +95,10 @@ def test_peagle_is_refused_for_sglang(target, tmp_path):
     module = trained(PEagleModule(str(target), SMALL))
     with pytest.raises(UserError, match="SGLang does not serve P-EAGLE; use --to hf"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
+
+
+def test_a_norm_that_latent_drafts_do_not_have_in_sglang_is_refused(target, tmp_path):
+    module = trained(Eagle3Module(str(target), {**SMALL, **LATENT, "norm_before_fc": True}))
+    with pytest.raises(UserError, match="norm_before_fc is set"):
+        module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()

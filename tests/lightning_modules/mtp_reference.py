@@ -58,6 +58,8 @@ class MTPReference:
             inputs, queries = {}, {}
             for p in range(len(tokens) - 1 - step):
                 embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["embed_norm.weight"], eps)
+                if getattr(c, "mask_first", False) and p + step == 0:
+                    embed = torch.zeros_like(embed)
                 inputs[p] = w["proj.weight"] @ torch.cat(
                     [embed, rms_norm(hidden[p], w["hidden_norm.weight"], eps)]
                 )

@@ -72,7 +72,6 @@ def test_the_targets_own_experts_are_read_and_stitched_back_bit_for_bit(deepseek
         for mine, name in ((gate, "gate"), (up, "up"), (experts.down_proj[i], "down")):
             assert torch.equal(mine, theirs[f"mlp.experts.{i}.{name}_proj.weight"])
     assert torch.equal(module.draft.layer.mlp.gate.e_score_correction_bias, theirs[BIAS])
-    assert not module.draft.norm_output
     module.export_format.to_sglang(module.draft, module.target, tmp_path / "same", "float32")
     before, after = (load_file(x / "model.safetensors") for x in (deepseek, tmp_path / "same"))
     assert before.keys() == after.keys()
@@ -88,9 +87,16 @@ def test_the_targets_own_experts_are_read_and_stitched_back_bit_for_bit(deepseek
         assert torch.equal(tensor, expected), name
 
 
+def test_a_module_that_sglang_would_chain_otherwise_is_refused(deepseek, tmp_path):
+    module = MTPModule(str(deepseek), {"norm_output": False}, init_from="target_mtp")
+    with pytest.raises(UserError, match="norm_output is off"):
+        module.export_format.to_sglang(module.draft, module.target, tmp_path / "stitched", "float32")
+    assert not (tmp_path / "stitched").exists()
+
+
 def test_the_layer_is_deepseeks_own(deepseek):
-    """What is fed back is the output of transformers' decoder layer on the projected input."""
-    module = MTPModule(str(deepseek), init_from="target_mtp")
+    """What is fed back without ``norm_output`` is transformers' decoder layer's output on the projected input."""
+    module = MTPModule(str(deepseek), {"norm_output": False}, init_from="target_mtp")
     draft, ids = module.draft, torch.arange(3, 14)
     config = DeepseekV3Config.from_pretrained(deepseek, attn_implementation="eager")
     model = DeepseekV3ForCausalLM(config).eval()

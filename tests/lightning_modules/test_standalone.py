@@ -65,15 +65,15 @@ def run(module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, di
 
 
 def by_definition(module, head: TargetHead, batches: list[TrainBatch], loss: str, label: str):
-    """Every supervised token from its prefix alone: no padding, no mask, no packing, plain log-softmax."""
+    """Every supervised token from its prefix alone, without the first token: no padding, mask or packing."""
     ids = [i + int(offset) for i, offset in enumerate(module.draft.d2t)]
     total, count, hits = torch.zeros((), dtype=torch.float64), 0, 0
     for d in batches:
-        for j in range(1, d.num_tokens):
+        for j in range(2, d.num_tokens):
             if not d.loss_mask[j]:
                 continue
             count += 1
-            z = module.draft.model(d.input_ids[None, :j]).logits[0, -1]
+            z = module.draft.model(d.input_ids[None, 1:j]).logits[0, -1]
             p = torch.softmax(head.lm_head @ d.features[LAST_HIDDEN_STATES][j - 1], 0)
             right = int(p.argmax()) if label == "target" else int(d.input_ids[j])
             if right not in ids:
@@ -232,18 +232,13 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
         assert jump(chains)[0] == rounds
 
 
-def test_the_target_itself_as_its_draft_is_always_right(engine, target):
+def test_the_target_itself_drafts_what_it_would_say_without_the_first_token(engine, target):
     module = StandaloneModule(str(target), draft=str(target)).eval()
-    head = module.target_head(torch.device("cpu"))
-    (decoded,) = decode(
-        engine.model,
-        lambda: module.drafter(head, torch.float32),
-        PROMPTS[:1],
-        gamma=4,
-        max_new_tokens=21,
-        end_ids=(),
-    )
-    assert (decoded.counted, decoded.rounds) == (20, 4)
+    for text in PROMPTS[:4]:
+        drafter = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
+        drafter.observe(text, {})
+        (expected,) = engine.generate([text[1:]], max_new_tokens=4, end_ids=[256])
+        assert list(drafter.propose(4, Sampling()).tokens)[: len(expected)] == expected
 
 
 def test_the_cache_holds_what_a_fresh_reading_would(target):
@@ -256,7 +251,7 @@ def test_the_cache_holds_what_a_fresh_reading_would(target):
     for accepted in (0, 2, 3, 0, 4, 1):
         proposal = drafter.propose(4, Sampling())
         fresh = module.drafter(module.target_head(torch.device("cpu")), torch.float32)
-        fresh.observe(text[:at] if at <= 4 else drafter._tokens, {})
+        fresh.observe(text[:at] if at <= 4 else [text[0], *drafter._tokens], {})
         assert proposal.tokens == fresh.propose(4, Sampling()).tokens
         drafter.observe([*proposal.tokens[:accepted], text[at]], {})
         at += 1
@@ -277,13 +272,13 @@ def test_sampled_output_has_the_targets_distribution(engine, target, determinist
         return drafter
 
     decoded = decode(
-        engine.model, make, [PROMPTS[1]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
+        engine.model, make, [PROMPTS[2]] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
     )
     expected = {(): float(rounds)}
     for _ in range(4):
         step = {}
         for tokens, share in expected.items():
-            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[1], *tokens]])).logits[0, -1:])[0]
+            probs = sampling.probs(engine.model(torch.tensor([[*PROMPTS[2], *tokens]])).logits[0, -1:])[0]
             step |= {(*tokens, t): share * float(probs[t]) for t in probs.nonzero().flatten().tolist()}
         expected = step
     found = Counter(tuple(d.tokens) for d in decoded)
@@ -291,7 +286,7 @@ def test_sampled_output_has_the_targets_distribution(engine, target, determinist
     chi = sum((found[tokens] - share) ** 2 / share for tokens, share in expected.items())
     assert chi < 50  # 15 degrees of freedom: one in a hundred thousand
     share = sum(sum(d.accepted) for d in decoded) / sum(sum(d.drafted) for d in decoded)
-    assert 0.2 < share < 0.95
+    assert 0.05 < share < 0.95
 
 
 def test_export_is_a_folder_that_transformers_loads_and_specforge_reads_back(target, features, tmp_path):

@@ -60,8 +60,9 @@ class MTPDraft(Draft):
 
     Args:
         config: a ``LlamaConfig`` with ``draft_vocab_size``; optional ``qk_norm`` (Qwen3), ``attention_bias`` (Qwen2:
-            on query, key and value) and ``norm_output`` (default true: the normed output is fed back, as MiMo and
-            FastMTP do; DeepSeek feeds back the output before the norm).
+            on query, key and value) and ``norm_output`` (default true: the normed output is fed back, as SGLang
+            does for every family; DeepSeek's report feeds back the output before the norm) and ``mask_first`` (MiMo:
+            the row of position 0 reads no embedding).
     """
 
     form: ClassVar[str] = "a Llama or Qwen3 layer"
@@ -73,6 +74,7 @@ class MTPDraft(Draft):
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: an MTP module has one layer")
         size, eps = config.hidden_size, config.rms_norm_eps
         self.norm_output = bool(getattr(config, "norm_output", True))
+        self.mask_first = bool(getattr(config, "mask_first", False))
         self.embed_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.proj = nn.Linear(2 * size, size, bias=False)
         self.layer = MTPLayer(config, self.attention(config), self.make_mlp(config))
@@ -189,7 +191,10 @@ class MTPDraft(Draft):
         row_positions = plan.positions[plan.rows]
 
         # Step 0: keys and values of every token, queries of the needed rows only.
-        x = self.hidden_norm.linear(last_hidden_states, w.hidden) + embedded[plan.next_tokens]
+        following = embedded[plan.next_tokens]
+        if self.mask_first:
+            following = following * (plan.positions > 0).unsqueeze(1)
+        x = self.hidden_norm.linear(last_hidden_states, w.hidden) + following
         query, key, value = self.heads(x, w, cos[plan.positions], sin[plan.positions])
         x, query = x[plan.rows], query[plan.rows]
         states: list[Tensor] = []
@@ -255,7 +260,10 @@ class MTPDecoder:
         self.rows = after = before + len(hidden)
         self._cache.reserve(after)
         x = draft.hidden_norm.linear(hidden, w.hidden)
-        x = x + draft.embed_norm.linear(embeds.to(self.dtype), w.embed)
+        following = draft.embed_norm.linear(embeds.to(self.dtype), w.embed)
+        if draft.mask_first and before == 0:
+            following[0] = 0
+        x = x + following
         query, key, value = draft.heads(x, w, *self._cache.angles(before, after))
         # Only the last row's output is used; the others are there for their keys.
         attention = attend(query[-1:], *self._cache.write(0, before, key, value))

@@ -1,0 +1,78 @@
+"""What SGLang needs to run on a CPU in tests, and its server from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+READY = "The server is fired up"
+OPTIONS = [
+    "--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph",
+    "--disable-overlap-schedule", "--max-total-tokens", "2048", "--max-running-requests", "4",
+    "--mem-fraction-static", "0.3", "--chunked-prefill-size", "-1", "--disable-radix-cache", "--skip-server-warmup",
+]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Variables for SGLang's processes: one thread, nothing compiled, none of this environment's modules."""
+    mine = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **mine}
+
+
+class Server:
+    """A running server.
+
+    Args:
+        port: where it listens.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> dict[str, Any]:
+        """Greedy ``output_ids``, and ``meta_info``, of one prompt."""
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "stop_token_ids": list(end_ids)}
+        body = json.dumps({"input_ids": list(prompt), "sampling_params": sampling}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/generate", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)
+
+
+@contextmanager
+def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
+    """Start a server and wait until it is ready; ``log`` keeps what it says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python, Path(__file__).parent / "launch.py", *OPTIONS, "--port", port, *options]
+    process = subprocess.Popen(
+        [str(word) for word in command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        with log.open("w") as file:
+            for line in process.stdout:
+                file.write(line)
+                if READY in line:
+                    break
+        assert READY in line, log.read_text()[-4000:]
+        drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+        try:
+            yield Server(port)
+        finally:
+            drain.kill()
+            drain.wait()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
