@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from lightning_modules.base import draft_config_for, initialise, layer_fields, load_weights
 from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
