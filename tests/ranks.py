@@ -23,7 +23,7 @@ END = "finished "
 
 
 def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> None:
-    """Run `specforge fit` with the words of each job, in order, on CPU ranks that stay.
+    """Run `specforge fit` with the words of each job, in order, on ranks that stay.
 
     Raises:
         AssertionError: a rank failed, or they wait for each other; says in which job, and what the ranks printed.

@@ -64,7 +64,7 @@ def test_accumulating_two_batches_is_one_batch_of_both(name, target, features, t
         torch.testing.assert_close(two[key], value, rtol=2e-3, atol=2e-5, msg=key)
 
 
-LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 EXPERTS = {
     "moe": True, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
@@ -129,21 +129,27 @@ def epoch(variant: str, target: Path, features: Path, folder: Path, **changes: o
 
 def finished(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """A run's weights and history."""
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
     assert saved["global_step"] == 4
     return saved["state_dict"], read_history(folder / "metrics.jsonl")
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+
+
 @pytest.mark.slow
-def test_two_ranks_are_one_whole_or_sharded(target, uneven, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
+def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_path, monkeypatch):
     """Windows of four documents, the last of one: on one rank, or in two micro-batches of one document on each of two.
 
     A rank meets documents without a block, and at the end no document at all. The sharded run, resumed from its
-    middle, ends with its own weights bit for bit.
+    middle, ends with its own weights: on CPUs bit for bit.
     """
     monkeypatch.setattr(specforge.callbacks.report, "write_report", str)
     jobs = {}
-    two = {"--trainer.devices": 2, "--data.batch_size": 1, "--trainer.accumulate_grad_batches": 2}
+    on = {"--trainer.accelerator": accelerator}
+    two = {**on, "--trainer.devices": 2, "--data.batch_size": 1, "--trainer.accumulate_grad_batches": 2}
+    one = {**on, "--trainer.devices": 1, "--data.batch_size": 4}
     for variant in VARIANTS:
         for strategy in ("ddp", "fsdp2"):
             run = tmp_path / variant / strategy
@@ -154,13 +160,13 @@ def test_two_ranks_are_one_whole_or_sharded(target, uneven, tmp_path, monkeypatc
         jobs[f"{variant}, resumed"] = epoch(
             variant, target, uneven, tmp_path / variant / "resumed", **two, **half
         )
-        alone = epoch(variant, target, uneven, tmp_path / variant / "one", **{"--data.batch_size": 4})
+        alone = epoch(variant, target, uneven, tmp_path / variant / "one", **one)
         assert main(["fit", *alone]) == 0
     train_on_ranks(jobs, 2, timeout=240)
     for variant in VARIANTS:
         weights, history = finished(tmp_path / variant / "one")
         # Muon's iteration in bf16 magnifies the last bits of a gradient whose rank is small.
-        atol = 1e-3 if variant.endswith("muon") else 1e-5
+        atol = 1e-3 if variant.endswith("muon") else 1e-5 if accelerator == "cpu" else 1e-4
         for strategy in ("ddp", "fsdp2"):
             found, rows = finished(tmp_path / variant / strategy)
             assert found.keys() == weights.keys()
@@ -172,4 +178,10 @@ def test_two_ranks_are_one_whole_or_sharded(target, uneven, tmp_path, monkeypatc
                     assert row[name] == pytest.approx(alone[name], rel=1e-4), (variant, strategy, name)
         resumed, _ = finished(tmp_path / variant / "resumed")
         for name, value in found.items():
-            assert torch.equal(resumed[name], value), (variant, name)
+            torch.testing.assert_close(
+                resumed[name],
+                value,
+                rtol=0,
+                atol=0 if accelerator == "cpu" else atol,
+                msg=f"{variant}: {name}",
+            )
