@@ -144,7 +144,7 @@ def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folde
         tokens -= length
     counts = TokenCounts(*(torch.ones(files.vocab_size, dtype=torch.int64) for _ in range(2)))
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
-    features = FeatureFolder.create(folder / "train", provenance, "raw", counts)
+    features = FeatureFolder.create(folder / "train", provenance, counts)
     worker = RolloutWorker(
         RandomEngine(files.hidden_size), features.store, features.manifest.append, provenance
     )

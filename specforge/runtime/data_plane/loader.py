@@ -191,7 +191,7 @@ class FeatureDataLoader:
                     raise UserError(f"a batch does not fit into memory for features: {error}") from error
                 samples.append(leases[-1].tensors)
                 kept.append(ref)
-            batch = collate(samples, kept, self.spec, self._empty, self.pad_to)
+            batch = collate(samples, kept, self.spec, self._empty, self.pad_to, pin_memory=self.pin_memory)
         finally:
             for lease in leases:
                 self.store.release(lease)
@@ -215,7 +215,7 @@ def _stay_single_threaded() -> None:
 
 def collate(
     samples: Sequence[dict[str, Tensor]], refs: Sequence[SampleRef], spec: StrategySpec,
-    empty: dict[str, Tensor], pad_to: int = 1,
+    empty: dict[str, Tensor], pad_to: int = 1, *, pin_memory: bool = False,
 ) -> TrainBatch:  # fmt: skip
     """Pack samples end to end into a flat row; the tensors are copies.
 
@@ -225,21 +225,23 @@ def collate(
         spec: which tensors the algorithm reads.
         empty: the tensors of a sample without tokens, for a batch without samples.
         pad_to: pad to a multiple of this many tokens.
+        pin_memory: pack the features in page-locked memory, which is used again and need not be copied into later.
     """
     lengths = tuple(ref.num_tokens for ref in refs)
     padding = -sum(lengths) % pad_to
 
-    def pack(name: str) -> Tensor:
+    def pack(name: str, pin_memory: bool = False) -> Tensor:
         parts = [sample[name] for sample in samples] or [empty[name]]
         if padding:
             parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
-        return torch.cat(parts)
+        rows = (sum(map(len, parts)), *parts[0].shape[1:])
+        return torch.cat(parts, out=torch.empty(rows, dtype=parts[0].dtype, pin_memory=pin_memory))
 
     mask = pack(LOSS_MASK).bool()
     return TrainBatch(
         input_ids=pack(INPUT_IDS).long(),
         loss_mask=mask,
-        features={name: pack(name) for name in spec.features},
+        features={name: pack(name, pin_memory) for name in spec.features},
         lengths=lengths,
         spans=mask_spans(mask, lengths),
         sample_ids=tuple(ref.sample_id for ref in refs),
