@@ -4,7 +4,8 @@
 
 The shared folder against copying files of the same bytes, one a sample, each synced to disk. Mooncake against a loop of
 `put_from` and `get_into` over the same TCP, between buffers registered before, one a sample, as features have. The
-store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn.
+store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn, and
+of each repetition's ratio.
 `specforge store up` runs meanwhile.
 """
 
@@ -89,6 +90,7 @@ def mooncake(
     client: Any,
     buffers: list[Tensor],
     times: Times,
+    raw_first: bool,
 ) -> None:
     from mooncake.store import ReplicateConfig
 
@@ -101,15 +103,21 @@ def mooncake(
         for i, name in enumerate(names):
             assert call(name, buffers[i].data_ptr()) == right
 
-    record(times, "raw put_from", lambda: each(lambda k, p: client.put_from(k, p, nbytes, config), 0))
-    record(times, "raw get_into", lambda: each(lambda k, p: client.get_into(k, p, nbytes), nbytes))
-    for name in names:
-        client.remove(name, force=True)
-    store = FeatureStore(backend)
-    refs = record(times, "mooncake put", lambda: put_all(store, samples))
-    record(times, "mooncake get", lambda: get_all(store, refs))
-    for ref in refs:
-        store.delete(ref)
+    def plain() -> None:
+        record(times, "raw put_from", lambda: each(lambda k, p: client.put_from(k, p, nbytes, config), 0))
+        record(times, "raw get_into", lambda: each(lambda k, p: client.get_into(k, p, nbytes), nbytes))
+        for name in names:
+            client.remove(name, force=True)
+
+    def ours() -> None:
+        store = FeatureStore(backend)
+        refs = record(times, "mooncake put", lambda: put_all(store, samples))
+        record(times, "mooncake get", lambda: get_all(store, refs))
+        for ref in refs:
+            store.delete(ref)
+
+    for side in (plain, ours) if raw_first else (ours, plain):
+        side()
 
 
 def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
@@ -133,7 +141,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=21)
     parser.add_argument("--only", choices=["shared_dir", "mooncake"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -152,8 +160,8 @@ def main() -> None:
         for buffer in buffers:
             assert client.register_buffer(buffer.data_ptr(), nbytes) == 0
         backend = MooncakeBackend(address)
-        for _ in range(options.repeat + 1):
-            mooncake(samples, backend, client, buffers, times)
+        for turn in range(options.repeat + 1):
+            mooncake(samples, backend, client, buffers, times, raw_first=turn % 2 == 0)
         backend.close()
         client.close()
         process.terminate()
@@ -161,7 +169,10 @@ def main() -> None:
     rates = {name: total / statistics.median(found[1:]) / 1e9 for name, found in times.items()}
     pairs = [("shared_dir put", "copy of files"), ("shared_dir get", "reads of files"),
              ("mooncake put", "raw put_from"), ("mooncake get", "raw get_into")]  # fmt: skip
-    ratios = {f"{a} / {b}": rates[a] / rates[b] for a, b in pairs if a in rates}
+    ratios = {
+        f"{a} / {b}": statistics.median(y / x for x, y in zip(times[a][1:], times[b][1:], strict=True))
+        for a, b in pairs if a in times
+    }  # fmt: skip
     result = {"gigabytes": total / 1e9, "gigabytes_per_second": rates, "ratios": ratios}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -234,6 +234,7 @@ class FeatureStore:
         """
         num_tokens = _checked(sample_id, tensors)
         stored = encode(tensors, provenance.encoding)
+        digest = checksum(stored)  # while the look for NaN has left them in the cache
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
@@ -262,7 +263,7 @@ class FeatureStore:
             num_tokens=num_tokens,
             num_supervised=num_supervised,
             nbytes=nbytes,
-            checksum=checksum(stored),
+            checksum=digest,
             uri=uri,
             source=source,
             provenance=provenance,
