@@ -51,7 +51,7 @@ class StandaloneDraft(Draft):
         try:
             super().__init__(CONFIG_MAPPING[kind](**fields))
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
             raise UserError(f"{where}: {str(error).splitlines()[-1].strip()}") from error
         self.architecture = type(self.model).__name__
         self.config.architectures = [self.architecture]

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules import algorithms
 from specforge.errors import UserError
+from specforge.modeling.draft import build_draft, config_fields
 from specforge.modeling.draft.blocks import plan_blocks, sample_anchors
 from specforge.modeling.draft.parallel import plan_parallel
 from specforge.modeling.draft.unroll import plan_unroll
@@ -124,3 +126,21 @@ def test_training_by_it_on_a_cpu_is_refused_by_name():
     run, tensors, _ = CASES["deep"]()
     with pytest.raises(UserError, match="flex_attention trains on accelerators only"):
         run([x.requires_grad_() for x in tensors], True)
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "mtp", "standalone", "dflash"])
+def test_a_kernel_that_a_draft_has_not_is_refused_by_name(algorithm, target):
+    kernel = (
+        "flash_attention_2"  # a stand-alone draft may ask transformers for it, which asks for its package
+    )
+    with pytest.raises(UserError, match=r"attn_implementation is flash_attention_2; the draft has|[Ff]lash"):
+        algorithms()[algorithm](
+            str(target), draft_config={"draft_vocab_size": 64, "attn_implementation": kernel}
+        )
+
+
+def test_a_checkpoint_does_not_carry_the_kernel(target):
+    fields = {"draft_vocab_size": 64, "attn_implementation": "flex_attention"}
+    draft = algorithms()["eagle3"](str(target), draft_config=fields).draft
+    assert draft.flex
+    assert not build_draft(config_fields(draft)).flex
