@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-READY = "The server is fired up"
+READY = "Uvicorn running on"  # SGLang's own "fired up" comes before it listens
 OPTIONS = [
     "--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph",
     "--disable-overlap-schedule", "--max-total-tokens", "2048", "--max-running-requests", "4",
