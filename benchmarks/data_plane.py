@@ -4,9 +4,9 @@
 
 The shared folder against copying files of the same bytes, one a sample, each synced to disk. Mooncake against a loop of
 `put_from` and `get_into` over the same TCP, between buffers registered before, one a sample, as features have. The
-store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn, and
-of each repetition's ratio.
-`specforge store up` runs meanwhile.
+store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn, and of each
+repetition's ratio. Mooncake's are spread over rounds, each with a `specforge store up` and connections of its own: how
+fast a connection is depends on where the system has put its threads.
 """
 
 from __future__ import annotations
@@ -133,6 +133,23 @@ def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().split(": ")[0]
 
 
+def mooncake_round(samples: list[dict[str, Tensor]], total: int, repeat: int, times: Times) -> None:
+    """Repetitions between new clients of a new store, after one that is not counted."""
+    process, address = start_store(total + (64 << 20))
+    client, backend = connect(MooncakeAddress.parse(address)), MooncakeBackend(address)
+    nbytes = len(b"".join(chunks(samples[0])))
+    buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in samples]
+    for buffer in buffers:
+        assert client.register_buffer(buffer.data_ptr(), nbytes) == 0
+    mooncake(samples, backend, client, buffers, {}, raw_first=True)
+    for turn in range(repeat):
+        mooncake(samples, backend, client, buffers, times, raw_first=turn % 2 == 0)
+    backend.close()
+    client.close()
+    process.terminate()
+    process.wait()
+
+
 def main() -> None:
     """Measure in turn, print and write."""
     parser = argparse.ArgumentParser(
@@ -142,6 +159,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--repeat", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=5, help="of Mooncake, each with new connections")
     parser.add_argument("--only", choices=["shared_dir", "mooncake"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -150,27 +168,17 @@ def main() -> None:
     total = sum(x.nbytes for tensors in samples for x in tensors.values())
     times: Times = {}
     if options.only != "mooncake":
-        for _ in range(options.repeat + 1):
+        shared_dir(samples, {})  # the first writes find no memory yet
+        for _ in range(options.repeat):
             shared_dir(samples, times)
     if options.only != "shared_dir":
-        process, address = start_store(total + (64 << 20))
-        client = connect(MooncakeAddress.parse(address))
-        nbytes = len(b"".join(chunks(samples[0])))
-        buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in samples]
-        for buffer in buffers:
-            assert client.register_buffer(buffer.data_ptr(), nbytes) == 0
-        backend = MooncakeBackend(address)
-        for turn in range(options.repeat + 1):
-            mooncake(samples, backend, client, buffers, times, raw_first=turn % 2 == 0)
-        backend.close()
-        client.close()
-        process.terminate()
-        process.wait()
-    rates = {name: total / statistics.median(found[1:]) / 1e9 for name, found in times.items()}
+        for _ in range(options.rounds):
+            mooncake_round(samples, total, -(-options.repeat // options.rounds), times)
+    rates = {name: total / statistics.median(found) / 1e9 for name, found in times.items()}
     pairs = [("shared_dir put", "copy of files"), ("shared_dir get", "reads of files"),
              ("mooncake put", "raw put_from"), ("mooncake get", "raw get_into")]  # fmt: skip
     ratios = {
-        f"{a} / {b}": statistics.median(y / x for x, y in zip(times[a][1:], times[b][1:], strict=True))
+        f"{a} / {b}": statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
         for a, b in pairs if a in times
     }  # fmt: skip
     result = {"gigabytes": total / 1e9, "gigabytes_per_second": rates, "ratios": ratios}

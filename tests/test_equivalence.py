@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ def digest(batch: TrainBatch) -> str:
 
 def open_files() -> list[str]:
     """What this process has open."""
-    return [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # another thread may close it meanwhile
+            found.append(os.readlink(path))
+    return found
 
 
 @pytest.fixture

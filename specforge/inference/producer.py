@@ -78,6 +78,8 @@ class Producer:
                 if stop is not None and stop.is_set():
                     break
                 self._produce(worker, tasks)
+            for worker in self._workers.values():
+                worker.flush()
         finally:
             self._hand = {}
         return bool(leased)
@@ -88,9 +90,9 @@ class Producer:
             if prompt.provenance is None:
                 raise UserError(f"sample {prompt.sample_id}: its prompt does not say what to capture")
             groups.setdefault(prompt.provenance, {})[prompt.sample_id] = prompt.task
-        for provenance, tasks in groups.items():
-            worker = self._worker(provenance)
-            for batch in plan_batches(list(tasks.values()), self.batch_tokens):
+        work = [(self._worker(provenance), list(tasks.values())) for provenance, tasks in groups.items()]
+        for worker, tasks in work:
+            for batch in plan_batches(tasks, self.batch_tokens):
                 yield worker, batch
 
     def _worker(self, provenance: Provenance) -> RolloutWorker:
@@ -103,15 +105,14 @@ class Producer:
             engine = self.engine(provenance.dtype)
             engine.check(provenance.capture)
             self._workers[provenance] = RolloutWorker(
-                engine, self.controller.features, self._commit, provenance
+                engine, self.controller.features, self._commit, provenance, flush_bytes=0
             )
         return self._workers[provenance]
 
     def _produce(self, worker: RolloutWorker, tasks: list[PromptTask]) -> None:
         while tasks:
             try:
-                for _ in worker.produce(tasks, self.batch_tokens):
-                    pass
+                worker.capture(tasks)
                 return
             except BadSampleError as error:
                 for prompt in self._hand.pop(error.sample_id, []):
@@ -121,7 +122,7 @@ class Producer:
             except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
                 reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
                 logger.warning("%s", reason)
-                worker.drop()
+                worker.flush()  # what the passes before have made
                 for task in tasks:
                     for prompt in self._hand.pop(sample_id(task, worker.provenance), []):
                         self.controller.fail(self.owner, prompt, reason)

@@ -88,7 +88,7 @@ class RolloutWorker:
         store: takes the tensors.
         commit: takes the references of flushed samples.
         provenance: written into every reference.
-        flush_bytes: flush and commit when this much is waiting.
+        flush_bytes: flush and commit before the next batch is put when this much is waiting.
     """
 
     def __init__(
@@ -119,30 +119,36 @@ class RolloutWorker:
     def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """As :meth:`run`, with an engine that has been checked."""
         for batch in plan_batches(tasks, batch_tokens):
-            ids = [sample_id(task, self.provenance) for task in batch]
-            missing = [name not in self.store for name in ids]
-            if not any(missing):
-                yield Progress(0, 0, len(batch))
-                continue
-            # The whole batch runs again, so that the features do not depend on where the last run stopped.
-            features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
-            tokens = 0
-            for task, name, new, tensors in zip(batch, ids, missing, features, strict=True):
-                if not new:
-                    continue
-                tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
-                tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
-                self._refs.append(
-                    self.store.put(
-                        name, tensors, num_supervised=sum(task.loss_mask), source=task.source,
-                        provenance=self.provenance,
-                    )
-                )  # fmt: skip
-                tokens += len(task.input_ids)
-            if self.store.pending() >= self.flush_bytes:
-                self.flush()
-            yield Progress(sum(missing), tokens, len(batch) - sum(missing))
+            yield self.capture(batch)
         self.flush()
+
+    def capture(self, batch: Sequence[PromptTask]) -> Progress:
+        """Put one batch; it is committed by the next one's capture or by :meth:`flush`.
+
+        So a store may take a batch while the target is busy with the next.
+        """
+        ids = [sample_id(task, self.provenance) for task in batch]
+        missing = [name not in self.store for name in ids]
+        if not any(missing):
+            return Progress(0, 0, len(batch))
+        # The whole batch runs again, so that the features do not depend on where the last run stopped.
+        features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
+        if self.store.pending() >= self.flush_bytes:
+            self.flush()
+        tokens = 0
+        for task, name, new, tensors in zip(batch, ids, missing, features, strict=True):
+            if not new:
+                continue
+            tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
+            tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
+            self._refs.append(
+                self.store.put(
+                    name, tensors, num_supervised=sum(task.loss_mask), source=task.source,
+                    provenance=self.provenance,
+                )
+            )  # fmt: skip
+            tokens += len(task.input_ids)
+        return Progress(sum(missing), tokens, len(batch) - sum(missing))
 
     def drop(self) -> None:
         """Delete what was captured and not committed."""

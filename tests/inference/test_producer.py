@@ -20,7 +20,7 @@ from specforge.runtime.control_plane.metadata import (
     MemoryMetadataStore,
 )
 from specforge.runtime.data_plane.local import MemoryBackend
-from specforge.runtime.data_plane.store import FeatureStore
+from specforge.runtime.data_plane.store import FeatureStore, StoreFullError
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((), last_hidden_states=True), "float32")
 TASKS = {
@@ -116,6 +116,53 @@ def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
         pass
     counts(producer, **{COMMITTED: 3, DEAD: 1})
     assert producer.controller.dead_letters()[0].reason == "the target failed: out of memory"
+
+
+def test_a_failure_does_not_touch_what_the_passes_before_have_made():
+    def fail(ids) -> None:
+        if len(engine.passes) == 3:
+            raise RuntimeError("out of memory")
+
+    engine = Engine(fail)
+    producer = made(engine)
+    producer.once()
+    counts(producer, **{COMMITTED: 3, QUEUED: 1})
+    (again,) = producer.controller.metadata.entries((QUEUED,))
+    assert (len(engine.passes), again.tries) == (4, 1)
+
+
+def test_a_pass_is_stored_while_the_next_one_runs():
+    """What a pass has made is committed when the next one has run, and the last one's at the end."""
+    found: list[tuple[int, int]] = []
+
+    def look(ids) -> None:
+        control = producer.controller
+        found.append((control.features.stat().samples, control.counts()[COMMITTED]))
+
+    producer = made(Engine(look))
+    producer.once()
+    assert found == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    counts(producer, **{COMMITTED: 4})
+
+
+def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
+    """The store takes its time: that the second pass's sample found no room shows when the third pass has run."""
+
+    class Slow(MemoryBackend):
+        full = True
+
+        def flush(self) -> None:
+            if self.full and len(engine.passes) == 3:
+                self.full = False
+                raise StoreFullError("no room")
+
+    engine = Engine()
+    producer = made(engine)
+    producer.controller.features.backend = Slow()
+    producer.run(threading.Event(), idle_seconds=0.1)
+    counts(producer, **{COMMITTED: 4})
+    assert len(engine.passes) == 3 + 3
+    assert len(producer.controller.features.backend.stored()) == 4
 
 
 def test_what_a_failure_left_uncommitted_is_not_taken_for_done():

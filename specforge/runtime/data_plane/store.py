@@ -36,7 +36,7 @@ class BadSampleError(Exception):
 
 
 class StoreFullError(Exception):
-    """The store's byte limit would be exceeded; nothing was written."""
+    """There is no room in the store at the moment; what was there before still is."""
 
 
 class FeatureBackend(Protocol):
@@ -68,7 +68,11 @@ class FeatureBackend(Protocol):
         ...
 
     def flush(self) -> None:
-        """Make everything written so far durable and readable."""
+        """Make everything written so far durable and readable.
+
+        Raises:
+            StoreFullError: the medium had no room for some of it, as one says that takes a while to write.
+        """
         ...
 
     def pending(self) -> int:
@@ -412,7 +416,11 @@ class FeatureStore:
         return len(expired)
 
     def flush(self) -> None:
-        """Make all puts durable and readable."""
+        """Make all puts durable and readable.
+
+        Raises:
+            StoreFullError: the backend had no room for some of them; they must be discarded.
+        """
         self.backend.flush()
 
     def pending(self) -> int:

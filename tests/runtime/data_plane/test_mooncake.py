@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBacke
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from specforge.services import mooncake_master
 from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
-from tests.runtime.data_plane.test_store import SampleRef, put, sample
+from tests.runtime.data_plane.test_store import PROVENANCE, SampleRef, put, sample
 
 MB = 1 << 20
 
@@ -77,21 +78,83 @@ def test_without_a_master_it_is_said_at_once():
         backend.write("a.1", sample())
 
 
+def put_only(store: FeatureStore, name: str, seed: int = 0, length: int = 300_000) -> SampleRef:
+    return store.put(name, sample(seed, length), num_supervised=1, source="", provenance=PROVENANCE)
+
+
 @needs_mooncake
-def test_a_full_store_refuses_and_evicts_nothing():
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_a_full_store_refuses_and_evicts_nothing(together):
+    """The flush refuses; what arrived can be read, and what did not is forgotten with its reference."""
     with mooncake_store(64 * MB) as (address, _):
         store = FeatureStore(MooncakeBackend(address))
-        refs = []
+        refs: list[SampleRef] = []
         with pytest.raises(StoreFullError, match="no room"):  # noqa: PT012 - until it is full
             while len(refs) < 20:
-                refs.append(put(store, f"s{len(refs)}", seed=len(refs), length=300_000))
-        assert 8 <= len(refs) < 20
-        for seed, ref in enumerate(refs):
+                refs.append(put_only(store, f"s{len(refs)}", seed=len(refs)))
+                if not together:
+                    store.flush()
+            store.flush()
+        kept = [ref for ref in refs if store.holds(ref)]
+        assert 8 <= len(kept) < 20
+        for ref in kept:
             with store.get(ref) as tensors:
-                assert torch.equal(tensors["states"], sample(seed, 300_000)["states"])
-        store.delete(refs[0])
+                assert torch.equal(tensors["states"], sample(int(ref.sample_id[1:]), 300_000)["states"])
+        with pytest.raises(StoreFullError):
+            store.flush()  # nothing that a flush has let pass is missing
+        for ref in refs:
+            if ref not in kept:
+                store.discard(ref)
+        store.flush()
+        store.delete(kept[0])
         put(store, "again", length=300_000)
         close(store)
+
+
+@needs_mooncake
+def test_a_value_goes_while_its_writer_goes_on(address, monkeypatch):
+    """Two wait while one is on its way; they go together, and nothing stays of the one that is dropped meanwhile."""
+    calls, begun, free = [], threading.Event(), threading.Event()
+    store = FeatureStore(backend := MooncakeBackend(address))
+    sender = backend._join()[2]
+
+    class Slow:
+        def batch_put_from_multi_buffers(self, names, *rest):
+            calls.append(len(names))
+            begun.set()
+            assert free.wait(60)
+            return client.batch_put_from_multi_buffers(names, *rest)
+
+    client, sender._client = sender._client, Slow()
+    refs = [put_only(store, "s0", 0)]
+    assert begun.wait(60)
+    refs += [put_only(store, f"s{i}", i) for i in (1, 2)]
+    assert store.pending() > sum(ref.nbytes for ref in refs)
+    assert not any(store.holds(ref) for ref in refs)
+    threading.Timer(0.1, free.set).start()
+    store.discard(refs[1])
+    store.flush()
+    assert calls == [1, 2]
+    assert store.pending() == 0
+    assert [store.holds(ref) for ref in refs] == [True, False, True]
+    assert len(backend.stored()) == 2
+    close(store)
+
+
+@needs_mooncake
+def test_a_send_that_breaks_off_is_not_taken_for_done(address):
+    store = FeatureStore(backend := MooncakeBackend(address))
+    sender = backend._join()[2]
+    client, sender._client = sender._client, None
+    ref = put_only(store, "a")
+    with pytest.raises(AttributeError):
+        store.flush()
+    with pytest.raises(UserError, match=r"a\.1-\w+-\d+ could not be put"):
+        store.flush()
+    sender._client = client
+    store.discard(ref)
+    put(store, "a")
+    close(store)
 
 
 @needs_mooncake
@@ -179,6 +242,9 @@ def test_after_a_restart_with_nothing_samples_are_lost_and_new_ones_are_kept():
     second = store_up(*ports)
     try:
         assert second.stdout.readline().startswith(address)
+        with store.get(put(store, "c")) as tensors:  # by the client that knew the first
+            assert torch.equal(tensors["states"], sample()["states"])
+        close(store)
         store = FeatureStore(MooncakeBackend(address))
         store.adopt([ref])
         assert not store.holds(ref)
