@@ -142,6 +142,10 @@ def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
     assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
+    assert "the store is the bottleneck, which is writing 1 sample" in bottleneck(
+        {**empty, LEASED: 2}, 1.0, 1
+    )
+    assert "a producer is silent: " in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
     assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
     assert "the store has no room" in bottleneck({**empty, TRAINED: 3}, 0.0)

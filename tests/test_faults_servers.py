@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from specforge.cli import main
 from specforge.errors import UserError
 from specforge.runtime.control_plane import redis as redis_store
 from specforge.runtime.control_plane.redis import RedisMetadataStore
-from specforge.runtime.data_plane.mooncake import MooncakeBackend, Sender
+from specforge.runtime.data_plane.mooncake import MooncakeBackend
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places, producers
 from tests.runtime.control_plane.redis_server import RedisServer, redis_server
 from tests.runtime.control_plane.test_metadata import needs_redis
@@ -202,14 +201,8 @@ def mooncake() -> Iterator[MooncakeServer]:
 def shared(mooncake, monkeypatch) -> Iterator[MooncakeServer]:
     """One client for all of a world, because leaving takes a second."""
     first = MooncakeBackend(mooncake.address)
-    client, pool, _ = first._join()
-    init = MooncakeBackend.__init__
-
-    def init_joined(self, address: str) -> None:
-        init(self, address)
-        self._joined = (os.getpid(), client, pool, Sender(client))
-
-    monkeypatch.setattr(MooncakeBackend, "__init__", init_joined)
+    joined = first._join()
+    monkeypatch.setattr(MooncakeBackend, "_join", lambda self: joined)
     yield mooncake
     first.close()
 

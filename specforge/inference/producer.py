@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from specforge.contracts import PromptTask, Provenance, SampleRef
@@ -39,6 +40,7 @@ class Producer:
     ) -> None:  # fmt: skip
         self.controller, self.engine, self.fingerprint, self.owner = controller, engine, fingerprint, owner
         self.max_prompts, self.batch_tokens = max_prompts, batch_tokens
+        self._background = ThreadPoolExecutor(1, "flush")
         self._workers: dict[Provenance, RolloutWorker] = {}
         self._hand: dict[str, list[LeasedPrompt]] = {}  # by sample; two epochs may want the same one
         self.produced = 0
@@ -105,7 +107,7 @@ class Producer:
             engine = self.engine(provenance.dtype)
             engine.check(provenance.capture)
             self._workers[provenance] = RolloutWorker(
-                engine, self.controller.features, self._commit, provenance, flush_bytes=0
+                engine, self.controller.features, self._commit, provenance, 0, self._background
             )
         return self._workers[provenance]
 
@@ -122,7 +124,7 @@ class Producer:
             except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
                 reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
                 logger.warning("%s", reason)
-                worker.flush()  # what the passes before have made
+                worker.flush()
                 for task in tasks:
                     for prompt in self._hand.pop(sample_id(task, worker.provenance), []):
                         self.controller.fail(self.owner, prompt, reason)

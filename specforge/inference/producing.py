@@ -202,7 +202,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         "samples: " + ", ".join(f"{counts[state]:,} {state}" for state in STATES),
         f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
         f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
-        bottleneck(counts, produced, controller.unfinished()),
+        bottleneck(counts, produced, controller.unfinished(), controller.silent()),
         *(f"dead: {letter.key} after {letter.tries} tries: {letter.reason}" for letter in dead),
     ]
     if dead and revive:

@@ -9,6 +9,7 @@ second; what is committed is complete.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,8 @@ class RolloutWorker:
         store: takes the tensors.
         commit: takes the references of flushed samples.
         provenance: written into every reference.
-        flush_bytes: flush and commit before the next batch is put when this much is waiting.
+        flush_bytes: flush and commit when this much is waiting.
+        background: flushes there, while the target runs over the next batch; without one, where it captures.
     """
 
     def __init__(
@@ -98,10 +100,12 @@ class RolloutWorker:
         commit: Callable[[Sequence[SampleRef]], object],
         provenance: Provenance,
         flush_bytes: int = 128 << 20,
+        background: Executor | None = None,
     ) -> None:
         self.engine, self.store, self.commit = engine, store, commit
-        self.provenance, self.flush_bytes = provenance, flush_bytes
+        self.provenance, self.flush_bytes, self.background = provenance, flush_bytes, background
         self._refs: list[SampleRef] = []
+        self._flushing: Future[None] | None = None
 
     def run(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """Capture every task that the store does not hold yet.
@@ -123,18 +127,14 @@ class RolloutWorker:
         self.flush()
 
     def capture(self, batch: Sequence[PromptTask]) -> Progress:
-        """Put one batch; it is committed by the next one's capture or by :meth:`flush`.
-
-        So a store may take a batch while the target is busy with the next.
-        """
+        """Put one batch; what the flush of the one before raises, it raises too."""
         ids = [sample_id(task, self.provenance) for task in batch]
         missing = [name not in self.store for name in ids]
         if not any(missing):
             return Progress(0, 0, len(batch))
         # The whole batch runs again, so that the features do not depend on where the last run stopped.
         features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
-        if self.store.pending() >= self.flush_bytes:
-            self.flush()
+        self._settle()
         tokens = 0
         for task, name, new, tensors in zip(batch, ids, missing, features, strict=True):
             if not new:
@@ -148,16 +148,37 @@ class RolloutWorker:
                 )
             )  # fmt: skip
             tokens += len(task.input_ids)
+        if self.store.pending() >= self.flush_bytes:
+            self._begin_flush()
         return Progress(sum(missing), tokens, len(batch) - sum(missing))
 
     def drop(self) -> None:
         """Delete what was captured and not committed."""
+        if self._flushing is not None:
+            wait([self._flushing])
+            self._flushing = None
         for ref in self._refs:
             self.store.discard(ref)
         self._refs = []
 
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""
+        self._settle()
+        self._begin_flush()
+        self._settle()
+
+    def _begin_flush(self) -> None:
+        if self.background is None:
+            self._flush()
+        else:
+            self._flushing = self.background.submit(self._flush)
+
+    def _settle(self) -> None:
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+    def _flush(self) -> None:
         self.store.flush()
         if self._refs:
             self.commit(self._refs)

@@ -131,36 +131,41 @@ def test_a_failure_does_not_touch_what_the_passes_before_have_made():
     assert (len(engine.passes), again.tries) == (4, 1)
 
 
+class SlowBackend(MemoryBackend):
+    """Takes its time: what it was given is stored when ``done`` says so, or not at all."""
+
+    def __init__(self, done) -> None:
+        super().__init__()
+        self.done = done
+
+    def flush(self) -> None:
+        self.done()
+
+
 def test_a_pass_is_stored_while_the_next_one_runs():
-    """What a pass has made is committed when the next one has run, and the last one's at the end."""
-    found: list[tuple[int, int]] = []
-
-    def look(ids) -> None:
-        control = producer.controller
-        found.append((control.features.stat().samples, control.counts()[COMMITTED]))
-
-    producer = made(Engine(look))
+    """The first pass is not stored before the second one has begun."""
+    begun = threading.Event()
+    engine = Engine(lambda ids: len(engine.passes) == 2 and begun.set())
+    producer = made(engine)
+    producer.controller.features.backend = SlowBackend(lambda: begun.wait(60) or pytest.fail("nobody began"))
     producer.once()
-    assert found == [(0, 0), (1, 0), (1, 1), (1, 2)]
     counts(producer, **{COMMITTED: 4})
 
 
 def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
-    """The store takes its time: that the second pass's sample found no room shows when the third pass has run."""
+    flushed: list[int] = []
 
-    class Slow(MemoryBackend):
-        full = True
-
-        def flush(self) -> None:
-            if self.full and len(engine.passes) == 3:
-                self.full = False
-                raise StoreFullError("no room")
+    def done() -> None:
+        flushed.append(producer.controller.counts()[COMMITTED])
+        if len(flushed) == 2:
+            raise StoreFullError("no room")
 
     engine = Engine()
     producer = made(engine)
-    producer.controller.features.backend = Slow()
+    producer.controller.features.backend = SlowBackend(done)
     producer.run(threading.Event(), idle_seconds=0.1)
     counts(producer, **{COMMITTED: 4})
+    assert flushed[:2] == [0, 1]
     assert len(engine.passes) == 3 + 3
     assert len(producer.controller.features.backend.stored()) == 4
 

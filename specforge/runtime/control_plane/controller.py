@@ -297,9 +297,15 @@ class DataFlowController:
         return self.features.remove_orphans(refs, leased, stored)
 
     def unfinished(self) -> int:
-        """Samples in work of which the store has bytes already: their puts take long, or their producer died there."""
+        """Samples in work of which the store has bytes already: their puts take long."""
         stored = {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
-        return len(stored & {_sample(entry.key) for entry in self.metadata.entries((LEASED,))})
+        now = self.clock()
+        return len(stored & {_sample(x.key) for x in self.metadata.entries((LEASED,)) if x.deadline > now})
+
+    def silent(self) -> int:
+        """Prompts in work whose producers do not renew their leases, and which nobody else has taken."""
+        now = self.clock()
+        return sum(entry.deadline <= now for entry in self.metadata.entries((LEASED,)))
 
     def dead_letters(self) -> list[DeadLetter]:
         """Prompts that were given up; :meth:`revive` tries them again."""

@@ -54,13 +54,23 @@ class Grant(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample's record: state, JSON of its reference (empty before it is committed), tries, why it failed last."""
+    """A sample's record.
+
+    Attributes:
+        key: of the sample in an epoch.
+        state: one of ``STATES``.
+        ref: JSON of its reference, empty before it is committed.
+        tries: how often it was lent out.
+        reason: why it failed last.
+        deadline: until when it is lent out; 0 in other states than ``leased``.
+    """
 
     key: str
     state: str
     ref: str
     tries: int
     reason: str
+    deadline: float = 0.0
 
 
 class MetadataStore(Protocol):
@@ -365,7 +375,10 @@ class MemoryMetadataStore:
         """See :class:`MetadataStore`."""
         with self._lock:
             chosen = [(key, row) for key, row in self._rows.items() if row.state in states]
-            return iter([Entry(key, r.state, r.ref, r.tries, r.reason) for key, r in chosen])
+            return iter([
+                Entry(key, r.state, r.ref, r.tries, r.reason, r.deadline if r.state == LEASED else 0.0)
+                for key, r in chosen
+            ])  # fmt: skip
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""

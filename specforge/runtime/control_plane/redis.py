@@ -182,7 +182,8 @@ local found = {}
 for _, state in ipairs(ARGV) do
   for _, key in ipairs(redis.call('ZRANGE', set(state), 0, -1)) do
     local seq, ref, tries, reason = unpack(redis.call('HMGET', sample(key), 'seq', 'ref', 'tries', 'reason'))
-    found[#found + 1] = {tonumber(seq), key, state, ref, tonumber(tries), reason}
+    local deadline = state == 'leased' and redis.call('ZSCORE', set(state), key) or '0'
+    found[#found + 1] = {tonumber(seq), key, state, ref, tonumber(tries), reason, deadline}
   end
 end
 return found
@@ -306,7 +307,8 @@ class RedisMetadataStore:
 
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
         """See :class:`MetadataStore`."""
-        return iter([Entry(*row[1:]) for row in sorted(self._run("entries", "read", *states))])
+        rows = sorted(self._run("entries", "read", *states))
+        return iter([Entry(*row[1:-1], deadline=float(row[-1])) for row in rows])
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""

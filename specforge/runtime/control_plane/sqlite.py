@@ -215,7 +215,7 @@ class SQLiteMetadataStore:
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
         """See :class:`MetadataStore`."""
         select = (
-            "SELECT key, state, ref, tries, reason FROM samples "
+            f"SELECT key, state, ref, tries, reason, iif(state = '{LEASED}', deadline, 0.0) FROM samples "
             "WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
         )
         with self._reading() as db:

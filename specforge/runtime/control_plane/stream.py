@@ -193,7 +193,7 @@ class StreamedSamples:
             if waited >= min(warn_at, self.wait_seconds) or self._closed.is_set():
                 counts = self.controller.counts()
                 produced = (_produced(counts) - before) / max(waited, 1e-9)
-                reason = bottleneck(counts, produced, self.controller.unfinished())
+                reason = bottleneck(counts, produced, self.controller.unfinished(), self.controller.silent())
                 if waited >= self.wait_seconds or self._closed.is_set():
                     raise UserError(f"no sample for {waited:.0f} s: {reason}")
                 logger.warning("training waits for samples since %.0f s: %s", waited, reason)
@@ -317,15 +317,21 @@ def _produced(counts: Mapping[str, int]) -> int:
     return sum(counts[state] for state in (COMMITTED, DELIVERED, TRAINED, DURABLE))
 
 
-def bottleneck(counts: Mapping[str, int], produced: float, unfinished: int = 0) -> str:
+def bottleneck(counts: Mapping[str, int], produced: float, unfinished: int = 0, silent: int = 0) -> str:
     """Who keeps the others waiting.
 
     Args:
         counts: samples in each state.
         produced: samples a second that producers give.
         unfinished: samples in work of which the store has bytes already.
+        silent: prompts in work whose leases are over.
     """
     queued, leased = counts[QUEUED], counts[LEASED]
+    if silent:
+        return (
+            f"a producer is silent: it died, or cannot reach the metadata store, with {silent} prompts in hand, which "
+            f"the next one that works takes over; {queued} are queued, {produced:.1f} samples/s produced"
+        )
     if leased:
         what, cure = "the producers are the bottleneck", "start more of them"
         if unfinished:

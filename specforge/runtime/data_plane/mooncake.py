@@ -18,8 +18,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -160,72 +159,10 @@ class BufferPool:
         return torch.frombuffer(view, dtype=torch.uint8)
 
 
-class Sender:
-    """Puts values on a thread of its own; all that wait go together, in one call.
-
-    Args:
-        client: of the store.
-    """
-
-    def __init__(self, client: Any) -> None:
-        from mooncake.store import ReplicateConfig
-
-        self._client, self._config = client, ReplicateConfig()
-        self._config.with_hard_pin = True
-        self._thread = ThreadPoolExecutor(1, "mooncake")
-        self._lock = threading.Lock()
-        self._waiting: dict[str, list[Tensor]] = {}
-        self._sends: list[Future[None]] = []
-        self._failed: dict[str, int] = {}
-        self.nbytes = 0  # since the last :meth:`finish`
-
-    def put(self, name: str, pieces: list[Tensor]) -> None:
-        """Send the pieces, one behind the other, as one value; they must stay as they are until it is sent."""
-        with self._lock:
-            self._waiting[name] = pieces
-            self.nbytes += sum(piece.nbytes for piece in pieces)
-            self._sends.append(self._thread.submit(self._send))
-
-    def _send(self) -> None:
-        with self._lock:
-            values, self._waiting = self._waiting, {}
-        self._failed.update(dict.fromkeys(values, _UNREACHABLE))  # until Mooncake says otherwise
-        if _UNREACHABLE in self._put(values):
-            self._put({name: values[name] for name in values if self._failed.get(name) == _UNREACHABLE})
-
-    def _put(self, values: Mapping[str, list[Tensor]]) -> list[int]:
-        if not values:  # they went with those before
-            return []
-        places = [[piece.data_ptr() for piece in pieces] for pieces in values.values()]
-        sizes = [[piece.nbytes for piece in pieces] for pieces in values.values()]
-        codes = self._client.batch_put_from_multi_buffers(list(values), places, sizes, self._config)
-        self._failed.update(zip(values, codes, strict=True))
-        self._failed = {name: code for name, code in self._failed.items() if code != 0}
-        return codes
-
-    def finish(self) -> dict[str, int]:
-        """Wait until everything is sent; Mooncake's codes of the values that are not in the store, until forgotten."""
-        with self._lock:
-            sends, self._sends, self.nbytes = self._sends, [], 0
-        wait(sends)
-        for send in sends:
-            send.result()
-        return self._failed
-
-    def forget(self, name: str) -> None:
-        """Wait until nothing is on its way, and no longer ask for the value."""
-        wait(self._sends)
-        self._failed.pop(name, None)
-
-    def close(self) -> None:
-        """Send what waits, and end."""
-        self._thread.shutdown()
-
-
 class MooncakeBackend:
     """Whole samples as pinned values of a Mooncake store; joined at the first use, by each process for itself.
 
-    What is written is on its way while the caller goes on; whether it has arrived, :meth:`flush` says.
+    What is written waits for :meth:`flush`, which puts all of it in one call: the calls are what small values cost.
 
     Args:
         address: see :class:`MooncakeAddress`.
@@ -237,15 +174,16 @@ class MooncakeBackend:
     def __init__(self, address: str) -> None:
         self.address = MooncakeAddress.parse(address)
         self._lock = threading.Lock()
-        self._joined: tuple[int, Any, BufferPool, Sender] | None = None
+        self._joined: tuple[int, Any, BufferPool, Any] | None = None
+        self._waiting: dict[str, list[Tensor]] = {}  # pieces of values that are not in the store yet
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Begin to put one value under a name of its own.
+        """Take one value, under a name of its own; the tensors must stay as they are until it is flushed.
 
         Raises:
             UserError: the store does not answer.
         """
-        _, pool, sender = self._join()
+        _, pool, _ = self._join()
         header, order = lay_out(tensors)
         pieces = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
         pieces += [tensors[name].contiguous() for name in order if tensors[name].nbytes]
@@ -255,7 +193,7 @@ class MooncakeBackend:
             buffer = pool.take(nbytes)
             torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces], out=buffer)
             pieces = [buffer]
-        sender.put(self._name(key, uri), pieces)
+        self._waiting[self._name(key, uri)] = pieces
         return uri
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
@@ -278,8 +216,9 @@ class MooncakeBackend:
         Raises:
             UserError: the master does not answer.
         """
-        (client, _, sender), name = self._join(), self._name(key, uri)
-        sender.forget(name)
+        client, name = self._join()[0], self._name(key, uri)
+        if self._waiting.pop(name, None):
+            return
         if (code := self._ask(lambda: client.remove(name, force=True))) == _UNREACHABLE:
             raise self._silent(code)
 
@@ -311,29 +250,46 @@ class MooncakeBackend:
         return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
-        """Wait until everything written has arrived; what has not must be removed before the next.
+        """Put everything that waits; what could not be put goes on waiting, until it is removed.
 
         Raises:
-            StoreFullError: some found no room at the moment, or no owner that lends memory.
+            StoreFullError: for some there is no room at the moment, or no owner that lends memory.
             UserError: some could not be put; the store does not answer.
         """
-        failed = self._join()[2].finish() if self._joined is not None else {}
+        codes = self._put(list(self._waiting))
+        if _UNREACHABLE in codes.values():  # a master that was started again is found at the second time
+            codes |= self._put([name for name, code in codes.items() if code == _UNREACHABLE])
+        failed = {name: code for name, code in codes.items() if code != 0}
         for name, code in failed.items():
             if code != _FULL:
                 raise UserError(f"store {self.address}: {name} could not be put (Mooncake's code {code})")
         if failed:
             raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
 
+    def _put(self, names: Sequence[str]) -> dict[str, int]:
+        if not names:
+            return {}
+        client, _, config = self._join()
+        values = [self._waiting[name] for name in names]
+        places = [[piece.data_ptr() for piece in pieces] for pieces in values]
+        sizes = [[piece.nbytes for piece in pieces] for pieces in values]
+        codes = dict(
+            zip(names, client.batch_put_from_multi_buffers(names, places, sizes, config), strict=True)
+        )
+        for name, code in codes.items():
+            if code == 0:
+                del self._waiting[name]
+        return codes
+
     def pending(self) -> int:
-        """Bytes written since the last flush."""
-        return self._join()[2].nbytes if self._joined is not None else 0
+        """Bytes that wait for :meth:`flush`."""
+        return sum(piece.nbytes for pieces in list(self._waiting.values()) for piece in pieces)
 
     def close(self) -> None:
         """Leave the store."""
         with self._lock:
             joined, self._joined = self._joined, None
         if joined is not None and joined[0] == os.getpid():
-            joined[3].close()
             joined[1].close()
 
     def _name(self, key: str, uri: str) -> str:
@@ -350,10 +306,13 @@ class MooncakeBackend:
     def _silent(self, code: int) -> UserError:
         return UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
 
-    def _join(self) -> tuple[Any, BufferPool, Sender]:
+    def _join(self) -> tuple[Any, BufferPool, Any]:
         with self._lock:
-            # Neither client nor thread survives a fork.
-            if self._joined is None or self._joined[0] != os.getpid():
+            if self._joined is None or self._joined[0] != os.getpid():  # a client does not survive a fork
                 client = connect(self.address)
-                self._joined = (os.getpid(), client, BufferPool(client), Sender(client))
+                from mooncake.store import ReplicateConfig
+
+                config = ReplicateConfig()
+                config.with_hard_pin = True
+                self._joined = (os.getpid(), client, BufferPool(client), config)
             return self._joined[1:]

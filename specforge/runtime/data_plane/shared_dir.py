@@ -86,19 +86,21 @@ class SharedDirBackend:
         Raises:
             UserError: the disk is full or not writable.
         """
+        paths = list(self._unsynced)
         try:
-            for path in self._unsynced:
+            for path in paths:
                 with suppress(FileNotFoundError), path.open("rb") as file:
                     os.fsync(file.fileno())
-            for folder in {path.parent for path in self._unsynced}:
+            for folder in {path.parent for path in paths}:
                 sync_folder(folder)
         except OSError as error:
             raise disk_error(self.folder, error) from error
-        self._unsynced.clear()
+        for path in paths:
+            self._unsynced.pop(path, None)
 
     def pending(self) -> int:
         """Bytes written but not yet synced."""
-        return sum(self._unsynced.values())
+        return sum(list(self._unsynced.values()))
 
     def _path(self, key: str, uri: str) -> Path:
         match = _URI.fullmatch(uri)

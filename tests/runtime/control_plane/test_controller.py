@@ -290,6 +290,17 @@ def test_a_restart_queues_what_is_lost_and_deletes_what_nobody_committed(tmp_pat
     assert [x.sample_id for x in after.lease("w", 9)] == ["s1", "s3", "s4", "s5"]
 
 
+def test_whose_put_takes_long_and_whose_producer_is_silent(control, clock):
+    control.ingest(TASKS)
+    busy, *_ = control.lease("w", 3)
+    put(control.features, busy.sample_id)
+    assert (control.unfinished(), control.silent()) == (1, 0)
+    clock.now += 10.0
+    assert (control.unfinished(), control.silent()) == (0, 3)
+    control.lease("v", 1)  # somebody works: what is over is queued again, and what had been put is deleted
+    assert (control.unfinished(), control.silent()) == (0, 0)
+
+
 def test_damaged_features_are_produced_again(control):
     control.ingest({"s0": TASKS["s0"]})
     (key,) = produce(control)

@@ -154,6 +154,7 @@ def test_tries_run_out_by_failure_and_by_expiry_and_are_given_anew(store):
     assert store.fail("a", "k0", 0, "out of memory", 2) == QUEUED
     assert [(g.key, g.attempt) for g in store.lease("a", 2, 10.0, 20.0, 2)] == [("k0", 1), ("k1", 1)]
     assert store.fail("a", "k0", 1, "NaN in layer 3", 2) == DEAD
+    assert [entry.deadline for entry in store.entries((LEASED,))] == [20.0]
     assert store.lease("a", 2, 20.0, 30.0, 2) == []
     assert list(store.entries((DEAD,))) == [
         Entry("k0", DEAD, "", 2, "NaN in layer 3"), Entry("k1", DEAD, "", 2, "the lease of a expired"),
