@@ -14,6 +14,7 @@ in memory is thrown away. Real processes and servers are killed in the other fil
                                                  started again; with no data. SQLite: control_plane/test_metadata.py
     the owner and master of a store die          test_faults_servers.py: Mooncake, started again in the middle of a run
     a store or metadata server comes back empty  test_faults_servers.py; here: metadata is emptied
+    a host is cut off for a while                test_several_hosts.py: producer, trainer, servers in turn
     a producer is started twice, commits twice   here
     the clock jumps                              here
     a disk is slow, full                         here; the stall's message in control_plane/test_stream.py

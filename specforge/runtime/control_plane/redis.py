@@ -308,7 +308,10 @@ class RedisMetadataStore:
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
         """See :class:`MetadataStore`."""
         rows = sorted(self._run("entries", "read", *states))
-        return iter([Entry(*row[1:-1], deadline=float(row[-1])) for row in rows])
+        return iter([
+            Entry(key, state, ref, tries, reason, float(deadline))
+            for _, key, state, ref, tries, reason, deadline in rows
+        ])  # fmt: skip
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""
