@@ -59,6 +59,11 @@ TARGETS = {
 SKIP = 10
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class StepTimes(pl.Callback):
     """Writes the median step, the wait before it, and the peak of the device's memory.
 
@@ -75,14 +80,14 @@ class StepTimes(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch has come."""
-        torch.cuda.synchronize()
+        synchronize()
         self._waits.append(time.perf_counter() - self._end)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step is done."""
-        torch.cuda.synchronize()
+        synchronize()
         now = time.perf_counter()
         self._steps.append(now - self._end)
         self._tokens.append(sum(batch.lengths))
@@ -132,16 +137,22 @@ def write_target(config: dict[str, Any], folder: Path) -> TargetFiles:
     return TargetFiles.find(str(folder))
 
 
-def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folder: Path) -> None:
+def random_tasks(vocab_size: int, tokens: int) -> list[PromptTask]:
     """Documents of 256 to 2,048 tokens, the second half of each supervised."""
     rng = random.Random(0)
     tasks: list[PromptTask] = []
     while tokens > 0:
         length = rng.randint(256, 2048)
-        ids = tuple(rng.randrange(files.vocab_size) for _ in range(length))
+        ids = tuple(rng.randrange(vocab_size) for _ in range(length))
         mask = tuple(int(i >= length // 2) for i in range(length))
         tasks.append(PromptTask(f"{len(tasks):032x}", ids, mask))
         tokens -= length
+    return tasks
+
+
+def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folder: Path) -> None:
+    """Features of random documents."""
+    tasks = random_tasks(files.vocab_size, tokens)
     counts = TokenCounts(*(torch.ones(files.vocab_size, dtype=torch.int64) for _ in range(2)))
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
     features = FeatureFolder.create(folder / "train", provenance, counts)

@@ -6,6 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,10 +218,12 @@ def capture(
             target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
         )
         folder = FeatureFolder.create(output / name, provenance, prompt_set.counts)
-        worker = RolloutWorker(engine, folder.store, folder.manifest.append, provenance)
         tasks = prompt_set.tasks[: limit_samples if name == "train" else None]
         tokens, start = 0, time.perf_counter()
-        with _progress("samples") as bar:
+        with _progress("samples") as bar, ThreadPoolExecutor(1, "store") as background:
+            worker = RolloutWorker(
+                engine, folder.store, folder.manifest.append, provenance, background=background
+            )
             task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
             for step in worker.run(tasks, batch_tokens or (2048 if place == "cpu" else 65536)):
                 tokens += step.tokens
@@ -258,7 +261,7 @@ def produce(
         device: cpu, cuda, ... or auto.
         workers: processes; each holds the target.
         name: of this producer, which gives back what it held when it starts again; made up by default.
-        max_prompts: most prompts in hand of a process.
+        max_prompts: most prompts that a process leases at a time.
         batch_tokens: most tokens of a forward pass, padding included; 1 takes each prompt by itself, so that features
             are bit for bit those of a run that produces them otherwise.
         lease_seconds: prompts of a producer that was silent for so long go to others.

@@ -10,7 +10,11 @@ import torch
 import yaml
 
 from specforge.cli import main
+from specforge.contracts import CapturePolicy
+from specforge.inference.target_engine import HFTargetEngine
 from specforge.recipes import recipe_folder
+from specforge.runtime.data_plane.local import MemoryBackend
+from specforge.target_files import TargetFiles
 from tests.disaggregated import places, producers
 from tests.tiny import TINY_OPTIONS
 
@@ -44,6 +48,22 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
     methods = json.loads((tmp_path / "evaluation.json").read_text())["methods"]
     assert all(m["lossless"] for m in methods)
     assert methods[-1]["tau"] == pytest.approx(methods[-1]["offline_tau"])
+
+
+def test_features_leave_the_gpu_through_page_locked_memory(target):
+    engine = HFTargetEngine(TargetFiles.find(str(target)), "float32", "cuda")
+    policy = CapturePolicy((0, 1), last_hidden_states=True)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    for _ in range(3):  # in blocks that were used before
+        for ids, features in zip(prompts, engine.capture(prompts, policy), strict=True):
+            (alone,) = engine.capture([ids], policy)
+            for name, x in features.items():
+                assert x.is_pinned()
+                assert x.shape[0] == len(ids)
+                torch.testing.assert_close(x, alone[name])
+            kept = MemoryBackend()
+            kept.write("a.1", features)
+            assert not any(x.is_pinned() for x in kept.read("a.1", "").values())
 
 
 LATENT = {

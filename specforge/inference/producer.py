@@ -29,7 +29,7 @@ class Producer:
         engine: gives the target's engine for a compute dtype.
         fingerprint: of the target; prompts for another one are refused.
         owner: name of this producer; when it starts again under its name it gives back what it held.
-        max_prompts: most prompts in hand.
+        max_prompts: most prompts to lease at a time.
         batch_tokens: most tokens of a forward pass, padding included; 1 takes each prompt by itself, so that features
             do not depend on what they are made together with.
     """
@@ -40,9 +40,10 @@ class Producer:
     ) -> None:  # fmt: skip
         self.controller, self.engine, self.fingerprint, self.owner = controller, engine, fingerprint, owner
         self.max_prompts, self.batch_tokens = max_prompts, batch_tokens
-        self._background = ThreadPoolExecutor(1, "flush")
+        self._background = ThreadPoolExecutor(1, "store")
         self._workers: dict[Provenance, RolloutWorker] = {}
-        self._hand: dict[str, list[LeasedPrompt]] = {}  # by sample; two epochs may want the same one
+        # By sample, until it is committed; two epochs may want the same one.
+        self._hand: dict[str, list[LeasedPrompt]] = {}
         self.produced = 0
 
     def run(self, stop: threading.Event, idle_seconds: float | None = None) -> None:
@@ -52,39 +53,56 @@ class Producer:
             UserError: the store cannot be written, or what is queued is for another target; nothing stays leased.
         """
         self.controller.release(self.owner)
-        idle = 0.0
+        idle, last = 0.0, False
         with self._renewing():
             try:
-                while not stop.is_set() and (idle_seconds is None or idle < idle_seconds):
+                while not last:
+                    last = stop.is_set() or (idle_seconds is not None and idle >= idle_seconds)
                     try:
-                        busy = self.once(stop)
+                        busy = not last and self._work(stop)
+                        if not busy:
+                            self._flush()
                     except StoreFullError as error:
                         logger.warning("the store is full (%s); waiting", error)
                         for worker in self._workers.values():
                             worker.drop()
-                        self.controller.release(self.owner)
+                        self._release()
                         busy = False
                     idle = 0.0 if busy else idle + _POLL
                     if not busy:
                         stop.wait(_POLL)
             finally:
-                self.controller.release(self.owner)
+                self._release()
 
-    def once(self, stop: threading.Event | None = None) -> bool:
-        """Lease some prompts and produce them; whether there were any."""
-        leased = self.controller.lease(self.owner, self.max_prompts)
-        for prompt in leased:
-            self._hand.setdefault(prompt.sample_id, []).append(prompt)
+    def once(self) -> bool:
+        """Lease some prompts, produce and commit them; whether there were any."""
         try:
-            for worker, tasks in self._batches(leased):
-                if stop is not None and stop.is_set():
-                    break
-                self._produce(worker, tasks)
-            for worker in self._workers.values():
-                worker.flush()
+            busy = self._work(threading.Event())
+            self._flush()
         finally:
             self._hand = {}
+        return busy
+
+    def _work(self, stop: threading.Event) -> bool:
+        """Lease some prompts and produce them; what the last pass made is then still being stored."""
+        leased = self.controller.lease(self.owner, self.max_prompts)
+        if any(prompt.sample_id in self._hand for prompt in leased):
+            self._flush()  # of another epoch, and being stored
+        for prompt in leased:
+            self._hand.setdefault(prompt.sample_id, []).append(prompt)
+        for worker, tasks in self._batches(leased):
+            if stop.is_set():
+                break
+            self._produce(worker, tasks)
         return bool(leased)
+
+    def _flush(self) -> None:
+        for worker in self._workers.values():
+            worker.flush()
+
+    def _release(self) -> None:
+        self._hand = {}
+        self.controller.release(self.owner)
 
     def _batches(self, leased: Sequence[LeasedPrompt]) -> Iterator[tuple[RolloutWorker, list[PromptTask]]]:
         groups: dict[Provenance, dict[str, PromptTask]] = {}
@@ -107,33 +125,33 @@ class Producer:
             engine = self.engine(provenance.dtype)
             engine.check(provenance.capture)
             self._workers[provenance] = RolloutWorker(
-                engine, self.controller.features, self._commit, provenance, 0, self._background
+                engine, self.controller.features, self._commit, provenance, 0, self._background, self._reject
             )
         return self._workers[provenance]
 
     def _produce(self, worker: RolloutWorker, tasks: list[PromptTask]) -> None:
-        while tasks:
-            try:
-                worker.capture(tasks)
-                return
-            except BadSampleError as error:
-                for prompt in self._hand.pop(error.sample_id, []):
-                    self.controller.fail(self.owner, prompt, str(error))
-                logger.warning("%s", error)
-                tasks = [x for x in tasks if sample_id(x, worker.provenance) != error.sample_id]
-            except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
-                reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-                logger.warning("%s", reason)
-                worker.flush()
-                for task in tasks:
-                    for prompt in self._hand.pop(sample_id(task, worker.provenance), []):
-                        self.controller.fail(self.owner, prompt, reason)
-                return
+        try:
+            captured = worker.capture(tasks)
+        except RuntimeError as error:  # out of memory, say; it must not stop every producer in turn
+            reason = f"the target failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            logger.warning("%s", reason)
+            self._fail([sample_id(task, worker.provenance) for task in tasks], reason)
+        else:
+            worker.put(captured)
+
+    def _reject(self, error: BadSampleError) -> None:
+        logger.warning("%s", error)
+        self._fail([error.sample_id], str(error))
+
+    def _fail(self, names: Sequence[str], reason: str) -> None:
+        for name in names:
+            for prompt in self._hand.pop(name, []):
+                self.controller.fail(self.owner, prompt, reason)
 
     def _commit(self, refs: Sequence[SampleRef]) -> None:
         """Commit; what was forgotten meanwhile, because the trainer started anew, is deleted."""
         for ref in refs:
-            items = [(prompt.key, ref) for prompt in self._hand.pop(ref.sample_id, [])]
+            items = [(prompt.key, ref) for prompt in self._hand.get(ref.sample_id, [])]
             try:
                 new = self.controller.commit(items)
             except StateError:
@@ -142,6 +160,8 @@ class Producer:
                 self.controller.features.discard(ref)
             self.produced += any(new)
         self.controller.features.disown(refs)
+        for ref in refs:
+            self._hand.pop(ref.sample_id, None)
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specforge.contracts import (
     AUX_HIDDEN_STATES,
@@ -27,7 +28,7 @@ from specforge.contracts import (
 )
 from specforge.inference.target_engine import TargetEngine
 from specforge.runtime.data_plane.encoding import stored_width
-from specforge.runtime.data_plane.store import FeatureStore
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
 from specforge.target_files import torch_dtype
 
 
@@ -81,6 +82,19 @@ class Progress:
     resumed: int
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What one pass gave of a sample."""
+
+    sample_id: str
+    task: PromptTask
+    tensors: dict[str, Tensor]
+
+
+def _refuse(error: BadSampleError) -> None:
+    raise error
+
+
 class RolloutWorker:
     """Runs the target over prompts and commits what it captures.
 
@@ -90,7 +104,8 @@ class RolloutWorker:
         commit: takes the references of flushed samples.
         provenance: written into every reference.
         flush_bytes: flush and commit when this much is waiting.
-        background: flushes there, while the target runs over the next batch; without one, where it captures.
+        background: puts, flushes and commits there, while the target runs over the next batch; without one, in turn.
+        reject: takes what is said of a sample that must not be stored, such as one with NaN; raises it by default.
     """
 
     def __init__(
@@ -101,11 +116,12 @@ class RolloutWorker:
         provenance: Provenance,
         flush_bytes: int = 128 << 20,
         background: Executor | None = None,
+        reject: Callable[[BadSampleError], object] = _refuse,
     ) -> None:
-        self.engine, self.store, self.commit = engine, store, commit
+        self.engine, self.store, self.commit, self.reject = engine, store, commit, reject
         self.provenance, self.flush_bytes, self.background = provenance, flush_bytes, background
         self._refs: list[SampleRef] = []
-        self._flushing: Future[None] | None = None
+        self._storing: Future[None] | None = None
 
     def run(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """Capture every task that the store does not hold yet.
@@ -123,60 +139,66 @@ class RolloutWorker:
     def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """As :meth:`run`, with an engine that has been checked."""
         for batch in plan_batches(tasks, batch_tokens):
-            yield self.capture(batch)
+            captured = self.capture(batch)
+            self.put(captured)
+            tokens = sum(len(sample.task.input_ids) for sample in captured)
+            yield Progress(len(captured), tokens, len(batch) - len(captured))
         self.flush()
 
-    def capture(self, batch: Sequence[PromptTask]) -> Progress:
-        """Put one batch; what the flush of the one before raises, it raises too."""
+    def capture(self, batch: Sequence[PromptTask]) -> list[Captured]:
+        """Run the target once, over prompts of which the store lacks a sample; those it lacks."""
         ids = [sample_id(task, self.provenance) for task in batch]
         missing = [name not in self.store for name in ids]
         if not any(missing):
-            return Progress(0, 0, len(batch))
+            return []
         # The whole batch runs again, so that the features do not depend on where the last run stopped.
         features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
-        self._settle()
-        tokens = 0
-        for task, name, new, tensors in zip(batch, ids, missing, features, strict=True):
-            if not new:
-                continue
-            tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
-            tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
-            self._refs.append(
-                self.store.put(
-                    name, tensors, num_supervised=sum(task.loss_mask), source=task.source,
-                    provenance=self.provenance,
-                )
-            )  # fmt: skip
-            tokens += len(task.input_ids)
-        if self.store.pending() >= self.flush_bytes:
-            self._begin_flush()
-        return Progress(sum(missing), tokens, len(batch) - sum(missing))
+        found = zip(ids, batch, features, missing, strict=True)
+        return [Captured(name, task, tensors) for name, task, tensors, new in found if new]
 
-    def drop(self) -> None:
-        """Delete what was captured and not committed."""
-        if self._flushing is not None:
-            wait([self._flushing])
-            self._flushing = None
-        for ref in self._refs:
-            self.store.discard(ref)
-        self._refs = []
+    def put(self, captured: Sequence[Captured]) -> None:
+        """Store what a pass gave; what storing the pass before has raised is raised here."""
+        self._settle()
+        if self.background is None:
+            self._put(captured)
+        else:
+            self._storing = self.background.submit(self._put, captured)
 
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""
         self._settle()
-        self._begin_flush()
-        self._settle()
+        self._flush()
 
-    def _begin_flush(self) -> None:
-        if self.background is None:
-            self._flush()
-        else:
-            self._flushing = self.background.submit(self._flush)
+    def drop(self) -> None:
+        """Delete what was captured and not committed."""
+        if self._storing is not None:
+            wait([self._storing])
+            self._storing = None
+        for ref in self._refs:
+            self.store.discard(ref)
+        self._refs = []
 
     def _settle(self) -> None:
-        flushing, self._flushing = self._flushing, None
-        if flushing is not None:
-            flushing.result()
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            storing.result()
+
+    def _put(self, captured: Sequence[Captured]) -> None:
+        for sample in captured:
+            task, tensors = sample.task, sample.tensors
+            tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
+            tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
+            try:
+                ref = self.store.put(
+                    sample.sample_id, tensors, num_supervised=sum(task.loss_mask), source=task.source,
+                    provenance=self.provenance,
+                )  # fmt: skip
+            except BadSampleError as error:
+                self.reject(error)
+            else:
+                self._refs.append(ref)
+        if self.store.pending() >= self.flush_bytes:
+            self._flush()
 
     def _flush(self) -> None:
         self.store.flush()

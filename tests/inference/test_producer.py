@@ -152,6 +152,15 @@ def test_a_pass_is_stored_while_the_next_one_runs():
     counts(producer, **{COMMITTED: 4})
 
 
+def test_a_sample_that_is_being_stored_is_waited_for_when_another_epoch_wants_it():
+    """The second epoch's prompts are leased while the last sample of the first is still on its way."""
+    producer = made(Engine(), max_prompts=4)
+    producer.controller.ingest(TASKS, 1, PROVENANCE)
+    producer.controller.features.backend = SlowBackend(lambda: threading.Event().wait(0.05))
+    producer.run(threading.Event(), idle_seconds=0.1)
+    counts(producer, **{COMMITTED: 8})
+
+
 def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
     flushed: list[int] = []
 
@@ -170,22 +179,23 @@ def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
     assert len(producer.controller.features.backend.stored()) == 4
 
 
-def test_what_a_failure_left_uncommitted_is_not_taken_for_done():
-    """The third of four samples is bad, so two lie in the store; then the target fails on the rest."""
-
+def test_a_bad_sample_costs_the_others_of_its_pass_nothing():
     class Failing(Engine):
         def capture(self, input_ids, policy):
             features = super().capture(input_ids, policy)
             if len(self.passes) == 1:
                 features[2]["last_hidden_states"][0] = float("nan")
-            if len(self.passes) == 2:
-                raise RuntimeError("out of memory")
             return features
 
-    producer = made(Failing(), batch_tokens=100)
-    while producer.once():
-        pass
+    engine = Failing()
+    producer = made(engine, batch_tokens=100)
+    producer.once()
+    counts(producer, **{COMMITTED: 3, QUEUED: 1})
+    (again,) = producer.controller.metadata.entries((QUEUED,))
+    assert "holds NaN" in again.reason
+    producer.once()
     counts(producer, **{COMMITTED: 4})
+    assert engine.passes == [4, 1]
     features = producer.controller.features
     for entry in producer.controller.metadata.entries((COMMITTED,)):
         assert features.holds(load_ref(entry.ref))

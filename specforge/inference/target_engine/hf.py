@@ -69,6 +69,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__}: no list of {config.num_hidden_layers} decoder layers found")
 
 
+def _to_host(x: Tensor) -> Tensor:
+    """Contiguous, on the CPU; what comes from a GPU is page-locked, and still being written."""
+    if x.device.type != "cuda":
+        return x.cpu().contiguous()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
 class HFTargetEngine:
     """A transformers causal LM, frozen.
 
@@ -128,13 +135,16 @@ class HFTargetEngine:
         tap = FeatureTap(self.model, policy)
         try:
             self.model.base_model(input_ids=padded.to(self.device), use_cache=False)
-            features = {name: x.cpu() for name, x in tap.features().items()}
+            features = tap.features()
         finally:
             tap.close()
-        return [
-            {name: x[i, : len(ids)].contiguous() for name, x in features.items()}
+        found = [
+            {name: _to_host(x[i, : len(ids)]) for name, x in features.items()}
             for i, ids in enumerate(input_ids)
         ]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return found
 
     @torch.inference_mode()
     def generate(

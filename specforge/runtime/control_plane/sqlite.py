@@ -215,8 +215,8 @@ class SQLiteMetadataStore:
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
         """See :class:`MetadataStore`."""
         select = (
-            f"SELECT key, state, ref, tries, reason, iif(state = '{LEASED}', deadline, 0.0) FROM samples "
-            "WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
+            f"SELECT key, state, ref, tries, reason, CASE state WHEN '{LEASED}' THEN deadline ELSE 0.0 END "
+            "FROM samples WHERE state IN (SELECT value FROM json_each(?)) ORDER BY seq"
         )
         with self._reading() as db:
             return iter([Entry(*row) for row in db.execute(select, (json.dumps(list(states)),))])

@@ -29,8 +29,8 @@ class MemoryBackend:
         self._groups: dict[str, dict[str, Tensor]] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Keep the tensors."""
-        self._groups[key] = dict(tensors)
+        """Keep the tensors, but for page-locked ones, of which a copy: of such memory hosts have little."""
+        self._groups[key] = {name: x.clone() if x.is_pinned() else x for name, x in tensors.items()}
         return ""
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:

@@ -217,8 +217,7 @@ class MooncakeBackend:
             UserError: the master does not answer.
         """
         client, name = self._join()[0], self._name(key, uri)
-        if self._waiting.pop(name, None):
-            return
+        self._waiting.pop(name, None)  # it may have arrived all the same, where the answer was lost
         if (code := self._ask(lambda: client.remove(name, force=True))) == _UNREACHABLE:
             raise self._silent(code)
 
@@ -278,7 +277,7 @@ class MooncakeBackend:
         )
         for name, code in codes.items():
             if code == 0:
-                del self._waiting[name]
+                self._waiting.pop(name, None)
         return codes
 
     def pending(self) -> int:
