@@ -20,13 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """Sums depend on the number of threads, also those of fixtures that live longer than a test."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Sums depend on the number of threads; set before the fixtures of a test, those that outlive it too."""
     torch.set_num_threads(1)
 
 
