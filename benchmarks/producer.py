@@ -146,8 +146,17 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def measure(sides: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
+    """Median seconds of each side, in turn, after one repetition that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeat + 1):
+        for name, side in sides.items():
+            seconds[name].append(side())
+    return {name: statistics.median(x[1:]) for name, x in seconds.items()}
+
+
 def main() -> None:
-    """Measure in turn, print and write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -193,11 +202,8 @@ def main() -> None:
                     for name, backend in backends.items()
                 },
             }
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for _ in range(options.repeat + 1):
-                for name, side in sides.items():
-                    seconds[name].append(side())
-            found[str(size)] = {name: tokens / statistics.median(x[1:]) for name, x in seconds.items()}
+            seconds = measure(sides, options.repeat)
+            found[str(size)] = {name: tokens / x for name, x in seconds.items()}
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found[str(size)].items())
             print(f"{size} tokens a pass at most: tokens/s: {rates}", flush=True)
     finally:
