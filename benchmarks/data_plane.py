@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from benchmarks.feature_store import PROVENANCE, make_samples
 from specforge.contracts import SampleRef
+from specforge.runtime.control_plane.stream import StreamedSamples
 from specforge.runtime.data_plane.flat import chunks
 from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend, connect
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
@@ -48,9 +51,14 @@ def put_all(store: FeatureStore, samples: list[dict[str, Tensor]]) -> list[Sampl
 
 
 def get_all(store: FeatureStore, refs: list[SampleRef]) -> None:
-    for ref in refs:
+    """In as many threads as a disaggregated run fetches with."""
+
+    def get(ref: SampleRef) -> None:
         with store.get(ref):
             pass
+
+    with ThreadPoolExecutor(StreamedSamples.readers) as threads:
+        deque(threads.map(get, refs), 0)
 
 
 def copy_all(sources: list[Path], folder: Path) -> None:

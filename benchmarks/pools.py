@@ -82,6 +82,9 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="eagle3-llama3.1-8b.yaml")
     parser.add_argument("--target", type=Path, help="a folder, instead of random weights")
+    parser.add_argument(
+        "--intermediate_size", type=int, default=14336, help="of the random target; a small is fast"
+    )
     parser.add_argument("--devices", nargs="+", default=["cuda:1"], help="of the producers")
     parser.add_argument("--stores", nargs="+", default=["mooncake", "shared_dir"])
     parser.add_argument("--steps", type=int, default=60)
@@ -97,7 +100,8 @@ def main() -> None:
     try:
         target = options.target or folder / "target"
         if options.target is None:
-            write_model(LLAMA_8B, target, options.devices[0])
+            config = {**LLAMA_8B, "intermediate_size": options.intermediate_size}
+            write_model(config, target, options.devices[0])
             torch.cuda.empty_cache()
         files = TargetFiles.find(str(target))
         tasks = random_tasks(files.vocab_size, int(1.2 * options.steps * options.max_tokens))

@@ -73,9 +73,11 @@ def batches(tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[list[lis
 
 @torch.inference_mode()
 def passes(engine: HFTargetEngine, work: Sequence[list[list[int]]]) -> None:
-    """The target alone."""
+    """The target alone, over the same tokens: with others a GPU's clock is another one."""
     for ids in work:
         padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
         engine.model.base_model(input_ids=padded.to(engine.device), use_cache=False)
         if engine.device.type == "cuda":
             torch.cuda.synchronize()

@@ -83,6 +83,8 @@ class StreamedSamples:
         wait: what to do while there is nothing to read, for so many seconds; waits by default.
     """
 
+    readers = 2  # one checks and packs what has arrived while the next arrives
+
     def __init__(
         self, controller: DataFlowController, tasks: Mapping[str, PromptTask], provenance: Provenance, room: Room, *,
         stall_seconds: float = 30.0, wait_seconds: float = 3600.0, wait: Callable[[float], object] | None = None,
@@ -91,7 +93,7 @@ class StreamedSamples:
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
         self._closed = threading.Event()
         self._wait = wait or self._closed.wait
-        self._lock = threading.RLock()  # between the trainer's thread and the one that fetches ahead
+        self._lock = threading.RLock()  # between the trainer's thread and those that fetch ahead
         self._ahead: Batches = iter(())
         self._next: tuple[int, Sequence[SampleRef]] | None = None
         self._epochs: dict[str, list[int]] = {}  # in which a sample was queued and not read yet
@@ -101,6 +103,7 @@ class StreamedSamples:
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
+        self._quiet_until = 0.0  # by the monotonic clock; of what is said of waiting
 
     def start(self, ahead: Batches) -> None:
         """Begin, or begin again from another position.
@@ -154,7 +157,8 @@ class StreamedSamples:
             if epoch != KEPT:
                 with self._lock:
                     self._epochs[name].remove(epoch)
-        self._delivered += 1
+        with self._lock:
+            self._delivered += 1
         lease.store = self
         return lease
 
@@ -177,11 +181,12 @@ class StreamedSamples:
         raise AssertionError("max_tries is at least 1")
 
     def _await(self, key: str) -> SampleRef:
-        started, warn_at = time.monotonic(), self.stall_seconds
-        before = produced = None
+        started, before = time.monotonic(), None
         while True:
             try:
-                return self.controller.deliver([key])[0]
+                (ref,) = self.controller.deliver([key])
+                self._quiet_until = 0.0
+                return ref
             except StateError as error:
                 if error.state == DEAD:
                     raise BadSampleError(key.rpartition("@")[0], self._epitaph(key)) from None
@@ -190,15 +195,24 @@ class StreamedSamples:
             waited = time.monotonic() - started
             if before is None:
                 before = _produced(self.controller.counts())
-            if waited >= min(warn_at, self.wait_seconds) or self._closed.is_set():
+            over = waited >= self.wait_seconds or self._closed.is_set()
+            if over or self._speaks(waited):
                 counts = self.controller.counts()
                 produced = (_produced(counts) - before) / max(waited, 1e-9)
                 reason = bottleneck(counts, produced, self.controller.unfinished(), self.controller.silent())
-                if waited >= self.wait_seconds or self._closed.is_set():
+                if over:
                     raise UserError(f"no sample for {waited:.0f} s: {reason}")
                 logger.warning("training waits for samples since %.0f s: %s", waited, reason)
-                warn_at *= 2
             self._wait(_POLL)
+
+    def _speaks(self, waited: float) -> bool:
+        """Whether to say that nothing comes: of all threads that wait one does, and each time at twice the time."""
+        with self._lock:
+            now = time.monotonic()
+            speaks = waited >= self.stall_seconds and now >= self._quiet_until
+            if speaks:
+                self._quiet_until = now + waited
+            return speaks
 
     def _epitaph(self, key: str) -> str:
         return next((x.reason for x in self.controller.dead_letters() if x.key == key), "it was given up")

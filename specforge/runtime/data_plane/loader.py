@@ -47,7 +47,7 @@ class FeatureDataLoader:
         seed: of the orders.
         rank: this process.
         world_size: all processes; each gets the same number of batches, the last ones may be empty.
-        prefetch: most batches to fetch ahead in a thread, fewer where the store has no room; 0 fetches in the caller's.
+        prefetch: most batches to fetch ahead, fewer where the store has no room; 0 fetches in the caller's thread.
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches in page-locked memory.
@@ -152,14 +152,14 @@ class FeatureDataLoader:
         self._start = (epoch + 1, 0)
         batches = list(self._batches(epoch, self.rank))[first:]
         work = deque((refs, {"epoch": epoch, "batch": n}) for n, refs in enumerate(batches, first + 1))
-        torch.get_num_threads()  # fixes this thread's number before the fetching thread sets its own
+        torch.get_num_threads()  # fixes this thread's number before the fetching threads set their own
         if self.prefetch == 0:
             for refs, cursor in work:
                 self.store.reserve(refs)
                 yield self._load(refs, cursor)
             return
         pending: deque[tuple[list[SampleRef], Future[TrainBatch]]] = deque()
-        with ThreadPoolExecutor(1, "features", initializer=_stay_single_threaded) as pool:
+        with ThreadPoolExecutor(self.store.readers, "features", initializer=_stay_single_threaded) as pool:
             try:
                 while work or pending:
                     while work and len(pending) <= self.prefetch:

@@ -17,8 +17,9 @@ import threading
 import urllib.error
 import urllib.request
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -162,7 +163,9 @@ class BufferPool:
 class MooncakeBackend:
     """Whole samples as pinned values of a Mooncake store; joined at the first use, by each process for itself.
 
-    What is written waits for :meth:`flush`, which puts all of it in one call: the calls are what small values cost.
+    One thread moves values, whoever asks, while others check what they wrote or read; two transfers at once are slower
+    on few cores. What is written is on its way while the caller goes on, all that waits in one call, for the calls are
+    what small values cost; whether it has arrived, :meth:`flush` says.
 
     Args:
         address: see :class:`MooncakeAddress`.
@@ -174,16 +177,18 @@ class MooncakeBackend:
     def __init__(self, address: str) -> None:
         self.address = MooncakeAddress.parse(address)
         self._lock = threading.Lock()
-        self._joined: tuple[int, Any, BufferPool, Any] | None = None
+        self._joined: tuple[int, Any, BufferPool, ThreadPoolExecutor] | None = None
         self._waiting: dict[str, list[Tensor]] = {}  # pieces of values that are not in the store yet
+        self._unsent: deque[str] = deque()  # names of those that the thread has not taken up
+        self._written = 0  # bytes, since the last flush
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Take one value, under a name of its own; the tensors must stay as they are until it is flushed.
+        """Begin to put one value, under a name of its own; the tensors must stay as they are until it is flushed.
 
         Raises:
             UserError: the store does not answer.
         """
-        _, pool, _ = self._join()
+        client, pool, transfers = self._join()
         header, order = lay_out(tensors)
         pieces = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
         pieces += [tensors[name].contiguous() for name in order if tensors[name].nbytes]
@@ -193,16 +198,20 @@ class MooncakeBackend:
             buffer = pool.take(nbytes)
             torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces], out=buffer)
             pieces = [buffer]
-        self._waiting[self._name(key, uri)] = pieces
+        name = self._name(key, uri)
+        self._waiting[name] = pieces
+        self._unsent.append(name)
+        self._written += nbytes
+        transfers.submit(self._put, client, self._unsent)
         return uri
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
         """Fetch into registered memory; the tensors are views of it."""
         name = self._name(key, uri)
-        client, pool, _ = self._join()
+        client, pool, transfers = self._join()
         nbytes = int(uri.rpartition("-")[2])
         buffer = pool.take(nbytes)
-        code = client.get_into(name, buffer.data_ptr(), nbytes)
+        code = transfers.submit(client.get_into, name, buffer.data_ptr(), nbytes).result()
         if code in (_MISSING, _UNFINISHED):
             raise KeyError(key)
         if code != nbytes:
@@ -216,8 +225,9 @@ class MooncakeBackend:
         Raises:
             UserError: the master does not answer.
         """
-        client, name = self._join()[0], self._name(key, uri)
-        self._waiting.pop(name, None)  # it may have arrived all the same, where the answer was lost
+        (client, _, transfers), name = self._join(), self._name(key, uri)
+        if self._waiting.pop(name, None):  # it may be on its way, or have arrived where the answer was lost
+            transfers.submit(int).result()  # behind what the thread has begun
         if (code := self._ask(lambda: client.remove(name, force=True))) == _UNREACHABLE:
             raise self._silent(code)
 
@@ -249,15 +259,19 @@ class MooncakeBackend:
         return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
-        """Put everything that waits; what could not be put goes on waiting, until it is removed.
+        """Wait until all is sent, and send again what could not be put; that goes on waiting, until it is removed.
 
         Raises:
             StoreFullError: for some there is no room at the moment, or no owner that lends memory.
             UserError: some could not be put; the store does not answer.
         """
-        codes = self._put(list(self._waiting))
-        if _UNREACHABLE in codes.values():  # a master that was started again is found at the second time
-            codes |= self._put([name for name, code in codes.items() if code == _UNREACHABLE])
+        self._written = 0
+        if not self._waiting:
+            return
+        client, _, transfers = self._join()
+        transfers.submit(int).result()
+        # A master that was started again is found at the second time.
+        codes = transfers.submit(self._put, client, deque(self._waiting)).result()
         failed = {name: code for name, code in codes.items() if code != 0}
         for name, code in failed.items():
             if code != _FULL:
@@ -265,30 +279,35 @@ class MooncakeBackend:
         if failed:
             raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
 
-    def _put(self, names: Sequence[str]) -> dict[str, int]:
-        if not names:
+    def _put(self, client: Any, names: deque[str]) -> dict[str, int]:
+        """Put what waits under these names, which are taken out; Mooncake's codes."""
+        taken = [names.popleft() for _ in range(len(names))]
+        values = {name: pieces for name in taken if (pieces := self._waiting.get(name))}
+        if not values:
             return {}
-        client, _, config = self._join()
-        values = [self._waiting[name] for name in names]
-        places = [[piece.data_ptr() for piece in pieces] for pieces in values]
-        sizes = [[piece.nbytes for piece in pieces] for pieces in values]
-        codes = dict(
-            zip(names, client.batch_put_from_multi_buffers(names, places, sizes, config), strict=True)
-        )
+        from mooncake.store import ReplicateConfig
+
+        config = ReplicateConfig()
+        config.with_hard_pin = True
+        places = [[piece.data_ptr() for piece in pieces] for pieces in values.values()]
+        sizes = [[piece.nbytes for piece in pieces] for pieces in values.values()]
+        answers = client.batch_put_from_multi_buffers(list(values), places, sizes, config)
+        codes = dict(zip(values, answers, strict=True))
         for name, code in codes.items():
             if code == 0:
                 self._waiting.pop(name, None)
         return codes
 
     def pending(self) -> int:
-        """Bytes that wait for :meth:`flush`."""
-        return sum(piece.nbytes for pieces in list(self._waiting.values()) for piece in pieces)
+        """Bytes written since the last flush."""
+        return self._written
 
     def close(self) -> None:
         """Leave the store."""
         with self._lock:
             joined, self._joined = self._joined, None
         if joined is not None and joined[0] == os.getpid():
+            joined[3].shutdown()
             joined[1].close()
 
     def _name(self, key: str, uri: str) -> str:
@@ -305,13 +324,11 @@ class MooncakeBackend:
     def _silent(self, code: int) -> UserError:
         return UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
 
-    def _join(self) -> tuple[Any, BufferPool, Any]:
+    def _join(self) -> tuple[Any, BufferPool, ThreadPoolExecutor]:
         with self._lock:
-            if self._joined is None or self._joined[0] != os.getpid():  # a client does not survive a fork
+            # Neither client nor thread survives a fork.
+            if self._joined is None or self._joined[0] != os.getpid():
                 client = connect(self.address)
-                from mooncake.store import ReplicateConfig
-
-                config = ReplicateConfig()
-                config.with_hard_pin = True
-                self._joined = (os.getpid(), client, BufferPool(client), config)
+                transfers = ThreadPoolExecutor(1, "mooncake")
+                self._joined = (os.getpid(), client, BufferPool(client), transfers)
             return self._joined[1:]

@@ -23,6 +23,8 @@ class ProducedSamples:
         until_read: let go of a sample once its batch is made, for streams whose batches nobody acknowledges.
     """
 
+    readers = 1
+
     def __init__(
         self, store: FeatureStore, produce: Callable[[str], SampleRef], *, keep_bytes: int = 0, until_read: bool = False
     ) -> None:  # fmt: skip

@@ -81,7 +81,13 @@ class FeatureBackend(Protocol):
 
 
 class SampleStore(Protocol):
-    """What the stream of batches reads from: a store of samples, or one that produces them when they are asked for."""
+    """What the stream of batches reads from: a store of samples, or one that produces them when they are asked for.
+
+    Attributes:
+        readers: threads in which :meth:`get` may be called side by side, and is worth it.
+    """
+
+    readers: int
 
     def get(self, ref: SampleRef) -> Lease:
         """Fetch a sample's tensors under a lease.
@@ -187,6 +193,8 @@ class FeatureStore:
         lease_seconds: a lease older than this is taken for abandoned by :meth:`sweep`.
         verify: compare checksums at the first read of each sample in this process.
     """
+
+    readers = 1
 
     def __init__(
         self,

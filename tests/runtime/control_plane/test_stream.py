@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -166,6 +169,25 @@ def test_a_disk_that_stalls_is_named(tmp_path, caplog):
     backend.read = slow_read
     with samples.get(REFS[0]):
         assert "the store is the bottleneck: it took 0 s to read a sample" in caplog.text
+
+
+def test_of_several_threads_that_wait_one_says_so_at_twice_the_time_each_time(monkeypatch, caplog):
+    now = 0.0
+
+    def pass_time() -> None:
+        nonlocal now
+        now += 10.0
+        if now == 130.0:
+            produce(samples)
+
+    steps = Barrier(2, pass_time, timeout=60)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    samples = stream(wait=lambda _: steps.wait(), wait_seconds=1000.0)
+    samples.start(batches())
+    with ThreadPoolExecutor(2) as pool:
+        for lease in pool.map(samples.get, REFS[:2]):
+            samples.release(lease)
+    assert [int(n) for n in re.findall(r"waits for samples since (\d+) s", caplog.text)] == [30, 60, 120]
 
 
 def test_a_sample_is_read_once_in_each_epoch_and_kept_ones_at_any_time():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from threading import Barrier
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def test_epochs_differ_and_seeds_repeat_them(folder):
 
 def test_prefetching_changes_nothing(folder):
     assert names(loader(folder, prefetch=3)) == names(loader(folder))
+
+
+def test_batches_are_fetched_side_by_side_where_the_store_says_so(folder, monkeypatch):
+    expected = names(loader(folder))
+    together, get = Barrier(2, timeout=60), folder.store.get
+
+    def get_with_another(ref):
+        if ref.sample_id in (expected[0][0], expected[1][0]):
+            together.wait()
+        return get(ref)
+
+    monkeypatch.setattr(folder.store, "readers", 2)
+    monkeypatch.setattr(folder.store, "get", get_with_another)
+    assert names(loader(folder, prefetch=2)) == expected
 
 
 def test_batches_are_the_samples_end_to_end(folder):

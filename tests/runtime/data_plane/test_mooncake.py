@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -115,40 +118,80 @@ def test_a_full_store_refuses_and_evicts_nothing(together):
         close(store)
 
 
+class Gate:
+    """A client of which puts wait, or break off."""
+
+    def __init__(self, backend: MooncakeBackend) -> None:
+        self._client = backend._join()[0]
+        backend._joined = (os.getpid(), self, *backend._join()[1:])
+        self.started, self.opened, self.broken = Event(), Event(), False
+        self.puts: list[int] = []
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def batch_put_from_multi_buffers(self, names, *rest):
+        self.puts.append(len(names))
+        self.started.set()
+        assert self.opened.wait(60)
+        if self.broken:
+            raise ConnectionError
+        return self._client.batch_put_from_multi_buffers(names, *rest)
+
+
 @needs_mooncake
-def test_what_waits_goes_in_one_call_but_for_what_was_discarded(address, monkeypatch):
+def test_what_waits_goes_in_one_call_and_what_is_discarded_on_its_way_does_not_stay(address):
     store = FeatureStore(backend := MooncakeBackend(address))
-    refs = [put_only(store, f"s{i}", i) for i in range(3)]
+    gate = Gate(backend)
+    refs = [put_only(store, "s0")]
+    assert gate.started.wait(60)
+    refs += [put_only(store, f"s{i}", i) for i in range(1, 4)]
     assert store.pending() > sum(ref.nbytes for ref in refs)
     assert not any(store.holds(ref) for ref in refs)
-    store.discard(refs[1])
-    calls = []
-    put = backend._put
-    monkeypatch.setattr(backend, "_put", lambda names: calls.append(len(names)) or put(names))
+    with ThreadPoolExecutor(1) as pool:
+        discarded = [pool.submit(store.discard, ref) for ref in refs[:2]]
+        while len(backend._waiting) == 4:
+            time.sleep(0.001)  # the discarding has begun; it tells nobody
+        gate.opened.set()
+        for done in discarded:
+            done.result()
     store.flush()
-    store.flush()
-    assert calls == [2, 0]
+    assert gate.puts[0] == 1
+    assert len(gate.puts) == 2
     assert store.pending() == 0
-    assert [store.holds(ref) for ref in refs] == [True, False, True]
+    assert [store.holds(ref) for ref in refs] == [False, False, True, True]
+    store.flush()
+    assert len(gate.puts) == 2
     close(store)
 
 
 @needs_mooncake
-def test_a_flush_that_breaks_off_is_done_again(address, monkeypatch):
+def test_a_flush_that_breaks_off_is_done_again(address):
     store = FeatureStore(backend := MooncakeBackend(address))
+    gate = Gate(backend)
+    gate.broken = True
+    gate.opened.set()
     ref = put_only(store, "a")
-
-    def broken():
-        raise ConnectionError
-
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # noqa: PT012
-        patch.setattr(backend, "_join", broken)
+    with pytest.raises(ConnectionError):
         store.flush()
     assert not store.holds(ref)
+    gate.broken = False
     store.flush()
     with store.get(ref) as tensors:
         assert torch.equal(tensors["states"], sample(0, 300_000)["states"])
     close(store)
+
+
+@needs_mooncake
+def test_what_is_written_last_arrives_before_the_store_is_left(address):
+    store = FeatureStore(backend := MooncakeBackend(address))
+    gate = Gate(backend)
+    refs = [put_only(store, f"s{i}", i) for i in range(3)]
+    gate.opened.set()
+    close(store)
+    other = FeatureStore(MooncakeBackend(address))
+    assert all(other.holds(ref) for ref in refs)
+    close(other)
 
 
 @needs_mooncake
