@@ -125,6 +125,8 @@ class DisaggregatedDataModule(FeatureDataModule):
         """Let the held-out samples go, and the stores."""
         assert self.trainer is not None
         if self._controller is not None:
+            for _, stream in self._splits.values():
+                stream.close()
             if self.trainer.is_global_zero and "heldout" in self._splits:
                 self._controller.forget([sample_key(x.sample_id, KEPT) for x in self._splits["heldout"][0]])
             self._controller.metadata.close()

@@ -75,8 +75,8 @@ class DataFlowController:
         clock: present time in seconds, the same for all processes.
         lease_seconds: a producer that has not renewed a lease for so long is taken for dead.
         max_tries: how often a prompt is tried before it becomes a dead letter.
-        retain: keep features until a checkpoint covers them, or only until they are trained (they are then produced
-            again when a run goes back).
+        retain: keep features until a checkpoint covers them, or only until they are trained, when whoever trained them
+            frees them (they are then produced again when a run goes back).
     """
 
     def __init__(
@@ -220,15 +220,13 @@ class DataFlowController:
         """
         _plain(step)
         self.metadata.mark_trained(keys, step)
-        if self.retain == "until_trained":
-            self._free(keys)
 
     def durable(self, step: int) -> int:
         """Record that the checkpoint of ``step`` is complete, and free what it covers; returns the samples."""
         _plain(step)
         keys = self.metadata.mark_durable(step)
         if self.retain == "until_durable":
-            self._free(keys)
+            self.free(keys)
         return len(keys)
 
     def rewind(self, step: int) -> list[str]:
@@ -247,7 +245,10 @@ class DataFlowController:
 
         Where the run goes back they are produced again.
         """
-        self._free(keys)
+        others = self._refs([_shift(key, 1) for key in keys])
+        for ref, other in zip(self._refs(keys), others, strict=True):
+            if ref is not None and (other is None or not _same_bytes(ref, other)):
+                self.features.discard(ref)
 
     def forget(self, keys: Sequence[str]) -> None:
         """Drop samples and their features, as if they had never been ingested."""
@@ -331,12 +332,6 @@ class DataFlowController:
         if lost:
             self.metadata.requeue(lost)
         return len(lost)
-
-    def _free(self, keys: Sequence[str]) -> None:
-        others = self._refs([_shift(key, 1) for key in keys])
-        for ref, other in zip(self._refs(keys), others, strict=True):
-            if ref is not None and (other is None or not _same_bytes(ref, other)):
-                self.features.discard(ref)
 
 
 def _sample(key: str) -> str:

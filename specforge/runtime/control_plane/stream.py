@@ -100,6 +100,9 @@ class StreamedSamples:
         self._held: dict[str, int] = {}  # bytes of every key that takes room, in the order of training
         self._nbytes = 0
         self._trained: dict[str, int] = {}  # the step of those whose features wait for a checkpoint
+        self._spent: list[str] = []  # trained, and not to be kept
+        self._tidying = threading.Lock()
+        self._extends = False  # whether the next to be read makes room for one more batch
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
@@ -113,7 +116,7 @@ class StreamedSamples:
         """
         with self._lock:
             self._ahead, self._next = ahead, None
-            self._epochs, self._held, self._trained, self._nbytes = {}, {}, {}, 0
+            self._epochs, self._held, self._trained, self._spent, self._nbytes = {}, {}, {}, [], 0
             self._fill()
 
     def keep(self, refs: Sequence[SampleRef]) -> None:
@@ -126,9 +129,12 @@ class StreamedSamples:
         self._closed.clear()
         with self._lock:
             self._fill()
-            if not self._coming(refs):
-                self._make_room()
-                self._fill(at_once=True)
+            self._extends = self._coming(refs)
+            if self._extends:
+                return True
+        self._tidy(extend=True)
+        with self._lock:
+            self._fill(at_once=True)
             return self._coming(refs)
 
     def get(self, ref: SampleRef) -> Lease:
@@ -147,6 +153,9 @@ class StreamedSamples:
                     "data.max_bytes and data.max_samples"
                 )
             epoch = self._epochs[name][0]
+            extend, self._extends = self._extends, False
+        if extend or self._spent:
+            self._tidy(extend)  # here, where no step waits for it
         key = sample_key(name, epoch)
         try:
             lease = self._fetch(key, ref)
@@ -236,16 +245,22 @@ class StreamedSamples:
             self.controller.trained(keys, step)
         except StateError as error:
             raise _refusal(error) from error
-        if self.controller.retain == "until_trained":
-            self._let_go(keys)
-        else:
-            with self._lock:
+        with self._lock:
+            if self.controller.retain == "until_trained":
+                self._spent += keys
+            else:
                 self._trained.update({key: step for key in keys if key in self._held})
 
     def durable(self, step: int) -> None:
         """The controller has recorded a checkpoint of ``step``: what it covers takes no more room."""
         with self._lock:
             self._let_go([key for key, trained in self._trained.items() if trained <= step])
+
+    def close(self) -> None:
+        """Queue nothing more, and delete what is trained and not to be kept."""
+        with self._lock:
+            self._ahead, self._next = iter(()), None
+        self._tidy()
 
     def flow(self) -> dict[str, float]:
         """Samples that are ready and queued, bytes for this rank, and rates since the last call."""
@@ -293,11 +308,27 @@ class StreamedSamples:
         for ref in refs:
             self._epochs.setdefault(ref.sample_id, []).append(epoch)
 
-    def _make_room(self) -> None:
+    def _tidy(self, extend: bool = False) -> None:
+        """Delete what is not to be kept, outside the lock, for it takes its time; queue what there is room for then.
+
+        Args:
+            extend: make room for one more batch, at the cost of what waits for a checkpoint.
+        """
+        with self._tidying:
+            with self._lock:
+                spent, self._spent = self._spent, []
+                in_the_way = self._in_the_way() if extend else []
+            if spent or in_the_way:
+                self.controller.free([*spent, *in_the_way])
+            with self._lock:
+                self._let_go([*spent, *in_the_way])
+                self._fill(at_once=bool(in_the_way))
+
+    def _in_the_way(self) -> list[str]:
         """What waits for a checkpoint must not lock out what the next checkpoint needs."""
         batch = self._peek()
         if batch is None:
-            return
+            return []
         size, count, gone = sum(ref.nbytes for ref in batch[1]), len(batch[1]), []
         for key in self._trained:
             if self.room.fits(self._nbytes + size, len(self._held) + count):
@@ -310,8 +341,7 @@ class StreamedSamples:
                 "the store holds fewer steps than lie between checkpoints: features of trained steps are let go early "
                 "and produced again if the run goes back; raise max_bytes or checkpoint more often to keep them"
             )
-        self.controller.free(gone)
-        self._let_go(gone)
+        return gone
 
     def _let_go(self, keys: Iterable[str]) -> None:
         with self._lock:

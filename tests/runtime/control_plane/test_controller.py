@@ -105,8 +105,10 @@ def test_features_kept_until_trained_are_produced_again_when_the_run_goes_back(c
     keys = produce(control)
     control.deliver(keys)
     control.trained(keys[:2], 1)
+    control.free(keys[:2])
     control.durable(1)
     control.trained(keys[2:4], 2)
+    control.free(keys[2:4])
     assert control.features.stat().samples == 2
     assert sorted(control.rewind(1)) == keys[2:]
     assert control.counts() == {**dict.fromkeys(STATES, 0), DURABLE: 2, QUEUED: 2, COMMITTED: 2}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_room_is_filled_again_when_it_is_low():
     samples = stream(max_samples=4, low_water=0.5, retain="until_trained")
     samples.start(iter([(0, [ref]) for ref in REFS]))
     names = produce(samples)
-    for step, waiting in enumerate([0, 2, 0, 2], 1):
+    for step, waiting in enumerate([0, 0, 2, 0], 1):  # what is trained is let go when the next is read
         assert samples.reserve([REFS[step - 1]])
         with samples.get(REFS[step - 1]):
             pass
@@ -90,6 +90,27 @@ def test_room_is_filled_again_when_it_is_low():
         samples.reserve([])
         assert samples.controller.counts()[QUEUED] == waiting
         names += produce(samples)
+
+
+def test_trained_samples_are_deleted_where_others_are_fetched_not_where_training_goes_on(monkeypatch):
+    samples = stream(max_samples=8, retain="until_trained")
+    backend, threads = samples.controller.features.backend, []
+    remove = backend.remove
+    monkeypatch.setattr(
+        backend, "remove", lambda *names: (threads.append(threading.current_thread()), remove(*names))
+    )
+    loader = FeatureDataLoader(REFS, samples, SPEC, batch_size=2, shuffle=False, prefetch=1)
+    samples.start((epoch, refs) for epoch, _, refs in loader.upcoming(0))
+    produce(samples)
+    for step, batch in enumerate(loader, 1):
+        samples.trained([sample_key(name, 0) for name in batch.sample_ids], step)
+    fetching, queued = len(threads), samples.controller.counts()[QUEUED]
+    assert 4 <= fetching < 8
+    assert {thread.name.partition("_")[0] for thread in threads} == {"features"}
+    samples.close()
+    assert threads[fetching:] == (8 - fetching) * [threading.current_thread()]
+    assert samples.controller.counts()[QUEUED] == queued
+    assert samples.controller.features.stat().samples == 0
 
 
 def test_what_waits_for_a_checkpoint_does_not_lock_out_the_next_batch(caplog):
@@ -180,7 +201,7 @@ def test_of_several_threads_that_wait_one_says_so_at_twice_the_time_each_time(mo
         if now == 130.0:
             produce(samples)
 
-    steps = Barrier(2, pass_time, timeout=60)
+    steps = threading.Barrier(2, pass_time, timeout=60)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     samples = stream(wait=lambda _: steps.wait(), wait_seconds=1000.0)
     samples.start(batches())
