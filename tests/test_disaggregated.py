@@ -246,6 +246,18 @@ def second_rank(first: int) -> int:
     return int(pid)
 
 
+def test_a_run_without_checkpoints_leaves_no_features(target, prompts, tmp_path):
+    where = places(tmp_path)
+    with producers(target, where):
+        fit(
+            disaggregated(target, prompts, tmp_path, where, retain="until_trained"),
+            "--trainer.fast_dev_run", 3,
+        )  # fmt: skip
+    controller = control(where)
+    assert controller.counts()[TRAINED] > 0
+    assert controller.features.backend.stored() == []
+
+
 @pytest.mark.parametrize("retain", ["until_durable", "until_trained"])
 def test_a_slow_trainer_never_fills_the_store(target, prompts, tmp_path, monkeypatch, undisturbed, retain):
     """The producers are faster than training: at every step, and after every put, the store is under its limit."""

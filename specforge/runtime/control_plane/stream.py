@@ -102,7 +102,7 @@ class StreamedSamples:
         self._trained: dict[str, int] = {}  # the step of those whose features wait for a checkpoint
         self._spent: list[str] = []  # trained, and not to be kept
         self._tidying = threading.Lock()
-        self._extends = False  # whether the next to be read makes room for one more batch
+        self._extends = False  # whether whoever reads next is to make room for a batch more
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
@@ -129,8 +129,8 @@ class StreamedSamples:
         self._closed.clear()
         with self._lock:
             self._fill()
-            self._extends = self._coming(refs)
-            if self._extends:
+            if self._coming(refs):
+                self._extends = self._is_last(refs)
                 return True
         self._tidy(extend=True)
         with self._lock:
@@ -283,6 +283,11 @@ class StreamedSamples:
 
     def _coming(self, refs: Sequence[SampleRef]) -> bool:
         return all(self._epochs.get(ref.sample_id) for ref in refs)
+
+    def _is_last(self, refs: Sequence[SampleRef]) -> bool:
+        """Whether nothing is queued behind these samples, which are."""
+        last = next(reversed(self._held), "")
+        return any(sample_key(ref.sample_id, self._epochs[ref.sample_id][0]) == last for ref in refs)
 
     def _fill(self, at_once: bool = False) -> None:
         if not at_once and not self.room.is_low(self._nbytes, len(self._held)):

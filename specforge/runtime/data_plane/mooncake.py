@@ -269,7 +269,7 @@ class MooncakeBackend:
         if not self._waiting:
             return
         client, _, transfers = self._join()
-        transfers.submit(int).result()
+        transfers.submit(int).result()  # behind all that is on its way
         # A master that was started again is found at the second time.
         codes = transfers.submit(self._put, client, deque(self._waiting)).result()
         failed = {name: code for name, code in codes.items() if code != 0}

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -96,9 +97,15 @@ def test_trained_samples_are_deleted_where_others_are_fetched_not_where_training
     samples = stream(max_samples=8, retain="until_trained")
     backend, threads = samples.controller.features.backend, []
     remove = backend.remove
-    monkeypatch.setattr(
-        backend, "remove", lambda *names: (threads.append(threading.current_thread()), remove(*names))
-    )
+
+    def watched(key, uri):
+        threads.append(threading.current_thread())
+        assert (
+            len(backend.stored()) + samples.controller.counts()[QUEUED] <= 8
+        )  # room is given away afterwards
+        remove(key, uri)
+
+    monkeypatch.setattr(backend, "remove", watched)
     loader = FeatureDataLoader(REFS, samples, SPEC, batch_size=2, shuffle=False, prefetch=1)
     samples.start((epoch, refs) for epoch, _, refs in loader.upcoming(0))
     produce(samples)
@@ -129,6 +136,23 @@ def test_what_waits_for_a_checkpoint_does_not_lock_out_the_next_batch(caplog):
     assert "let go early" in caplog.text
     samples.controller.rewind(1)
     assert samples.controller.counts()[COMMITTED] == 2
+
+
+def test_who_reads_the_last_batch_that_is_queued_makes_room_for_one_more(caplog):
+    """Until then everything that waits for a checkpoint stays."""
+    samples = stream(max_samples=6)
+    samples.start(chain(batches(), batches(epoch=1)))
+    produce(samples)
+    for n, (stored, queued) in enumerate([(6, 0), (6, 0), (4, 2)]):
+        assert "let go early" not in caplog.text
+        assert samples.reserve(REFS[2 * n : 2 * n + 2])
+        for ref in REFS[2 * n : 2 * n + 2]:
+            with samples.get(ref):
+                pass
+        samples.trained([sample_key(ref.sample_id, 0) for ref in REFS[2 * n : 2 * n + 2]], n + 1)
+        assert samples.controller.features.stat().samples == stored
+        assert samples.controller.counts()[QUEUED] == queued
+    assert "let go early" in caplog.text
 
 
 def test_a_plan_without_room_is_refused():
@@ -198,17 +222,18 @@ def test_of_several_threads_that_wait_one_says_so_at_twice_the_time_each_time(mo
     def pass_time() -> None:
         nonlocal now
         now += 10.0
-        if now == 130.0:
-            produce(samples)
+        if now in (130.0, 170.0):
+            produce(samples, 2)
 
     steps = threading.Barrier(2, pass_time, timeout=60)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     samples = stream(wait=lambda _: steps.wait(), wait_seconds=1000.0)
     samples.start(batches())
     with ThreadPoolExecutor(2) as pool:
-        for lease in pool.map(samples.get, REFS[:2]):
-            samples.release(lease)
-    assert [int(n) for n in re.findall(r"waits for samples since (\d+) s", caplog.text)] == [30, 60, 120]
+        for first in (0, 2):
+            for lease in pool.map(samples.get, REFS[first : first + 2]):
+                samples.release(lease)
+    assert [int(n) for n in re.findall(r"waits for samples since (\d+) s", caplog.text)] == [30, 60, 120, 30]
 
 
 def test_a_sample_is_read_once_in_each_epoch_and_kept_ones_at_any_time():
