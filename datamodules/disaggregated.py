@@ -142,15 +142,28 @@ class DisaggregatedDataModule(FeatureDataModule):
         if trainer.is_global_zero:
             self._controller.rewind(step)
             self._controller.durable(step)
-            # What is queued or held beyond the room that there is now comes again when its turn comes.
-            wanted = {sample_key(ref.sample_id, KEPT) for ref in self._splits.get("heldout", ([],))[0]}
-            for rank in range(trainer.world_size):
-                wanted.update(stream.room.window(self._ahead(loader, rank)))
-            waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
-            self._controller.forget([entry.key for entry in waiting if entry.key not in wanted])
             self._controller.reconcile()
+            self._forget_waiting(loader, stream.room)
         trainer.strategy.barrier("the control plane is at the step of the checkpoint")
         stream.start(self._ahead(loader, trainer.global_rank))
+
+    def _forget_waiting(self, loader: FeatureDataLoader, room: Room) -> None:
+        """Drop what is beyond the room that there is now, and all that is queued, which comes again in its turn.
+
+        Left queued, it would stand before the held-out samples, which a stopped run lets go, and the first validation
+        would wait until all of it is produced.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        assert self._controller is not None
+        kept = {sample_key(ref.sample_id, KEPT) for ref in self._splits.get("heldout", ([],))[0]}
+        wanted = set(kept)
+        for rank in range(trainer.world_size):
+            wanted.update(room.window(self._ahead(loader, rank)))
+        waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
+        self._controller.forget(
+            [x.key for x in waiting if x.key not in (kept if x.state == QUEUED else wanted)]
+        )
 
     def trained(self, epoch: int, sample_ids: tuple[str, ...], step: int) -> None:
         """Record what a step used."""

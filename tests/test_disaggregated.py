@@ -14,8 +14,9 @@ import pytest
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.cli import main
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED
-from specforge.runtime.control_plane.stream import bottleneck
+from specforge.runtime.control_plane.stream import StreamedSamples, bottleneck
 from specforge.target_files import TargetFiles
 from tests.disaggregated import (
     STEPS,
@@ -198,6 +199,39 @@ def test_a_new_run_over_the_stores_of_an_old_one_begins_anew(target, prompts, tm
     assert losses(run) == losses(undisturbed)
     assert_same_weights(run, undisturbed)
     assert_nothing_is_left(where, trained=18 * 4)
+
+
+def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prompts, tmp_path, monkeypatch):
+    """Else the first validation after a resume waits for all of that, whatever the store has room for."""
+    where = places(tmp_path)
+    assert (
+        main(["fit", "--config", str(disaggregated(target, prompts, tmp_path, where, wait_seconds=0.1))]) == 2
+    )
+    controller = control(where)
+    left = [entry.key for entry in controller.metadata.entries((QUEUED,))]
+    controller.forget([key for key in left if key.endswith("@-1")])  # as the end of a run does
+    assert controller.counts()[QUEUED] > 40
+    leased: list[str] = []
+    started = threading.Event()
+    lease, begin = DataFlowController.lease, StreamedSamples.start
+
+    def lease_once_started(self, owner, count):
+        found = lease(self, owner, count) if started.is_set() else []
+        leased.extend(prompt.key for prompt in found)
+        return found
+
+    def note_start(self, ahead):
+        begin(self, ahead)
+        started.set()
+
+    monkeypatch.setattr(DataFlowController, "lease", lease_once_started)
+    monkeypatch.setattr(StreamedSamples, "start", note_start)
+    path = disaggregated(target, prompts, tmp_path, where)
+    with producers(target, where, 1):
+        fit(path, "--trainer.max_steps", 6)
+    held_out = [key.endswith("@-1") for key in leased]
+    assert any(held_out)
+    assert held_out == sorted(held_out, reverse=True)
 
 
 RANKS = {
