@@ -90,8 +90,15 @@ class TrainingCLI(LightningCLI):
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="tensorboard", version="")
         if config.get("enable_progress_bar") is not False:
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), RichProgressBar(refresh_rate=20)]
+            kwargs["callbacks"] = [*(config.get("callbacks") or []), ProgressBar(refresh_rate=20)]
         return super().instantiate_trainer(**kwargs)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, which calls the last epoch of a run that steps alone bound -2."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "")
 
 
 def known_keys(parser: Any) -> list[str]:
