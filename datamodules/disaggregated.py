@@ -142,8 +142,9 @@ class DisaggregatedDataModule(FeatureDataModule):
         if trainer.is_global_zero:
             self._controller.rewind(step)
             self._controller.durable(step)
-            self._controller.reconcile()
+            self._controller.reconcile()  # first: what was lost is queued, and comes again in its turn
             self._forget_waiting(loader, stream.room)
+            self._controller.remove_orphans()  # of leases that are forgotten
         trainer.strategy.barrier("the control plane is at the step of the checkpoint")
         stream.start(self._ahead(loader, trainer.global_rank))
 

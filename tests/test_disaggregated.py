@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.cli import main
@@ -201,16 +203,27 @@ def test_a_new_run_over_the_stores_of_an_old_one_begins_anew(target, prompts, tm
     assert_nothing_is_left(where, trained=18 * 4)
 
 
-def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prompts, tmp_path, monkeypatch):
-    """Else the first validation after a resume waits for all of that, whatever the store has room for."""
+def stopped_run(target: Path, prompts: Path, folder: Path, where: dict[str, str]) -> DataFlowController:
+    """The control plane of a run that had queued what there was room for, and nobody produced any of it."""
+    path = disaggregated(target, prompts, folder, where, wait_seconds=0.1)
+    assert main(["fit", "--config", str(path)]) == 2
+    return control(where)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_held_out_samples_come_before_what_a_stopped_run_had_queued(
+    target, prompts, tmp_path, monkeypatch, lost
+):
+    """Else the first validation after a resume waits for all of that, and for what the store had and lost."""
     where = places(tmp_path)
-    assert (
-        main(["fit", "--config", str(disaggregated(target, prompts, tmp_path, where, wait_seconds=0.1))]) == 2
-    )
-    controller = control(where)
+    controller = stopped_run(target, prompts, tmp_path, where)
     left = [entry.key for entry in controller.metadata.entries((QUEUED,))]
     controller.forget([key for key in left if key.endswith("@-1")])  # as the end of a run does
-    assert controller.counts()[QUEUED] > 40
+    if lost:
+        words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
+        assert main(["produce", *words, "--idle_seconds", "0.1"]) == 0
+        shutil.rmtree(where["store"])
+    assert controller.counts()[COMMITTED if lost else QUEUED] > 40
     leased: list[str] = []
     started = threading.Event()
     lease, begin = DataFlowController.lease, StreamedSamples.start
@@ -232,6 +245,18 @@ def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prom
     held_out = [key.endswith("@-1") for key in leased]
     assert any(held_out)
     assert held_out == sorted(held_out, reverse=True)
+
+
+def test_what_a_dead_producer_had_written_beyond_the_room_is_deleted_at_a_start(target, prompts, tmp_path):
+    where = places(tmp_path)
+    controller = stopped_run(target, prompts, tmp_path, where)
+    leased = controller.lease("dead", controller.counts()[QUEUED])
+    *_, last = (prompt for prompt in leased if prompt.key.endswith("@0"))
+    controller.features.backend.write(f"{last.sample_id}.1", {"x": torch.ones(4)})
+    path = disaggregated(target, prompts, tmp_path, where, max_samples=20, wait_seconds=0.1)
+    assert main(["fit", "--config", str(path)]) == 2
+    assert last.key not in {entry.key for entry in controller.metadata.entries(STATES)}
+    assert controller.features.backend.stored() == []
 
 
 RANKS = {

@@ -100,9 +100,8 @@ def test_trained_samples_are_deleted_where_others_are_fetched_not_where_training
 
     def watched(key, uri):
         threads.append(threading.current_thread())
-        assert (
-            len(backend.stored()) + samples.controller.counts()[QUEUED] <= 8
-        )  # room is given away afterwards
+        queued = samples.controller.counts()[QUEUED]
+        assert len(backend.stored()) + queued <= 8  # room is given away afterwards
         remove(key, uri)
 
     monkeypatch.setattr(backend, "remove", watched)
