@@ -144,6 +144,15 @@ def explain(message: str, keys: list[str]) -> str:
     ]
     if places:
         key, after = ".".join(name for _, name in places), lines[places[-1][0] + 1 :]
+        bounds = next(
+            (m.group(1) for line in after if (m := re.search(r"Not of type (an? .+?): ", line))), None
+        )
+        if bounds is not None:  # one of specforge.options
+            given = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"
+            value = next(
+                (x.strip("'") for line in after for x in (re.findall(given, line) or [()])[0] if x), None
+            )
+            return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
         detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
         return f"{key}: {detail}"[:400]
     return text[:400]

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from specforge.cli import main
+from tests.fuzz import Fuzz
 from tests.tiny import write_conversations, write_target
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many seeds the kills of tests/test_faults.py are drawn with."""
     parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
+    parser.addoption(
+        "--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)"
+    )
     parser.addoption(
         "--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang"
     )
@@ -24,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup() -> None:
     """Sums depend on the number of threads; set before the fixtures of a test, those that outlive it too."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Damaged inputs and what must hold with each of them, drawn with the test's own name."""
+    return Fuzz(seed=request.node.nodeid, factor=request.config.getoption("--fuzz"))
 
 
 @pytest.fixture(scope="session")
