@@ -30,6 +30,7 @@ from torch import Tensor
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.host import keep_freed_memory
+from specforge.modeling.target_head import TargetHead
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def fast_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[]
     module, batch = make_module(algorithm, shape), make_batch(shape)
     head = module.target_head(torch.device("cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    head.embedding, head.lm_head = head.embedding.to(dtype), head.lm_head.to(dtype)
+    head = TargetHead(head.embedding, head.head, dtype)
     batch.features = {name: x.to(dtype) for name, x in batch.features.items()}
 
     def step() -> Tensor:
@@ -143,7 +144,7 @@ def naive_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[
     head, draft = module.target_head(torch.device("cpu")), module.draft
     dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
     draft.to(dtype)
-    weights = (head.embedding.to(dtype), head.lm_head.to(dtype))
+    weights = (head.embedding.to(dtype), head.head.weight.to(dtype))
 
     def step() -> Tensor:
         if algorithm in BLOCKS:

@@ -256,12 +256,12 @@ class DFlashModule(DraftModule):
     def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
         """Loss of the drafts."""
         plan, states, labels, trained = drafts
-        matrix = head.sliced(self.draft.target_ids)
+        output = head.sliced(self.draft.target_ids)
         if self.weights == "decay":
-            return block_loss(states, matrix, labels, self._decay(plan) * trained, chunk=self.chunk)
+            return block_loss(states, output, labels, self._decay(plan) * trained, chunk=self.chunk)
         weigh = DPace(plan.block, plan.depth, self.draft.drafts, self.alpha, self.weights)
         weights = trained.to(torch.promote_types(states.dtype, torch.float32))
-        return block_loss(states, matrix, labels, weights, weigh=weigh, firsts=plan.firsts, chunk=self.chunk)
+        return block_loss(states, output, labels, weights, weigh=weigh, firsts=plan.firsts, chunk=self.chunk)
 
     def _decay(self, plan: BlockPlan) -> Tensor:
         """Weight exp(-d/γ) of each draft, d = 0 being the first of its block."""
@@ -290,11 +290,11 @@ class DFlashModule(DraftModule):
         rows = plan.labels.new_full((batch.num_tokens, positions), -1)
         count = plan.count
         rows[plan.labels[:count], plan.depth[:count]] = torch.arange(count, device=rows.device)
-        matrix = head.sliced(self.draft.target_ids).to(states.dtype)
+        output = head.sliced(self.draft.target_ids).to(states.dtype)
         for labels in (rows >= 0).any(1).nonzero().flatten().split(256):
             picked = rows[labels]
             at = picked.clamp(min=0)
-            logits = F.linear(states[at], matrix)
+            logits = output.scores(states[at])
             if correction is not None:
                 extra = F.linear(correction.states[at], correction.matrix.to(states.dtype))
                 logits = self._add_correction(logits, extra)

@@ -111,7 +111,7 @@ class DFlash2Module(DFlashModule):
             self._context(batch, plan, states), chooser.successor_codebook, chooser.top_k, self.selector
         )
         weights = self._decay(plan) * trained
-        matrix = head.sliced(self.draft.target_ids)
-        result = block_loss(states, matrix, labels, weights, objective=objective, chunk=self.chunk)
+        output = head.sliced(self.draft.target_ids)
+        result = block_loss(states, output, labels, weights, objective=objective, chunk=self.chunk)
         loss = result.loss + self.selector * (objective.entropy() * weights).sum()
         return BlockLoss(loss, result.losses, objective.hits & trained)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_modules.base import DraftModule, LogitTile, StepOutput
 from lightning_modules.optimizers import OptimizerOptions
@@ -22,7 +21,7 @@ from specforge.losses import TeacherRows, chunked_distillation, feature_distance
 from specforge.losses.objectives import Objective
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.unroll import UnrollPlan
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.target_head import OutputHead, TargetHead
 from specforge.target_files import TargetFiles
 
 
@@ -42,6 +41,7 @@ class Students:
         valid: ``[M, T]`` whether it exists.
         supervised: how many of the labels are not padding.
         count: what the sum of the losses is divided by.
+        bias: ``[D]`` added to the logits of all heads; None where they have none.
     """
 
     states: Tensor
@@ -51,6 +51,7 @@ class Students:
     valid: Tensor
     supervised: int
     count: int
+    bias: Tensor | None = None
 
     def by_head(self, columns: Tensor) -> tuple[Tensor, ...]:
         """The columns ``[M, T]`` of each head."""
@@ -117,7 +118,9 @@ class DistilledModule(DraftModule):
         teacher = TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, labels)
         columns = zip(students.by_head(students.index), students.by_head(weights), strict=True)
         results = [
-            chunked_distillation(states, matrix, index, weight, teacher, self.objective, chunk=self.chunk)
+            chunked_distillation(
+                states, matrix, index, weight, teacher, self.objective, bias=students.bias, chunk=self.chunk
+            )
             for states, matrix, (index, weight) in zip(students.states, students.heads, columns, strict=True)
         ]
         loss = torch.stack([result.loss for result in results]).sum()
@@ -147,11 +150,11 @@ class DistilledModule(DraftModule):
     def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
         """Logits of every supervised token's ``positions`` students, 256 labels at a time."""
         students = self.students(batch, head, positions)
-        heads = [matrix.to(students.states.dtype) for matrix in students.heads]
+        heads = [OutputHead(matrix, students.bias).to(students.states.dtype) for matrix in students.heads]
         for start in range(0, students.supervised, 256):
             part = slice(start, min(start + 256, students.supervised))
             rows = zip(students.states, students.by_head(students.index[part]), heads, strict=True)
-            tiles = [F.linear(states[index], matrix) for states, index, matrix in rows]
+            tiles = [head.scores(states[index]) for states, index, head in rows]
             logits = torch.cat(tiles, dim=1).float()
             logits.masked_fill_(~students.valid[part].unsqueeze(-1), 0.0)
             labels = students.labels[part]
@@ -159,8 +162,8 @@ class DistilledModule(DraftModule):
             yield LogitTile(labels, logits.expand(-1, positions, -1), last)
 
 
-def unrolled(states: Tensor, head: Tensor, plan: UnrollPlan) -> Students:
-    """Students of a network that was applied T times: its states ``[T, R, H]`` and the one head ``[D, H]`` of all."""
+def unrolled(states: Tensor, head: OutputHead, plan: UnrollPlan) -> Students:
+    """Students of a network that was applied T times: its states ``[T, R, H]`` and the one head of all."""
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]
-    return Students(flat, [head], plan.labels, index, plan.valid, plan.count, plan.count)
+    return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.count, head.bias)

@@ -117,19 +117,19 @@ class DSparkModule(DFlashModule):
 
     def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
         plan, states, labels, trained = drafts
-        matrix = head.sliced(self.draft.target_ids).to(states.dtype)
+        output = head.sliced(self.draft.target_ids).to(states.dtype)
         last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
-        partial = len(matrix) < len(head.lm_head)
+        partial = len(output) < len(head.head)
         # Rows of one label share its teacher.
         order = plan.labels.argsort(stable=True)
         objective = Acceptance(
-            matrix, last, plan.labels[order], head.rows(last).log_sum if partial else None, self.ce, self.l1
+            output, last, plan.labels[order], head.rows(last).log_sum if partial else None, self.ce, self.l1
         )
         before = self._before(batch, plan, states)
         correction = self._corrected(before, plan, states)
         weights = self._decay(plan) * trained
         result = block_loss(
-            states[order], matrix, labels[order], weights[order],
+            states[order], output, labels[order], weights[order],
             correction=correction._replace(states=correction.states[order]), objective=objective, chunk=self.chunk,
         )  # fmt: skip
         back = order.argsort()

@@ -24,7 +24,7 @@ from specforge.losses import make_objective
 from specforge.modeling.draft.eagle3 import Eagle3Draft
 from specforge.modeling.draft.fused import FusedDraft
 from specforge.modeling.draft.unroll import plan_unroll
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.target_head import OutputHead, TargetHead
 
 
 class Eagle3Module(FusedModule):
@@ -95,7 +95,7 @@ class Eagle3Module(FusedModule):
         plan = plan_unroll(batch.lengths, batch.spans, positions or self.steps, batch.num_tokens)
         plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], head.embed(batch.input_ids), plan)
-        return unrolled(states, self.draft.lm_head.weight, plan)
+        return unrolled(states, OutputHead(self.draft.lm_head.weight), plan)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
         """A chain drafter with the present weights."""

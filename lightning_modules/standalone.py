@@ -101,7 +101,7 @@ class StandaloneModule(DistilledModule):
         documents = [x[1:] if len(x) > 1 else x for x in whole]
         # A rank without documents takes part in the reductions of the others.
         ids = pad_sequence(documents or [batch.input_ids.new_zeros(1)], batch_first=True)
-        states = self.draft(ids).flatten(0, 1).to(head.lm_head.dtype)
+        states = self.draft(ids).flatten(0, 1).to(head.dtype)
         begins = [0, *torch.tensor(batch.lengths, dtype=torch.int64).cumsum(0).tolist()]
         labels: list[int] = []
         rows: list[int] = []

@@ -95,3 +95,5 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        raise UserError(f"{path}: not usable as JSON ({str(error).splitlines()[0]})") from error

@@ -1,8 +1,14 @@
-"""A frozen target as files: where it is, what its config says, single tensors, and its fingerprint."""
+"""A frozen target as files: where it is, what its config says, single tensors, and its fingerprint.
+
+What the files mean is asked of transformers, whose classes run the target: fields that config.json leaves at the
+class's default, which tensors are the embedding and the head, whether the two are one, and what the class does to the
+head's product before it calls it logits.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +25,11 @@ from specforge.float8_blocks import FLOAT8, SCALE, Block, dequantise
 
 _SAMPLE = 1 << 16
 _SAMPLES_PER_FILE = 64
-_EMBEDDING_NAMES = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
-_HEAD_NAMES = ("lm_head.weight", "model.lm_head.weight", "output.weight", "embed_out.weight")
+# Names that checkpoints may have where the class has others: transformers renames such tensors when it loads them.
+_OTHER_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+# What classes multiply (1) or divide (-1) the head's product by; HyperCLOVA X alone multiplies by its logits_scaling.
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -53,56 +62,111 @@ class TargetFiles:
             raise UserError(f"{folder}: no config.json, so this is not a model folder")
         return cls(name, folder)
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
-        """Fields of config.json; of its text part where the model has several modalities."""
-        return dict(self._whole_config.get("text_config") or self._whole_config)
+        """Fields of the config as transformers reads it, defaults of its class included; a copy of one's own.
+
+        It is the text part's where the model has several modalities. Fields that the class has under a name of its own
+        (GPT-2's ``n_embd``) are there under the common name too.
+        """
+        config = self._parsed
+        return {**config.to_dict(), **{name: getattr(config, name) for name in config.attribute_map}}
 
     @cached_property
-    def _whole_config(self) -> dict[str, Any]:
-        return dict(read_json(self.folder / "config.json"))
+    def _parsed(self) -> Any:
+        from transformers import AutoConfig
+
+        _ = self._raw  # refuses what is no JSON, with its line
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(
+                decoder=True
+            )
+        except Exception as error:  # whatever a class makes of a user's file
+            raise UserError(f"{self.folder / 'config.json'}: {first_lines(error)}") from error
+
+    @cached_property
+    def _raw(self) -> dict[str, Any]:
+        whole = read_json(self.folder / "config.json")
+        if not isinstance(whole, dict):
+            raise UserError(f"{self.folder / 'config.json'}: not a JSON object")
+        return whole
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        """The model of the target's class, without weights: it says what its parts are called."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self._parsed, trust_remote_code=False)
+        except Exception as error:  # whatever a class makes of a user's file
+            raise UserError(f"{self.folder}: transformers cannot build it ({first_lines(error)})") from error
 
     @cached_property
     def weight_block(self) -> Block | None:
         """Rows and columns of a block of 8-bit weights with one scale each; None where the config has no such."""
-        form = self._whole_config.get("quantization_config") or self.config.get("quantization_config") or {}
+        form = self._raw.get("quantization_config") or self.config.get("quantization_config") or {}
         block: list[int] = form.get("weight_block_size") or []
         return (int(block[0]), int(block[1])) if len(block) == 2 else None
 
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self._field("hidden_size"))
+        return self._count("hidden_size")
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return int(self._field("num_hidden_layers"))
+        return self._count("num_hidden_layers")
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return int(self._field("vocab_size"))
+        return self._count("vocab_size")
 
-    def _field(self, key: str) -> Any:
-        try:
-            return self.config[key]
-        except KeyError:
-            raise UserError(f"{self.folder / 'config.json'}: no field {key}") from None
+    def _count(self, key: str) -> int:
+        value = self.config.get(key)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{self.folder / 'config.json'}: {key} is {value}, not a whole number of at least 1"
+            )
+        return value
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text that the target is made for; None where its config does not say."""
+        found = self.config.get("max_position_embeddings")
+        return found if type(found) is int and found > 0 else None
+
+    @property
+    def positions_change_at(self) -> int | None:
+        """Tokens of a text beyond which the target's rotary positions are others, for all of its tokens; None: never.
+
+        The types ``longrope`` and ``dynamic`` of transformers: what a token is then depends on how long the text is,
+        and on what it is read together with.
+        """
+        rope = self.config.get("rope_parameters") or {}
+        parts = [x for x in rope.values() if isinstance(x, dict)] if "rope_type" not in rope else [rope]
+        limits = [
+            (part.get("original_max_position_embeddings") if kind == "longrope" else None)
+            or self.max_positions
+            for part in parts
+            if (kind := part.get("rope_type")) in ("longrope", "dynamic")
+        ]
+        return min((limit for limit in limits if limit), default=None)
 
     @cached_property
     def weight_files(self) -> dict[str, Path]:
-        """Tensor name to the safetensors file that holds it."""
-        index = self.folder / "model.safetensors.index.json"
+        """Tensor name to the safetensors file that holds it; a single file before an index, as transformers has it."""
+        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if single.exists():
+            with open_safetensors(single) as file:
+                return dict.fromkeys(file.keys(), single)
         if index.exists():
-            return {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}
-        single = self.folder / "model.safetensors"
-        if not single.exists():
-            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle, which SpecForge never loads" if pickles else ""
-            raise UserError(f"{self.folder}: no model.safetensors{hint}")
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
+            return _indexed(index)
+        pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which SpecForge never loads" if pickles else ""
+        raise UserError(f"{self.folder}: no model.safetensors{hint}")
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; 8-bit weights with one scale a block become fp32.
@@ -129,14 +193,93 @@ class TargetFiles:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
     def embedding(self) -> Tensor:
-        """The token embedding, ``[V, H]``."""
-        return self._first(_EMBEDDING_NAMES, "token embedding")
+        """The token embedding, ``[V, H]``.
+
+        Raises:
+            UserError: there is none, or it has another shape.
+        """
+        found = self._module_tensor(self._skeleton.get_input_embeddings(), "weight", "token embedding")
+        if found.shape != (self.vocab_size, self.hidden_size):
+            raise UserError(
+                f"{self.name}: its embedding is {tuple(found.shape)}, not {(self.vocab_size, self.hidden_size)}; "
+                "drafts read embeddings beside states of the same width"
+            )
+        return found
 
     def lm_head(self) -> Tensor:
-        """The output matrix, ``[V, H]``; the embedding where they are tied."""
-        if self.config.get("tie_word_embeddings") and not any(n in self.weight_files for n in _HEAD_NAMES):
-            return self.embedding()
-        return self._first(_HEAD_NAMES, "lm_head")
+        """The output matrix ``[V, H]``, times what the class multiplies the logits by.
+
+        It is the embedding where config and files tie them: as in transformers, a head of its own in the files wins.
+        """
+        found, scale = self._head_or_none("weight"), self.logit_scale
+        if found is None:
+            if not self.config.get("tie_word_embeddings"):
+                raise UserError(f"{self.folder}: no lm_head among its tensors, and its config ties none")
+            found = self.embedding()
+        return found if scale == 1.0 else (found.float() * scale).to(found.dtype)
+
+    def has_own_head(self) -> bool:
+        """Whether :meth:`lm_head` is another tensor than :meth:`embedding`."""
+        return self._head_name("weight") is not None or self.logit_scale != 1.0
+
+    def lm_head_bias(self) -> Tensor | None:
+        """What the class adds to the head's product, ``[V]``; None where it adds nothing."""
+        if getattr(self._skeleton.get_output_embeddings(), "bias", None) is None:
+            return None
+        bias = self._head_or_none("bias")
+        if bias is None:
+            raise UserError(f"{self.folder}: its head has a bias, which is not among its tensors")
+        return bias if self.logit_scale == 1.0 else bias * self.logit_scale
+
+    @property
+    def logit_scale(self) -> float:
+        """What the class multiplies the head's product by."""
+        config = self.config
+        powers = _SCALES | ({"logits_scaling": 1} if config["model_type"] == "hyperclovax" else {})
+        factors = [
+            float(value) ** power
+            for key, power in powers.items()
+            if (value := getattr(self._parsed, key, None))
+        ]
+        return float(math.prod(factors))
+
+    @property
+    def softcap(self) -> float | None:
+        """C where the class calls ``c tanh(z / c)`` of the head's product z its logits, else None."""
+        caps = (self.config.get(key) for key in _CAPS)
+        return next((float(cap) for cap in caps if cap), None)
+
+    def _head_name(self, part: str) -> str | None:
+        return self._stored_name(
+            self._skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ()
+        )
+
+    def _head_or_none(self, part: str) -> Tensor | None:
+        name = self._head_name(part)
+        return None if name is None else self.tensor(name)
+
+    def _module_tensor(self, module: Any, part: str, what: str) -> Tensor:
+        name = self._stored_name(module, part)
+        if name is None:
+            raise UserError(f"{self.folder}: no {what} among its tensors")
+        return self.tensor(name)
+
+    def _stored_name(self, module: Any, part: str, others: tuple[str, ...] = ()) -> str | None:
+        """Name of a module's tensor in the files, which may have more or less in front than the class."""
+        path = next((name for name, x in self._skeleton.named_modules() if x is module), None)
+        if path is None:
+            return None
+        words = f"{path}.{part}".split(".")
+        for name in (*(".".join(words[i:]) for i in range(len(words) - 1)), *others):
+            ends = [n for n in self._own_names if n == name or n.endswith(f".{name}")]
+            if ends:
+                return min(ends, key=len)
+        return None
+
+    @property
+    def _own_names(self) -> list[str]:
+        """Names of the tensors but for MTP modules, which have norms and sometimes embeddings of their own."""
+        return [n for n in self.weight_files if not n.startswith("mtp.")]
 
     def final_norm(self) -> Tensor:
         """Weight of the norm before ``lm_head``, ``[H]``."""
@@ -147,9 +290,7 @@ class TargetFiles:
         return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
 
     def _first(self, names: tuple[str, ...], what: str) -> Tensor:
-        # A model's MTP modules have a norm and sometimes an embedding of their own.
-        own = [n for n in self.weight_files if not n.startswith("mtp.")]
-        ends = [n for n in own if any(n == x or n.endswith("." + x) for x in names)]
+        ends = [n for n in self._own_names if any(n == x or n.endswith("." + x) for x in names)]
         if not ends:
             raise UserError(f"{self.folder}: no {what} among its tensors (looked for {', '.join(names)})")
         return self.tensor(min(ends, key=len))
@@ -159,7 +300,8 @@ class TargetFiles:
         """Hash of the config and of the weights: tensor names, shapes, and 64 samples of 64 KiB of each file."""
         digest = xxhash.xxh3_128()
         volatile = ("transformers_version", "_name_or_path")
-        config = {k: v for k, v in self.config.items() if k not in volatile}
+        text = self._raw.get("text_config") or self._raw
+        config = {k: v for k, v in text.items() if k not in volatile}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for path in sorted(set(self.weight_files.values())):
             size = path.stat().st_size
@@ -170,6 +312,28 @@ class TargetFiles:
                     file.seek(max(0, (size - _SAMPLE) * i // _SAMPLES_PER_FILE))
                     digest.update(file.read(_SAMPLE))
         return digest.hexdigest()
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """Tensor name to file, by the index of a model in several files.
+
+    Raises:
+        UserError: it is not one, or names a file that is not beside it.
+    """
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files")
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise UserError(f"{index}: names {file!r}, which is no file beside it")
+    return {name: index.parent / file for name, file in names.items()}
+
+
+def first_lines(error: Exception) -> str:
+    """A foreign error in one line: its first two, of which the first may only announce the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def open_safetensors(path: Path) -> Any:

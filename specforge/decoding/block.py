@@ -7,12 +7,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import TrainedDrafter, joined
 from specforge.decoding.verify import Proposal, Sampling
 from specforge.modeling.draft.dflash import BlockDecoder
+from specforge.modeling.target_head import OutputHead
 
 
 class Corrector(Protocol):
@@ -31,7 +31,7 @@ class BlockDrafter(TrainedDrafter):
     Args:
         network: the network.
         embed: embeddings ``[n, H]`` of token ids ``[n]``.
-        head: ``[D, H]`` rows of the target's lm_head for the draft vocabulary.
+        head: the target's, over the draft vocabulary.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
@@ -43,7 +43,7 @@ class BlockDrafter(TrainedDrafter):
     """
 
     def __init__(
-        self, network: BlockDecoder, embed: Callable[[Tensor], Tensor], head: Tensor, target_ids: Tensor,
+        self, network: BlockDecoder, embed: Callable[[Tensor], Tensor], head: OutputHead, target_ids: Tensor,
         vocab_size: int, capture: CapturePolicy, *, block_size: int, mask_token_id: int, first: int,
         corrector: Corrector | None = None, deterministic: bool = False,
     ) -> None:  # fmt: skip
@@ -67,7 +67,7 @@ class BlockDrafter(TrainedDrafter):
         self.network.extend(features)
         self._block[0] = following[-1]
         states = self.network.block(self.embed(self._block))[self.first : self.first + count]
-        logits = F.linear(states, self.head)
+        logits = self.head.scores(states)
         if self.corrector is None:
             return self.choose(logits, sampling, generator)
         self.corrector.reset()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specforge.decoding.drafters import Drafter
 from specforge.decoding.verify import Sampling
@@ -50,7 +49,7 @@ def draft_rounds(
         q = sampling.probs(tile.logits.flatten(0, 1)).unflatten(0, tile.logits.shape[:2])
         known = ids[tile.labels].clamp(min=0).view(-1, 1, 1).expand(-1, gamma, 1)
         drafted = q.gather(-1, known).squeeze(-1) * (ids[tile.labels] >= 0).unsqueeze(1)
-        p = sampling.probs(F.linear(tile.target_hidden.to(head.lm_head.dtype), head.lm_head))
+        p = sampling.probs(head.logits(tile.target_hidden))
         emitted = p.gather(-1, batch.input_ids[tile.labels].unsqueeze(1)).double()
         rows.append((drafted.double() / emitted.clamp(min=1e-30)).clamp(max=1).cpu())
     accept = torch.cat(rows).numpy() if rows else np.zeros((0, gamma))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specforge.losses.chunked import add_product, default_chunk
+from specforge.modeling.target_head import OutputHead
 
 # Tiles that end where a block does are padded to a multiple of this (see specforge.modeling.draft.unroll.ROUND).
 _ROUND = 32
@@ -77,7 +77,7 @@ class HardLabel:
 
 @dataclass(frozen=True)
 class _Job:
-    head: Tensor
+    head: OutputHead
     labels: Tensor
     weights: Tensor
     objective: RowLoss
@@ -134,7 +134,9 @@ class _BlockLoss(torch.autograd.Function):
             count = stop - start
             part = slice(start, min(start + -(-count // _ROUND) * _ROUND, rows))
             labels = job.labels[part].clamp(min=0)
-            logits = tile.scores(states[part], job.head)
+            logits = tile.scores(states[part], job.head.weight)
+            if job.head.bias is not None:
+                logits += job.head.bias
             base = None
             if tile.base is not None:
                 _, base_log_probs, _ = tile.softmax(logits, labels, tile.base)
@@ -193,12 +195,14 @@ class _Grads:
             own = scale * (1 - share)
             self.extra[part] += (slope @ self.matrix_given).mul_(own)
             add_product(self.matrix, slope, self.given[part] * own)
-        self.states[part] += (self.tile.slope(grad if base is None else base) @ self.job.head).mul_(scale)
+        self.states[part] += (self.tile.slope(grad if base is None else base) @ self.job.head.weight).mul_(
+            scale
+        )
 
 
 def block_loss(
     states: Tensor,
-    head: Tensor,
+    head: OutputHead,
     labels: Tensor,
     weights: Tensor,
     *,
@@ -213,7 +217,7 @@ def block_loss(
 
     Args:
         states: ``[M, H]`` the draft's normed states; their dtype is the compute dtype.
-        head: ``[D, H]`` rows of the target's lm_head for the draft vocabulary; frozen.
+        head: the target's, for the draft vocabulary; frozen. Its cap, which changes no order, is left out.
         labels: ``[M]`` draft id of each row's label, -1 where it is outside the draft vocabulary.
         weights: ``[M]`` weight of each row in the sum; 0 drops it.
         correction: added to the head's logits.
@@ -283,7 +287,7 @@ class Acceptance:
     Rows of one label share a teacher row, so they should follow one another.
 
     Args:
-        head: ``[D, H]`` rows of the target's lm_head for the draft vocabulary.
+        head: the target's, for the draft vocabulary.
         hidden: ``[N, H]`` the target's last hidden states.
         tokens: ``[M]`` flat token of each row's label, which ``hidden`` of the token before predicts.
         log_sum: ``[N]`` fp32 log-sum-exp of every token's logits over the whole vocabulary; None where the draft's
@@ -297,7 +301,7 @@ class Acceptance:
     """
 
     def __init__(
-        self, head: Tensor, hidden: Tensor, tokens: Tensor, log_sum: Tensor | None, ce: float, l1: float
+        self, head: OutputHead, hidden: Tensor, tokens: Tensor, log_sum: Tensor | None, ce: float, l1: float
     ) -> None:
         self.head, self.hidden, self.tokens, self.log_sum = head, hidden, tokens, log_sum
         self.ce, self.l1 = ce, l1
@@ -309,7 +313,7 @@ class Acceptance:
     ) -> tuple[Tensor, Tensor]:
         """∂‖q - p‖₁/∂z = 2 q ⊙ (Σ_{q≤p} q - 1[q ≤ p])."""
         tokens, inverse = torch.unique_consecutive(self.tokens[rows], return_inverse=True)
-        logits = F.linear(self.hidden[tokens - 1], self.head).to(probs.dtype)
+        logits = self.head.logits(self.hidden[tokens - 1]).to(probs.dtype)
         teacher = (
             logits.softmax(-1)
             if self.log_sum is None

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specforge.losses.objectives import Objective, Student, Teacher
+from specforge.modeling.target_head import OutputHead
 
 _TILE_BYTES = {"cpu": 4 << 20}
 _TILE_BYTES_ACCELERATOR = 512 << 20
@@ -30,14 +30,14 @@ class TeacherRows(NamedTuple):
 
     Attributes:
         hidden: ``[M, H]`` last hidden state whose logits predict the label.
-        head: ``[D, H]`` rows of the target's lm_head for the draft vocabulary.
+        head: the target's, for the draft vocabulary.
         log_sum: ``[M]`` fp32 log-sum-exp of the full-vocabulary logits; None takes the draft vocabulary
             for the whole one.
         labels: ``[M]`` int64 draft id of the label, -1 where it is outside the draft vocabulary.
     """
 
     hidden: Tensor
-    head: Tensor
+    head: OutputHead
     log_sum: Tensor | None
     labels: Tensor
 
@@ -77,11 +77,15 @@ class _Tile:
         narrow = dtype != wide
         self.product = torch.empty(rows, vocabulary, dtype=dtype, device=device) if narrow else self.logits
 
-    def student(self, states: Tensor, head: Tensor, teacher: Teacher, steps: int) -> tuple[Student, Tensor]:
+    def student(
+        self, states: Tensor, head: Tensor, bias: Tensor | None, teacher: Teacher, steps: int
+    ) -> tuple[Student, Tensor]:
         """The draft's side for ``states [C T, H]``, and its likeliest draft ids ``[C, T]``."""
         rows = len(states)
         product = torch.mm(states, head.t(), out=self.product[:rows])
         logits = self.logits[:rows].copy_(product) if product.dtype != self.logits.dtype else product
+        if bias is not None:
+            logits += bias
         probs = torch.softmax(logits, -1, out=self.probs[:rows])
         logits, probs = (x.unflatten(0, (-1, steps)) for x in (logits, probs))
         top, best = logits.max(-1)
@@ -97,7 +101,7 @@ class _Tile:
 
 
 def _teacher_tile(rows: TeacherRows, part: slice) -> Teacher:
-    logits = F.linear(rows.hidden[part], rows.head)
+    logits = rows.head.logits(rows.hidden[part])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, best = logits.max(-1)
     probs = logits.softmax(-1)
@@ -116,8 +120,8 @@ def _teacher_tile(rows: TeacherRows, part: slice) -> Teacher:
 class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head: Tensor, students: Tensor, weights: Tensor, rows: TeacherRows,
-        objective: Objective, chunk: int, train: bool,
+        ctx: Any, states: Tensor, head: Tensor, bias: Tensor | None, students: Tensor, weights: Tensor,
+        rows: TeacherRows, objective: Objective, chunk: int, train: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         labels, steps = students.shape
         dtype, wide = states.dtype, torch.promote_types(states.dtype, torch.float32)
@@ -136,7 +140,7 @@ class _ChunkedDistillation(torch.autograd.Function):
             if ahead == 0:
                 teachers = _teacher_tile(rows, slice(start, start + chunk * _TEACHER_CHUNKS))
             teacher = Teacher(*(x[ahead * chunk : (ahead + 1) * chunk] for x in teachers))
-            student, best = tile.student(picked, matrix, teacher, steps)
+            student, best = tile.student(picked, matrix, bias, teacher, steps)
             hits[part] = best == rows.labels[part].unsqueeze(1)
             losses[part], grad = objective(student, teacher)
             if not (need_states or need_head):
@@ -156,7 +160,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = (None if x is None else x.mul_(grad.to(x.dtype)) for x in ctx.saved_tensors)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def add_product(total: Tensor, slope: Tensor, states: Tensor) -> None:
@@ -175,6 +179,7 @@ def chunked_distillation(
     teacher: TeacherRows,
     objective: Objective,
     *,
+    bias: Tensor | None = None,
     chunk: int | None = None,
 ) -> DistillationResult:
     """Distil the target's next-token distribution into a draft's linear head.
@@ -186,6 +191,7 @@ def chunked_distillation(
         weights: ``[M, T]`` fp32 weight of each row in the sum; 0 drops it.
         teacher: the target's side.
         objective: the per-row loss.
+        bias: ``[D]`` added to the draft's logits; frozen.
         chunk: labels at a time; chosen by :func:`default_chunk` when None. It does not change the result.
     """
     chunk = chunk or default_chunk(len(head), students.shape[1], states.device)
@@ -193,6 +199,6 @@ def chunked_distillation(
     teacher = teacher._replace(hidden=teacher.hidden.to(dtype), head=teacher.head.to(dtype))
     with torch.autocast(states.device.type, enabled=False):
         loss, losses, hits = _ChunkedDistillation.apply(  # type: ignore[no-untyped-call]
-            states, head, students, weights, teacher, objective, chunk, torch.is_grad_enabled()
+            states, head, bias, students, weights, teacher, objective, chunk, torch.is_grad_enabled()
         )
     return DistillationResult(loss, losses.detach(), hits)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specforge.cli import main
@@ -13,6 +15,7 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePo
 from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.target_files import TargetFiles
+from tests.families import write_family
 
 POLICY = CapturePolicy((1, 3, 4))
 
@@ -67,6 +70,112 @@ def test_batched_generation_is_greedy_decoding_one_at_a_time(engine, target):
             with torch.no_grad():
                 plain.append(int(model(torch.tensor([plain])).logits[0, -1].argmax()))
         assert answer == plain[len(ids) :]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "cohere", "gemma2", "phi", "minicpm3", "gpt_neox"])
+def test_the_head_of_a_known_class_passes(name, dtype, tmp_path):
+    HFTargetEngine(TargetFiles.find(str(write_family(name, tmp_path / "t"))), dtype).check(POLICY)
+
+
+def test_logits_that_are_not_the_heads_are_refused(target, monkeypatch):
+    """Whatever a class does to its logits: two tokens show it, in every dtype that a target may run in."""
+    kind = type(HFTargetEngine(TargetFiles.find(str(target)), "float32").model)
+    plain = kind.forward
+
+    def forward(change):
+        def changed(self, *args, **options):
+            output = plain(self, *args, **options)
+            output.logits = change(output.logits)
+            return output
+
+        return changed
+
+    changes = {
+        "scaled": lambda x: x / 4, "capped": lambda x: 2 * torch.tanh(x / 2),
+        "biased": lambda x: x + torch.arange(264) / 99, "cut": lambda x: x[..., :260],
+        "banned": lambda x: x.index_fill(-1, torch.tensor([7]), -torch.inf),
+    }  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        for name, change in changes.items():
+            engine = HFTargetEngine(TargetFiles.find(str(target)), dtype)
+            monkeypatch.setattr(kind, "forward", forward(change))
+            with pytest.raises(UserError, match="its logits are not its output head times its last states"):
+                engine.check(POLICY)
+            monkeypatch.undo()
+            assert engine.check(POLICY) is None, name
+
+
+def test_files_that_lack_tensors_are_refused(target, tmp_path):
+    """Transformers would draw them at random and say so in a warning."""
+    folder = shutil.copytree(target, tmp_path / "t")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"lack 1 tensors of LlamaForCausalLM, such as model.layers.3.mlp.up_proj.weight"
+    ):
+        HFTargetEngine(TargetFiles.find(str(folder)), "float32")
+
+
+def test_whatever_a_folder_asks_of_generation_answers_are_the_targets_own(target, engine, tmp_path):
+    folder = shutil.copytree(target, tmp_path / "t")
+    asked = {
+        "eos_token_id": 256, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "num_beams": 3, "do_sample": True,
+        "temperature": 5.0, "suppress_tokens": list(range(40, 90)), "forced_eos_token_id": 3, "min_length": 30,
+        "begin_suppress_tokens": [1, 2], "bad_words_ids": [[5]], "exponential_decay_length_penalty": [1, 2.0],
+        "sequence_bias": [[[9], 50.0]], "guidance_scale": 2.0, "max_length": 3, "stop_strings": ["a"],
+        "prompt_lookup_num_tokens": 3, "cache_implementation": "static", "num_return_sequences": 2,
+        "watermarking_config": {"bias": 9.0},
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    other = HFTargetEngine(TargetFiles.find(str(folder)), "float32")
+    options = {"max_new_tokens": 12, "end_ids": [256]}
+    assert other.generate(sequences(), **options) == engine.generate(sequences(), **options)
+
+
+def test_answers_without_a_token_that_ends_them_are_as_long_as_they_may_be(engine):
+    assert [len(x) for x in engine.generate(sequences(), max_new_tokens=7, end_ids=[])] == [7] * 4
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama, dynamic"])
+def test_features_of_a_text_do_not_depend_on_longer_ones_read_with_it_or_before_it(name, tmp_path):
+    """Positions of the types longrope and dynamic change with the longest text of a pass, and dynamic remembers it."""
+    engine = HFTargetEngine(TargetFiles.find(str(write_family(name, tmp_path / "t"))), "float32")
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 256, (n,), generator=g).tolist() for n in (30, 600, 520, 400, 700)]
+    together = engine.capture(texts, POLICY)
+    for ids, found in zip(texts, together, strict=True):
+        alone = HFTargetEngine(engine.target, "float32").capture([ids], POLICY)[0]
+        for feature in alone:
+            torch.testing.assert_close(found[feature], alone[feature], rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_with_as_many_vision_as_text_layers_gives_those_of_its_text(tmp_path):
+    from transformers import AutoConfig
+
+    from tests.families import BASE
+    from tests.tiny import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    text = {k: v for k, v in BASE.items() if k != "bos_token_id"} | {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    files = TargetFiles.find(str(tmp_path))
+    assert (files.num_layers, files.hidden_size, files.vocab_size) == (8, 32, 264)
+    engine = HFTargetEngine(files, "float32")
+    engine.check(POLICY)
+    ids = sequences()[1]
+    (found,) = engine.capture([ids], POLICY)
+    with torch.no_grad():
+        states = engine.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    layers = torch.cat([states[i + 1][0] for i in POLICY.layer_ids], -1)
+    torch.testing.assert_close(found[AUX_HIDDEN_STATES], layers, rtol=1e-4, atol=1e-5)
 
 
 def test_regenerate_goes_on_where_it_was_cut_and_keeps_the_order(target, conversations, tmp_path):

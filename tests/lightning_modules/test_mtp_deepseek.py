@@ -18,6 +18,7 @@ from specforge.contracts import TrainBatch
 from specforge.decoding.decoder import decode
 from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.modeling.target_head import OutputHead
 from specforge.target_files import TargetFiles
 from tests.decoding.test_decoding import plain
 from tests.tiny import write_tokenizer
@@ -111,7 +112,7 @@ def test_the_layer_is_deepseeks_own(deepseek):
     angles = model.model.rotary_emb(x[None], positions)
     expected = layer(x[None], attention_mask=mask, position_embeddings=angles)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    decoder = draft.decoder(module.target.lm_head(), torch.float32)
+    decoder = draft.decoder(OutputHead(module.target.lm_head()), torch.float32)
     for end in range(1, len(ids) + 1):
         _, state = decoder.extend(hidden[end - 1 : end], head.embed(ids[end - 1 : end]))
         torch.testing.assert_close(state, expected.view(len(ids), -1)[end - 1], rtol=1e-4, atol=1e-4)

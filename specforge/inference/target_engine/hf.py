@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_engine.base import check_layers, feature_widths
-from specforge.target_files import TargetFiles, torch_dtype
+from specforge.modeling.target_head import TargetHead, distance
+from specforge.target_files import TargetFiles, first_lines, torch_dtype
 
 
 class FeatureTap:
@@ -29,7 +32,7 @@ class FeatureTap:
         layers = decoder_layers(model) if policy.layer_ids else ()
         self._handles = [layers[i].register_forward_hook(self._keep(i)) for i in policy.layer_ids]
         if policy.last_hidden_states:
-            self._handles.append(model.base_model.register_forward_hook(self._keep_last))
+            self._handles.append(backbone(model).register_forward_hook(self._keep_last))
 
     def _keep(self, layer: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -55,18 +58,40 @@ class FeatureTap:
             handle.remove()
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model.
+def backbone(model: Any) -> nn.Module:
+    """The part of a causal LM whose output its head reads."""
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    layers = decoder_layers(model)  # a class that transformers says nothing of: what holds the layers
+    return next(module for module in model.modules() if layers in module.children())
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of decoder layers of a transformers model; of its text part where it has several modalities.
 
     Raises:
         UserError: none of its module lists has as many entries as the config has layers.
     """
-    config: Any = model.config
-    config = config.get_text_config()
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UserError(f"{type(model).__name__}: no list of {config.num_hidden_layers} decoder layers found")
+    raise UserError(f"{type(model).__name__}: no list of {count} decoder layers found")
+
+
+def can_take_back(model: Any) -> bool:
+    """Whether tokens can be taken back from a model's cache: it holds keys and values of tokens, and nothing else."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return not model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model is told the positions of tokens, rather than counting places."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -85,35 +110,35 @@ class HFTargetEngine:
         device: where it runs.
 
     Raises:
-        UserError: transformers cannot load it.
+        UserError: transformers cannot load it, or the files lack some of its tensors.
     """
 
     def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import GenerationConfig
 
-        disable_progress_bar()
         self.target, self.dtype, self.device = target, dtype, torch.device(device)
-        _ = target.weight_files  # refuses pickles, before transformers would look at them
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                target.folder, dtype=torch_dtype(dtype), use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{target.folder}: transformers cannot load it ({str(error).splitlines()[0]})"
-            ) from error
+        model = _load(target, torch_dtype(dtype))
+        # Answers are the model's own: its folder may ask for penalties, beams or suppressed tokens, which no verifier
+        # of drafts applies. Only the tokens that end an answer are taken from there, by the chat template.
+        model.generation_config = GenerationConfig()
         self.model = model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def check(self, policy: CapturePolicy) -> None:
-        """Prove on two tokens that the policy can be met.
+        """Prove on two tokens that the policy can be met, and that the head makes the target's own logits of states.
 
         Raises:
-            UserError: a layer does not exist, or a feature comes out with the wrong width or dtype.
+            UserError: a layer does not exist, a feature comes out with the wrong width or dtype, or the embedding and
+                head in the files are not what the target computes with.
         """
         check_layers(policy, self.target.num_layers, self.target.name)
-        features = self.capture([[0, 0]], policy)[0]
+        ids = [0, self.target.vocab_size // 2]
+        try:
+            (features,) = self.capture([ids], policy)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a class makes of a user's config
+            raise UserError(f"{self.target.name}: cannot read two tokens ({first_lines(error)})") from error
         for name, width in feature_widths(policy, self.target.hidden_size).items():
             found, dtype = tuple(features[name].shape), features[name].dtype
             if found != (2, width) or dtype != torch_dtype(self.dtype):
@@ -121,6 +146,28 @@ class HFTargetEngine:
                     f"{self.target.name}: {name} of layers {list(policy.layer_ids)} is {dtype} {found}, "
                     f"not {self.dtype} (2, {width})"
                 )
+        self._check_head(ids)
+
+    def _check_head(self, ids: list[int]) -> None:
+        """Compare the target's logits of two tokens with what training will make of its last states."""
+        head = TargetHead.load(self.target, torch_dtype(self.dtype)).to(self.device)
+        tokens = torch.tensor(ids, device=self.device)
+        if not torch.equal(head.embed(tokens), self.model.get_input_embeddings().weight[tokens]):
+            raise UserError(
+                f"{self.target.name}: the embedding in its files is not the one that transformers reads"
+            )
+        (features,) = self.capture([ids], CapturePolicy(()))
+        own = self.model(input_ids=tokens[None], use_cache=False).logits[0]
+        mine = head.logits(features[LAST_HIDDEN_STATES].to(self.device))
+        # Logits are rounded to the compute dtype, which says how close two ways to the same ones can be.
+        tolerance = 1e-3 + 4 * torch.finfo(torch_dtype(self.dtype)).eps * float(mine.abs().max())
+        apart = distance(mine, own) if mine.shape == own.shape else math.inf
+        if not apart <= tolerance:
+            raise UserError(
+                f"{self.target.name}: its logits are not its output head times its last states (log-probabilities "
+                f"differ by {apart:.2g}), so drafts would learn another distribution; {type(self.model).__name__} is "
+                "not supported, or its files are not what its config says"
+            )
 
     @torch.inference_mode()
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
@@ -128,23 +175,41 @@ class HFTargetEngine:
 
         Sequences are padded on the right without a mask: attention is causal, so no token sees padding.
         """
+        found: dict[int, dict[str, Tensor]] = {}
+        tap = FeatureTap(self.model, policy)
+        try:
+            for part in self._passes(input_ids):
+                found |= zip(part, self._capture([input_ids[i] for i in part], tap), strict=True)
+        finally:
+            tap.close()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return [found[i] for i in range(len(input_ids))]
+
+    def _capture(self, input_ids: Sequence[Sequence[int]], tap: FeatureTap) -> list[dict[str, Tensor]]:
         longest = max(len(ids) for ids in input_ids)
         padded = torch.zeros(len(input_ids), longest, dtype=torch.int64)
         for row, ids in zip(padded, input_ids, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        tap = FeatureTap(self.model, policy)
-        try:
-            self.model.base_model(input_ids=padded.to(self.device), use_cache=False)
-            features = tap.features()
-        finally:
-            tap.close()
-        found = [
+        backbone(self.model)(input_ids=padded.to(self.device), use_cache=False)
+        features = tap.features()
+        return [
             {name: _to_host(x[i, : len(ids)]) for name, x in features.items()}
             for i, ids in enumerate(input_ids)
         ]
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return found
+
+    def _passes(self, input_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Which sequences are read together: all, unless the length of one would change the positions of others."""
+        limit = self.target.positions_change_at
+        everything = range(len(input_ids))
+        short = [i for i in everything if limit is None or len(input_ids[i]) <= limit]
+        if short:
+            yield short
+        for i in everything:
+            if i not in short:
+                # transformers keeps what the longest text so far made of its positions until it reads a short one.
+                backbone(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+                yield [i]
 
     @torch.inference_mode()
     def generate(
@@ -156,26 +221,68 @@ class HFTargetEngine:
         Args:
             prompts: token ids; padded on the left to one length.
             max_new_tokens: most tokens to add.
-            end_ids: tokens that end an answer.
+            end_ids: tokens that end an answer; without any, answers are as long as they may be.
             temperature: 0 for greedy.
             top_p: nucleus of sampling.
             top_k: tokens to sample from; 0 for all.
             seed: of sampling.
         """
+        plain = can_take_back(self.model)
+        # Padding would reach the states of other models, or move their positions.
+        together = plain and takes_positions(self.model) and self.target.positions_change_at is None
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "eos_token_id": list(end_ids) or None,
+            "pad_token_id": next(iter(end_ids), 0), **(sampling if temperature > 0 else {"do_sample": False}),
+        }  # fmt: skip
+        answers: list[list[int]] = []
+        for part in [list(prompts)] if together else [[prompt] for prompt in prompts]:
+            torch.manual_seed(seed + len(answers))
+            answers += self._generate(part, plain, options)
+        return [_until_end(answer, frozenset(end_ids)) for answer in answers]
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], plain: bool, options: dict[str, Any]
+    ) -> list[list[int]]:
+        from transformers import DynamicCache
+
         longest = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), longest), end_ids[0], dtype=torch.int64)
+        ids = torch.full((len(prompts), longest), options["pad_token_id"], dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        torch.manual_seed(seed)
+        # A cache that forgets nothing: what a token sees is the model's to say, not that of a window in its config.
+        cache = {"past_key_values": DynamicCache()} if plain else {}
         output = self.model.generate(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
-            eos_token_id=list(end_ids), pad_token_id=end_ids[0],
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )  # fmt: skip
-        return [_until_end(row, frozenset(end_ids)) for row in output[:, longest:].tolist()]
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options, **cache
+        )
+        return output[:, longest:].tolist()  # type: ignore[no-any-return]
+
+
+def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    _ = target.weight_files  # refuses pickles, before transformers would look at them
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            target.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a class, or a package that it wants, makes of a user's files
+        raise UserError(f"{target.folder}: transformers cannot load it ({first_lines(error)})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{target.folder}: its files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}, "
+            "which would be drawn at random"
+        )
+    return model
 
 
 def _until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:

@@ -25,6 +25,7 @@ from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
+from specforge.modeling.target_head import OutputHead
 from specforge.target_files import TargetFiles
 
 
@@ -212,8 +213,8 @@ class MTPDraft(Draft):
             states.append(normed)
         return torch.stack(states)
 
-    def decoder(self, head: Tensor, dtype: torch.dtype) -> MTPDecoder:
-        """The module for decoding in ``dtype`` with the target's rows ``head [D, H]``."""
+    def decoder(self, head: OutputHead, dtype: torch.dtype) -> MTPDecoder:
+        """The module for decoding in ``dtype`` with the target's head over the draft vocabulary."""
         return MTPDecoder(self, head, dtype)
 
 
@@ -222,11 +223,11 @@ class MTPDecoder:
 
     Args:
         draft: the module.
-        head: ``[D, H]`` the target's head over the draft vocabulary.
+        head: the target's, over the draft vocabulary.
         dtype: compute dtype.
     """
 
-    def __init__(self, draft: MTPDraft, head: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, draft: MTPDraft, head: OutputHead, dtype: torch.dtype) -> None:
         self.draft, self.dtype, self.device = draft, dtype, draft.proj.weight.device
         self._weights, self._head = draft.weights(dtype), head.to(dtype)
         self.reset()
@@ -268,4 +269,4 @@ class MTPDecoder:
         # Only the last row's output is used; the others are there for their keys.
         attention = attend(query[-1:], *self._cache.write(0, before, key, value))
         normed, feedback = draft.finish(x[-1:], attention, w)
-        return F.linear(normed, self._head)[0], feedback[0]
+        return self._head.scores(normed)[0], feedback[0]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.modeling.draft.registry import Draft, copy_into
-from specforge.modeling.target_head import check_plain_logits
 from specforge.target_files import TargetFiles
 
 
@@ -44,7 +43,6 @@ class StandaloneDraft(Draft):
         kind = config.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise UserError(f"{where}: transformers has no model_type {kind!r}")
-        check_plain_logits(config, where)
         reduced = (fields.get("draft_vocab_size") or config["vocab_size"]) < config["vocab_size"]
         if reduced:
             fields["tie_word_embeddings"] = False
