@@ -1,8 +1,7 @@
-"""The reference decoder: the target in transformers with a key/value cache, any drafter, one prompt or many.
+"""The reference decoder: the target in transformers, any drafter, one prompt or many.
 
-Several prompts are decoded in lockstep: every round is one pass of the target over the drafts of all
-prompts that are not finished. Rejected tokens stay in the cache and are masked; alone, they are cut off,
-so that a single prompt costs no mask (that is the form that is timed).
+Several prompts are decoded in lockstep: every round is one pass of the target over the drafts of all prompts that are
+not finished (:mod:`specforge.decoding.runners`). Targets that cannot be run so are decoded one prompt after the other.
 """
 
 from __future__ import annotations
@@ -10,91 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import Drafter, Features
+from specforge.decoding.runners import Runner, make_runner, runs_in_lockstep
 from specforge.decoding.verify import Sampling, verify
-from specforge.inference.target_engine.hf import FeatureTap
-
-
-class TargetRunner:
-    """A transformers causal LM that processes growing sequences and can take tokens back.
-
-    Args:
-        model: the target, in eval mode.
-        capture: features to return with the logits; None for none.
-        rows: sequences in the batch.
-    """
-
-    def __init__(self, model: Any, capture: CapturePolicy | None = None, rows: int = 1) -> None:
-        from transformers import DynamicCache
-
-        self.model = model
-        self._cache = DynamicCache()
-        self._tap = None if capture is None else FeatureTap(model, capture)
-        self._lockstep = rows > 1
-        self._kept = torch.zeros(rows, 0, dtype=torch.int64)
-        self._appended = [0] * rows
-
-    def forward(
-        self, tokens: Sequence[Sequence[int]], last_only: bool = False
-    ) -> list[tuple[Tensor, Features]]:
-        """Append tokens to every row.
-
-        Args:
-            tokens: token ids of each row, at least one.
-            last_only: compute logits of each row's last token only.
-
-        Returns:
-            For each row, logits ``[n or 1, V]`` on the CPU and its features ``[n, width]`` on the model's device.
-        """
-        self._appended = [len(row) for row in tokens]
-        width = max(self._appended)
-        # Padding is on the left, so that the last token of every row is the last column.
-        pads = [width - n for n in self._appended]
-        ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, tokens, strict=True)])
-        options: dict[str, Any] = {}
-        if self._lockstep:
-            new = torch.tensor([[0] * pad + [1] * n for pad, n in zip(pads, self._appended, strict=True)])
-            seen = self._kept.sum(1, keepdim=True)
-            options["position_ids"] = (seen + new.cumsum(1) - 1).clamp(min=0).to(self.model.device)
-            self._kept = torch.cat([self._kept, new], dim=1)
-            options["attention_mask"] = self._kept.to(self.model.device)
-        output = self.model(
-            input_ids=ids.to(self.model.device), past_key_values=self._cache, use_cache=True,
-            logits_to_keep=1 if last_only else 0, **options,
-        )  # fmt: skip
-        logits = output.logits.cpu()
-        features = {} if self._tap is None else self._tap.features()
-        return [
-            (logits[i] if last_only else logits[i, pad:], {name: x[i, pad:] for name, x in features.items()})
-            for i, pad in enumerate(pads)
-        ]
-
-    def keep(self, counts: Sequence[int]) -> None:
-        """Keep the first ``counts[i]`` of the tokens that the last call appended to row i."""
-        if not self._lockstep:
-            if counts[0] < self._appended[0]:
-                self._cache.crop(counts[0] - self._appended[0])
-            return
-        for i, (count, n) in enumerate(zip(counts, self._appended, strict=True)):
-            if count < n:
-                self._kept[i, self._kept.shape[1] - n + count :] = 0
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
-        index = torch.tensor(rows)
-        self._cache.batch_select_indices(index.to(self.model.device))
-        self._kept = self._kept[index]
-
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        if self._tap is not None:
-            self._tap.close()
 
 
 @dataclass
@@ -175,7 +98,7 @@ def decode(
     Args:
         model: the target, a transformers causal LM in eval mode.
         drafter: makes the drafter of one prompt.
-        prompts: token ids of each prompt; more than one are decoded in lockstep.
+        prompts: token ids of each prompt; more than one are decoded in lockstep where the target can be.
         gamma: most tokens to draft in a round.
         max_new_tokens: most tokens of an answer.
         end_ids: tokens that end one.
@@ -183,9 +106,20 @@ def decode(
         seed: of the coins and samples; prompt i uses ``seed + i``.
     """
     sampling, ends = sampling or Sampling(), frozenset(end_ids)
+    if len(prompts) > 1 and not runs_in_lockstep(model):
+        alone = partial(
+            decode,
+            model,
+            drafter,
+            gamma=gamma,
+            max_new_tokens=max_new_tokens,
+            end_ids=end_ids,
+            sampling=sampling,
+        )
+        return [alone([prompt], seed=seed + i)[0] for i, prompt in enumerate(prompts)]
     active = [_Sequence(p, drafter(), gamma, seed + i) for i, p in enumerate(prompts)]
     everything = list(active)
-    runner = TargetRunner(model, active[0].drafter.capture, len(active))
+    runner = make_runner(model, active[0].drafter.capture, len(active))
     try:
         prefill = runner.forward([s.prompt for s in active], last_only=True)
         start = time.perf_counter()
@@ -210,7 +144,7 @@ def decode(
 
 
 def _round(
-    runner: TargetRunner, active: Sequence[_Sequence], gamma: int, max_new_tokens: int, sampling: Sampling,
+    runner: Runner, active: Sequence[_Sequence], gamma: int, max_new_tokens: int, sampling: Sampling,
     ends: frozenset[int],
 ) -> None:  # fmt: skip
     proposals = []

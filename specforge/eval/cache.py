@@ -1,8 +1,9 @@
 """Reference answers of the target and their features, produced once.
 
 The key covers everything that changes them: the target's weights, the tokenizer, the prompts, the sampler, the
-length limit, the compute dtype and what is captured. An entry is written under a temporary name and takes
-its own when it is complete; of two processes that produce the same entry, one wins and both are right.
+tokens that end an answer, the length limit, what computes (dtype, kind of device, versions of the libraries) and what
+is captured. An entry is written under a temporary name and takes its own when it is complete; of two processes that
+produce the same entry, one wins and both are right.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from specforge.decoding.verify import Sampling
 from specforge.files import disk_error
 from specforge.target_files import open_safetensors
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class EvalKey:
     tokenizer_fingerprint: str
     capture: CapturePolicy
     dtype: str
+    device: str
+    versions: tuple[str, ...]
+    end_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
     seed: int

@@ -27,7 +27,7 @@ from specforge.eval.baselines import baselines
 from specforge.eval.cache import EvalCache, EvalKey, Reference
 from specforge.eval.offline import draft_rounds, text_rounds
 from specforge.eval.tau import Rounds, Tau, pooled_tau
-from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles, torch_dtype
 
@@ -131,16 +131,27 @@ class Evaluation:
         """
         if not prompts:
             raise UserError("evaluate: there are no prompts")
-        limit = int(self.target.config.get("max_position_embeddings", 1 << 30))
-        longest = max(map(len, prompts)) + self.options.max_new_tokens + self.options.gamma
-        if longest > limit:
-            raise UserError(
-                f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}"
-            )
+        self._check_lengths(prompts)
         references = self._references(prompts)
         methods = self._methods()
         speeds = self._time(methods, prompts)
         return [self._row(method, references, speeds.get(method.name)) for method in methods]
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        limit, change = self.target.max_positions, self.target.positions_change_at
+        room = self.options.max_new_tokens + self.options.gamma
+        for prompt in prompts:
+            longest = len(prompt) + room
+            if limit is not None and longest > limit:
+                raise UserError(
+                    f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}"
+                )
+            if change is not None and len(prompt) <= change < longest:
+                raise UserError(
+                    f"evaluate: {longest} tokens with the answer, but beyond {change} {self.target.name} has other "
+                    "positions for all of a text, so that no answer across that length is its own; use shorter prompts "
+                    "or a smaller --max_new_tokens"
+                )
 
     def _methods(self) -> list[_Method]:
         gamma, sampling, module = self.options.gamma, self.options.sampling, self.module
@@ -168,7 +179,14 @@ class Evaluation:
 
     def _engine(self, dtype: str) -> HFTargetEngine:
         if dtype not in self._engines:
-            self._engines[dtype] = HFTargetEngine(self.target, dtype, self.options.device)
+            engine = HFTargetEngine(self.target, dtype, self.options.device)
+            engine.check(self.module.spec.capture)
+            self._engines[dtype] = engine
+            if not can_take_back(engine.model):
+                self.progress(
+                    f"{self.target.name} has states that cannot be taken back: each round reads the whole text, so "
+                    "that tokens/s say nothing of a server"
+                )
         return self._engines[dtype]
 
     def _head(self, dtype: str) -> TargetHead:
@@ -178,9 +196,12 @@ class Evaluation:
         return self._heads[dtype]
 
     def _references(self, prompts: Sequence[Sequence[int]]) -> list[Reference]:
+        import transformers
+
         options = self.options
         key = EvalKey(
             self.target.fingerprint, self.tokenizer_fingerprint, self.module.spec.capture, options.dtype,
+            torch.device(options.device).type, (torch.__version__, transformers.__version__), tuple(self.end_ids),
             options.max_new_tokens, options.sampling, options.seed,
         )  # fmt: skip
         return self.cache.get(key, prompts, lambda: self._produce(prompts, self.module.spec.capture))
@@ -276,11 +297,13 @@ class Evaluation:
 
     @torch.inference_mode()
     def _is_tie(self, reference: Reference, position: int, other: int) -> bool:
+        """Whether the target may as well choose ``other`` as the reference's token: both are its likeliest."""
         engine = self._engine(self.options.dtype)
         ids = torch.tensor([[*reference.prompt, *reference.answer[:position]]], device=engine.device)
         logits: Tensor = engine.model(input_ids=ids, logits_to_keep=1).logits[0, -1].double()
         best = logits.max()
-        return bool(best - logits[other] <= _TIE * best.abs().clamp(min=1.0))
+        chosen = logits[[other, reference.answer[position]]]
+        return bool((best - chosen <= _TIE * best.abs().clamp(min=1.0)).all())
 
     def _time(
         self, methods: Sequence[_Method], prompts: Sequence[Sequence[int]]

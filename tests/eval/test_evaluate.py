@@ -103,6 +103,7 @@ def test_the_exported_draft_earns_the_same(run, prompts, target, tmp_path):
 def key(**changes) -> EvalKey:
     fields = {
         "target_fingerprint": "t", "tokenizer_fingerprint": "k", "capture": CapturePolicy((1, 2)), "dtype": "float32",
+        "device": "cpu", "versions": ("1",), "end_ids": (7,),
         "max_new_tokens": 8, "sampling": Sampling(), "seed": 0,
     }  # fmt: skip
     return EvalKey(**{**fields, **changes})
@@ -112,7 +113,8 @@ def key(**changes) -> EvalKey:
     "changes",
     [
         {"target_fingerprint": "u"}, {"tokenizer_fingerprint": "l"}, {"capture": CapturePolicy((1, 3))},
-        {"dtype": "bfloat16"}, {"max_new_tokens": 9}, {"sampling": Sampling(1.0)}, {"seed": 1},
+        {"dtype": "bfloat16"}, {"device": "cuda"}, {"versions": ("2",)}, {"end_ids": (7, 8)}, {"max_new_tokens": 9},
+        {"sampling": Sampling(1.0)}, {"seed": 1},
     ],
 )  # fmt: skip
 def test_the_cache_is_keyed_by_everything_that_changes_the_features(changes):
