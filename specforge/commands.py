@@ -211,8 +211,10 @@ def capture(
     sets = {name: PromptSet.load(prompts / name) for name in SPLITS if (prompts / name).exists()}
     if not sets:
         raise UserError(f"{prompts}: no prompt set `train` or `heldout`; make them with `specforge prepare`")
+    _check_lengths(files, sets)
     place = pick_device(device)
     engine = HFTargetEngine(files, dtype, place)
+    engine.check(policy)
     for name, prompt_set in sets.items():
         provenance = Provenance(
             target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
@@ -225,13 +227,26 @@ def capture(
                 engine, folder.store, folder.manifest.append, provenance, background=background
             )
             task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
-            for step in worker.run(tasks, batch_tokens or (2048 if place == "cpu" else 65536)):
+            for step in worker.produce(tasks, batch_tokens or (2048 if place == "cpu" else 65536)):
                 tokens += step.tokens
                 rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
                 bar.update(task, advance=step.samples + step.resumed, rate=rate)
         size = folder.store.stat().nbytes
         _console.print(
             f"{output / name}: {folder.store.stat().samples:,} samples, {size / 1e9:.2f} GB ({tokens:,} tokens now)"
+        )
+
+
+def _check_lengths(files: TargetFiles, sets: dict[str, Any]) -> None:
+    """Refuse prompts that are longer than the target's positions reach, before any of them is captured."""
+    longest, limit = (
+        max((t for x in sets.values() for t in x.tasks), key=lambda t: len(t.input_ids)),
+        files.learnt_positions,
+    )
+    if limit is not None and len(longest.input_ids) > limit:
+        raise UserError(
+            f"{longest.source}: {len(longest.input_ids)} tokens, but {files.name} has {limit} positions; prepare the "
+            f"prompts with --max_length {limit}"
         )
 
 

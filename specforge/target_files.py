@@ -75,8 +75,14 @@ class TargetFiles:
     @cached_property
     def _parsed(self) -> Any:
         from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        _ = self._raw  # refuses what is no JSON, with its line
+        kind = self._raw.get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            code = "; the code that comes with it (auto_map) is never run" if "auto_map" in self._raw else ""
+            raise UserError(
+                f"{self.folder / 'config.json'}: transformers has no model_type {kind!r}{code}"[:400]
+            )
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(
                 decoder=True
@@ -136,7 +142,23 @@ class TargetFiles:
     def max_positions(self) -> int | None:
         """Tokens of the longest text that the target is made for; None where its config does not say."""
         found = self.config.get("max_position_embeddings")
-        return found if type(found) is int and found > 0 else None
+        if type(found) is not int or found < 1:
+            return None
+        factors = [
+            part.get("factor") or 1
+            for part in self._rope_parts
+            if part.get("rope_type") in ("linear", "dynamic", "yarn")
+            and not part.get("original_max_position_embeddings")
+        ]
+        return int(found * max(factors, default=1))
+
+    @property
+    def learnt_positions(self) -> int | None:
+        """Tokens of the longest text that the target can read, because it learnt its positions; None: no such limit."""
+        table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
+        found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+        # Some classes keep two rows of the table for padding.
+        return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
 
     @property
     def positions_change_at(self) -> int | None:
@@ -145,15 +167,19 @@ class TargetFiles:
         The types ``longrope`` and ``dynamic`` of transformers: what a token is then depends on how long the text is,
         and on what it is read together with.
         """
-        rope = self.config.get("rope_parameters") or {}
-        parts = [x for x in rope.values() if isinstance(x, dict)] if "rope_type" not in rope else [rope]
         limits = [
             (part.get("original_max_position_embeddings") if kind == "longrope" else None)
-            or self.max_positions
-            for part in parts
+            or self.config.get("max_position_embeddings")
+            for part in self._rope_parts
             if (kind := part.get("rope_type")) in ("longrope", "dynamic")
         ]
-        return min((limit for limit in limits if limit), default=None)
+        return min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
+
+    @property
+    def _rope_parts(self) -> list[dict[str, Any]]:
+        """Parameters of the rotary positions, of each kind of layer where those differ."""
+        rope = self.config.get("rope_parameters") or {}
+        return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
 
     @cached_property
     def weight_files(self) -> dict[str, Path]:

@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How many seeds the kills of tests/test_faults.py are drawn with."""
     parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
     parser.addoption(
+        "--write-docs", action="store_true", help="write docs/targets.md (tests/test_targets.py)"
+    )
+    parser.addoption(
         "--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)"
     )
     parser.addoption(

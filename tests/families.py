@@ -46,7 +46,8 @@ class Family:
         dropped: fields that its config.json leaves at the class's default, as published ones do.
         written: fields that are written into config.json as they are, in place of transformers' own form.
         shards: files that its weights are spread over.
-        refusal: a word of the one line in which its first command refuses it; None where it works.
+        refusal: words of the one line in which a command refuses it; None where it works.
+        why: the reason, for the page.
     """
 
     kind: str
@@ -55,11 +56,20 @@ class Family:
     written: dict[str, Any] = field(default_factory=dict)
     shards: int = 1
     refusal: str | None = None
+    why: str = ""
 
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family("apertus"),
     "arcee": Family("arcee"),
+    "baichuan, from its own code": Family(
+        "llama", written={"model_type": "baichuan", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
+        refusal="baichuan", why="transformers has no such class, and code that comes with a target is never run",
+    ),
+    "bert": Family(
+        "bert", {"is_decoder": True}, refusal="its head has a bias, which is not among its tensors",
+        why="more than one product between state and logits",
+    ),
     "bloom": Family("bloom", {"n_layer": 8, "n_head": 4}),
     "cohere": Family("cohere", dropped=("logit_scale",)),
     "cohere2": Family("cohere2", {"sliding_window": 16}),
@@ -96,6 +106,9 @@ FAMILIES: dict[str, Family] = {
     "helium": Family("helium", {"head_dim": 8}),
     "hyperclovax": Family("hyperclovax", {"logits_scaling": 0.125}),
     "internlm3": Family("internlm3", {"head_dim": 8}),
+    "granitemoe": Family("granitemoe", {**EXPERTS, "logits_scaling": 4.0}),
+    "gpt_bigcode": Family("gpt_bigcode", {"n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": 512}),
+    "gptj": Family("gptj", {"n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": 512, "rotary_dim": 4}),
     "lfm2": Family("lfm2", {"full_attn_idxs": [2, 5, 7]}),
     "llama": Family("llama", {"tie_word_embeddings": True}, shards=3),
     "llama3.1": Family("llama", {"rope_parameters": LLAMA3}),
@@ -111,6 +124,10 @@ FAMILIES: dict[str, Family] = {
         {**EXPERTS, "head_dim": 8, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "num_experts_per_tok": 1,
          "interleave_moe_layer_step": 2, "for_llm_compressor": False},
     ),
+    "llama, quantised by GPTQ": Family(
+        "llama", written={"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+        refusal="transformers cannot load it", why="its package is not installed",
+    ),
     "minicpm3": Family(
         "minicpm3", {**LATENT, "dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4},
     ),
@@ -121,7 +138,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("olmo2"),
     "olmoe": Family("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "opt": Family("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-    "opt, narrow embedding": Family("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16}, refusal="embedding"),
+    "opt, narrow embedding": Family(
+        "opt", {"ffn_dim": 64, "word_embed_proj_dim": 16}, refusal="last_hidden_states",
+        why="states and embeddings of different widths",
+    ),
     "phi": Family("phi", {"partial_rotary_factor": 0.5}),
     "phi3": Family("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 400}),
     "phimoe": Family("phimoe", {**EXPERTS, "lm_head_bias": True, "attention_bias": True, "tie_word_embeddings": False}),

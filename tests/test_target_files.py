@@ -133,6 +133,16 @@ def test_code_that_comes_with_a_target_is_never_run(target, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("name", "made_for", "learnt"),
+    [("llama", 512, None), ("gpt2", 512, 512), ("opt", 512, 512), ("llama, dynamic", 2048, None), ("bloom", 512, None),
+     ("llama, yarn", 512, None)],
+)  # fmt: skip
+def test_how_long_a_text_may_be(name, made_for, learnt, tmp_path):
+    files = TargetFiles.find(str(write_family(name, tmp_path / "t")))
+    assert (files.max_positions, files.learnt_positions) == (made_for, learnt)
+
+
+@pytest.mark.parametrize(
     ("name", "limit"), [("llama", None), ("llama, yarn", None), ("llama, dynamic", 512), ("phi3", 400)]
 )
 def test_the_length_at_which_positions_change(name, limit, tmp_path):
