@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.modeling.draft.registry import Draft, copy_into
+from specforge.modeling.target_head import distance
 from specforge.target_files import TargetFiles
 
 
@@ -60,8 +61,24 @@ class StandaloneDraft(Draft):
         if reduced:
             self.model.set_output_embeddings(nn.Linear(self.config.hidden_size, len(self.d2t), bias=False))
             nn.init.normal_(self.head_weight, std=0.02)
+        self._check_logits(where)
         self._keep_tied_tensors_once()
         self._cast: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def _check_logits(self, where: str) -> None:
+        """Training multiplies states by the head, decoding runs the model: two tokens show whether that is the same.
+
+        Raises:
+            UserError: the class scales or caps its logits, say.
+        """
+        tokens = torch.tensor([[0, self.config.vocab_size // 2]])
+        mine, own = self.forward(tokens) @ self.head_weight.T, self.model(tokens).logits
+        if mine.shape != own.shape or not distance(mine, own) < 1e-3:
+            raise UserError(
+                f"{where}: the logits of {self.architecture} are not its output head times its last states, which is "
+                "not supported for a draft"
+            )
 
     @property
     def head_weight(self) -> Tensor:
