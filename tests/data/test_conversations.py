@@ -79,19 +79,38 @@ def test_files_that_cannot_be_read_are_refused_with_their_line(tmp_path, name, c
     assert words in str(error.value)
 
 
-def test_deep_nesting_is_refused_wherever_it_stands(tmp_path):
+@pytest.mark.parametrize("depth", [800, 5000])
+def test_deep_nesting_is_refused_wherever_it_stands(depth):
     deep: object = 1
-    for _ in range(800):
+    for _ in range(depth):
         deep = [deep]
+    calls = [{"name": "go", "arguments": deep}], [{"name": "go", "arguments": "[" * 9000}]
     rows = [
         talk("Hi", "a", tools=[{"a": deep}]), talk("Hi", "a", id=deep), talk("Hi", "a", split=deep),
         {"messages": [says(deep, "a")]}, {"messages": [says("user", deep)]}, {"input_ids": deep},
-        {"messages": [says("user", "Hi"), says("assistant", "", tool_calls=[{"name": "go", "arguments": deep}])]},
-        {"messages": [says("user", "Hi"), says("assistant", "", tool_calls=[{"name": "go", "arguments": "[" * 9000}])]},
+        *({"messages": [says("user", "Hi"), says("assistant", "", tool_calls=c)]} for c in calls),
     ]  # fmt: skip
     template = chat("arguments as JSON")
-    for row in rows:
-        survives(lambda row=row: template.encode(parse_record("d.jsonl, line 1", row)))
+    taken = [survives(lambda row=row: template.encode(parse_record("d.jsonl, line 1", row))) for row in rows]
+    assert depth < 1000 or not any(taken)
+
+
+@pytest.mark.parametrize("ids", [[1, True], [1, 2.0], [1, -2], [1, "2"], [1, None], [[1], 2], 4, {"a": 1}])
+def test_token_ids_are_whole_numbers(ids):
+    with pytest.raises(UserError, match="input_ids is not a list of non-negative integers"):
+        parse_record("d.jsonl, line 1", {"input_ids": ids, "loss_mask": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("mask", "good"), [([0, 1], True), ([False, True], True), ([0, 2], False), ([1], False), (None, False)]
+)
+def test_loss_masks_are_zeros_and_ones(mask, good):
+    row = {"input_ids": [1, 2], "loss_mask": mask}
+    if good:
+        assert parse_record("d.jsonl, line 1", row).content.loss_mask == (0, 1)
+    else:
+        with pytest.raises(UserError, match="loss_mask is not a list of 2 zeros and ones"):
+            parse_record("d.jsonl, line 1", row)
 
 
 def test_a_folder_is_no_file(tmp_path):

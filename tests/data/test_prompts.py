@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import specforge.files
 from specforge.cli import main
@@ -221,6 +222,26 @@ def test_damaged_prompt_sets_are_refused_in_one_line(prompts, tmp_path, fuzz: Fu
     for value in fuzz.values([fields], 150):
         (folder / "prompts.json").write_text(json.dumps(value))
         survives(load)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("input_ids", lambda x: x.to(torch.int64)), ("input_ids", lambda x: x[:-1]), ("input_ids", lambda x: x + 10**6),
+        ("input_ids", lambda x: x - 10**6), ("input_ids", lambda x: x[None]), ("loss_mask", lambda x: x * 2),
+        ("loss_mask", lambda x: x * 0), ("loss_mask", lambda x: x.bool()), ("offsets", lambda x: x[1:]),
+        ("offsets", lambda x: x.flip(0)), ("offsets", lambda x: x.double()), ("offsets", lambda x: x[:0]),
+        ("offsets", lambda x: torch.cat([x[:1], x[:1], x[2:]])), ("supervised_counts", lambda x: x[:5]),
+        ("context_counts", lambda x: x.float()), ("context_counts", lambda x: x[None]),
+    ],
+)  # fmt: skip
+def test_tensors_of_the_wrong_form_are_refused(prompts, tmp_path, name, change):
+    folder = Path(shutil.copytree(prompts / "heldout", tmp_path / "p"))
+    tensors = load_file(folder / "prompts.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "prompts.safetensors")
+    with pytest.raises(UserError, match="is damaged"):
+        PromptSet.load(folder)
 
 
 def test_a_missing_half_of_a_prompt_set_is_named(prompts, tmp_path):

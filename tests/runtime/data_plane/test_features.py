@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,10 +197,32 @@ def test_a_held_out_split_that_the_prompts_no_longer_have_is_refused(target, dra
     assert "a split heldout, which the prompts do not have" in capsys.readouterr().err
 
 
-def test_a_capture_that_was_refused_leaves_the_folder_free(target, drawn, tmp_path, capsys):
-    assert capture(target, drawn / "p", tmp_path / "f", "--layer_ids", "[1, 99, 100]") == 2
-    assert "99" in capsys.readouterr().err
-    assert capture(target, drawn / "p", tmp_path / "f", "--layer_ids", "[1, 2, 3]") == 0
+def test_prompts_with_the_same_counts_of_tokens_are_other_prompts(target, tmp_path, capsys):
+    """The first question and the second one change places between the splits, and have the same letters."""
+    texts = ("12?", "21?")
+    for name, splits in (("a", ("train", "heldout")), ("b", ("heldout", "train"))):
+        rows = [
+            {
+                "split": split,
+                "messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "x"}],
+            }
+            for split, t in zip(splits, texts, strict=True)
+        ]
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["prepare", "--data", data, "--target", target, "--output", tmp_path / name]
+        assert main([str(word) for word in words]) == 0
+    assert capture(target, tmp_path / "a", tmp_path / "f") == 0
+    assert capture(target, tmp_path / "b", tmp_path / "f") == 2
+    assert "holds features of other prompts" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_nothing_was_captured_is_free(features, tmp_path):
+    there = FeatureFolder.open(features / "train")
+    other = replace(there.provenance, dtype="bfloat16")
+    FeatureFolder.create(tmp_path / "f", other, there.counts, "other prompts")
+    begun = FeatureFolder.create(tmp_path / "f", there.provenance, there.counts, "prompts")
+    assert begun.provenance == there.provenance
 
 
 def test_damaged_folders_are_read_or_refused_in_one_line(drawn, tmp_path, fuzz: Fuzz):
