@@ -71,15 +71,21 @@ class Conversation:
         """Hash of the tools and of what a chat template can see of the first ``count`` messages."""
         return content_id([rendered(m) for m in self.messages[:count]], list(self.tools))
 
-    def answers(self) -> list[int]:
-        """Indices of the assistant's messages that answer something and are to be learnt.
+    @property
+    def first_answer(self) -> int | None:
+        """Index of the assistant's first message that answers something; None where there is none.
 
         Nobody asks for what the assistant says before the user's first message (a greeting); where no user speaks at
-        all, the system prompt is what is answered. ``weight: 0`` says that an answer is not to be learnt.
+        all, the system prompt is what is answered.
         """
         roles = [m["role"] for m in self.messages]
         opening = 1 if roles[0] != "assistant" else len(roles)
-        first = next((i for i, role in enumerate(roles) if role in ("user", "tool")), opening)
+        asked = next((i for i, role in enumerate(roles) if role in ("user", "tool")), opening)
+        return next((i for i, role in enumerate(roles) if i >= asked and role == "assistant"), None)
+
+    def answers(self) -> list[int]:
+        """Indices of the assistant's messages that answer something and are to be learnt (``weight: 0``: are not)."""
+        first = len(self.messages) if self.first_answer is None else self.first_answer
         return [
             i
             for i, m in enumerate(self.messages)

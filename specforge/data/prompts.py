@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from specforge.contracts import PromptTask, TokenCounts, content_id
-from specforge.data.conversations import RecordError, parse_record, read_raw
-from specforge.data.splits import Member, assign, prompts_of
+from specforge.data.conversations import DataRecord, RecordError, parse_record, read_raw
+from specforge.data.splits import Member, assign
 from specforge.data.templates import ChatTemplate
 from specforge.data.turns import TokenSample
 from specforge.errors import UserError
@@ -239,12 +239,11 @@ def prepare(
     for source, row in (item for name in data for item in read_raw(name, split, subset)):
         if progress is not None:
             progress()
-        found = _tasks(source, row, template, options, report)
-        if found:
-            asked = frozenset(prompt for task in found[1] for prompt in prompts_of(task, special))
-            members.append(Member(found[0], tuple(task.task_id for task in found[1]), asked))
-            report.dropped["duplicate"] += sum(task.task_id in tasks for task in found[1])
-            tasks |= {task.task_id: task for task in found[1] if task.task_id not in tasks}
+        record, found = _encoded(source, row, template, options, report)
+        if record and found:
+            members.append(Member.of(record, found, special))
+            report.dropped["duplicate"] += sum(task.task_id in tasks for task in found)
+            tasks |= {task.task_id: task for task in found if task.task_id not in tasks}
     if not tasks:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
         raise UserError(f"{', '.join(data)}: no usable record" + (f" ({reasons})" if reasons else ""))
@@ -260,10 +259,10 @@ def prepare(
     return sets, report
 
 
-def _tasks(
+def _encoded(
     source: str, row: Any, template: ChatTemplate, options: PrepareOptions, report: PrepareReport
-) -> tuple[str | None, list[PromptTask]] | None:
-    """The split that a record names, and its samples; None where nothing of it is left."""
+) -> tuple[DataRecord | None, list[PromptTask]]:
+    """A record and its samples; no record where it cannot be used."""
     try:
         record = parse_record(source, row)
         samples = [_limited(source, sample, options, report) for sample in template.encode(record)]
@@ -271,13 +270,12 @@ def _tasks(
         if options.bad_samples == "error":
             raise UserError(f"{error} (fix it, or skip such records with --bad_samples drop)") from error
         report.dropped["unusable"] += 1
-        return None
-    tasks = [
+        return None, []
+    return record, [
         PromptTask(content_id(list(s.input_ids), list(s.loss_mask)), s.input_ids, s.loss_mask, source)
         for s in samples
         if s is not None
     ]
-    return (record.split, tasks) if tasks else None
 
 
 def _limited(

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from specforge.contracts import PromptTask
+from specforge.data.conversations import Conversation, DataRecord
 from specforge.errors import UserError
 
 
@@ -20,12 +21,20 @@ class Member:
     Attributes:
         split: the one that its record names, if any.
         samples: ids of its samples.
-        prompts: hashes of what the target is asked in it.
+        prompts: hashes of what the target is asked in it, whether the answer is learnt or not.
     """
 
     split: str | None
     samples: tuple[str, ...]
     prompts: frozenset[bytes]
+
+    @classmethod
+    def of(cls, record: DataRecord, tasks: Sequence[PromptTask], special_ids: Collection[int] = ()) -> Member:
+        """A record and its samples."""
+        asked = {prompt for task in tasks for prompt in prompts_of(task, special_ids)}
+        if isinstance(record.content, Conversation) and record.content.first_answer is not None:
+            asked.add(record.content.digest(record.content.first_answer).encode())
+        return cls(record.split, tuple(task.task_id for task in tasks), frozenset(asked))
 
 
 def prompts_of(task: PromptTask, special_ids: Collection[int] = ()) -> Iterator[bytes]:

@@ -118,6 +118,22 @@ def test_nothing_that_shares_a_prompt_with_a_held_out_conversation_is_trained_on
     assert "3 conversations that share a prompt with a held-out one" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", ["last turn only", "weight"])
+def test_what_begins_as_a_held_out_conversation_is_not_trained_on(target, tmp_path, how):
+    """Even where the common beginning is not learnt in one of them."""
+    rows = [
+        talk("1?", "one", "2?", "two", split="heldout"),
+        talk("1?", "one", split="train"),
+        talk("3?", "three"),
+    ]
+    if how == "weight":
+        rows[0]["messages"][1]["weight"] = 0
+    options = ["--last_turn_only", "true"] if how == "last turn only" else []
+    assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p", *options) == 0
+    data = tmp_path / "d.jsonl"
+    assert texts(tmp_path / "p") == {"train": [f"{data}, line 3"], "heldout": [f"{data}, line 1"]}
+
+
 def test_a_split_that_some_records_name_leaves_the_draw_to_the_others(target, tmp_path):
     rows = [*numbered(6), talk("a", "b", split="heldout"), talk("c", "d", split="train")]
     assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p", "--holdout", 2) == 0
