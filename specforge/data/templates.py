@@ -1,23 +1,14 @@
 """Conversations to token ids and loss masks, through the tokenizer's own chat template.
 
 An answer is learnt behind exactly the tokens that the target is asked with for it: the template's text for the
-messages before it, with a generation prompt, tokenised as an engine does. The tokens of the answer follow them, so the
-border between the two is always one between tokens, as it is in serving. What the answer is says the template too: its
-text for the messages up to the answer, from where the generation prompt ends. Nothing about any template is built in.
-
-Answers of a conversation share one document as long as each one's prompt begins with the prompt and the tokens of the
-one before. Where it does not (the template drops old reasoning, or the tokenizer reads old text otherwise than it was
-written), a new document begins, with the history that the target is shown then.
+messages before it, with a generation prompt, tokenised as an engine does it (`rendering.py`, `turns.py`). Where the
+target's own tokens were kept (`specforge regenerate`), those are learnt, behind the tokens that it was asked with.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +20,12 @@ from specforge.data.conversations import (
     KeptTokens,
     RecordError,
     Tokenised,
-    rendered,
-    short,
-    with_arguments,
 )
+from specforge.data.rendering import Renderer
 from specforge.data.turns import Asked, Refusal, TokenSample, Turn, TurnTokenizer, join
 from specforge.errors import UserError
 from specforge.files import first_line, read_json
 from specforge.target_files import TargetFiles
-
-# Templates that write the day of asking would make other samples of the same data every day; this is the date that
-# Llama's templates write where they are not told one.
-_DATE = date(2024, 7, 26)
-_DATE_MACRO = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(
-        f"|replace('%{d}', '{_DATE.strftime('%' + d)}')" for d in [*"aAbBcdDeFhHIjmMpSTuUVwWxXyY", "-d", "-m"]
-    )
-    + " }}{% endmacro %}\n"
-)
 
 
 class ChatTemplate:
@@ -75,9 +53,8 @@ class ChatTemplate:
         ends = {tokenizer.eos_token_id, *end_ids}
         self.end_ids = frozenset(i for i in ends if i is not None)
         self.fingerprint = content_id(tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or "")
-        self._dated = "strftime_now" in str(tokenizer.chat_template)
-        tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
-        self.notes: Counter[str] = Counter()
+        self._renderer = Renderer(tokenizer)
+        self.notes = self._renderer.notes
         self._tokens = TurnTokenizer(tokenizer, self.end_ids)
 
     @classmethod
@@ -128,8 +105,10 @@ class ChatTemplate:
         Raises:
             Refusal: the template or the tokenizer does not take the conversation.
         """
-        messages = self._messages(conversation)
-        ((prompt, _),) = self._tokens.encode([self._render(messages, conversation.tools, generate=True)])
+        messages = self._renderer.messages(conversation)
+        ((prompt, _),) = self._tokens.encode(
+            [self._renderer.render(messages, conversation.tools, generate=True)]
+        )
         if not prompt:
             raise Refusal("the chat template renders nothing of it")
         self._check(prompt)
@@ -173,10 +152,10 @@ class ChatTemplate:
             wanted = wanted[-1:]
         kept = self._kept(conversation)
         others = [i for i in wanted if i not in kept]
-        messages = self._messages(conversation) if others else []
+        messages = self._renderer.messages(conversation) if others else []
         asked = [
             replace(
-                self._answer(messages, conversation.tools, i),
+                self._renderer.answer(messages, conversation.tools, i),
                 cut_off=conversation.messages[i].get("finish_reason") == "length",
             )
             for i in others
@@ -196,126 +175,6 @@ class ChatTemplate:
             self.notes["records edited since their token ids were kept, learnt from their text"] += 1
         return kept
 
-    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """Messages as the template takes them: most read the arguments of a call as values, some join them as text."""
-        if self._dated:
-            self.notes[
-                f"records with {_DATE} for the day that the template writes, so that samples stay as they are"
-            ] += 1
-        plain = [rendered(message) for message in conversation.messages]
-        for message in plain:
-            if "reasoning_content" in message:
-                message["thinking"] = message["reasoning_content"]  # the name that some templates read
-        values = [with_arguments(message, as_text=False) for message in plain]
-        arguments = [c["function"]["arguments"] for m in values for c in m.get("tool_calls", ())]
-        if not arguments:
-            return values
-        try:
-            text = self._render(values, conversation.tools)
-        except Refusal:
-            pass
-        else:
-            if not any(_printed(a, text) for a in arguments):
-                return values
-        texts = [with_arguments(message, as_text=True) for message in plain]
-        try:
-            self._render(texts, conversation.tools)
-        except Refusal:
-            return values
-        return texts
-
-    def _answer(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], turn: int) -> Asked:
-        before, message = messages[:turn], messages[turn]
-        asked = self._render(before, tools, generate=True)
-        answered = self._render([*before, message], tools)
-        start = len(asked) if answered.startswith(asked) else len(_common([asked, answered]))
-        opened, answer = asked[start:], answered[start:]
-        if opened.strip() and message["content"].startswith(opened):
-            # The template removes what its generation prompt opens (reasoning), but the message has it all.
-            answer = message["content"][len(opened) :] + self._frame(before, tools)[1]
-        elif opened.strip():
-            raise Refusal(
-                f"messages[{turn}]: the chat template asks with a text that ends in {asked[-30:]!r}, but renders this "
-                "answer without it; let the target answer (`specforge regenerate`), or give another --chat_template"
-            )
-        self._check_answer(before, message, tools, answered, opened + answer)
-        if self._is(asked, before, tools):
-            header = self._frame(before, tools)[0][len(asked) :]
-            if header.strip():
-                raise Refusal(
-                    f"messages[{turn}]: the chat template has no generation prompt, so nothing asks for the "
-                    f"{short(header)} that it writes before an answer; give one that has with --chat_template FILE"
-                )
-        return Asked(asked, answer)
-
-    def _frame(self, before: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
-        """What the template puts before an answer, the messages included, and what it puts behind."""
-        zero, one = (self._render([*before, _says(text)], tools) for text in ("0", "1"))
-        header = _common([zero, one])
-        return header, zero[len(header) + 1 :]
-
-    def _check_answer(
-        self, before: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]],
-        answered: str, shown: str,
-    ) -> None:  # fmt: skip
-        """Refuse an answer that the template leaves out, and note one of which it leaves out a part."""
-        where = f"messages[{len(before)}]"
-        words = [text for key in ("content", "reasoning_content") if (text := message.get(key, "").strip())]
-        missing = [text for text in words if text not in shown]
-        if "tool_calls" in message:
-            rest = {key: value for key, value in message.items() if key != "tool_calls"}
-            if self._is(answered, [*before, rest], tools):
-                raise Refusal(f"{where}: the chat template renders nothing of its tool calls")
-        elif words and missing == words and self._is(answered, [*before, _says("")], tools):
-            raise Refusal(f"{where}: the chat template renders nothing of it")
-        if missing:
-            self.notes["answers of which the chat template leaves out a part, such as reasoning"] += 1
-
-    def _is(self, text: str, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> bool:
-        try:
-            return self._render(messages, tools) == text
-        except Refusal:
-            return False
-
-    def _render(
-        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], generate: bool = False
-    ) -> str:
-        from jinja2 import TemplateSyntaxError
-
-        name, template = self.tokenizer.name_or_path, self.tokenizer.chat_template
-        if not template or (isinstance(template, dict) and "default" not in template):
-            kind = "chat template called default" if template else "chat template"
-            raise UserError(f"tokenizer {name}: has no {kind}; give one with --chat_template FILE")
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=generate
-            )
-        except TemplateSyntaxError as error:
-            raise UserError(
-                f"tokenizer {name}: its chat template is not Jinja ({first_line(error)})"
-            ) from error
-        except Exception as error:  # a template is a program; whatever it raises concerns these messages
-            raise Refusal(f"the chat template refuses it ({first_line(error)})") from error
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Refusal("the chat template's text holds half of a surrogate pair") from error
-        return text
-
-
-def _printed(arguments: Any, text: str) -> bool:
-    """Whether a text has a mapping or a list as Python prints it, ``{'a': 1}``, rather than as JSON."""
-    printed = str(arguments)
-    return isinstance(arguments, (dict, list)) and printed in text and printed != json.dumps(arguments)
-
-
-def _says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def _common(texts: list[str]) -> str:
-    return os.path.commonprefix(texts)  # noqa: RUF071 - characters are meant
-
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans in order, those that touch or overlap as one, without empty ones."""
@@ -326,13 +185,6 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, stop))
     return merged
-
-
-def _with_fixed_date(template: Any) -> Any:
-    if isinstance(template, dict):
-        return {name: _with_fixed_date(text) for name, text in template.items()}
-    dated = isinstance(template, str) and "strftime_now" in template
-    return _DATE_MACRO + template if dated else template
 
 
 def _end_ids(folder: Path) -> list[int]:

@@ -74,6 +74,38 @@ TEMPLATES = {
         "{{ m.tool_calls[0].function.name }}</call>{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
         + _ASKS
     ),
+    "closes reasoning": "{% for m in messages %}"
+    + _SAYS
+    + "{% endfor %}"
+    + _ASKS.replace("{% endif %}", "<think></think>{% endif %}"),
+    "shows or closes reasoning": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{{ '<think>' + m.reasoning_content if m.reasoning_content else '' }}</think>{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}" + _ASKS.replace("{% endif %}", "</think>{% endif %}")
+    ),
+    "shows or opens reasoning": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{{ '<think>' + m.reasoning_content if m.reasoning_content else '' }}</think>{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}" + _ASKS.replace("{% endif %}", "<think>{% endif %}")
+    ),
+    "shows half of what it asks with": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '</think>' if m.role == 'assistant' else '' }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}" + _ASKS.replace("{% endif %}", "<think></think>{% endif %}")
+    ),
+    "system prompt before the last question": (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content + ' ' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{% if m.role == 'user' %}[INST]{{ system if loop.last else '' }}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ),
+    "tool results closed otherwise when answered": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'tool' and not loop.last %}\n"
+        "{% endif %}<|im_end|>\n{% endfor %}" + _ASKS
+    ),
+    "always asks": (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}[answer]{% endif %}{{ m.content }}"
+        "<|im_end|>{% endfor %}[assistant]"
+    ),
     "date": "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}"
     + _SAYS
     + "{% endfor %}"

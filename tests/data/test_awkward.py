@@ -87,6 +87,19 @@ CASES: dict[str, tuple[str, dict, str]] = {
         "chatml", talk("Say assistant\na", "assistant\na"), f"{U}Say assistant\na{END}\n{A}«assistant\na{END}»\n",
     ),
     "an answer that holds an end token": ("chatml", talk("Hi", f"a{END}b"), f"{U}Hi{END}\n{A}«a{END}b{END}»\n"),
+    "a system prompt that moves to the last question": (
+        "system prompt before the last question",
+        messages(says("system", "S"), user("1"), assistant("one"), user("2"), assistant("two")),
+        f"[INST]S 1[/INST]«one{END}»¦[INST]1[/INST]one{END}[INST]S 2[/INST]«two{END}»",
+    ),
+    "a tool result that is closed otherwise once it is answered": (
+        "tool results closed otherwise when answered", messages(user(), assistant("?"), says("tool", "2"), assistant("a")),
+        f"{U}Hi{END}\n{A}«?{END}»\n<|im_start|>tool\n2{END}\n{A}«a{END}»\n",
+    ),
+    "a template that always asks": (
+        "always asks", talk("1", "one", "2", "two"),
+        f"[user]1{END}[assistant]«[answer]one{END}»[user]2{END}[assistant]«[answer]two{END}»[assistant]",
+    ),
     # Reasoning.
     "reasoning that the template drops later": (
         "drops old reasoning",
@@ -102,7 +115,24 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "nothing but reasoning that the template never shows": (
         "chatml", messages(user(), assistant(None, reasoning="R")), "messages[1]: the chat template renders nothing of it",
     ),
-    "reasoning that the prompt opens": ("opens reasoning", talk("Hi", "a"), "asks with a text that ends in"),
+    "reasoning that the prompt opens and the message lacks": (
+        "opens reasoning", talk("Hi", "<a>"), f"{U}Hi{END}\n{A}<think>\n«<a>{END}»\n",
+    ),
+    "reasoning that the prompt opens and closes": (
+        "closes reasoning", talk("1", "<b>", "2", "two"),
+        f"{U}1{END}\n{A}<think></think>«<b>{END}»\n¦{U}1{END}\n{A}<b>{END}\n{U}2{END}\n{A}<think></think>«two{END}»\n",
+    ),
+    "reasoning that the prompt opens and the template can close": (
+        "shows or opens reasoning",
+        messages(user("1"), assistant("one"), user("2"), assistant("two", reasoning_content="R")),
+        f"{U}1{END}\n{A}<think>«</think>one{END}»\n¦{U}1{END}\n{A}</think>one{END}\n{U}2{END}\n{A}<think>«R</think>two{END}»\n",
+    ),
+    "half of what the prompt closes with": (
+        "shows half of what it asks with", talk("1", "one"), f"{U}1{END}\n{A}<think></think>«one{END}»\n",
+    ),
+    "reasoning behind a prompt that closes it": (
+        "shows or closes reasoning", messages(user(), assistant("a", reasoning_content="R")), "asks with a text that ends in",
+    ),
     "reasoning that the prompt opens and the message has": (
         "opens reasoning", talk("1", "<think>\nR</think>one", "2", "<think>\nQ</think>two"),
         f"{U}1{END}\n{A}<think>\n«R</think>one{END}»\n¦{U}1{END}\n{A}one{END}\n{U}2{END}\n{A}<think>\n«Q</think>two{END}»\n",

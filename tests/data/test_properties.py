@@ -86,7 +86,7 @@ def test_every_answer_is_learnt_once_behind_the_tokens_that_ask_for_it(messages,
     for turn in record.content.answers():
         history = [
             {k: v for k, v in m.items() if k not in ("weight", "finish_reason")}
-            for m in used._messages(record.content)[:turn]
+            for m in used._renderer.messages(record.content)[:turn]
         ]
         asked = used.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
         wanted[tuple(used.tokenizer(asked, add_special_tokens=False)["input_ids"])] += 1

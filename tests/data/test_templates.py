@@ -210,7 +210,7 @@ def test_a_date_leaves_the_rest_of_a_template_as_it_is():
 def test_reasoning_has_both_names_that_templates_read():
     """Later versions of transformers see to this themselves."""
     row = {"messages": [user("Hi"), assistant("a", reasoning="R")]}
-    *_, message = chat()._messages(parse_record("a", row).content)
+    *_, message = chat()._renderer.messages(parse_record("a", row).content)
     assert message["reasoning_content"] == message["thinking"] == "R"
 
 
