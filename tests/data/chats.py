@@ -99,8 +99,12 @@ TEMPLATES = {
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     ),
     "tool results closed otherwise when answered": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'tool' and not loop.last %}\n"
-        "{% endif %}<|im_end|>\n{% endfor %}" + _ASKS
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '\n' if m.role == 'tool' and not loop.last else '' }}<|im_end|>\n{% endfor %}" + _ASKS
+    ),
+    "shows no reasoning, asks with a line break": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' else '' }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}" + _ASKS.replace("{% endif %}", "<think>\n{% endif %}")
     ),
     "always asks": (
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}[answer]{% endif %}{{ m.content }}"

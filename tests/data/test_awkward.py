@@ -96,6 +96,9 @@ CASES: dict[str, tuple[str, dict, str]] = {
         "tool results closed otherwise when answered", messages(user(), assistant("?"), says("tool", "2"), assistant("a")),
         f"{U}Hi{END}\n{A}«?{END}»\n<|im_start|>tool\n2{END}\n{A}«a{END}»\n",
     ),
+    "an empty reasoning that is only asked with a line break": (
+        "shows no reasoning, asks with a line break", talk("Hi", "a"), f"{U}Hi{END}\n{A}<think>\n«</think>a{END}»\n",
+    ),
     "a template that always asks": (
         "always asks", talk("1", "one", "2", "two"),
         f"[user]1{END}[assistant]«[answer]one{END}»[user]2{END}[assistant]«[answer]two{END}»[assistant]",

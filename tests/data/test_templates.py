@@ -214,6 +214,25 @@ def test_reasoning_has_both_names_that_templates_read():
     assert message["reasoning_content"] == message["thinking"] == "R"
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("opens reasoning", "answers learnt behind '<think>\\n'"),
+        ("shows or opens reasoning", "answers learnt behind '<|im_start|>assistant\\n<think>'"),
+        ("date", "records with 2024-07-26 for the day"),
+        ("asks with a line break", None),
+        ("chatml", None),
+    ],
+)
+def test_users_are_told_what_a_template_makes_of_their_data(template, words):
+    used = chat(template)
+    for _ in range(2):
+        used.encode(parse_record("a", talk("Hi", "a")))
+    assert [(note.startswith(words), count) for note, count in used.notes.items()] == (
+        [(True, 2)] if words else []
+    )
+
+
 # What a target's folder may hold.
 
 
