@@ -125,7 +125,7 @@ class Regeneration:
         if not template.end_ids:
             raise UserError(
                 f"tokenizer {template.tokenizer.name_or_path}: neither it nor generation_config.json names an end "
-                "token, so no answer would end"
+                "token, so no answer would end; set eos_token_id there"
             )
         self.template, self.output, self.options = template, output, options
         how = {key: value for key, value in asdict(options).items() if key != "batch_size"}
