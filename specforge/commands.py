@@ -20,6 +20,7 @@ from specforge.contracts import Provenance
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.host import keep_freed_memory, pick_device
+from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
 from specforge.services import serve_target, store_up
 from specforge.target_files import TargetFiles
 
@@ -39,12 +40,40 @@ def run(argv: list[str]) -> int:
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options")
     names = parser.add_function_arguments(function)
     try:
-        options = parser.parse_args(argv[1:])
+        options = parser.parse_args(_gathered(argv[1:], function))
     except (jsonargparse.ArgumentError, KeyError) as error:
         raise UserError(explain(str(error), names)) from error
     keep_freed_memory()
     function(**{name: options[name] for name in names})
     return 0
+
+
+def _gathered(words: list[str], function: Callable[..., Any]) -> list[str]:
+    """Words in which all values of an option that takes a list are one: `--data a b` becomes `--data ["a", "b"]`."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {f"--{p.name}": str(p.annotation) for p in parameters if "list[" in str(p.annotation)}
+    gathered: list[str] = []
+    values: dict[str, list[str]] = {}
+    option = None
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            option = name if name in kinds else None
+            if option and option not in values:
+                values[option] = []
+                gathered.append(option)  # its values follow, where it stands first
+        if not option:
+            gathered.append(word)
+        elif not word.startswith("-"):
+            values[option].append(word)
+        elif equals:
+            values[option].append(value)
+    for option, given in values.items():
+        if len(given) > 1 and not any(value.startswith("[") for value in given):
+            given = [f"[{', '.join(given)}]" if "list[int]" in kinds[option] else json.dumps(given)]
+        place = gathered.index(option) + 1
+        gathered[place:place] = given[-1:]
+    return gathered
 
 
 def _progress(unit: str) -> Progress:
@@ -78,66 +107,82 @@ def prepare(
     output: Path,
     split: str = "train",
     subset: str | None = None,
-    holdout: int = 0,
-    max_length: int = 4096,
-    min_supervised: int = 1,
+    holdout: NonNegativeInt = 0,
+    max_length: PositiveInt = 4096,
+    min_supervised: NonNegativeInt = 1,
     bad_samples: Literal["error", "drop"] = "error",
     long_samples: Literal["error", "drop", "truncate"] = "error",
     chat_template: Path | None = None,
     last_turn_only: bool = False,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Turn conversations into token ids and loss masks, through the target's own chat template.
 
     Args:
         data: .jsonl or .json files (OpenAI, ShareGPT, formatted or tokenised records), or hub datasets.
         target: folder or hub name of the target.
-        output: folder for the prompt sets ``train`` and ``heldout``.
+        output: folder for the prompt sets ``train`` and ``heldout``; those of an earlier `prepare` are replaced.
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
-        holdout: conversations to hold out, where the records do not name their split.
-        max_length: most tokens of a sample.
+        holdout: conversations to hold out, drawn from those whose record does not name its split.
+        max_length: most tokens of a sample, or the target's learnt positions where those are fewer.
         min_supervised: fewest tokens that the assistant must have written.
         bad_samples: stop at a record that cannot be used, or drop and count it.
         long_samples: the same for a sample over max_length; or cut its end off.
         chat_template: Jinja file to use instead of the tokenizer's own template.
         last_turn_only: learn only the last answer of a conversation.
-        seed: of the draw of held-out conversations.
+        seed: seed for choosing held-out conversations.
     """
-    from specforge.data.prompts import PrepareOptions
-    from specforge.data.prompts import prepare as prepare_prompts
+    from specforge.data import prompts as data_prompts
     from specforge.data.templates import ChatTemplate
 
+    data_prompts.check_output(output)
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template, last_turn_only)
-    options = PrepareOptions(max_length, min_supervised, bad_samples, long_samples, holdout, seed)
+    options = data_prompts.PrepareOptions(
+        min(max_length, files.learnt_positions or max_length),
+        min_supervised,
+        bad_samples,
+        long_samples,
+        holdout,
+        seed,
+    )
     paths = [data] if isinstance(data, str) else data
     with _progress("records") as bar:
         task = bar.add_task("prepare", total=None, rate="")
-        sets, report = prepare_prompts(
+        sets, report = data_prompts.prepare(
             paths, template, files.vocab_size, options, split, subset, lambda: bar.advance(task)
         )
+    data_prompts.save_splits(output, sets)
+    shown = next(iter(sets.values())).tasks[0]
+    _say(f"the first sample ({shown.source}); what is learnt stands between « and »:")
+    _say(data_prompts.preview(shown, template).rstrip())
     for name, prompts in sets.items():
-        prompts.save(output / name)
-        _console.print(
-            f"{output / name}: {report.kept[name]:,} samples, {report.tokens[name]:,} tokens, "
-            f"{report.supervised[name]:,} to learn"
-        )
-    if report.dropped:
-        _console.print("left out: " + ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()))
+        _say(f"{output / name}: {data_prompts.describe(prompts)}")
+    for title, counts in (("left out or cut", report.dropped), ("note", report.notes)):
+        if counts:
+            _say(f"{title}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    if "heldout" not in sets:
+        _say("nothing is held out, so tau cannot be measured later; use --holdout N")
+
+
+def _say(text: str) -> None:
+    """Print text that is not ours: no markup, no emoji, no line breaks of our own."""
+    _console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def regenerate(
     data: list[str] | str,
     target: str,
     output: Path,
-    max_new_tokens: int = 512,
-    batch_size: int = 32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens: PositiveInt = 512,
+    batch_size: PositiveInt = 32,
+    temperature: NonNegativeFloat = 0.0,
+    top_p: PositiveShare = 1.0,
+    seed: NonNegativeInt = 0,
     dtype: str = "bfloat16",
     device: str = "auto",
+    chat_template: Path | None = None,
 ) -> None:
     """Let the target answer every conversation itself; goes on where it was stopped.
 
@@ -148,31 +193,34 @@ def regenerate(
         max_new_tokens: most tokens of an answer.
         batch_size: conversations at a time.
         temperature: 0 for greedy.
-        top_p: nucleus of sampling.
-        seed: of sampling.
+        top_p: nucleus sampling: the likeliest tokens that together have this probability.
+        seed: random seed for sampling.
         dtype: compute dtype of the target.
         device: cpu, cuda, ... or auto.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
     """
     from specforge.data.conversations import parse_record, read_raw
     from specforge.data.templates import ChatTemplate
-    from specforge.inference.regenerate import RegenerateOptions
-    from specforge.inference.regenerate import regenerate as regenerate_answers
+    from specforge.inference.regenerate import RegenerateOptions, Regeneration
     from specforge.inference.target_engine import HFTargetEngine
 
     paths = [data] if isinstance(data, str) else data
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
-    engine = HFTargetEngine(files, dtype, pick_device(device))
+    template = ChatTemplate.load(files, chat_template)
     options = RegenerateOptions(max_new_tokens, batch_size, temperature, top_p, seed)
-    done = tokens = 0
-    start = time.perf_counter()
+    work = Regeneration(records, template, output, options, files.fingerprint, dtype)
+    tokens, start = 0, time.perf_counter()
     with _progress("conversations") as bar:
-        task = bar.add_task("regenerate", total=len(records), rate="")
-        for count, new in regenerate_answers(records, engine, ChatTemplate.load(files), output, options):
-            done, tokens = done + count, tokens + new
+        task = bar.add_task(
+            "regenerate", total=len(records), completed=len(records) - len(work.todo), rate=""
+        )
+        for count, new in work.run(lambda: HFTargetEngine(files, dtype, pick_device(device))):
+            tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
-        bar.update(task, completed=len(records))
-    _console.print(f"{output}: {done:,} conversations answered now, {len(records) - done:,} before")
+    _say(f"{output}: {len(work.todo):,} conversations answered now, {len(records) - len(work.todo):,} before")
+    if lost := work.losses():
+        _say(", ".join(f"{count:,} {what}" for what, count in lost.items()))
 
 
 def capture(
@@ -201,25 +249,27 @@ def capture(
         encoding: store features as they are, or in 8 bits.
         limit_samples: capture only the first so many training samples.
     """
-    from specforge.data.prompts import SPLITS, PromptSet
+    from specforge.data.prompts import identity, load_splits
     from specforge.inference.rollout_worker import RolloutWorker
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.runtime.data_plane.features import FeatureFolder
 
     files = TargetFiles.find(target)
     policy = find_algorithm(algorithm).capture_policy(files, layer_ids)
-    sets = {name: PromptSet.load(prompts / name) for name in SPLITS if (prompts / name).exists()}
-    if not sets:
-        raise UserError(f"{prompts}: no prompt set `train` or `heldout`; make them with `specforge prepare`")
+    sets, made = load_splits(prompts), {}
     _check_lengths(files, sets)
+    for name, prompt_set in sets.items():
+        made[name] = Provenance(
+            target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
+        )
+        FeatureFolder.check(output / name, made[name], prompt_set.counts, identity(sets))
+    FeatureFolder.check_splits(output, sets)
     place = pick_device(device)
     engine = HFTargetEngine(files, dtype, place)
     engine.check(policy)
     for name, prompt_set in sets.items():
-        provenance = Provenance(
-            target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
-        )
-        folder = FeatureFolder.create(output / name, provenance, prompt_set.counts)
+        provenance = made[name]
+        folder = FeatureFolder.create(output / name, provenance, prompt_set.counts, identity(sets))
         tasks = prompt_set.tasks[: limit_samples if name == "train" else None]
         tokens, start = 0, time.perf_counter()
         with _progress("samples") as bar, ThreadPoolExecutor(1, "store") as background:
@@ -367,7 +417,7 @@ def evaluate(
     place = pick_device(device)
     module.to(place).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
-    tasks = PromptSet.load(folder).tasks[:num_prompts]
+    tasks = _with_prompt(PromptSet.load(folder).tasks, folder)[:num_prompts]
     template = ChatTemplate.load(files)
     sampling = Sampling(temperature, top_p, top_k)
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
@@ -495,6 +545,18 @@ def _algorithm_of(config: dict[str, Any], draft: Path) -> str:
         if set(cls.architectures) & set(config.get("architectures") or []):
             return name
     raise UserError(f"{draft}: no algorithm has the architecture {config.get('architectures')}")
+
+
+def _with_prompt(tasks: list[Any], folder: Path) -> list[Any]:
+    """The samples that ask something; those that are learnt from their first token cannot be answered."""
+    found = [task for task in tasks if _prompt(task)]
+    if not found:
+        raise UserError(
+            f"{folder}: every sample is learnt from its first token, so there is no prompt to answer"
+        )
+    if len(found) < len(tasks):
+        _say(f"left out: {len(tasks) - len(found):,} samples that are learnt from their first token")
+    return found
 
 
 def _prompt(task: Any) -> list[int]:

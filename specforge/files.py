@@ -88,12 +88,40 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    except ValueError as error:
+        place = (
+            f", line {error.__cause__.lineno}" if isinstance(error.__cause__, json.JSONDecodeError) else ""
+        )
+        raise UserError(f"{path}{place}: {error}") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not JSON; the message says why, in one line.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
-        raise UserError(f"{path}: not usable as JSON ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"not usable JSON ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(
+        lines[: 2 if lines and lines[0].endswith(":") else 1]
+    )  # the first may announce the second
+    return "".join(c if c.isprintable() else "\ufffd" for c in said[:200]) or type(error).__name__

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.files import read_json
+from specforge.files import first_line, read_json
 from specforge.float8_blocks import FLOAT8, SCALE, Block, dequantise
 
 _SAMPLE = 1 << 16
@@ -88,7 +88,7 @@ class TargetFiles:
                 decoder=True
             )
         except Exception as error:  # whatever a class makes of a user's file
-            raise UserError(f"{self.folder / 'config.json'}: {first_lines(error)}") from error
+            raise UserError(f"{self.folder / 'config.json'}: {first_line(error)}") from error
 
     @cached_property
     def _raw(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class TargetFiles:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(self._parsed, trust_remote_code=False)
         except Exception as error:  # whatever a class makes of a user's file
-            raise UserError(f"{self.folder}: transformers cannot build it ({first_lines(error)})") from error
+            raise UserError(f"{self.folder}: transformers cannot build it ({first_line(error)})") from error
 
     @cached_property
     def weight_block(self) -> Block | None:
@@ -354,12 +354,6 @@ def _indexed(index: Path) -> dict[str, Path]:
         if Path(file).name != file or not (index.parent / file).is_file():
             raise UserError(f"{index}: names {file!r}, which is no file beside it")
     return {name: index.parent / file for name, file in names.items()}
-
-
-def first_lines(error: Exception) -> str:
-    """A foreign error in one line: its first two, of which the first may only announce the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def open_safetensors(path: Path) -> Any:

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from specforge.contracts import PromptTask, TokenCounts, content_id
-from specforge.data.conversations import RecordError, parse_record, read_raw
-from specforge.data.templates import ChatTemplate, TokenSample
+from specforge.data.conversations import DataRecord, RecordError, parse_record, read_raw
+from specforge.data.splits import Member, assign
+from specforge.data.templates import ChatTemplate
+from specforge.data.turns import TokenSample
 from specforge.errors import UserError
-from specforge.files import read_json, write_folder
+from specforge.files import first_line, read_json, write_folder
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
+_META, _TENSORS = "prompts.json", "prompts.safetensors"
+_NAMES = ("input_ids", "loss_mask", "offsets", "supervised_counts", "context_counts")
 
 
 @dataclass
@@ -45,6 +51,10 @@ class PromptSet:
 
     def save(self, folder: Path) -> None:
         """Write the folder; it appears whole or not at all."""
+        write_folder(folder, self.files())
+
+    def files(self) -> dict[str, bytes]:
+        """Its files, by name."""
         ids = np.concatenate(
             [np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)]
         )
@@ -65,9 +75,7 @@ class PromptSet:
             "task_ids": [t.task_id for t in self.tasks],
             "sources": [t.source for t in self.tasks],
         }
-        write_folder(
-            folder, {"prompts.json": json.dumps(meta).encode(), "prompts.safetensors": save(tensors)}
-        )
+        return {_META: json.dumps(meta).encode(), _TENSORS: save(tensors)}
 
     @classmethod
     def load(cls, folder: Path) -> PromptSet:
@@ -76,36 +84,110 @@ class PromptSet:
         Raises:
             UserError: it is not a prompt set, or damaged.
         """
+        if not (folder / _META).exists():
+            raise UserError(f"{folder}: not a prompt set; make one with `specforge prepare`")
+        meta = read_json(folder / _META)
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            found = meta.get("format") if isinstance(meta, dict) else "unknown"
+            raise UserError(f"{folder / _META}: format {str(found)[:20]}, this version reads {FORMAT}")
+        try:
+            return cls._read(folder, meta)
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: is damaged ({first_line(error)}); make it again with `specforge prepare`"
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path, meta: dict[str, Any]) -> PromptSet:
         from specforge.target_files import open_safetensors
 
-        if not (folder / "prompts.json").exists():
-            raise UserError(f"{folder}: not a prompt set; make one with `specforge prepare`")
-        meta = read_json(folder / "prompts.json")
-        if meta.get("format") != FORMAT:
-            raise UserError(
-                f"{folder / 'prompts.json'}: format {meta.get('format')}, this version reads {FORMAT}"
-            )
-        with open_safetensors(folder / "prompts.safetensors") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ids, mask = tensors["input_ids"].tolist(), tensors["loss_mask"].tolist()
-        offsets = tensors["offsets"].tolist()
-        spans = pairwise(offsets)
+        with open_safetensors(folder / _TENSORS) as file:
+            tensors = {name: file.get_tensor(name) for name in _NAMES}
+        ids, mask, offsets = (tensors[name] for name in _NAMES[:3])
+        counts = TokenCounts(*(tensors[name] for name in _NAMES[3:]))
+        names, sources = meta["task_ids"], meta["sources"]
+        _check_form(ids, mask, offsets, counts, [*names, *sources, meta["tokenizer"]])
+        tokens, masked = ids.tolist(), mask.tolist()
         tasks = [
-            PromptTask(name, tuple(ids[a:b]), tuple(mask[a:b]), source)
-            for name, source, (a, b) in zip(meta["task_ids"], meta["sources"], spans, strict=True)
+            PromptTask(name, tuple(tokens[a:b]), tuple(masked[a:b]), source)
+            for name, source, (a, b) in zip(names, sources, pairwise(offsets.tolist()), strict=True)
         ]
-        counts = TokenCounts(tensors["supervised_counts"], tensors["context_counts"])
+        if not all(any(task.loss_mask) for task in tasks):
+            raise ValueError("a sample of which nothing is learnt")
         return cls(tasks, meta["tokenizer"], counts)
+
+
+def _check_form(ids: Tensor, mask: Tensor, offsets: Tensor, counts: TokenCounts, texts: list[Any]) -> None:
+    """Raise ValueError where files of the right names do not hold samples."""
+    size = len(counts.supervised)
+    right = (
+        ids.dtype == torch.int32 and mask.dtype == torch.uint8 and offsets.dtype == torch.int64
+        and ids.ndim == offsets.ndim == 1 and ids.shape == mask.shape
+        and counts.supervised.shape == counts.context.shape == (size,)
+        and counts.supervised.dtype == counts.context.dtype == torch.int64
+    )  # fmt: skip
+    if not right:
+        raise ValueError("tensors of other types or shapes")
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids) or bool((offsets.diff() < 1).any()):
+        raise ValueError("offsets that are not those of its samples")
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size or int(mask.max()) > 1):
+        raise ValueError("token ids or masks out of range")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("names that are not text")
+
+
+def load_splits(folder: Path) -> dict[str, PromptSet]:
+    """The prompt sets that `specforge prepare` wrote into a folder, by split.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    sets = {name: PromptSet.load(folder / name) for name in SPLITS if (folder / name).exists()}
+    if not sets:
+        raise UserError(f"{folder}: no prompt set `train` or `heldout`; make them with `specforge prepare`")
+    return sets
+
+
+def identity(sets: Mapping[str, PromptSet]) -> str:
+    """Hash of which samples are in which split."""
+    return content_id(*([name, *sorted(t.task_id for t in sets[name].tasks)] for name in sorted(sets)))
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder for prompt sets that holds something else, which writing them would remove.
+
+    Raises:
+        UserError: it does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder for the prompt sets")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if not (path.name in SPLITS and (path / _META).is_file()):
+            raise UserError(
+                f"{folder}: holds {path.name}, which is not a prompt set; choose a new folder, or one of an earlier "
+                "`specforge prepare`"
+            )
+
+
+def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
+    """Write the prompt sets; all of them appear at once, in place of those that were there.
+
+    Raises:
+        UserError: the disk is full or not writable, or the folder holds something else.
+    """
+    check_output(folder)
+    files = {
+        f"{name}/{file}": data for name, prompts in sets.items() for file, data in prompts.files().items()
+    }
+    write_folder(folder, files)
 
 
 @dataclass
 class PrepareReport:
-    """What became of the records: ``kept`` samples, and ``dropped`` by reason."""
+    """What became of the records: what was left out or cut by reason, and what else users should be told."""
 
-    kept: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    supervised: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -117,7 +199,7 @@ class PrepareOptions:
         min_supervised: fewest tokens under the loss mask.
         bad_samples: what to do with a record that cannot be used: ``error`` stops, ``drop`` counts it.
         long_samples: the same for a sample over ``max_length``; ``truncate`` cuts its end off.
-        holdout: records to hold out, drawn at random, where none of them names its split.
+        holdout: conversations to hold out, drawn at random from those that name no split.
         seed: of that draw.
     """
 
@@ -150,71 +232,95 @@ def prepare(
     Raises:
         UserError: a record cannot be used and the policy is ``error``.
     """
-    report = PrepareReport()
+    report = PrepareReport(notes=template.notes)
     tasks: dict[str, PromptTask] = {}
-    splits: dict[str, str | None] = {}
+    members: list[Member] = []
+    special = frozenset(template.tokenizer.all_special_ids)
     for source, row in (item for name in data for item in read_raw(name, split, subset)):
         if progress is not None:
             progress()
-        try:
-            record = parse_record(source, row)
-            samples = [_limited(record.source, s, options, report) for s in template.encode(record)]
-        except RecordError as error:
-            if options.bad_samples == "error":
-                raise UserError(f"{error} (fix it, or skip such records with --bad_samples drop)") from error
-            report.dropped["unusable"] += 1
-            continue
-        for sample in (s for s in samples if s is not None):
-            task_id = content_id(list(sample.input_ids), list(sample.loss_mask))
-            if task_id in tasks:
-                report.dropped["duplicate"] += 1
-                continue
-            tasks[task_id] = PromptTask(task_id, sample.input_ids, sample.loss_mask, record.source)
-            splits[task_id] = record.split
+        record, found = _encoded(source, row, template, options, report)
+        if record and found:
+            members.append(Member.of(record, found, special))
+            report.dropped["duplicate"] += sum(task.task_id in tasks for task in found)
+            tasks |= {task.task_id: task for task in found if task.task_id not in tasks}
     if not tasks:
-        raise UserError(f"{', '.join(data)}: no usable record")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        raise UserError(f"{', '.join(data)}: no usable record" + (f" ({reasons})" if reasons else ""))
+    splits = assign(members, options.holdout, options.seed)
+    report.dropped["conversations that share a prompt with a held-out one"] += splits.count(None)
+    report.dropped = +report.dropped
     sets: dict[str, PromptSet] = {}
-    for name, ids in _split(splits, options).items():
-        chosen = [tasks[i] for i in ids]
-        sets[name] = PromptSet(chosen, template.fingerprint, count_tokens(chosen, vocab_size))
-        report.kept[name] = len(chosen)
-        report.tokens[name] = sum(len(t.input_ids) for t in chosen)
-        report.supervised[name] = sum(sum(t.loss_mask) for t in chosen)
+    for name in SPLITS:
+        ids = {i for member, its in zip(members, splits, strict=True) if its == name for i in member.samples}
+        chosen = [task for task_id, task in tasks.items() if task_id in ids]
+        if chosen:
+            sets[name] = PromptSet(chosen, template.fingerprint, count_tokens(chosen, vocab_size))
     return sets, report
+
+
+def _encoded(
+    source: str, row: Any, template: ChatTemplate, options: PrepareOptions, report: PrepareReport
+) -> tuple[DataRecord | None, list[PromptTask]]:
+    """A record and its samples; no record where it cannot be used."""
+    try:
+        record = parse_record(source, row)
+        samples = [_limited(source, sample, options, report) for sample in template.encode(record)]
+    except RecordError as error:
+        if options.bad_samples == "error":
+            raise UserError(f"{error} (fix it, or skip such records with --bad_samples drop)") from error
+        report.dropped["unusable"] += 1
+        return None, []
+    return record, [
+        PromptTask(content_id(list(s.input_ids), list(s.loss_mask)), s.input_ids, s.loss_mask, source)
+        for s in samples
+        if s is not None
+    ]
 
 
 def _limited(
     source: str, sample: TokenSample, options: PrepareOptions, report: PrepareReport
 ) -> TokenSample | None:
-    if len(sample.input_ids) > options.max_length:
-        if options.long_samples == "drop":
+    """The sample, cut to its longest length; None where it is left out."""
+    fewest, most = max(options.min_supervised, 1), options.max_length
+    if len(sample.input_ids) > most and options.long_samples == "error":
+        raise UserError(
+            f"{source}: {len(sample.input_ids)} tokens, more than max_length {most}; "
+            "raise it, or use --long_samples drop or truncate"
+        )
+    if sum(sample.loss_mask) < fewest:
+        raise RecordError(source, f"the loss mask has {sum(sample.loss_mask)} tokens, fewer than {fewest}")
+    if len(sample.input_ids) > most:
+        sample = TokenSample(sample.input_ids[:most], sample.loss_mask[:most])
+        if options.long_samples == "drop" or sum(sample.loss_mask) < fewest:
             report.dropped["too long"] += 1
             return None
-        if options.long_samples != "truncate":
-            raise UserError(
-                f"{source}: {len(sample.input_ids)} tokens, more than max_length {options.max_length}; "
-                "raise it, or use --long_samples drop or truncate"
-            )
         report.dropped["truncated, kept"] += 1
-        sample = TokenSample(sample.input_ids[: options.max_length], sample.loss_mask[: options.max_length])
-    if sum(sample.loss_mask) < options.min_supervised:
-        raise RecordError(
-            source, f"the loss mask has {sum(sample.loss_mask)} tokens, fewer than {options.min_supervised}"
-        )
     return sample
 
 
-def _split(splits: dict[str, str | None], options: PrepareOptions) -> dict[str, list[str]]:
-    names = list(splits)
-    if any(splits.values()):
-        chosen = {i for i in names if splits[i] == "heldout"}
-    else:
-        if options.holdout >= len(names) and options.holdout:
-            raise UserError(f"holdout is {options.holdout}, but there are only {len(names)} samples")
-        order = np.random.default_rng(options.seed).permutation(len(names))[: options.holdout]
-        chosen = {names[int(i)] for i in order}
-    parts = {"train": [i for i in names if i not in chosen], "heldout": [i for i in names if i in chosen]}
-    return {name: ids for name, ids in parts.items() if ids}
+def describe(prompts: PromptSet) -> str:
+    """How many samples, how long they are, and how much of them is learnt."""
+    lengths = np.array([len(task.input_ids) for task in prompts.tasks])
+    median, high = np.percentile(lengths, [50, 95], method="nearest")
+    return (
+        f"{len(lengths):,} samples, {lengths.sum():,} tokens, {int(prompts.counts.supervised.sum()):,} to learn; "
+        f"lengths: median {median:,}, 95 % {high:,}, longest {lengths.max():,}"
+    )
+
+
+def preview(task: PromptTask, template: ChatTemplate, width: int = 240) -> str:
+    """A sample's text, with what is learnt between two marks; long pieces without their middle."""
+    pieces = []
+    for learnt, group in groupby(zip(task.loss_mask, task.input_ids, strict=True), key=itemgetter(0)):
+        text = template.decode([token for _, token in group])
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+        if len(text) > width:
+            text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
+        pieces.append(f"«{text}»" if learnt else text)
+    if len(pieces) > 6:
+        pieces = [*pieces[:3], "\n...\n", *pieces[-3:]]
+    return "".join(pieces)
 
 
 def count_tokens(tasks: Sequence[PromptTask], vocab_size: int) -> TokenCounts:

@@ -1,35 +1,31 @@
 """Conversations to token ids and loss masks, through the tokenizer's own chat template.
 
-What the assistant wrote is found by rendering prefixes of the conversation: the template with a
-generation prompt says where an answer begins, the template with the answer says where it ends. Nothing
-about any template is built in, and nothing is searched for in the rendered text. The text is tokenised
-once and spans become token masks by character offsets.
-
-Some templates change earlier turns when later ones follow (they strip old reasoning, say). Then no single
-text holds every answer as the target would have written it, and the conversation becomes one sample a
-turn, each with the history that the target would have seen.
+An answer is learnt behind exactly the tokens that the target is asked with for it: the template's text for the
+messages before it, with a generation prompt, tokenised as an engine does it (`rendering.py`, `turns.py`). Where the
+target's own tokens were kept (`specforge regenerate`), those are learnt, behind the tokens that it was asked with.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specforge.contracts import content_id
-from specforge.data.conversations import Conversation, DataRecord, Formatted, RecordError, Tokenised
+from specforge.data.conversations import (
+    Conversation,
+    DataRecord,
+    Formatted,
+    KeptTokens,
+    RecordError,
+    Tokenised,
+)
+from specforge.data.rendering import Renderer
+from specforge.data.turns import Asked, Refusal, TokenSample, Turn, TurnTokenizer, join
 from specforge.errors import UserError
+from specforge.files import first_line, read_json
 from specforge.target_files import TargetFiles
-
-
-@dataclass(frozen=True)
-class TokenSample:
-    """Token ids and the mask of what is to be learnt, of one document."""
-
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]
 
 
 class ChatTemplate:
@@ -39,15 +35,27 @@ class ChatTemplate:
         tokenizer: a fast transformers tokenizer.
         end_ids: ids that end a turn; what the template puts behind the last one is not learnt.
         last_turn_only: supervise only the last answer of a conversation.
+        vocab_size: rows of the target's embedding; ids beyond it are refused.
+
+    Attributes:
+        fingerprint: hash of the vocabulary, the merges and the template.
+        notes: what users should be told of the records, and how often.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int] = (), last_turn_only: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, end_ids: Sequence[int] = (), last_turn_only: bool = False, vocab_size: int | None = None
+    ) -> None:  # fmt: skip
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer {tokenizer.name_or_path}: has no fast form, so no character offsets")
         self.tokenizer = tokenizer
         self.last_turn_only = last_turn_only
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         ends = {tokenizer.eos_token_id, *end_ids}
         self.end_ids = frozenset(i for i in ends if i is not None)
+        self.fingerprint = content_id(tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or "")
+        self._renderer = Renderer(tokenizer)
+        self.notes = self._renderer.notes
+        self._tokens = TurnTokenizer(tokenizer, self.end_ids)
 
     @classmethod
     def load(
@@ -61,116 +69,128 @@ class ChatTemplate:
             last_turn_only: supervise only the last answer of a conversation.
 
         Raises:
-            UserError: there is no tokenizer in the target's folder.
+            UserError: there is no tokenizer in the target's folder, or a file cannot be read.
         """
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(target.folder)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{target.folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+            tokenizer = AutoTokenizer.from_pretrained(target.folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain exceptions
+            raise UserError(f"{target.folder}: no usable tokenizer ({first_line(error)})") from error
         if chat_template is not None:
             try:
                 tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{chat_template}: cannot be read ({error.strerror})") from error
-        ends: list[int] = []
-        if (target.folder / "generation_config.json").exists():
-            eos = GenerationConfig.from_pretrained(target.folder).eos_token_id
-            ends = list(eos) if isinstance(eos, list) else [eos]
-        return cls(tokenizer, ends, last_turn_only)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the vocabulary, the merges and the template."""
-        return content_id(self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template or "")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{chat_template}: cannot be read ({first_line(error)})") from error
+        return cls(tokenizer, _end_ids(target.folder), last_turn_only, target.vocab_size)
 
     def encode(self, record: DataRecord) -> list[TokenSample]:
-        """Token samples of a record: one, or one a turn where the template changes earlier turns.
+        """Token samples of a record: one, or several where its answers do not share a text.
 
         Raises:
             RecordError: the template refuses the conversation, or nothing in it is to be learnt.
+            UserError: there is no usable chat template.
         """
-        content = record.content
-        if isinstance(content, Tokenised):
-            samples = [TokenSample(content.input_ids, content.loss_mask)]
-            if max(content.input_ids, default=0) >= len(self.tokenizer):
-                raise RecordError(record.source, f"a token id is not below {len(self.tokenizer)}")
-        elif isinstance(content, Formatted):
-            samples = [self._tokenise(content.text, content.spans, ())]
-        else:
-            samples = self._conversation(record.source, content)
-        for sample in samples:
-            if not any(sample.loss_mask):
-                raise RecordError(record.source, "the loss mask is empty: the assistant wrote nothing")
+        try:
+            samples = self._samples(record.content)
+            for sample in samples:
+                self._check(sample.input_ids)
+        except Refusal as error:
+            raise RecordError(record.source, str(error)) from error
         return samples
 
-    def prompt(self, conversation: Conversation) -> str:
-        """Text that asks for the next answer."""
-        return self._render(conversation, len(conversation.messages), generate=True)
+    def ask(self, conversation: Conversation) -> tuple[int, ...]:
+        """Token ids that ask for the next answer.
 
-    def _conversation(self, source: str, conversation: Conversation) -> list[TokenSample]:
-        turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
-        if not turns:
-            raise RecordError(source, "the loss mask is empty: there is no assistant message")
-        if self.last_turn_only:
-            turns = turns[-1:]
-        try:
-            whole = self._render(conversation, len(conversation.messages))
-            spans = [self._span(conversation, turn, whole) for turn in turns]
-            if all(span is not None for span in spans):
-                cut = [conversation.messages[turn].get("finish_reason") == "length" for turn in turns]
-                return [self._tokenise(whole, [s for s in spans if s is not None], cut)]
-            return [self._single_turn(source, conversation, turn) for turn in turns]
-        except RecordError:
-            raise
-        except Exception as error:  # a template is a program; whatever it raises concerns this record
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RecordError(source, f"the chat template refuses it ({reason})") from error
-
-    def _single_turn(self, source: str, conversation: Conversation, turn: int) -> TokenSample:
-        text = self._render(conversation, turn + 1)
-        span = self._span(conversation, turn, text)
-        if span is None:
-            raise RecordError(source, f"the chat template hides where messages[{turn}] begins")
-        return self._tokenise(text, [span], [conversation.messages[turn].get("finish_reason") == "length"])
-
-    def _span(self, conversation: Conversation, turn: int, text: str) -> tuple[int, int] | None:
-        """Characters of an answer in ``text``; None where the text does not hold it as it was generated."""
-        before = self._render(conversation, turn)
-        asked = self._render(conversation, turn, generate=True)
-        answered = self._render(conversation, turn + 1)
-        start = len(os.path.commonprefix([asked, answered]))  # noqa: RUF071 - characters are meant
-        if not answered.startswith(before) or start < len(before) or not text.startswith(answered):
-            return None
-        return start, len(answered)
-
-    def _render(self, conversation: Conversation, count: int, generate: bool = False) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"tokenizer {self.tokenizer.name_or_path}: has no chat template; give one with --chat_template FILE"
-            )
-        if count == 0:
-            return ""
-        messages = [
-            {k: v for k, v in m.items() if k != "finish_reason"} for m in conversation.messages[:count]
-        ]
-        text: str = self.tokenizer.apply_chat_template(
-            messages, tools=list(conversation.tools) or None, tokenize=False, add_generation_prompt=generate
+        Raises:
+            Refusal: the template or the tokenizer does not take the conversation.
+        """
+        messages = self._renderer.messages(conversation)
+        ((prompt, _),) = self._tokens.encode(
+            [self._renderer.render(messages, conversation.tools, generate=True)]
         )
-        return text
+        if not prompt:
+            raise Refusal("the chat template renders nothing of it")
+        self._check(prompt)
+        return prompt
 
-    def _tokenise(self, text: str, spans: Sequence[tuple[int, int]], cut_off: Sequence[bool]) -> TokenSample:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        mask = [0] * len(ids)
-        for number, (start, stop) in enumerate(spans):
-            inside = [i for i, (a, b) in enumerate(offsets) if start <= a and b <= stop and a < b]
-            ends = [i for i in inside if ids[i] in self.end_ids]
-            cut = number < len(cut_off) and cut_off[number]
-            if ends:
-                # An answer cut off at a length limit was not ended by the target.
-                inside = [i for i in inside if i < ends[-1] or (i == ends[-1] and not cut)]
-            for i in inside:
-                mask[i] = 1
-        return TokenSample(tuple(ids), tuple(mask))
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self._tokens.decode(ids)
+
+    def _samples(self, content: Conversation | Formatted | Tokenised) -> list[TokenSample]:
+        if isinstance(content, Tokenised):
+            samples = [TokenSample(content.input_ids, content.loss_mask)]
+        else:
+            turns = self._spans(content) if isinstance(content, Formatted) else self._answers(content)
+            samples = join([turn for turn in turns if turn.learnt])
+        if not samples or not any(samples[0].loss_mask):
+            raise Refusal("the loss mask is empty: nothing in it is an answer to be learnt")
+        return samples
+
+    def _check(self, ids: Sequence[int]) -> None:
+        top = max(ids)
+        if top >= self.vocab_size:
+            name = repr(self.tokenizer.convert_ids_to_tokens(top)) if top < len(self.tokenizer) else "a token"
+            raise Refusal(
+                f"{name} has the id {top}, beyond the {self.vocab_size} tokens of the target's embedding"
+            )
+
+    def _spans(self, content: Formatted) -> list[Turn]:
+        text, spans = content.text, _merged(content.spans)
+        ends = [*(start for start, _ in spans[1:]), len(text)]
+        return self._tokens.turns(
+            [
+                Asked(text[:start], text[start:stop], text[stop:end])
+                for (start, stop), end in zip(spans, ends, strict=False)
+            ]
+        )
+
+    def _answers(self, conversation: Conversation) -> list[Turn]:
+        wanted = conversation.answers()
+        if self.last_turn_only:
+            wanted = wanted[-1:]
+        kept = self._kept(conversation)
+        others = [i for i in wanted if i not in kept]
+        messages = self._renderer.messages(conversation) if others else []
+        asked = [
+            replace(
+                self._renderer.answer(messages, conversation.tools, i),
+                cut_off=conversation.messages[i].get("finish_reason") == "length",
+            )
+            for i in others
+        ]
+        turns = dict(zip(others, self._tokens.turns(asked), strict=True))
+        return [turns[i] if i in turns else Turn(kept[i].prompt_ids, kept[i].answer_ids) for i in wanted]
+
+    def _kept(self, conversation: Conversation) -> dict[int, KeptTokens]:
+        """Kept tokens that belong to this tokenizer and template, and to the text as it is now."""
+        if conversation.kept and conversation.tokenizer != self.fingerprint:
+            self.notes[
+                "records with token ids of another tokenizer or chat template, learnt from their text"
+            ] += 1
+            return {}
+        kept = {i: k for i, k in conversation.kept.items() if k.digest == conversation.digest(i + 1)}
+        if len(kept) < len(conversation.kept):
+            self.notes["records edited since their token ids were kept, learnt from their text"] += 1
+        return kept
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order, those that touch or overlap as one, without empty ones."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """End tokens that generation_config.json names."""
+    path = folder / "generation_config.json"
+    fields = read_json(path) if path.exists() else {}
+    ends = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    ends = ends if isinstance(ends, list) else [ends]
+    return [i for i in ends if type(i) is int]

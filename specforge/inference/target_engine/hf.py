@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
+from specforge.files import first_line
 from specforge.inference.target_engine.base import check_layers, feature_widths
 from specforge.modeling.target_head import TargetHead, distance
-from specforge.target_files import TargetFiles, first_lines, torch_dtype
+from specforge.target_files import TargetFiles, torch_dtype
 
 
 class FeatureTap:
@@ -166,7 +167,7 @@ class HFTargetEngine:
         except UserError:
             raise
         except Exception as error:  # whatever a class makes of a user's config
-            raise UserError(f"{self.target.name}: cannot read two tokens ({first_lines(error)})") from error
+            raise UserError(f"{self.target.name}: cannot read two tokens ({first_line(error)})") from error
         for name, width in feature_widths(policy, self.target.hidden_size).items():
             found, dtype = tuple(features[name].shape), features[name].dtype
             if found != (2, width) or dtype != torch_dtype(self.dtype):
@@ -301,7 +302,7 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # whatever a class, or a package that it wants, makes of a user's files
-        raise UserError(f"{target.folder}: transformers cannot load it ({first_lines(error)})") from error
+        raise UserError(f"{target.folder}: transformers cannot load it ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
