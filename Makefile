@@ -32,6 +32,9 @@ quickstart: install
 	$(SPECFORGE) export --draft $(RUN)/checkpoints/last.ckpt --output $(RUN)/draft --to sglang
 	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/prompts --baselines '[ngram]' \
 	  --max_new_tokens 80 --batch_size 64 --speed_prompts 6 --json $(RUN)/evaluation.json
+	$(SPECFORGE) prepare --data configs/quickstart/unseen.jsonl --target $(TARGET) --output $(RUN)/unseen
+	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/unseen --baselines '[ngram]' \
+	  --max_new_tokens 80 --batch_size 64 --speed_prompts 0 --json $(RUN)/evaluation-unseen.json
 
 test: install
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
