@@ -27,14 +27,26 @@ from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.export import DraftFormat
 from specforge.export.checkpoint import read_checkpoint
+from specforge.export.checks import check_stored
 from specforge.files import read_json
 from specforge.inference.target_engine.base import check_layers
-from specforge.modeling.draft import Draft, config_fields, read_draft
+from specforge.modeling.draft import (
+    Draft,
+    as_trained,
+    build_draft,
+    canonical,
+    config_fields,
+    draft_class,
+    read_draft,
+)  # fmt: skip
+from specforge.modeling.draft.fields import draft_rope, quoted
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
 CHECKPOINT_KEY = "specforge"
+# Checkpoints without it are from before drafts refused fields that they do not read.
+CONFIG_VERSION = 1
 
 
 class StepOutput(NamedTuple):
@@ -106,6 +118,18 @@ class DraftModule(pl.LightningModule):
         self._head: TargetHead | None = None
         self._window_count = 0
         self.grad_norm: Tensor | None = None
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any], where: str) -> Any:
+        """The network of a draft config, at random.
+
+        Raises:
+            UserError: it is another algorithm's, or refuses the fields.
+        """
+        architecture = draft_class(config, where).architecture
+        if architecture not in cls.architectures:
+            raise UserError(f"{where}: {architecture} is not a draft of {cls.algorithm}")
+        return build_draft(config, where)
 
     # What an algorithm defines.
 
@@ -277,6 +301,7 @@ class DraftModule(pl.LightningModule):
             "algorithm": self.algorithm,
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "draft_config": config_fields(self.draft),
+            "config_version": CONFIG_VERSION,
             "target": self.target.name,
             "target_fingerprint": self.target.fingerprint,
             "spec": self.spec.to_json(),
@@ -298,23 +323,81 @@ class DraftModule(pl.LightningModule):
                 f"the checkpoint was trained on {saved['target']} ({saved['target_fingerprint'][:8]}), but "
                 f"model.target is {self.target.name} ({self.target.fingerprint[:8]})"
             )
-        mine = config_fields(self.draft)
-        for key in sorted(set(mine) | set(saved["draft_config"])):
-            was, now = saved["draft_config"].get(key), mine.get(key)
-            if was != now and key not in ("transformers_version", "dtype"):
-                raise UserError(f"the checkpoint's draft has {key} {was}, but the model's has {now}")
+        self._check_network(saved)
         self._has_vocabulary = True
+
+    def _check_network(self, saved: Mapping[str, Any]) -> None:
+        found = self.draft.difference(saved_config(saved, "the checkpoint"), "the checkpoint")
+        if found is not None:
+            name, was, now = found
+            raise UserError(
+                f"the checkpoint's draft has {name} {quoted(was)}, but the model's has {quoted(now)}; "
+                "model.draft_config sets it"
+            )
+
+
+class SavedDraft(NamedTuple):
+    """A draft on disk, to start from.
+
+    Attributes:
+        path: a SpecForge checkpoint, or a folder in the field's own form.
+        config: fields of its config, as SpecForge has them.
+        tensors: as they are stored.
+        form: how others name them; None in a checkpoint.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    form: DraftFormat | None
+
+    @classmethod
+    def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
+        """Read a checkpoint or a folder.
+
+        Raises:
+            UserError: it is neither, or damaged.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, tensors = read_draft(path)
+            if "d2t" in tensors and tensors["d2t"].ndim == 1:
+                config.setdefault("draft_vocab_size", len(tensors["d2t"]))
+            return cls(path, config, tensors, form)
+        checkpoint = read_checkpoint(path)
+        state = checkpoint["state_dict"].items()
+        state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
+        return cls(path, saved_config(checkpoint[CHECKPOINT_KEY], str(path)), state, None)
+
+    @classmethod
+    def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
+        """The draft that ``init_from`` names; None where it names nothing, or one of the ``others`` to start from."""
+        return None if init_from is None or init_from in others else cls.read(init_from, form)
+
+
+def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The draft config of a checkpoint, from what :meth:`DraftModule.on_save_checkpoint` added to it.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not isinstance(saved, Mapping) or "draft_config" not in saved:
+        raise UserError(f"{where}: not a checkpoint of SpecForge's")
+    config = canonical(saved["draft_config"], where)
+    return config if saved.get("config_version") == CONFIG_VERSION else as_trained(config, where)
 
 
 def draft_config_for(
-    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], str]:
-    """Fields of a draft config: a JSON file, or the algorithm's defaults with some fields replaced.
+    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any],
+    source: SavedDraft | None = None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Fields of a draft config: a JSON file, or those of a draft on disk, or the algorithm's, with some replaced.
 
     Args:
         target: the target it must fit.
-        given: path of a JSON file, or name of a shipped one; or fields that replace the defaults; or None.
+        given: path of a JSON file, or name of a shipped one; or fields that replace the others; or None.
         defaults: the algorithm's config for this target.
+        source: the draft that is started from; its own config, not the target's, says what is not given.
 
     Returns:
         The fields, and what to call them in an error message.
@@ -323,9 +406,14 @@ def draft_config_for(
         UserError: the file cannot be read, or a field does not fit the target.
     """
     if isinstance(given, str):
-        config, where = dict(read_json(find_draft_config(given))), given
+        config, where = canonical(read_json(find_draft_config(given)), given), given
     else:
-        config, where = {**defaults, **(given or {})}, "model.draft_config"
+        base, where = defaults if source is None else source.config, "model.draft_config"
+        config = _merged(canonical(base, where), given or {}, where)
+    # What servers take where a config names no layers.
+    if "eagle_config" in defaults:
+        layers, own = defaults["eagle_config"], config.get("eagle_config", {})
+        config["eagle_config"] = {**layers, **own} if isinstance(own, Mapping) else own
     fits = {
         "vocab_size": target.vocab_size,
         "target_hidden_size": target.hidden_size,
@@ -333,10 +421,10 @@ def draft_config_for(
     for key, value in fits.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
-    if config.get("draft_vocab_size", 1) > target.vocab_size:
+    size = config.get("draft_vocab_size")
+    if isinstance(size, int) and size > target.vocab_size:
         raise UserError(
-            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
-            f"{target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens"
         )
     if config.get("hidden_size") != target.hidden_size:
         raise UserError(
@@ -346,22 +434,62 @@ def draft_config_for(
     return config, where
 
 
-def layer_fields(target: TargetFiles) -> dict[str, Any]:
-    """Fields of a draft config whose layers have the target's own dimensions and positions."""
-    config = target.config
-    heads = int(config["num_attention_heads"])
-    rope = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
-    return {
-        "hidden_size": target.hidden_size,
-        "intermediate_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads", heads),
-        "head_dim": config.get("head_dim") or target.hidden_size // heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "vocab_size": target.vocab_size,
-        **{key: config[key] for key in rope if config.get(key) is not None},
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some fields in the place of others'; of nested ones too, but for rotary positions, which are one thing."""
+    loose = ("rope_theta", "partial_rotary_factor")
+    rope = {} if not isinstance(given, Mapping) else {key: given[key] for key in loose if key in given}
+    if rope and not (given.get("rope_parameters") or given.get("rope_scaling")):
+        given = {**given, "rope_parameters": {**base.get("rope_parameters", {}), **rope}}
+    changes = canonical(given, where, base.get("architectures"))
+    nested = {
+        key: {**base[key], **value}
+        for key, value in changes.items()
+        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
     }
+    return {**base, **changes, **nested}
+
+
+def layer_fields(target: TargetFiles) -> dict[str, Any]:
+    """Fields of a draft config whose layers have the target's own dimensions and positions.
+
+    A draft's layers are Llama's whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
+
+    Raises:
+        UserError: the target's config does not say how many heads its layers have.
+    """
+    config, hidden = target.config, target.hidden_size
+    heads = _first(config, ("num_attention_heads",))
+    if heads is None:
+        raise UserError(
+            f"{target.name}: its config has no num_attention_heads; give model.draft_config as a file"
+        )
+    kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    head_dim = _first(config, ("head_dim",)) or hidden // heads
+    positions = _first(config, ("max_position_embeddings",))
+    rope = draft_rope(config)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
+        or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if heads % kv_heads else kv_heads,
+        "head_dim": max(2, head_dim + head_dim % 2),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
+        "vocab_size": target.vocab_size,
+        **({} if rope is None else {"rope_parameters": rope}),
+        **({} if positions is None else {"max_position_embeddings": positions}),
+    }
+
+
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first field that is a size; of a list with one for each layer, the last."""
+    for name in names:
+        value = config.get(name)
+        value = value[-1] if isinstance(value, list) and value else value
+        if type(value) is int and value > 0:
+            return value
+    return None
 
 
 def initialise(module: torch.nn.Module) -> None:
@@ -370,26 +498,38 @@ def initialise(module: torch.nn.Module) -> None:
         torch.nn.init.normal_(module.weight, std=0.02)
 
 
-def load_weights(draft: Draft, path: str | Path, form: DraftFormat) -> None:
+def initialise_layers(module: torch.nn.Module) -> None:
+    """As :func:`initialise`; biases at zero."""
+    initialise(module)
+    if isinstance(module, torch.nn.Linear) and module.bias is not None:
+        torch.nn.init.zeros_(module.bias)
+
+
+def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
     """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
 
     Raises:
-        UserError: tensors are missing, unknown, or of another shape.
+        UserError: it is another network, or tensors are missing, unknown, damaged, or of another shape.
     """
-    path = Path(path)
-    if path.is_dir():
-        tensors = form.read(*read_draft(path), where=str(path))
-    else:
-        state = read_checkpoint(path)["state_dict"]
-        tensors = {k.removeprefix("draft."): v for k, v in state.items() if k.startswith("draft.")}
+    if not isinstance(source, SavedDraft):
+        source = SavedDraft.read(source, form)
+    path = source.path
+    # A draft can be trained on for blocks of another size.
+    found = draft.difference(source.config, str(path), ignored=("block_size",))
+    if found is not None:
+        name, theirs, mine = found
+        raise UserError(
+            f"{path}: was trained with {name} {quoted(theirs)}, but here it is {quoted(mine)}; leave it out "
+            "(model.draft_config, model.layer_ids) to go on with what was trained"
+        )
+    tensors = source.tensors
+    if source.form is not None:
+        tensors = source.form.read(config_fields(draft), tensors, where=str(path))
     own = draft.state_dict()
     for name, tensor in tensors.items():
         if name not in own:
             raise UserError(f"{path}: tensor {name} has no place in the draft")
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{path}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(own[name].shape)}"
-            )
+        check_stored(name, tensor, own[name], str(path))
     missing = sorted(set(own) - set(tensors))
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")

@@ -10,7 +10,6 @@ vocabulary (by default there is no such) are dropped from the loss and count as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from lightning_modules.base import (
     DraftModule,
     LogitTile,
+    SavedDraft,
     StepOutput,
     draft_config_for,
     initialise,
@@ -35,7 +35,6 @@ from specforge.export import DraftFormat
 from specforge.export.dflash import DFlashFormat
 from specforge.inference.target_engine.base import check_layers
 from specforge.losses.blocks import BlockLoss, Correction, DPace, block_loss
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.blocks import BlockPlan, plan_blocks, sample_anchors, starts
 from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.target_head import TargetHead
@@ -85,7 +84,6 @@ class DFlashModule(DraftModule):
     algorithm: ClassVar[str] = "dflash"
     architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
     export_format: ClassVar[DraftFormat] = DFlashFormat()
-    network: ClassVar[type[DFlash]] = DFlash
     contiguous: ClassVar[bool] = False
     draft: DFlash
 
@@ -106,7 +104,8 @@ class DFlashModule(DraftModule):
         chunk: int | None = None,
     ) -> None:
         files = TargetFiles.find(target)
-        draft = self._build(files, draft_config, layer_ids)
+        source = SavedDraft.named(init_from, self.export_format)
+        draft = self._build(files, draft_config, layer_ids, source)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         if anchors < 1 or not 0 <= alpha <= 1 or (decay is not None and decay <= 0):
             raise UserError(
@@ -114,8 +113,8 @@ class DFlashModule(DraftModule):
                 "decay > 0"
             )
         draft.apply(self._initialise)
-        if init_from is not None:
-            load_weights(draft, Path(init_from), self.export_format)
+        if source is not None:
+            load_weights(draft, source, self.export_format)
         features = (
             (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
         )
@@ -134,18 +133,13 @@ class DFlashModule(DraftModule):
 
     @classmethod
     def _build(
-        cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None
-    ) -> DFlash:
-        defaults = cls.default_draft_config(files)
-        config, where = draft_config_for(files, given, defaults)
-        if not isinstance(given, str):
-            config["dflash_config"] = {**defaults["dflash_config"], **config["dflash_config"]}
+        cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None,
+        source: SavedDraft | None,
+    ) -> DFlash:  # fmt: skip
+        config, where = draft_config_for(files, given, cls.default_draft_config(files), source)
         if layer_ids is not None:
             config["dflash_config"] = {**config.get("dflash_config", {}), "target_layer_ids": list(layer_ids)}
-        draft = build_draft(config, where)
-        if type(draft) is not cls.network:
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {cls.algorithm}")
-        return draft
+        return cls.build(config, where)  # type: ignore[no-any-return]
 
     @classmethod
     def default_layers(cls, num_layers: int) -> list[int]:

@@ -21,7 +21,6 @@ from specforge.errors import UserError
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.dflash2 import DFlash2, DynamicConv, SelectingCorrector
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
@@ -51,7 +50,6 @@ class DFlash2Module(DFlashModule):
 
     algorithm: ClassVar[str] = "dflash2"
     architectures: ClassVar[tuple[str, ...]] = ("DFlash2DraftModel",)
-    network: ClassVar[type[DFlash]] = DFlash2
     draft: DFlash2
 
     def __init__(

@@ -23,7 +23,6 @@ from specforge.export import DraftFormat
 from specforge.export.dflash import DominoFormat
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.domino import Domino, DominoCorrector
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
@@ -57,7 +56,6 @@ class DominoModule(DFlashModule):
     algorithm: ClassVar[str] = "domino"
     architectures: ClassVar[tuple[str, ...]] = ("DominoDraftModel",)
     export_format: ClassVar[DraftFormat] = DominoFormat()
-    network: ClassVar[type[DFlash]] = Domino
     draft: Domino
 
     def __init__(

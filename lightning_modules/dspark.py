@@ -22,7 +22,6 @@ from specforge.export import DraftFormat
 from specforge.export.dflash import DSparkFormat
 from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.dspark import DSpark, MarkovCorrector
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
@@ -53,7 +52,6 @@ class DSparkModule(DFlashModule):
     algorithm: ClassVar[str] = "dspark"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen3DSparkModel",)
     export_format: ClassVar[DraftFormat] = DSparkFormat()
-    network: ClassVar[type[DFlash]] = DSpark
     contiguous: ClassVar[bool] = True
     draft: DSpark
 

@@ -22,7 +22,6 @@ from specforge.export import DraftFormat
 from specforge.export.eagle3 import Eagle3Format
 from specforge.losses import make_objective
 from specforge.modeling.draft.eagle3 import Eagle3Draft
-from specforge.modeling.draft.fused import FusedDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import OutputHead, TargetHead
 
@@ -61,7 +60,6 @@ class Eagle3Module(FusedModule):
     algorithm: ClassVar[str] = "eagle3"
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM")
     export_format: ClassVar[DraftFormat] = Eagle3Format()
-    network: ClassVar[type[FusedDraft]] = Eagle3Draft
     draft: Eagle3Draft
 
     def __init__(

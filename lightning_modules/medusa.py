@@ -7,12 +7,11 @@ Rows whose label is outside the draft vocabulary are dropped from the loss and c
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import draft_config_for, load_weights
+from lightning_modules.base import SavedDraft, draft_config_for, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
@@ -21,7 +20,6 @@ from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.heads import HeadsFormat
 from specforge.losses import make_objective
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.heads import HeadsDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import TargetHead
@@ -67,14 +65,13 @@ class MedusaModule(DistilledModule):
         chunk: int | None = None,
     ) -> None:
         files = TargetFiles.find(target)
-        config, where = draft_config_for(files, draft_config, self.default_draft_config(files))
-        draft = build_draft(config, where)
-        if not isinstance(draft, HeadsDraft) or draft.architecture not in self.architectures:
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
+        source = SavedDraft.named(init_from, self.export_format)
+        config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
+        draft = self.build(config, where)
         if not 1 <= gamma <= len(draft.heads):
             raise UserError(f"model: gamma is {gamma}, but the draft has {len(draft.heads)} heads")
-        if init_from is not None:
-            load_weights(draft, Path(init_from), self.export_format)
+        if source is not None:
+            load_weights(draft, source, self.export_format)
         super().__init__(
             files, draft, self.capture_policy(files), weights=head_decay ** torch.arange(len(draft.heads)),
             objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=init_from is not None,

@@ -23,7 +23,6 @@ from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.peagle import PEagleFormat
 from specforge.losses import make_objective
-from specforge.modeling.draft.fused import FusedDraft
 from specforge.modeling.draft.parallel import DepthSampling, plan_parallel
 from specforge.modeling.draft.peagle import PEagleDraft
 from specforge.modeling.target_head import TargetHead
@@ -61,7 +60,6 @@ class PEagleModule(FusedModule):
     algorithm: ClassVar[str] = "peagle"
     architectures: ClassVar[tuple[str, ...]] = ("PEagleDraftModel",)
     export_format: ClassVar[DraftFormat] = PEagleFormat()
-    network: ClassVar[type[FusedDraft]] = PEagleDraft
     draft: PEagleDraft
 
     def __init__(

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.base import load_weights
+from lightning_modules.base import SavedDraft, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
@@ -28,7 +28,8 @@ from specforge.export import DraftFormat
 from specforge.export.standalone import StandaloneFormat
 from specforge.files import read_json
 from specforge.losses import make_objective
-from specforge.modeling.draft.standalone import StandaloneDraft, config_like
+from specforge.modeling.draft import canonical
+from specforge.modeling.draft.standalone import StandaloneDraft, changes_of, config_like
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
@@ -77,14 +78,17 @@ class StandaloneModule(DistilledModule):
         start = None if draft is None else TargetFiles.find(draft, "draft")
         if start is not None and init_from is not None:
             raise UserError("model: give either draft or init_from; both say where the weights come from")
-        config, where = _draft_config(files, start, draft_config)
+        source = SavedDraft.named(init_from, self.export_format, ("target",))
+        if start is not None:
+            source = SavedDraft.read(start.folder, self.export_format)
+        config, where = _draft_config(files, source, draft_config)
         _check_vocabulary(files, start, config, where)
         if gamma < 1:
             raise UserError(f"model: gamma is {gamma}; it must be at least 1")
         network = StandaloneDraft(config, where)
         network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
-        if start is not None or init_from not in (None, "target"):
-            load_weights(network, start.folder if start else str(init_from), self.export_format)
+        if source is not None:
+            load_weights(network, source, self.export_format)
         super().__init__(
             files, network, self.capture_policy(files), weights=torch.ones(1), objective=make_objective(loss, lk_eta),
             label=label, chunk=chunk, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer,
@@ -120,17 +124,19 @@ class StandaloneModule(DistilledModule):
 
 
 def _draft_config(
-    target: TargetFiles, start: TargetFiles | None, given: str | Mapping[str, Any] | None
+    target: TargetFiles, source: SavedDraft | None, given: str | Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
     """Fields of the draft's config, and what to call them in an error message."""
-    if isinstance(given, str):
-        return dict(read_json(find_draft_config(given))), given
-    if given is not None and "model_type" in given:
-        return dict(given), "model.draft_config"
-    if start is not None:
-        return {**start.config, **(given or {})}, start.name
-    layers = (given or {}).get("num_hidden_layers", min(4, target.num_layers))
-    return {**config_like(target, layers), **(given or {})}, "model.draft_config"
+    where = given if isinstance(given, str) else "model.draft_config"
+    given = read_json(find_draft_config(given)) if isinstance(given, str) else given or {}
+    own = canonical(given, where)
+    if "model_type" in own or where != "model.draft_config":
+        return changes_of(own, own.get("model_type"), where), where
+    if source is not None:
+        changes = changes_of(own, source.config.get("model_type"), str(source.path))
+        return {**source.config, **changes}, where if changes else str(source.path)
+    layers = own.get("num_hidden_layers", min(4, target.num_layers))
+    return {**config_like(target, layers), **changes_of(own, target.config["model_type"], where)}, where
 
 
 def _check_vocabulary(
@@ -145,10 +151,10 @@ def _check_vocabulary(
         raise UserError(
             f"{where}: vocab_size is {config.get('vocab_size')}, but the target {target.name} has {target.vocab_size}"
         )
-    if config.get("draft_vocab_size", 1) > target.vocab_size:
+    size = config.get("draft_vocab_size")
+    if isinstance(size, int) and size > target.vocab_size:
         raise UserError(
-            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
-            f"{target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens"
         )
     if start is not None and config.get("draft_vocab_size", target.vocab_size) != target.vocab_size:
         raise UserError(f"{where}: comes with a head for the whole vocabulary; leave draft_vocab_size out")

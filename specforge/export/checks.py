@@ -41,6 +41,31 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     _check_vocabulary(tensors, where)
 
 
+def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> None:
+    """Refuse a stored tensor that cannot be what a draft starts from.
+
+    Args:
+        name: its name.
+        tensor: as it was read.
+        expected: the draft's own.
+        where: what to call its file in an error message.
+
+    Raises:
+        UserError: it has another shape, is quantised or no number at all where weights are wanted, or is not finite.
+    """
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}"
+        )
+    weights = expected.is_floating_point()
+    if weights != tensor.is_floating_point() or (weights and tensor.dtype.itemsize < 2):
+        raise UserError(
+            f"{where}: tensor {name} is {tensor.dtype}, the draft's {expected.dtype}; save it in bfloat16 or float32"
+        )
+    if weights and not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{where}: tensor {name} holds NaN or infinity")
+
+
 def _check_trained(name: str, tensor: Tensor, where: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{where}: tensor {name} holds NaN or infinity")
@@ -62,10 +87,25 @@ def _check_trained(name: str, tensor: Tensor, where: str) -> None:
             )
 
 
+def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
+    """The target id of each draft id, ``[D]``, from the offsets ``d2t``.
+
+    Raises:
+        UserError: they are of another vocabulary, or not ascending.
+    """
+    if d2t.shape != (size,):
+        raise UserError(
+            f"{where}: tensor d2t is {tuple(d2t.shape)}, but the draft vocabulary has {size} tokens "
+            "(model.draft_config.draft_vocab_size)"
+        )
+    ids = torch.arange(size) + d2t
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or bool((ids[1:] <= ids[:-1]).any()):
+        raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
+    return ids
+
+
 def _check_vocabulary(tensors: Mapping[str, Tensor], where: str) -> None:
     d2t, t2d = tensors["d2t"], tensors["t2d"]
-    ids = torch.arange(len(d2t)) + d2t
-    if int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids[1:] <= ids[:-1]).any()):
-        raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
+    ids = target_ids(d2t, len(d2t), len(t2d), where)
     if int(t2d.sum()) != len(d2t) or not bool(t2d[ids].all()):
         raise UserError(f"{where}: t2d marks other tokens than d2t maps to")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.export.checks import check_tensors
+from specforge.export.checks import check_tensors, target_ids
 from specforge.modeling.draft import Draft, build_draft, config_fields, read_draft, save_draft
 from specforge.target_files import TargetFiles
 
@@ -92,7 +92,9 @@ class DraftFormat:
                 if new.startswith(old):
                     new = replacement + new.removeprefix(old)
             if new not in self.not_the_drafts:
-                renamed[new] = tensor.float() if tensor.is_floating_point() else tensor
+                renamed[new] = (
+                    tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
+                )
         vocab = config["vocab_size"]
         size = config.get("draft_vocab_size") or vocab
         if "d2t" not in renamed:
@@ -101,8 +103,9 @@ class DraftFormat:
                     f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens"
                 )
             renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
-        renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool)
-        renamed["t2d"][torch.arange(size) + renamed["d2t"]] = True
+        renamed["d2t"] = renamed["d2t"].long()
+        ids = target_ids(renamed["d2t"], size, vocab, where)
+        renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
         return renamed
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:

@@ -135,7 +135,7 @@ def test_bf16_gradients_are_close_to_fp32(small_target):
     ("options", "config", "message"),
     [
         ({}, {"markov_head_type": "other"}, "markov_head_type is 'other'"),
-        ({}, {"markov_rank": 0}, "markov_rank 0"),
+        ({}, {"markov_rank": 0}, "markov_rank is 0"),
         ({}, {"block_size": 0}, "block_size is 0"),
         ({"gamma": 5}, {}, "drafts at most 4"),
         ({"l1": -1.0}, {}, "l1 -1.0"),

@@ -7,12 +7,14 @@ query / key heads, d / v size of a query and key head / of a value head.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specforge.modeling.draft.fields import FLAG, LAYER, LAYER_IDS, SIZE, Fields, only, quoted, required
 from specforge.modeling.draft.registry import Draft, copy_into
 from specforge.modeling.layers.functional import RMSNorm, norm_heads
 from specforge.modeling.layers.rope import RotaryTable
@@ -28,16 +30,20 @@ class LayerWeights(NamedTuple):
         embed: columns of the attention's input projections that read the embedding; none in a layer that reads
             states only.
         hidden: columns that read the carried state.
+        bias: of the input projections, or None.
         more: further matrices of the attention.
         out: output projection.
+        out_bias: its bias, or None.
         gate_up: gate and up projections of the MLP.
         down: down projection.
     """
 
     embed: Tensor
     hidden: Tensor
+    bias: Tensor | None
     more: tuple[Tensor, ...]
     out: Tensor
+    out_bias: Tensor | None
     gate_up: Tensor
     down: Tensor
 
@@ -78,6 +84,18 @@ class Eagle3Attention(nn.Module):
         """Rotated keys ``[R, k, d]`` and values ``[R, k, v]`` of the other columns."""
 
 
+def grouped_heads(config: Any) -> tuple[int, int]:
+    """Query heads and key heads, which share them.
+
+    Raises:
+        ValueError: they cannot be shared evenly.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {kv_heads}")
+    return heads, kv_heads
+
+
 class GroupedAttention(nn.Module):
     """Projections to heads and back, under the names of Llama and Qwen.
 
@@ -88,7 +106,7 @@ class GroupedAttention(nn.Module):
 
     def __init__(self, config: Any, qk_norm: bool = False) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads = grouped_heads(config)
         self.head_dim = self.value_dim = config.head_dim
         hidden, bias = config.hidden_size, bool(getattr(config, "attention_bias", False))
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
@@ -125,7 +143,8 @@ class Eagle3Layer(nn.Module):
     """A decoder layer that reads a token embedding beside the carried hidden state.
 
     Args:
-        config: sizes of the MLP and eps of the norms.
+        config: sizes of the MLP, eps of the norms, and ``norm_before_residual``: what the attention is added to is the
+            state that it reads, normed.
         attention: its attention; where that reads H columns only, the layer is an ordinary one.
     """
 
@@ -136,6 +155,7 @@ class Eagle3Layer(nn.Module):
         self.doubled = attention.inputs()[0].in_features > size
         if self.doubled:
             self.hidden_norm = RMSNorm(size, eps)
+        self.norm_before_residual = self.doubled and bool(getattr(config, "norm_before_residual", False))
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.self_attn = attention
         self.mlp = SwiGLUMLP(config)
@@ -149,21 +169,39 @@ class Eagle3Layer(nn.Module):
         """Cast and fuse the layer's matrices."""
         attn = self.self_attn
         inputs = torch.cat([p.weight.to(dtype) for p in attn.inputs()])
+        biases = [p.bias.to(dtype) for p in attn.inputs() if p.bias is not None]
         split = inputs.shape[1] - attn.o_proj.out_features
         gate_up, down = self.mlp.weights(dtype)
         return LayerWeights(
             embed=inputs[:, :split],
             hidden=inputs[:, split:],
+            bias=torch.cat(biases) if biases else None,
             more=attn.more(dtype),
             out=attn.o_proj.weight.to(dtype),
+            out_bias=None if attn.o_proj.bias is None else attn.o_proj.bias.to(dtype),
             gate_up=gate_up,
             down=down,
         )
 
+    def read(self, embeds: Tensor, w: LayerWeights) -> Tensor:
+        """What embeddings ``[R, H]`` add to the products of the input projections, biases included."""
+        product = self.input_layernorm.linear(embeds, w.embed)
+        return product if w.bias is None else product + w.bias
+
+    def carry(self, hidden: Tensor, w: LayerWeights) -> Tensor:
+        """Products of the input projections of a layer that reads states ``[R, H]`` only."""
+        product = self.state_norm.linear(hidden, w.hidden)
+        return product if w.bias is None else product + w.bias
+
     def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
         """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, v]`` to ``[R, H]``."""
-        hidden = hidden + F.linear(attention.flatten(1), w.out)
+        if self.norm_before_residual:
+            hidden = self.hidden_norm(hidden)
+        hidden = hidden + F.linear(attention.flatten(1), w.out, w.out_bias)
         return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
+
+
+_CAPTURED = "eagle_aux_hidden_state_layer_ids"
 
 
 class FusedDraft(Draft):
@@ -171,8 +209,8 @@ class FusedDraft(Draft):
 
     Args:
         config: a transformers config with ``draft_vocab_size`` and ``eagle_config``; optional
-            ``target_hidden_size`` (default ``hidden_size``), ``fc_norm`` (a norm of each captured layer, EAGLE-3.1)
-            and ``norm_before_fc`` (one norm over all of them).
+            ``target_hidden_size`` (default ``hidden_size``), ``fc_norm`` (a norm of each captured layer, EAGLE-3.1),
+            ``norm_before_fc`` (one norm over all of them), ``norm_before_residual`` and ``attention_bias``.
 
     Attributes:
         layer_ids: the captured layers.
@@ -181,9 +219,21 @@ class FusedDraft(Draft):
         lm_head: from H to D.
     """
 
+    fields: ClassVar[Fields] = {
+        **LAYER, "tie_word_embeddings": only(False), "norm_before_residual": FLAG, "norm_before_fc": FLAG,
+        "fc_norm": FLAG, "num_aux_hidden_states": SIZE,
+        "eagle_config": {
+            _CAPTURED: required(LAYER_IDS), "norm_before_fc": FLAG, "use_aux_hidden_state": only(True),
+            "use_input_layernorm_in_first_layer": only(True), "use_last_layernorm": only(True),
+        },
+    }  # fmt: skip
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.layer_ids = tuple(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
+        self.layer_ids = tuple(config.eagle_config[_CAPTURED])
+        count = getattr(config, "num_aux_hidden_states", len(self.layer_ids))
+        if count != len(self.layer_ids):
+            raise ValueError(f"num_aux_hidden_states is {count}, but {_CAPTURED} is {list(self.layer_ids)}")
         width = getattr(config, "target_hidden_size", None) or config.hidden_size
         eps = config.rms_norm_eps
         fused = width * len(self.layer_ids)
@@ -196,6 +246,27 @@ class FusedDraft(Draft):
         self.norm = RMSNorm(config.hidden_size, eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = RotaryTable(config)
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """The captured layers are named by what leaves them; vLLM's field at the top names what enters a layer."""
+        eagle, above = config.get("eagle_config", {}), config.pop(_CAPTURED, None)
+        if not isinstance(eagle, Mapping):
+            return
+        own = {key: x for key, x in eagle.items() if key != _CAPTURED or x not in ([], ())}
+        if above is not None:
+            if not isinstance(above, list) or not all(type(layer) is int for layer in above):
+                raise ValueError(f"{_CAPTURED} is {quoted(above)}, not a list of layers")
+            below = [layer - 1 for layer in above]
+            if list(own.setdefault(_CAPTURED, below)) != below:
+                raise ValueError(
+                    f"{_CAPTURED} is {quoted(above)}, which has to be one more than eagle_config's, "
+                    f"{quoted(own[_CAPTURED])}: there layers are counted by what enters them"
+                )
+        if own or "eagle_config" in config:
+            config["eagle_config"] = own
+        if config.pop("use_aux_norm", False):  # SGLang's older name
+            config["fc_norm"] = True
 
     @abstractmethod
     def build_layers(self, config: Any) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.errors import UserError
+from specforge.modeling.draft.fields import FLAG, LAYER, NO_MATRICES, Fields, by_default
 from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
@@ -66,6 +67,12 @@ class MTPDraft(Draft):
             the row of position 0 reads no embedding).
     """
 
+    fields: ClassVar[Fields] = {
+        **LAYER,
+        **NO_MATRICES,
+        **dict.fromkeys(("qk_norm", "attention_bias", "mask_first"), FLAG),
+        "norm_output": by_default(True, FLAG),
+    }
     form: ClassVar[str] = "a Llama or Qwen3 layer"
     attention: ClassVar[type[nn.Module]] = GroupedAttention
 

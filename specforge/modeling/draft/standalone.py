@@ -7,15 +7,16 @@ the ordinary folder that transformers and servers load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specforge.errors import UserError
-from specforge.modeling.draft.registry import Draft, copy_into
-from specforge.target_files import TargetFiles
+from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
+from specforge.modeling.draft.registry import Draft, check_memory, copy_into
+from specforge.target_files import TargetFiles, first_lines
 
 
 class StandaloneDraft(Draft):
@@ -33,24 +34,20 @@ class StandaloneDraft(Draft):
     attention_implementations = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
     def __init__(self, config: Mapping[str, Any], where: str = "draft config") -> None:
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        fields = {
-            key: value for key, value in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)
-        }
-        kind = config.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise UserError(f"{where}: transformers has no model_type {kind!r}")
-        reduced = (fields.get("draft_vocab_size") or config["vocab_size"]) < config["vocab_size"]
-        if reduced:
-            fields["tie_word_embeddings"] = False
+        size = config.get("vocab_size")
+        if type(size) is not int or not 0 < size < 1 << 24:
+            raise UserError(f"{where}: vocab_size is {quoted(size)}, not the number of its tokens")
+        reduced = config.get("draft_vocab_size") not in (None, size)
+        fields = {**config, "tie_word_embeddings": False} if reduced else config
+        made = _config_of(fields, where)
         try:
-            super().__init__(CONFIG_MAPPING[kind](**fields))
+            check_memory(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(made)))
+            super().__init__(made)
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        except (AttributeError, ImportError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-            raise UserError(f"{where}: {str(error).splitlines()[-1].strip()}") from error
+        except Exception as error:  # whatever a class of transformers makes of a user's file
+            raise UserError(f"{where}: {first_lines(error)}") from error
         self.architecture = type(self.model).__name__
         self.config.architectures = [self.architecture]
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
@@ -60,6 +57,7 @@ class StandaloneDraft(Draft):
         if reduced:
             self.model.set_output_embeddings(nn.Linear(self.config.hidden_size, len(self.d2t), bias=False))
             nn.init.normal_(self.head_weight, std=0.02)
+        self._check_logits(where)
         self._keep_tied_tensors_once()
         self._cast: tuple[Any, Any] | None = None
 
@@ -72,6 +70,44 @@ class StandaloneDraft(Draft):
         """Last hidden states ``[B, L, H]`` of ``input_ids [B, L]``, padded on the right: attention is causal."""
         output = self.model.base_model(input_ids=input_ids, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _check_logits(self, where: str) -> None:
+        """Prove on two tokens that the logits are the head times the last state, which is all that training sees.
+
+        Raises:
+            UserError: the class scales or caps them, or changes the state before.
+        """
+        seen: list[Tensor] = []
+
+        def enlarge(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append(inputs[0])
+            seen.append(output * (1000 / output.abs().max()))  # so that a cap shows
+            return seen[1]
+
+        ids = torch.tensor([[0, self.config.vocab_size - 1]])
+        handle = self.model.get_output_embeddings().register_forward_hook(enlarge)
+        try:
+            logits = self.model(ids, use_cache=False).logits
+            plain = torch.allclose(logits, seen[1]) and torch.allclose(self(ids), seen[0])
+        except Exception as error:  # whatever a class of transformers makes of a user's file
+            raise UserError(f"{where}: cannot read two tokens ({first_lines(error)})") from error
+        finally:
+            handle.remove()
+        if not plain:
+            raise UserError(
+                f"{where}: the logits of {self.architecture} are not its output head times its last states (its config "
+                "scales or caps them), which is not supported for a draft"
+            )
+
+    def difference(
+        self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
+    ) -> tuple[str, Any, Any] | None:
+        """See :meth:`Draft.difference`."""
+        theirs, mine = (x.to_dict() for x in (_config_of(config, where), self.config))
+        names = sorted(theirs.keys() - bookkeeping() - {"draft_vocab_size"})
+        found = next((n for n in names if n not in ignored and theirs[n] != mine.get(n)), None)
+        return None if found is None else (found, theirs[found], mine.get(found))
 
     def decoder(self, dtype: torch.dtype) -> Any:
         """The causal LM in another dtype; the copy is kept until the weights change."""
@@ -128,13 +164,67 @@ _NOT_THE_NETWORKS = (
 )  # fmt: skip
 
 
-def config_like(target: TargetFiles, layers: int) -> dict[str, Any]:
-    """Fields of a model like the target with fewer layers."""
-    config = {key: value for key, value in target.config.items() if key not in _NOT_THE_NETWORKS}
-    config["num_hidden_layers"] = layers
-    if config.get("layer_types"):
-        config["layer_types"] = [config["layer_types"][i] for i in spread(layers, target.num_layers)]
-    return config
+def _config_of(config: Mapping[str, Any], where: str) -> Any:
+    """Transformers' config of the fields.
+
+    Raises:
+        UserError: there is no such model, or it refuses the fields.
+    """
+    kind = config.get("model_type")
+    fields = copy.deepcopy(
+        {key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)}
+    )
+    try:
+        return _config_class(kind, where)(**fields)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a class of transformers makes of a user's file
+        raise UserError(f"{where}: {first_lines(error)}") from error
+
+
+def _config_class(kind: Any, where: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UserError(f"{where}: transformers has no model_type {quoted(kind)}")
+    return CONFIG_MAPPING[kind]
+
+
+def changes_of(given: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
+    """A user's fields for a model of ``model_type`` ``kind``, under the names of its class.
+
+    Raises:
+        UserError: the class has no such field, and would take it without a word.
+    """
+    made = _config_class(kind, where)()
+    known = {*made.to_dict(), *made.attribute_map, *ROPE_SPELLINGS, "draft_vocab_size", "attn_implementation"}
+    for name, value in given.items():
+        if name not in known | bookkeeping() and value is not None and value is not False:
+            raise UserError(
+                f"{where}: {name} is {quoted(value)}, but a model of type {kind!r} has no such field"
+            )
+    return {made.attribute_map.get(name, name): value for name, value in given.items()}
+
+
+def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
+    """Fields of a model like the target with fewer layers, evenly spaced ones where a field has an entry for each.
+
+    Raises:
+        UserError: the target has not so many layers.
+    """
+    config, count = target.config, target.num_layers
+    names = _config_class(config["model_type"], target.name).attribute_map
+    if type(layers) is not int or not 1 <= layers <= count:
+        raise UserError(
+            f"model.draft_config: num_hidden_layers is {quoted(layers)}, but {target.name} has {count}"
+        )
+    kept = spread(layers, count)
+    fields = {
+        name: [value[i] for i in kept] if isinstance(value, list) and len(value) == count else value
+        for name, value in config.items()
+        if name not in names and name not in _NOT_THE_NETWORKS
+    }
+    return {**fields, names.get("num_hidden_layers", "num_hidden_layers"): layers}
 
 
 def spread(count: int, layers: int) -> list[int]:
