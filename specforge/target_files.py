@@ -115,17 +115,17 @@ class TargetFiles:
         block: list[int] = form.get("weight_block_size") or []
         return (int(block[0]), int(block[1])) if len(block) == 2 else None
 
-    @property
+    @cached_property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return self._count("hidden_size")
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self._count("num_hidden_layers")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self._count("vocab_size")
@@ -138,7 +138,7 @@ class TargetFiles:
             )
         return value
 
-    @property
+    @cached_property
     def max_positions(self) -> int | None:
         """Tokens of the longest text that the target is made for; None where its config does not say."""
         found = self.config.get("max_position_embeddings")
@@ -152,7 +152,7 @@ class TargetFiles:
         ]
         return int(found * max(factors, default=1))
 
-    @property
+    @cached_property
     def learnt_positions(self) -> int | None:
         """Tokens of the longest text that the target can read, because it learnt its positions; None: no such limit."""
         table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
@@ -160,7 +160,7 @@ class TargetFiles:
         # Some classes keep two rows of the table for padding.
         return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
 
-    @property
+    @cached_property
     def positions_change_at(self) -> int | None:
         """Tokens of a text beyond which the target's rotary positions are others, for all of its tokens; None: never.
 
@@ -257,7 +257,7 @@ class TargetFiles:
             raise UserError(f"{self.folder}: its head has a bias, which is not among its tensors")
         return bias if self.logit_scale == 1.0 else bias * self.logit_scale
 
-    @property
+    @cached_property
     def logit_scale(self) -> float:
         """What the class multiplies the head's product by."""
         config = self.config
@@ -269,7 +269,7 @@ class TargetFiles:
         ]
         return float(math.prod(factors))
 
-    @property
+    @cached_property
     def softcap(self) -> float | None:
         """C where the class calls ``c tanh(z / c)`` of the head's product z its logits, else None."""
         caps = (self.config.get(key) for key in _CAPS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.tiny import write_tokenizer
@@ -167,8 +168,11 @@ FAMILIES: dict[str, Family] = {
 def write_family(name: str, folder: Path, seed: int = 0) -> Path:
     """A random target of a family, with weights large enough for its answers to differ from each other's."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = FAMILIES[name]
+    if family.kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family.kind}")
     write_tokenizer(folder)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.kind, **{**BASE, **family.fields})

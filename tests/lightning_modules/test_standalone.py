@@ -23,6 +23,7 @@ from specforge.eval.tau import jump
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
+from tests.families import BASE
 from tests.lightning_modules.test_eagle3 import make_documents, make_head, pack, same
 from tests.tiny import write_target
 
@@ -327,7 +328,10 @@ def test_the_served_command_names_the_algorithm(tmp_path):
         ({"draft_config": {"vocab_size": 100}}, "vocab_size is 100, but the target"),
         ({"draft_config": {"draft_vocab_size": 999}}, "draft_vocab_size is 999"),
         ({"draft_config": {"model_type": "llamma", "vocab_size": 264}}, "no model_type 'llamma'"),
-        ({"draft_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
+        (
+            {"draft_config": {**BASE, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.1}},
+            "logits of Gemma2ForCausalLM are not its output head times its last states",
+        ),
         ({"draft_config": {"num_hidden_layers": 2, "num_attention_heads": 5}}, "model.draft_config"),
         ({"draft": "no/such-model-here"}, "draft 'no/such-model-here'"),
         ({"gamma": 0}, "gamma is 0"),
