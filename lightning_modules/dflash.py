@@ -38,6 +38,7 @@ from specforge.losses.blocks import BlockLoss, Correction, DPace, block_loss
 from specforge.modeling.draft.blocks import BlockPlan, plan_blocks, sample_anchors, starts
 from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from specforge.target_files import TargetFiles
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
@@ -76,7 +77,8 @@ class DFlashModule(DraftModule):
         alpha: smoothing of D-PACE's confidence.
         label: the token that a slot has to get right: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or as many as a
+            block drafts.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
@@ -91,27 +93,22 @@ class DFlashModule(DraftModule):
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        anchors: int = 512,
+        anchors: PositiveInt = 512,
         weights: Weights = "decay",
-        decay: float | None = None,
-        alpha: float = 0.5,
+        decay: PositiveFloat | None = None,
+        alpha: Share = 0.5,
         label: Literal["data", "target"] = "data",
         anchor_seed: int = 0,
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
         source = SavedDraft.named(init_from, self.export_format)
         draft = self._build(files, draft_config, layer_ids, source)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
-        if anchors < 1 or not 0 <= alpha <= 1 or (decay is not None and decay <= 0):
-            raise UserError(
-                f"model: anchors is {anchors}, alpha {alpha}, decay {decay}; want anchors >= 1, 0 <= alpha <= 1, "
-                "decay > 0"
-            )
         draft.apply(self._initialise)
         if source is not None:
             load_weights(draft, source, self.export_format)
@@ -121,6 +118,7 @@ class DFlashModule(DraftModule):
         spec = StrategySpec(
             self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2
         )
+        gamma = gamma or min(4, draft.drafts)
         super().__init__(
             files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma
         )

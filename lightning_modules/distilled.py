@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_modules.base import DraftModule, LogitTile, StepOutput
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
+from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.losses import TeacherRows, chunked_distillation, feature_distance
 from specforge.losses.objectives import Objective
@@ -74,7 +75,8 @@ class DistilledModule(DraftModule):
         gamma: tokens drafted a round in validation.
         min_tokens: of a document that supervises anything.
         feature_weight: weight of the feature distance, where there is one head.
-        start: copies what starts at the target, once the draft vocabulary is known; None where nothing does.
+        start: copies what starts at the target, once the draft vocabulary is known, or checks what was copied; None
+            where nothing does.
     """
 
     def __init__(
@@ -93,12 +95,22 @@ class DistilledModule(DraftModule):
         super().__init__(target, draft, spec, has_vocabulary=has_vocabulary, optimizer=optimizer, gamma=gamma)
         self.weights, self.objective, self.label, self.chunk = weights, objective, label, chunk
         self.feature_weight, self.start = feature_weight, start
+        self._refused: UserError | None = None
 
     def setup(self, stage: str) -> None:
         """Copy what starts at the target; only now is the draft vocabulary known."""
         super().setup(stage)
         if self.start is not None and stage == "fit":
-            self.start(self.target)
+            try:
+                self.start(self.target)
+            except UserError as error:
+                self._refused = error
+
+    def on_train_start(self) -> None:
+        """Refuse to train where the draft could not start; only now is known whether a checkpoint took its place."""
+        super().on_train_start()
+        if self._refused is not None and self.trainer.ckpt_path is None:
+            raise self._refused
 
     @abstractmethod
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:

@@ -23,13 +23,13 @@ from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
-from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.mtp import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.losses import make_objective
 from specforge.modeling.draft.mtp import MTPDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -62,14 +62,14 @@ class MTPModule(DistilledModule):
         target: str,
         draft_config: str | dict[str, Any] | None = None,
         init_from: str | None = None,
-        steps: int = 3,
-        step_decay: float = 0.6,
+        steps: PositiveInt = 3,
+        step_decay: PositiveFloat = 0.6,
         loss: str | dict[str, float] = "ce",
-        lk_eta: float = 3.0,
+        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["data", "target"] = "data",
-        gamma: int = 3,
+        gamma: PositiveInt = 3,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
         if init_from == "target_mtp":
@@ -77,8 +77,6 @@ class MTPModule(DistilledModule):
         source = SavedDraft.named(init_from, self.export_format, ("target", "target_mtp"))
         config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
         draft = self.build(config, where)
-        if steps < 1 or gamma < 1:
-            raise UserError(f"model: steps is {steps} and gamma is {gamma}; both must be at least 1")
         draft.apply(initialise_layers)
         if init_from == "target_mtp":
             draft.start_from(mtp_tensors(files), f"{files.name}: its MTP weights")
@@ -90,7 +88,7 @@ class MTPModule(DistilledModule):
         super().__init__(
             files, draft, self.capture_policy(files), weights=decay / decay.sum(),
             objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=source is not None,
-            optimizer=optimizer, gamma=gamma,
+            optimizer=optimizer, gamma=gamma, start=draft.check_start if init_from == "target" else None,
         )  # fmt: skip
         self.steps = steps
 

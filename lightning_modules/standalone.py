@@ -31,6 +31,7 @@ from specforge.losses import make_objective
 from specforge.modeling.draft import canonical
 from specforge.modeling.draft.standalone import StandaloneDraft, changes_of, config_like
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, PositiveInt
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
@@ -68,11 +69,11 @@ class StandaloneModule(DistilledModule):
         init_from: str | None = None,
         train_embedding: bool = True,
         loss: str | dict[str, float] = "kl",
-        lk_eta: float = 3.0,
+        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["target", "data"] = "target",
-        gamma: int = 4,
+        gamma: PositiveInt = 4,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
         start = None if draft is None else TargetFiles.find(draft, "draft")
@@ -83,8 +84,6 @@ class StandaloneModule(DistilledModule):
             source = SavedDraft.read(start.folder, self.export_format)
         config, where = _draft_config(files, source, draft_config)
         _check_vocabulary(files, start, config, where)
-        if gamma < 1:
-            raise UserError(f"model: gamma is {gamma}; it must be at least 1")
         network = StandaloneDraft(config, where)
         network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
         if source is not None:

@@ -23,6 +23,10 @@ class Eagle3Format(DraftFormat):
     hf_embedding = True
     server, chain = "EAGLE3", 4
 
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """As everywhere, with the captured layers as vLLM counts them too, and what it takes for true in some forms."""
+        return {**super().config(config, dtype), **for_vllm(config)}
+
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """See :meth:`DraftFormat.check`."""
         eagle = config.get("eagle_config") or {}
@@ -33,6 +37,11 @@ class Eagle3Format(DraftFormat):
                 "the server would silently capture its default layers"
             )
         check_captured_layers(layers, target)
+        for name in ("norm_before_residual", "attention_bias"):
+            if config.get(name):
+                raise UserError(
+                    f"export: {name} is set; SGLang's draft has no such thing; use --to hf, which vLLM loads"
+                )
         if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
             eagle.get("norm_before_fc") or config.get("norm_before_fc")
         ):
@@ -50,6 +59,19 @@ class Eagle3Format(DraftFormat):
             raise UserError(
                 "export: tie_word_embeddings is set; the server would use the embedding as lm_head"
             )
+
+
+def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields that vLLM reads of drafts with fused features.
+
+    It counts captured layers by what enters them, one higher than SGLang, and its field at the top of the config wins
+    over ``eagle_config``: so one folder is right for both.
+    """
+    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    return {
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers],
+        "norm_before_residual": bool(config.get("norm_before_residual")),
+    }
 
 
 def check_captured_layers(layers: list[int], target: TargetFiles) -> None:

@@ -112,7 +112,7 @@ class DraftFormat:
         """Write config.json and model.safetensors in the field's own form.
 
         Raises:
-            UserError: the draft is not trained, damaged, or does not fit the target.
+            UserError: the draft was never trained, is damaged, or does not fit the target.
         """
         extra = {"embed_tokens.weight": target.embedding().to(DTYPES[dtype])} if self.hf_embedding else {}
         self._write(draft, folder, dtype, extra)
@@ -121,7 +121,7 @@ class DraftFormat:
         """Write a folder for ``--speculative-draft-model-path``; SGLang takes the embedding from the target.
 
         Raises:
-            UserError: the draft is not trained, damaged, or would not be loaded as what it is.
+            UserError: the draft was never trained, is damaged, or would not be loaded as what it is.
         """
         self.check(config_fields(draft), target)
         self._write(draft, folder, dtype, {})
@@ -151,6 +151,8 @@ def _rope_twice(config: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return fields

@@ -175,7 +175,6 @@ def test_it_starts_as_dflash(small_target):
         ({}, {"selector_rank": 0}, "selector_rank is 0"),
         ({}, {"mask_token_id": V}, "mask_token_id is 48, outside"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"selector": 0.0}, {}, "selector is 0.0"),
         ({"config": {"architectures": ["DFlashDraftModel"]}}, {}, "not a draft of dflash2"),
     ],
 )

@@ -138,7 +138,7 @@ def test_bf16_gradients_are_close_to_fp32(small_target):
         ({}, {"markov_rank": 0}, "markov_rank is 0"),
         ({}, {"block_size": 0}, "block_size is 0"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"l1": -1.0}, {}, "l1 -1.0"),
+        ({"l1": 0.0, "ce": 0.0}, {}, "ce and l1 are 0"),
         ({}, {"architectures": ["DFlashDraftModel"]}, "DFlashDraftModel is not a draft of dspark"),
     ],
 )

@@ -247,7 +247,6 @@ def test_validation_is_deterministic_and_complete(small_target):
             "is not a draft of peagle",
         ),
         ({}, {"gamma": 9}, "gamma is 9; want 1 to 8"),
-        ({}, {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ({}, {"topk": 0}, "topk is 0"),
         ({}, {"layer_ids": [1, 2, 99]}, "99"),
     ],

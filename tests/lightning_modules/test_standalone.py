@@ -334,7 +334,6 @@ def test_the_served_command_names_the_algorithm(tmp_path):
         ),
         ({"draft_config": {"num_hidden_layers": 2, "num_attention_heads": 5}}, "model.draft_config"),
         ({"draft": "no/such-model-here"}, "draft 'no/such-model-here'"),
-        ({"gamma": 0}, "gamma is 0"),
     ],
 )
 def test_bad_options_are_refused_by_name(target, options, message, monkeypatch):

@@ -6,6 +6,7 @@ query / key heads, d / v size of a query and key head / of a value head.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,10 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specforge.modeling.draft.fields import FLAG, LAYER, LAYER_IDS, SIZE, Fields, only, quoted, required
+from specforge.modeling.draft.fields import (
+    FLAG,
+    LAYER,
+    LAYER_IDS,
+    SIZE,
+    Fields,
+    draft_rope,
+    only,
+    quoted,
+    required,
+    rope_fields,
+)  # fmt: skip
 from specforge.modeling.draft.registry import Draft, copy_into
+from specforge.modeling.layers.attention import Segment, ttt_attention
 from specforge.modeling.layers.functional import RMSNorm, norm_heads
-from specforge.modeling.layers.rope import RotaryTable
+from specforge.modeling.layers.rope import ROPE_TYPES, RotaryTable
+from specforge.modeling.target_layers import LastLayer
 from specforge.target_files import TargetFiles
 
 Angles = tuple[Tensor, Tensor]
@@ -201,6 +215,27 @@ class Eagle3Layer(nn.Module):
         return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
 
 
+def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
+    """The positions under which a draft's layer is compared with the target's: its own, unless the user chose them.
+
+    Args:
+        own: the draft's.
+        config: the draft's.
+        target: the target; a draft that is derived from it has its positions.
+    """
+
+    def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
+        if rope is None or rope["rope_type"] not in ROPE_TYPES:
+            return None
+        changed = copy.copy(config)
+        changed.rope_parameters = dict(rope)
+        return RotaryTable(changed)
+
+    if table(draft_rope(target.config)) in (None, own):
+        return own
+    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
+
+
 _CAPTURED = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -287,7 +322,7 @@ class FusedDraft(Draft):
         Raises:
             UserError: the target's last layer is none of the draft's kind and dimensions.
         """
-        last, layer, width = target.num_layers - 1, self.entry, self.fc.out_features
+        last, layer, width = LastLayer(target), self.entry, self.fc.out_features
         doubled = {id(p.weight) for p in layer.self_attn.inputs()}
         pairs = [
             (p[:, width:] if id(p) in doubled else p, f"self_attn.{name}")
@@ -299,10 +334,21 @@ class FusedDraft(Draft):
             (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
         ]
         for parameter, name in pairs:
-            copy_into(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
-        copy_into(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
+            copy_into(parameter, last.tensor(name), f"{target.name}: {name} of its last layer")
+        copy_into(self.norm.weight, last.final_norm(), f"{target.name}: its final norm")
         copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+        rotary = rotary_of_target(self.rotary, self.config, target)
+        last.check(lambda states: self._layer(states, rotary), [name for _, name in pairs], self.architecture)
+
+    def _layer(self, states: Tensor, rotary: RotaryTable) -> Tensor:
+        """What the first layer makes of ``states [n, H]`` of the tokens of a text, their embeddings being zero."""
+        layer, attn, w = self.entry, self.entry.self_attn, self.entry.weights(states.dtype)
+        product, angles = layer.carry(states, w), rotary(len(states), states.device)
+        query = attn.queries(product[:, : attn.query_width], angles, w.more)
+        key, value = attn.keys_values(product[:, attn.query_width :], angles, w.more)
+        whole = [Segment(row=0, start=0, stop=len(states), document=0)]
+        return layer.finish(states, ttt_attention(query, key, value, whole, []), w)
 
     def fuse(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         """Fuse captured layers ``[N, A]`` into draft states ``[N, H]``."""

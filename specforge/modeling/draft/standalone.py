@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specforge.errors import UserError
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
 from specforge.modeling.draft.registry import Draft, check_memory, copy_into
+from specforge.modeling.target_layers import backbone
 from specforge.target_files import TargetFiles, first_lines
 
 
@@ -68,7 +69,7 @@ class StandaloneDraft(Draft):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Last hidden states ``[B, L, H]`` of ``input_ids [B, L]``, padded on the right: attention is causal."""
-        output = self.model.base_model(input_ids=input_ids, use_cache=False)
+        output = backbone(self.model)(input_ids=input_ids, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -86,6 +87,7 @@ class StandaloneDraft(Draft):
             return seen[1]
 
         ids = torch.tensor([[0, self.config.vocab_size - 1]])
+        self.eval()  # a class may have dropout
         handle = self.model.get_output_embeddings().register_forward_hook(enlarge)
         try:
             logits = self.model(ids, use_cache=False).logits
@@ -94,6 +96,7 @@ class StandaloneDraft(Draft):
             raise UserError(f"{where}: cannot read two tokens ({first_lines(error)})") from error
         finally:
             handle.remove()
+            self.train()
         if not plain:
             raise UserError(
                 f"{where}: the logits of {self.architecture} are not its output head times its last states (its config "
