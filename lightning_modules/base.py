@@ -344,12 +344,14 @@ class SavedDraft(NamedTuple):
         config: fields of its config, as SpecForge has them.
         tensors: as they are stored.
         form: how others name them; None in a checkpoint.
+        steps: optimizer steps that it was trained for, as far as is known.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     form: DraftFormat | None
+    steps: int = 0
 
     @classmethod
     def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
@@ -367,7 +369,8 @@ class SavedDraft(NamedTuple):
         checkpoint = read_checkpoint(path)
         state = checkpoint["state_dict"].items()
         state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
-        return cls(path, saved_config(checkpoint[CHECKPOINT_KEY], str(path)), state, None)
+        config = saved_config(checkpoint[CHECKPOINT_KEY], str(path))
+        return cls(path, config, state, None, int(checkpoint.get("global_step", 0)))
 
     @classmethod
     def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
@@ -534,3 +537,4 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")
     draft.load_state_dict(tensors)
+    draft.trained = source.steps > 0

@@ -40,7 +40,7 @@ class Eagle3Format(DraftFormat):
         for name in ("norm_before_residual", "attention_bias"):
             if config.get(name):
                 raise UserError(
-                    f"export: {name} is set; SGLang's draft has no such thing; use --to hf, which vLLM loads"
+                    f"export: {name} is set; SGLang's draft has no such thing; use --to hf (vLLM)"
                 )
         if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
             eagle.get("norm_before_fc") or config.get("norm_before_fc")

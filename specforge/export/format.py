@@ -130,7 +130,7 @@ class DraftFormat:
         where = f"export to {folder}"
         state = {name: x.detach().cpu() for name, x in draft.state_dict().items()}
         config = config_fields(draft)
-        check_tensors(state, self.build(config).state_dict(), where)
+        check_tensors(state, self.build(config).state_dict(), where, draft.trained)
         state = {n: x.to(DTYPES[dtype]) if x.is_floating_point() else x for n, x in state.items()}
         save_draft(self.config(config, dtype), {**self.tensors(state), **extra}, folder)
         self._read_back(folder, state)

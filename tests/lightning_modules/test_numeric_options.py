@@ -1,4 +1,4 @@
-"""Numeric options of every algorithm and of the optimizer: out of their bounds they are refused where they are parsed."""
+"""Numeric options of every algorithm and of the optimizer are refused out of their bounds, where they are parsed."""
 
 from __future__ import annotations
 

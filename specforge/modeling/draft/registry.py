@@ -46,6 +46,7 @@ class Draft(nn.Module):
         d2t: ``[D]`` int64, offset from a draft id to its target id: ``target = draft + d2t[draft]``.
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
         attention_implementations: names that ``attn_implementation`` may have.
+        trained: whether it comes from a checkpoint that was written after an optimizer step.
         flex: whether its layers train with FlexAttention rather than PyTorch's fused kernels.
 
     Raises:
@@ -58,6 +59,7 @@ class Draft(nn.Module):
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "flex_attention")
     d2t: Tensor
     t2d: Tensor
+    trained: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
