@@ -7,6 +7,7 @@ batch into a sum of losses and a count (:meth:`compute`), and gives evaluation i
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -408,15 +409,14 @@ def draft_config_for(
     Raises:
         UserError: the file cannot be read, or a field does not fit the target.
     """
+    if source is not None:
+        _name_layers(source.config, defaults)
     if isinstance(given, str):
         config, where = canonical(read_json(find_draft_config(given)), given), given
     else:
         base, where = defaults if source is None else source.config, "model.draft_config"
         config = _merged(canonical(base, where), given or {}, where)
-    # What servers take where a config names no layers.
-    if "eagle_config" in defaults:
-        layers, own = defaults["eagle_config"], config.get("eagle_config", {})
-        config["eagle_config"] = {**layers, **own} if isinstance(own, Mapping) else own
+    _name_layers(config, defaults)
     fits = {
         "vocab_size": target.vocab_size,
         "target_hidden_size": target.hidden_size,
@@ -435,6 +435,13 @@ def draft_config_for(
             f"{target.name}, whose width is {target.hidden_size}"
         )
     return config, where
+
+
+def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Where a config of fused features names no layers, they are the algorithm's own: servers take the same."""
+    own = config.get("eagle_config", {})
+    if "eagle_config" in defaults and isinstance(own, Mapping):
+        config["eagle_config"] = {**defaults["eagle_config"], **own}
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -468,6 +475,8 @@ def layer_fields(target: TargetFiles) -> dict[str, Any]:
         )
     kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
     head_dim = _first(config, ("head_dim",)) or hidden // heads
+    # Transformers' Llama has no other numbers of heads.
+    heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
     positions = _first(config, ("max_position_embeddings",))
     rope = draft_rope(config)
     return {
@@ -475,7 +484,7 @@ def layer_fields(target: TargetFiles) -> dict[str, Any]:
         "intermediate_size": _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
         or 4 * hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if heads % kv_heads else kv_heads,
+        "num_key_value_heads": math.gcd(heads, kv_heads),
         "head_dim": max(2, head_dim + head_dim % 2),
         "hidden_act": "silu",
         "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lightning_modules.base import SavedDraft, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
-from specforge.contracts import TrainBatch
+from specforge.contracts import SampleRef, TrainBatch
 from specforge.data.templates import ChatTemplate
 from specforge.decoding.standalone import StandaloneDrafter
 from specforge.errors import UserError
@@ -29,6 +29,7 @@ from specforge.export.standalone import StandaloneFormat
 from specforge.files import read_json
 from specforge.losses import make_objective
 from specforge.modeling.draft import canonical
+from specforge.modeling.draft.fields import quoted
 from specforge.modeling.draft.standalone import StandaloneDraft, changes_of, config_like
 from specforge.modeling.target_head import TargetHead
 from specforge.options import NonNegativeFloat, PositiveInt
@@ -94,6 +95,21 @@ class StandaloneModule(DistilledModule):
             gamma=gamma, min_tokens=3, start=network.start_from_target if init_from == "target" else None,
         )  # fmt: skip
 
+    def setup(self, stage: str) -> None:
+        """Refuse texts that are longer than the draft can read.
+
+        Raises:
+            UserError: says how long they are, and how long they may be.
+        """
+        super().setup(stage)
+        refs: list[SampleRef] = getattr(getattr(self.trainer, "datamodule", None), "sample_refs", list)()
+        most, limit = max((ref.num_tokens for ref in refs), default=0), self.draft.longest
+        if limit is not None and most > limit:
+            raise UserError(
+                f"a sample has {most} tokens, but the draft's positions end, or change, after {limit}: prepare the "
+                "prompts with --max_length, or choose another draft"
+            )
+
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
         """Run the draft over all documents.
 
@@ -130,7 +146,7 @@ def _draft_config(
     given = read_json(find_draft_config(given)) if isinstance(given, str) else given or {}
     own = canonical(given, where)
     if "model_type" in own or where != "model.draft_config":
-        return changes_of(own, own.get("model_type"), where), where
+        return own, where  # a whole config, of which transformers says what it means
     if source is not None:
         changes = changes_of(own, source.config.get("model_type"), str(source.path))
         return {**source.config, **changes}, where if changes else str(source.path)
@@ -151,9 +167,9 @@ def _check_vocabulary(
             f"{where}: vocab_size is {config.get('vocab_size')}, but the target {target.name} has {target.vocab_size}"
         )
     size = config.get("draft_vocab_size")
-    if isinstance(size, int) and size > target.vocab_size:
+    if size is not None and (type(size) is not int or not 0 < size <= target.vocab_size):
         raise UserError(
-            f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {quoted(size)}, but {target.name} has {target.vocab_size} tokens"
         )
     if start is not None and config.get("draft_vocab_size", target.vocab_size) != target.vocab_size:
         raise UserError(f"{where}: comes with a head for the whole vocabulary; leave draft_vocab_size out")

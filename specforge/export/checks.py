@@ -104,14 +104,16 @@ def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
     """The target id of each draft id, ``[D]``, from the offsets ``d2t``.
 
     Raises:
-        UserError: they are of another vocabulary, or not ascending.
+        UserError: they are of another vocabulary, not ascending, or no whole numbers.
     """
     if d2t.shape != (size,):
         raise UserError(
             f"{where}: tensor d2t is {tuple(d2t.shape)}, but the draft vocabulary has {size} tokens "
             "(model.draft_config.draft_vocab_size)"
         )
-    ids = torch.arange(size) + d2t
+    if d2t.is_floating_point() or d2t.dtype == torch.bool:
+        raise UserError(f"{where}: tensor d2t is {d2t.dtype}, not whole numbers")
+    ids = torch.arange(size) + d2t.long()
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or bool((ids[1:] <= ids[:-1]).any()):
         raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
     return ids

@@ -103,8 +103,8 @@ class DraftFormat:
                     f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens"
                 )
             renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
-        renamed["d2t"] = renamed["d2t"].long()
         ids = target_ids(renamed["d2t"], size, vocab, where)
+        renamed["d2t"] = renamed["d2t"].long()
         renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
         return renamed
 

@@ -77,6 +77,7 @@ def elements(plan: ParallelPlan) -> list[tuple[int, int]]:
         ({"depths": 1, "gamma": 1}, V, {}, 0.7),
         ({}, 20, {"fc_norm": True, "num_hidden_layers": 3}, 0.9),
         ({}, 20, {"embed_requires_grad": True}, 0.9),
+        ({}, 20, {"norm_before_residual": True, "attention_bias": True, "num_hidden_layers": 2}, 0.9),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(

@@ -49,7 +49,7 @@ class LatentAttention(Eagle3Attention):
         config: a ``DeepseekV3Config``.
 
     Raises:
-        ValueError: ``v_head_dim`` is larger than a key's head.
+        ValueError: ``v_head_dim`` is larger than a key's head, or a part of the rotary dimensions is not rotated.
     """
 
     input_parts: ClassVar[int] = 2
@@ -61,6 +61,8 @@ class LatentAttention(Eagle3Attention):
         self.rotary_dim, self.head_dim, self.value_dim = rotary, rotary + other, config.v_head_dim
         if self.value_dim > self.head_dim:
             raise ValueError(f"v_head_dim is {self.value_dim}, more than a key's {self.head_dim}")
+        if "partial_rotary_factor" in config.rope_parameters:
+            raise ValueError("partial_rotary_factor is set, but qk_rope_head_dim says how much is rotated")
         self.query_width, self.rank = config.q_lora_rank, config.kv_lora_rank
         width = self.input_parts * config.hidden_size
         self.q_a_proj = nn.Linear(width, self.query_width, bias=False)

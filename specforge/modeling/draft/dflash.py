@@ -143,7 +143,7 @@ class DFlash(Draft):
     fields: ClassVar[Fields] = {
         **LAYER, **NO_MATRICES, "block_size": whole(1, 4096), "num_target_layers": ANYTHING,
         "qk_norm": by_default(True, FLAG), "layer_types": KINDS_OF_LAYERS, "use_sliding_window": FLAG,
-        "sliding_window": SIZE, "max_window_layers": SIZE,
+        "sliding_window": SIZE, "max_window_layers": SIZE, "is_causal": only(False),
         "dflash_config": nested,
     }  # fmt: skip
     layer: ClassVar[type[BlockLayer]] = BlockLayer
@@ -164,7 +164,11 @@ class DFlash(Draft):
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """What others have at the top of the config is in ``dflash_config``."""
+        """What others have at the top of the config is in ``dflash_config``; a window is used where it is named."""
+        if config.get("sliding_window") is not None and "use_sliding_window" not in config:
+            if "sliding_attention" not in (config.get("layer_types") or ()):
+                raise ValueError("sliding_window is set, but no layer_types are sliding_attention")
+            config["use_sliding_window"] = True
         nested = config.get("dflash_config", {})
         if not isinstance(nested, dict):
             return
@@ -263,9 +267,11 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
         raise ValueError(
             f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers"
         )
+    if config.use_sliding_window and "sliding_attention" not in config.layer_types:
+        raise ValueError("use_sliding_window is set, but no layer_types are sliding_attention")
     if "sliding_attention" in config.layer_types:
-        if "causal" in fields:
-            raise ValueError("dflash_config.causal is False, but sliding layers are causal in the block")
+        if "causal" in fields or getattr(config, "is_causal", None) is False:
+            raise ValueError("causal is False, but sliding layers are causal in the block")
         window = config.sliding_window
         if window is None or window < block_size:
             raise ValueError(

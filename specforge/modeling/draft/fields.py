@@ -99,6 +99,7 @@ LAYER: Fields = {
     "num_attention_heads": required(SIZE), "num_key_value_heads": SIZE, "head_dim": SIZE,
     "hidden_act": only("silu", "swish"), "rms_norm_eps": POSITIVE, "max_position_embeddings": SIZE,
     "rope_parameters": ANYTHING, "layer_types": FULL_LAYERS, "attn_implementation": ANYTHING,
+    **dict.fromkeys(("is_causal", "is_neox_style", "rope_is_neox_style", "use_aux_hidden_state"), only(True)),
 }  # fmt: skip
 
 # What says nothing of a network beyond the fields that all configs of transformers have.
@@ -161,7 +162,7 @@ def check_fields(
         elif wanted is not None and not wanted.allows(value):
             raise ValueError(f"{said}; {what} takes {wanted.words}")
         elif wanted is None and not _says_nothing(name, value, config, defaults):
-            raise ValueError(f"{said}, but {what} does not read that; leave it out if this network is meant")
+            raise ValueError(f"{said}, but {what} has no such thing; leave it out")
 
 
 def without_what_was_ignored(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import read_json, write_folder
+from specforge.host import available_memory
 from specforge.modeling.draft.fields import (
     ANYTHING,
     Fields,
@@ -160,6 +161,10 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
     parameter.copy_(value)
 
 
+# What a class of transformers makes of a user's file.
+REFUSALS = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)  # fmt: skip
 _DRAFTS: dict[str, type[Draft]] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
@@ -254,7 +259,7 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
         made = cls.config_class(**fields, architectures=[cls.architecture])
         check_memory(lambda: cls(copy.deepcopy(made)))
         return cls(made)
-    except Exception as error:  # whatever a class of transformers makes of a user's file
+    except REFUSALS as error:
         raise UserError(f"{where}: {first_lines(error)}") from error
 
 
@@ -269,10 +274,10 @@ def check_memory(build: Callable[[], nn.Module]) -> None:
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         tensors = build().state_dict().values()
-    needed, memory = sum(x.nbytes for x in tensors), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = sum(x.nbytes for x in tensors), available_memory()
     if needed > memory:
         raise ValueError(
-            f"such a draft takes {needed / 1e9:.0f} GB, and this machine has {memory / 1e9:.0f} GB of memory"
+            f"such a draft takes {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory left"
         )
 
 
@@ -356,6 +361,6 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for path in shards:
         try:
             tensors |= load_file(path)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, *REFUSALS) as error:
             raise UserError(f"{path}: not a readable safetensors file ({first_lines(error)})") from error
     return config, tensors

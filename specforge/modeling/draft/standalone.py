@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
-from specforge.modeling.draft.registry import Draft, check_memory, copy_into
+from specforge.modeling.draft.registry import REFUSALS, Draft, check_memory, copy_into
 from specforge.modeling.target_layers import backbone
 from specforge.target_files import TargetFiles, first_lines
 
@@ -47,7 +47,7 @@ class StandaloneDraft(Draft):
             check_memory(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(made)))
             super().__init__(made)
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        except Exception as error:  # whatever a class of transformers makes of a user's file
+        except (ImportError, *REFUSALS) as error:
             raise UserError(f"{where}: {first_lines(error)}") from error
         self.architecture = type(self.model).__name__
         self.config.architectures = [self.architecture]
@@ -66,6 +66,25 @@ class StandaloneDraft(Draft):
     def head_weight(self) -> Tensor:
         """``[D, H]``, rows of the output head."""
         return self.model.get_output_embeddings().weight  # type: ignore[no-any-return]
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that it can be trained on; None where there is no limit.
+
+        Beyond, there are no learnt positions; or rotary ones change, also those of the texts that it is read with.
+        """
+        table, words = (
+            getattr(self.config, "max_position_embeddings", None),
+            self.model.get_input_embeddings(),
+        )
+        learnt = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
+        # Some classes keep two rows of the table for padding.
+        if table and any(m.num_embeddings - table in (0, 2) for m in learnt):
+            return int(table)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
+        return table if rope.get("rope_type") == "dynamic" else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Last hidden states ``[B, L, H]`` of ``input_ids [B, L]``, padded on the right: attention is causal."""
@@ -92,7 +111,7 @@ class StandaloneDraft(Draft):
         try:
             logits = self.model(ids, use_cache=False).logits
             plain = torch.allclose(logits, seen[1]) and torch.allclose(self(ids), seen[0])
-        except Exception as error:  # whatever a class of transformers makes of a user's file
+        except (ImportError, *REFUSALS) as error:
             raise UserError(f"{where}: cannot read two tokens ({first_lines(error)})") from error
         finally:
             handle.remove()
@@ -181,7 +200,7 @@ def _config_of(config: Mapping[str, Any], where: str) -> Any:
         return _config_class(kind, where)(**fields)
     except UserError:
         raise
-    except Exception as error:  # whatever a class of transformers makes of a user's file
+    except (ImportError, *REFUSALS) as error:
         raise UserError(f"{where}: {first_lines(error)}") from error
 
 
