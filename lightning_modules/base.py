@@ -46,7 +46,7 @@ from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
 CHECKPOINT_KEY = "specforge"
-# Checkpoints without it are from before drafts refused fields that they do not read.
+# Checkpoints without it were written before drafts refused fields that they do not read.
 CONFIG_VERSION = 1
 
 
@@ -122,10 +122,10 @@ class DraftModule(pl.LightningModule):
 
     @classmethod
     def build(cls, config: Mapping[str, Any], where: str) -> Any:
-        """The network of a draft config, at random.
+        """The network of a draft config, randomly initialised.
 
         Raises:
-            UserError: it is another algorithm's, or refuses the fields.
+            UserError: the config is of another algorithm, or its fields are refused.
         """
         architecture = draft_class(config, where).architecture
         if architecture not in cls.architectures:
@@ -333,19 +333,19 @@ class DraftModule(pl.LightningModule):
             name, was, now = found
             raise UserError(
                 f"the checkpoint's draft has {name} {quoted(was)}, but the model's has {quoted(now)}; "
-                "model.draft_config sets it"
+                "change model.draft_config"
             )
 
 
 class SavedDraft(NamedTuple):
-    """A draft on disk, to start from.
+    """A draft on disk that a run starts from.
 
     Attributes:
         path: a SpecForge checkpoint, or a folder in the field's own form.
-        config: fields of its config, as SpecForge has them.
-        tensors: as they are stored.
-        form: how others name them; None in a checkpoint.
-        steps: optimizer steps that it was trained for, as far as is known.
+        config: its config, as SpecForge writes it.
+        tensors: its tensors as stored.
+        form: the names of a folder's tensors; None for a checkpoint.
+        steps: optimizer steps that a checkpoint was trained for.
     """
 
     path: Path
@@ -375,18 +375,18 @@ class SavedDraft(NamedTuple):
 
     @classmethod
     def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
-        """The draft that ``init_from`` names; None where it names nothing, or one of the ``others`` to start from."""
+        """The draft that ``init_from`` names; None if it is None or one of ``others``, which do not name a draft."""
         return None if init_from is None or init_from in others else cls.read(init_from, form)
 
 
 def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The draft config of a checkpoint, from what :meth:`DraftModule.on_save_checkpoint` added to it.
+    """The draft config of a checkpoint, from the entry that :meth:`DraftModule.on_save_checkpoint` adds.
 
     Raises:
-        UserError: it is not there.
+        UserError: the entry has none.
     """
     if not isinstance(saved, Mapping) or "draft_config" not in saved:
-        raise UserError(f"{where}: not a checkpoint of SpecForge's")
+        raise UserError(f"{where}: not a SpecForge checkpoint")
     config = canonical(saved["draft_config"], where)
     return config if saved.get("config_version") == CONFIG_VERSION else as_trained(config, where)
 
@@ -395,13 +395,13 @@ def draft_config_for(
     target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any],
     source: SavedDraft | None = None,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """Fields of a draft config: a JSON file, or those of a draft on disk, or the algorithm's, with some replaced.
+    """The draft config of a run.
 
     Args:
         target: the target it must fit.
-        given: path of a JSON file, or name of a shipped one; or fields that replace the others; or None.
-        defaults: the algorithm's config for this target.
-        source: the draft that is started from; its own config, not the target's, says what is not given.
+        given: path of a JSON file, or name of a shipped one; or fields to change; or None.
+        defaults: the algorithm's config for this target, which ``given`` changes.
+        source: the draft that the run starts from; if there is one, ``given`` changes its config instead.
 
     Returns:
         The fields, and what to call them in an error message.
@@ -438,14 +438,14 @@ def draft_config_for(
 
 
 def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Where a config of fused features names no layers, they are the algorithm's own: servers take the same."""
+    """Fill in the default captured layers of a draft with fused features, as servers do."""
     own = config.get("eagle_config", {})
     if "eagle_config" in defaults and isinstance(own, Mapping):
         config["eagle_config"] = {**defaults["eagle_config"], **own}
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some fields in the place of others'; of nested ones too, but for rotary positions, which are one thing."""
+    """A config with some fields changed, also inside ``eagle_config`` and ``dflash_config``."""
     loose = ("rope_theta", "partial_rotary_factor")
     rope = {} if not isinstance(given, Mapping) else {key: given[key] for key in loose if key in given}
     if rope and not (given.get("rope_parameters") or given.get("rope_scaling")):
@@ -460,22 +460,22 @@ def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> di
 
 
 def layer_fields(target: TargetFiles) -> dict[str, Any]:
-    """Fields of a draft config whose layers have the target's own dimensions and positions.
+    """Fields of a draft config whose layers have the target's dimensions and positions.
 
-    A draft's layers are Llama's whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
+    The layers are Llama layers, whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
 
     Raises:
-        UserError: the target's config does not say how many heads its layers have.
+        UserError: the target's config does not say how many attention heads it has.
     """
     config, hidden = target.config, target.hidden_size
     heads = _first(config, ("num_attention_heads",))
     if heads is None:
         raise UserError(
-            f"{target.name}: its config has no num_attention_heads; give model.draft_config as a file"
+            f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file"
         )
     kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
     head_dim = _first(config, ("head_dim",)) or hidden // heads
-    # Transformers' Llama has no other numbers of heads.
+    # LlamaConfig accepts only numbers of heads that divide the hidden size.
     heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
     positions = _first(config, ("max_position_embeddings",))
     rope = draft_rope(config)
@@ -495,7 +495,7 @@ def layer_fields(target: TargetFiles) -> dict[str, Any]:
 
 
 def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first field that is a size; of a list with one for each layer, the last."""
+    """The first of some fields that is a size; of a list with an entry for each layer, the last entry."""
     for name in names:
         value = config.get(name)
         value = value[-1] if isinstance(value, list) and value else value
@@ -511,7 +511,7 @@ def initialise(module: torch.nn.Module) -> None:
 
 
 def initialise_layers(module: torch.nn.Module) -> None:
-    """As :func:`initialise`; biases at zero."""
+    """Like :func:`initialise`, and biases start at zero."""
     initialise(module)
     if isinstance(module, torch.nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
@@ -521,18 +521,18 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
 
     Raises:
-        UserError: it is another network, or tensors are missing, unknown, damaged, or of another shape.
+        UserError: it is another network, or tensors are missing, unknown or damaged, or have another shape.
     """
     if not isinstance(source, SavedDraft):
         source = SavedDraft.read(source, form)
     path = source.path
-    # A draft can be trained on for blocks of another size.
+    # A block drafter can be trained further with blocks of another size.
     found = draft.difference(source.config, str(path), ignored=("block_size",))
     if found is not None:
         name, theirs, mine = found
         raise UserError(
-            f"{path}: was trained with {name} {quoted(theirs)}, but here it is {quoted(mine)}; leave it out "
-            "(model.draft_config, model.layer_ids) to go on with what was trained"
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
+            "out of model.draft_config (or model.layer_ids) to continue with what was trained"
         )
     tensors = source.tensors
     if source.form is not None:

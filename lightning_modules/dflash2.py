@@ -43,8 +43,8 @@ class DFlash2Module(DFlashModule):
         selector: α, weight of the selector's cross-entropy.
         label: the token that a slot has to get right: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or as many as a
-            block drafts.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """

@@ -75,8 +75,8 @@ class DistilledModule(DraftModule):
         gamma: tokens drafted a round in validation.
         min_tokens: of a document that supervises anything.
         feature_weight: weight of the feature distance, where there is one head.
-        start: copies what starts at the target, once the draft vocabulary is known, or checks what was copied; None
-            where nothing does.
+        start: copies weights from the target once the draft vocabulary is known, or checks those that were copied;
+            None if there are none.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DistilledModule(DraftModule):
                 self._refused = error
 
     def on_train_start(self) -> None:
-        """Refuse to train where the draft could not start; only now is known whether a checkpoint took its place."""
+        """Raise the refusal of :meth:`setup`, unless the weights come from a checkpoint that the run resumes."""
         super().on_train_start()
         if self._refused is not None and self.trainer.ckpt_path is None:
             raise self._refused
@@ -174,8 +174,9 @@ class DistilledModule(DraftModule):
             yield LogitTile(labels, logits.expand(-1, positions, -1), last)
 
 
-def unrolled(states: Tensor, head: OutputHead, plan: UnrollPlan) -> Students:
-    """Students of a network that was applied T times: its states ``[T, R, H]`` and the one head of all."""
+def unrolled(states: Tensor, head: OutputHead | Tensor, plan: UnrollPlan) -> Students:
+    """Students of a network that was applied T times: its states ``[T, R, H]`` and its head (or the head's matrix)."""
+    head = head if isinstance(head, OutputHead) else OutputHead(head)
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]
     return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.count, head.bias)

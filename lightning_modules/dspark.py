@@ -45,8 +45,8 @@ class DSparkModule(DFlashModule):
         confidence: weight of the confidence's binary cross-entropy.
         label: the token of the cross-entropy: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or as many as a
-            block drafts.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
@@ -75,7 +75,7 @@ class DSparkModule(DFlashModule):
         chunk: PositiveInt | None = None,
     ) -> None:
         if ce + l1 == 0:
-            raise UserError("model: ce and l1 are 0, so nothing would be learnt")
+            raise UserError("model: ce and l1 are both 0, so nothing would be learnt; set one of them")
         super().__init__(
             target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
             anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,

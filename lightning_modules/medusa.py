@@ -41,7 +41,7 @@ class MedusaModule(DistilledModule):
         loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
         lk_eta: η of ``lk_lambda``.
         label: the token that a row has to get right: the one in the ``data``, or the ``target``'s likeliest.
-        gamma: tokens drafted a round in validation, at most K; by default 4, or as many.
+        gamma: tokens drafted a round in validation, at most K; by default min(4, K).
         optimizer: optimizer and schedule.
         chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
     """

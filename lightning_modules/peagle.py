@@ -53,7 +53,7 @@ class PEagleModule(FusedModule):
         label: the token that an element has to get right: the ``target``'s likeliest, or the one in the ``data``.
             They are the same where the target wrote the data greedily, and ``data`` then saves a product
             with the whole vocabulary.
-        gamma: tokens drafted a round in validation, at most ``depths``; by default 4, or as many.
+        gamma: tokens drafted a round in validation, at most ``depths``; by default min(4, depths).
         optimizer: optimizer and schedule.
         chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
     """

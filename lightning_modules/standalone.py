@@ -96,18 +96,18 @@ class StandaloneModule(DistilledModule):
         )  # fmt: skip
 
     def setup(self, stage: str) -> None:
-        """Refuse texts that are longer than the draft can read.
+        """Refuse texts that are longer than the draft supports.
 
         Raises:
-            UserError: says how long they are, and how long they may be.
+            UserError: says how long the longest one is, and the limit.
         """
         super().setup(stage)
         refs: list[SampleRef] = getattr(getattr(self.trainer, "datamodule", None), "sample_refs", list)()
         most, limit = max((ref.num_tokens for ref in refs), default=0), self.draft.longest
         if limit is not None and most > limit:
             raise UserError(
-                f"a sample has {most} tokens, but the draft's positions end, or change, after {limit}: prepare the "
-                "prompts with --max_length, or choose another draft"
+                f"a sample has {most} tokens, but the draft supports texts of up to {limit}; prepare the data with "
+                f"--max_length {limit}, or choose another draft"
             )
 
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
@@ -146,7 +146,7 @@ def _draft_config(
     given = read_json(find_draft_config(given)) if isinstance(given, str) else given or {}
     own = canonical(given, where)
     if "model_type" in own or where != "model.draft_config":
-        return own, where  # a whole config, of which transformers says what it means
+        return own, where  # a complete config, which transformers checks
     if source is not None:
         changes = changes_of(own, source.config.get("model_type"), str(source.path))
         return {**source.config, **changes}, where if changes else str(source.path)

@@ -43,7 +43,7 @@ def interrupt_on_sigterm() -> None:
 
 
 def available_memory() -> int:
-    """Bytes of this machine's memory that can be had without swapping; where that is not known, all of it."""
+    """Bytes of memory that can be allocated without swapping; all memory of the machine if that is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024

@@ -23,7 +23,7 @@ else:
     from jsonargparse.typing import restricted_number_type as _restricted
 
     def restricted_number_type(words, kind, bounds):
-        """Such a type that gives plain numbers: torch would pickle those of its own by the name of their class."""
+        """A restricted type whose values are plain numbers, since checkpoints cannot hold values of other classes."""
         made = _restricted(words, kind, bounds)
         checked = made.__new__
         made.__new__ = lambda cls, value: kind(checked(cls, value))

@@ -99,7 +99,7 @@ class TargetFiles:
         return whole
 
     def model_config(self) -> Any:
-        """The config as transformers has it; a copy of one's own."""
+        """A copy of the transformers config."""
         return copy.deepcopy(self._parsed)
 
     @cached_property

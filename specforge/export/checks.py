@@ -24,7 +24,8 @@ def check_tensors(
         trained: whether it is known that the draft was trained.
 
     Raises:
-        UserError: names the first tensor that is unknown, missing, misshapen, not finite or zero; or none was trained.
+        UserError: names the first tensor that is unknown, missing, misshapen, not finite or zero; or no tensor was
+            trained.
     """
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
@@ -58,7 +59,7 @@ def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
         where: what to call its file in an error message.
 
     Raises:
-        UserError: it has another shape, is quantised or no number at all where weights are wanted, or is not finite.
+        UserError: it has another shape or kind of number, is quantised, or is not finite.
     """
     if tensor.shape != expected.shape:
         raise UserError(
@@ -81,9 +82,9 @@ def _check_damage(name: str, tensor: Tensor, where: str) -> None:
 
 
 def _was_trained(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether anything was learnt: the first optimizer step moves every norm away from 1, where it starts.
+    """Whether anything was learnt: the first optimizer step moves every norm away from 1, its initial value.
 
-    A draft of others may have norms that were folded into its matrices, which then are not as they were initialised.
+    In drafts of other projects, norms may have been folded into the matrices, which then do not look initialised.
     """
     weights = {name: x for name, x in tensors.items() if x.is_floating_point()}
     norms = [x for name, x in weights.items() if x.ndim == 1 and "norm" in name]
@@ -104,7 +105,7 @@ def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
     """The target id of each draft id, ``[D]``, from the offsets ``d2t``.
 
     Raises:
-        UserError: they are of another vocabulary, not ascending, or no whole numbers.
+        UserError: there is another number of them, they are not whole numbers, or the target ids do not ascend.
     """
     if d2t.shape != (size,):
         raise UserError(

@@ -38,7 +38,7 @@ class DFlashFormat(DraftFormat):
             )
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """As everywhere; beside a draft vocabulary, the target's head of its tokens, which vLLM would leave at random.
+        """For a draft vocabulary, add the target's head for its tokens; vLLM would leave it at random values.
 
         Raises:
             UserError: see :meth:`DraftFormat.to_hf`; or the head of a draft vocabulary would need a bias.
@@ -47,7 +47,7 @@ class DFlashFormat(DraftFormat):
         if not bool(draft.t2d.all()):
             if target.lm_head_bias() is not None:
                 raise UserError(
-                    f"export: the head of {target.name} has a bias, which drafts of a part of the vocabulary have not"
+                    f"export: the head of {target.name} has a bias, which is not supported with a draft vocabulary"
                 )
             extra["lm_head.weight"] = target.lm_head()[draft.target_ids.cpu()].to(DTYPES[dtype])
         self._write(draft, folder, dtype, extra)

@@ -24,7 +24,7 @@ class Eagle3Format(DraftFormat):
     server, chain = "EAGLE3", 4
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As everywhere, with the captured layers as vLLM counts them too, and what it takes for true in some forms."""
+        """See :meth:`DraftFormat.config`; with the fields of :func:`for_vllm`."""
         return {**super().config(config, dtype), **for_vllm(config)}
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
@@ -40,7 +40,7 @@ class Eagle3Format(DraftFormat):
         for name in ("norm_before_residual", "attention_bias"):
             if config.get(name):
                 raise UserError(
-                    f"export: {name} is set; SGLang's draft has no such thing; use --to hf (vLLM)"
+                    f"export: {name} is set, which SGLang's draft does not support; use --to hf (vLLM)"
                 )
         if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
             eagle.get("norm_before_fc") or config.get("norm_before_fc")
@@ -62,10 +62,11 @@ class Eagle3Format(DraftFormat):
 
 
 def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields that vLLM reads of drafts with fused features.
+    """Fields that vLLM reads in configs of drafts with fused features.
 
-    It counts captured layers by what enters them, one higher than SGLang, and its field at the top of the config wins
-    over ``eagle_config``: so one folder is right for both.
+    It counts captured layers by their inputs, so its ids are one higher than SGLang's. Its top-level field takes
+    precedence over ``eagle_config``, so one folder is right for both. It takes ``norm_before_residual`` as true in some
+    forms if it is absent.
     """
     layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     return {

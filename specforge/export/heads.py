@@ -1,4 +1,4 @@
-"""Medusa and Hydra drafts: Medusa's under the names that vLLM loads, both under SpecForge's own; SGLang has neither."""
+"""Medusa drafts, under vLLM's names or SpecForge's own, and Hydra drafts, under SpecForge's. SGLang serves neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HeadsFormat(DraftFormat):
 
 
 class MedusaFormat(HeadsFormat):
-    """The names of vLLM, which serves Medusa over the whole vocabulary only; a reduced one keeps SpecForge's own."""
+    """VLLM's names. It serves Medusa over the whole vocabulary only, so a draft vocabulary keeps SpecForge's names."""
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """See :meth:`DraftFormat.config`."""

@@ -25,7 +25,7 @@ class PEagleFormat(DraftFormat):
     refusal = "SGLang does not serve P-EAGLE; use --to hf, which vLLM loads"
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As of EAGLE-3, whose architecture it is to vLLM, told by the mask token under a name of its own."""
+        """To vLLM this is the architecture of EAGLE-3 with a mask token, under a name of its own."""
         return {
             **super().config(config, dtype), **for_vllm(config), "architectures": [LlamaEagle3.architecture],
             "ptd_token_id": config["mask_token_id"],

@@ -1,8 +1,8 @@
-"""The target's decoder layers: where a transformers model has them, and what its last one does.
+"""The target's decoder layers: where a transformers model keeps them, and what its last one computes.
 
-A draft that starts as the target's last layer has to be that layer: what a norm multiplies by, which activation, which
-positions, what else there is, is nowhere in a tensor's name. So transformers runs the layer on a few states, and the
-draft's own layer has to make the same of them (:meth:`LastLayer.check`).
+A draft that starts as the target's last layer must compute what that layer computes. The names of tensors do not say
+what a norm multiplies by, which activation function or which positions a layer has. So transformers runs the layer on a
+few random states, and the draft's own layer must give the same result (:meth:`LastLayer.check`).
 
 Shape legend: n tokens, H hidden size.
 """
@@ -22,15 +22,15 @@ from specforge.target_files import TargetFiles, first_lines
 
 _TOKENS = 7
 _TOLERANCE = 1e-3
-_HINT = "its last layer cannot be run alone, so no draft can start there; leave init_from out"
+_HINT = "its last layer cannot be run on its own, so no draft can start from it; leave init_from out"
 
 
 def backbone(model: Any) -> nn.Module:
-    """The part of a causal LM whose output its head reads."""
+    """The part of a causal LM whose output goes into its head."""
     base: nn.Module = model.base_model
     if base is not model:
         return base
-    layers = decoder_layers(model)  # a class that transformers says nothing of: what holds the layers
+    layers = decoder_layers(model)  # a class without base_model_prefix: take the module that holds the layers
     return next(module for module in model.modules() if layers in module.children())
 
 
@@ -48,13 +48,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 class LastLayer:
-    """The last decoder layer of a target and the norm behind it, without their weights until they are asked for.
+    """The last decoder layer of a target and the norm after it. Weights are read when they are needed.
 
     Args:
         target: the target.
 
     Attributes:
-        names: of the layer's tensors, as its class has them.
+        names: names of the layer's tensors in its transformers class.
 
     Raises:
         UserError: transformers cannot build the target.
@@ -64,21 +64,21 @@ class LastLayer:
         from transformers import AutoModelForCausalLM
 
         self.target, config = target, target.model_config()
-        config._experts_implementation = "eager"  # as in drafts: it runs on any device and in any dtype
+        config._experts_implementation = "eager"  # it runs on any device, in any dtype
         try:
             with _without_weights(), torch.random.fork_rng(devices=[]):
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=torch.float32, attn_implementation="eager"
                 ).eval()
             layers = decoder_layers(model)
-            # Alone, the last layer is the first, which has to be of its kind.
+            # The last layer becomes the only one, so its kind must be the first in the list of kinds.
             del layers[:-1]
             model.config.num_hidden_layers = 1
             if getattr(model.config, "layer_types", None):
                 model.config.layer_types = model.config.layer_types[-1:]
         except UserError:
             raise
-        except Exception as error:  # whatever a class makes of a user's file
+        except Exception as error:  # a user's file can make any class fail in any way
             raise UserError(f"{target.name}: {_HINT} ({first_lines(error)})") from error
         self._backbone, self._layer = backbone(model), layers[0]
         self._norm = getattr(self._backbone, "norm", None)
@@ -91,7 +91,7 @@ class LastLayer:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor under the name that Llama's layers have for it; of a norm, what it multiplies by.
+        """A tensor by the name that it has in Llama's layers. For a norm, what the norm multiplies by.
 
         Raises:
             UserError: there is no such tensor.
@@ -103,10 +103,10 @@ class LastLayer:
         return value if norm is None else _multiplier(norm, value)
 
     def final_norm(self) -> Tensor:
-        """What the norm behind the layer multiplies by.
+        """What the norm after the layer multiplies by.
 
         Raises:
-            UserError: there is none.
+            UserError: the target has no such norm.
         """
         value = self.target.final_norm()
         return value if self._norm is None else _multiplier(self._norm, value)
@@ -115,49 +115,49 @@ class LastLayer:
         try:
             return self.target.layer_tensor(self.target.num_layers - 1, name)
         except UserError as error:
-            raise UserError(f"{error}, so no draft can start there; leave init_from out") from error
+            raise UserError(f"{error}, so no draft can start from it; leave init_from out") from error
 
     @torch.no_grad()
     def check(
         self, network: Callable[[Tensor], Tensor], names: Collection[str], what: str,
         shared: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Refuse a network that does not do what the layer does.
+        """Refuse a network that does not compute what the layer computes.
 
         Args:
-            network: the draft's layer: states ``[n, H]`` of n tokens behind the target's layer, of those before it.
-            names: of the layer's tensors that the network has, under Llama's names.
-            what: what to call the network in an error message.
-            shared: the network's own tensors in place of those that the target's files have in another form.
+            network: the draft's layer, from the states ``[n, H]`` of n tokens before the layer to those after it.
+            names: names of the tensors that the network has, as in Llama's layers.
+            what: name of the network, for error messages.
+            shared: tensors of the network to use where the target's files store them in another form.
 
         Raises:
-            UserError: says what the layer has beside, or how far the two are apart.
+            UserError: says which tensor the network lacks, or how much the results differ.
         """
         layer, hint = (
             f"{self.target.name}: its last layer",
-            f"so {what} cannot start there; leave init_from out",
+            f"so {what} cannot start from it; leave init_from out",
         )
-        apart = {fused for fused, _, _ in self._split.values()}
-        beside = sorted(self.names - apart - set(names))
-        if beside:
-            raise UserError(f"{layer} has {beside[0]} as well, {hint}")
+        split = {fused for fused, _, _ in self._split.values()}
+        unused = sorted(self.names - split - set(names))
+        if unused:
+            raise UserError(f"{layer} has {unused[0]}, which the draft's layer does not have, {hint}")
         norms = {name: (norm, self._stored(name)) for name, norm in self._norms.items()}
         for norm, weight in (*norms.values(), (self._norm, self.target.final_norm())):
-            if not _is_root_mean_square(norm, weight):
-                raise UserError(f"{layer} has norms of another kind ({type(norm).__name__}), {hint}")
+            if not _is_rms_norm(norm, weight):
+                raise UserError(f"{layer} has norms that are not RMS norms ({type(norm).__name__}), {hint}")
         states = torch.randn(_TOKENS, self.target.hidden_size, generator=torch.Generator().manual_seed(0))
-        added, own = self._run(states, shared or {}) - states, network(states) - states
-        distance = float((added - own).abs().max() / added.abs().max().clamp(min=1e-30))
-        if not distance < _TOLERANCE:
+        expected, actual = self._run(states, shared or {}) - states, network(states) - states
+        difference = float((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-30))
+        if not difference < _TOLERANCE:
             config = self.target.config
             act = config.get("hidden_activation") or config.get("hidden_act")
             raise UserError(
-                f"{layer} is not Llama's ({config['model_type']}, activation {act}): of the same states the two make "
-                f"others, {distance:.0%} apart, {hint}"
+                f"{layer} ({config['model_type']}, activation {act}) does not compute what the draft's layer computes "
+                f"(the results differ by {difference:.0%}), {hint}"
             )
 
     def _run(self, states: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-        """The target's own layer on ``states [n, H]``."""
+        """The output of the target's own layer for ``states [n, H]``."""
         found: list[Tensor] = []
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +177,7 @@ class LastLayer:
             self._backbone(inputs_embeds=torch.zeros_like(states[None]), use_cache=False)
         except UserError:
             raise
-        except Exception as error:  # whatever a class makes of its last layer alone
+        except Exception as error:  # a class may need layers that are no longer there
             raise UserError(f"{self.target.name}: {_HINT} ({first_lines(error)})") from error
         finally:
             for handle in handles:
@@ -186,7 +186,7 @@ class LastLayer:
 
 
 def _fused(names: Collection[str], config: Any) -> dict[str, tuple[str, list[int], int]]:
-    """Llama's names of what a layer has fused: of which tensor, its parts' rows, and which of them it is."""
+    """Llama's names of the parts of fused tensors: the fused tensor, the rows of its parts, and which part it is."""
     found: dict[str, tuple[str, list[int], int]] = {}
     qkv, gate_up = "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"
     if qkv in names:
@@ -201,13 +201,13 @@ def _fused(names: Collection[str], config: Any) -> dict[str, tuple[str, list[int
 
 
 def _multiplier(norm: nn.Module, weight: Tensor) -> Tensor:
-    """What a root-mean-square norm of this weight multiplies by: the weight, or in some families 1 + the weight."""
+    """What an RMS norm with this weight multiplies by: the weight, or 1 + the weight in some families."""
     zero = torch.zeros(len(weight))
     shift = _normed(norm, torch.ones(1, len(weight)), zero)[0].round()
     return weight + shift.to(weight.dtype) if bool(shift.any()) else weight
 
 
-def _is_root_mean_square(norm: nn.Module | None, weight: Tensor) -> bool:
+def _is_rms_norm(norm: nn.Module | None, weight: Tensor) -> bool:
     if norm is None or set(norm.state_dict()) != {"weight"}:
         return False
     states = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)) * 10 + 5
@@ -216,14 +216,14 @@ def _is_root_mean_square(norm: nn.Module | None, weight: Tensor) -> bool:
 
 
 def _normed(norm: nn.Module, states: Tensor, weight: Tensor) -> Tensor:
-    """What a norm makes of ``states [n, H]``; of biases, none."""
+    """The output of a norm for ``states [n, H]``, with biases of zero."""
     others = {name: torch.zeros_like(x, device="cpu") for name, x in norm.named_parameters()}
     return functional_call(norm, {**others, "weight": weight.float()}, (states,))  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Parameters of modules that are made here take no memory; buffers do, since nothing else would fill them."""
+    """Modules that are built here have parameters without memory. Buffers are real, since no file stores them."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -83,7 +83,7 @@ def test_peagle_names_are_those_that_vllm_loads(target, tmp_path):
     assert "layers.1.hidden_norm.weight" not in tensors
     assert torch.equal(tensors["embed_tokens.weight"], module.target.embedding())
     assert config["ptd_token_id"] == config["mask_token_id"] == 3
-    # To vLLM it is an EAGLE-3 draft, whose layers it counts by what enters them.
+    # To vLLM it is an EAGLE-3 draft, whose layers are counted by their inputs.
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
     assert config["norm_before_residual"] is False

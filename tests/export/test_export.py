@@ -112,8 +112,8 @@ def test_a_draft_that_was_never_trained_is_refused(target, tmp_path, config):
         assert not (tmp_path / "draft").exists()
 
 
-def test_one_optimizer_step_makes_a_draft_a_trained_one(target, tmp_path):
-    """Its matrices are still as random as at the start; the smallest step moves the norms."""
+def test_one_optimizer_step_counts_as_training(target, tmp_path):
+    """The matrices still look random, but even the smallest step moves the norms."""
     module = untrained(target, intermediate_size=4096)
     optimizer, _ = build_optimizer(OptimizerOptions(lr=1e-6), module.draft, 100)
     for parameter in module.draft.parameters():
@@ -122,14 +122,14 @@ def test_one_optimizer_step_makes_a_draft_a_trained_one(target, tmp_path):
     FORM.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
 
 
-def test_a_draft_of_a_checkpoint_behind_a_step_is_a_trained_one(target, tmp_path):
-    """As it is where a step is too small for the dtype of the weights."""
+def test_a_checkpoint_with_an_optimizer_step_counts_as_trained(target, tmp_path):
+    """Also if the step was too small to change weights of this dtype."""
     module = untrained(target)
     module.draft.trained = True
     FORM.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
 
 
-def test_norms_that_others_folded_into_matrices_are_no_sign_of_a_draft_that_was_not_trained(target, tmp_path):
+def test_norms_that_were_folded_into_matrices_do_not_count_as_untrained(target, tmp_path):
     module = untrained(target, intermediate_size=4096)
     module.draft.midlayer.mlp.up_proj.weight.data *= 1.1
     FORM.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
@@ -143,7 +143,7 @@ def test_a_bias_may_be_zero(module, target, tmp_path):
 
 
 def test_one_folder_names_the_captured_layers_for_both_servers(module, tmp_path):
-    """SGLang reads eagle_config, by what leaves a layer; vLLM the field at the top, by what enters one."""
+    """SGLang reads eagle_config, which counts outputs of layers; vLLM a top-level field, which counts inputs."""
     for write in (FORM.to_hf, FORM.to_sglang):
         write(module.draft, module.target, tmp_path / "draft", "float32")
         config = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -153,12 +153,14 @@ def test_one_folder_names_the_captured_layers_for_both_servers(module, tmp_path)
 
 
 @pytest.mark.parametrize("field", ["norm_before_residual", "attention_bias"])
-def test_what_vllm_has_and_sglang_has_not_is_written_for_vllm_alone(target, tmp_path, field):
+def test_fields_that_only_vllm_supports_are_refused_for_sglang(target, tmp_path, field):
     module = Eagle3Module(str(target), draft_config={"draft_vocab_size": 64, field: True})
     module.draft.set_vocabulary(torch.arange(64) * 4)
     for parameter in module.draft.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
-    with pytest.raises(UserError, match=f"{field} is set; SGLang's draft has no such thing; use --to hf"):
+    with pytest.raises(
+        UserError, match=f"{field} is set, which SGLang's draft does not support; use --to hf"
+    ):
         FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
     FORM.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())[field] is True

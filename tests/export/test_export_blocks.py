@@ -87,8 +87,8 @@ def test_what_the_server_would_misread_is_refused(target, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dflash", "dspark"])
-def test_a_reduced_vocabulary_comes_with_the_targets_rows_of_it(name, target, tmp_path):
-    """VLLM would leave a head of the draft's own size at random."""
+def test_a_reduced_vocabulary_is_exported_with_the_head_of_the_target(name, target, tmp_path):
+    """VLLM would leave a head of the draft vocabulary at random values."""
     module = trained(name, target, draft_vocab_size=64)
     module.draft.set_vocabulary(torch.arange(64) * 4)
     module.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
@@ -99,8 +99,8 @@ def test_a_reduced_vocabulary_comes_with_the_targets_rows_of_it(name, target, tm
     assert all(torch.equal(again.draft.state_dict()[n], x) for n, x in module.draft.state_dict().items())
 
 
-def test_sliding_layers_are_exported_as_what_servers_take_them_for(target, tmp_path):
-    """They are causal in the block, which both servers assume of them; other layers see the whole block."""
+def test_sliding_layers_are_exported_as_servers_run_them(target, tmp_path):
+    """They are causal within the block, as both servers assume; full-attention layers see the whole block."""
     kinds = ["full_attention", "sliding_attention"]
     module = trained("dflash", target, layer_types=kinds, use_sliding_window=True, sliding_window=20)
     module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
@@ -112,7 +112,7 @@ def test_sliding_layers_are_exported_as_what_servers_take_them_for(target, tmp_p
 
 @pytest.mark.parametrize("name", ["dflash", "dspark", "domino", "dflash2"])
 def test_a_draft_of_short_blocks_can_be_read(name, target, tmp_path):
-    """The tokens of a round in validation are as many as a block drafts, where nobody says how many."""
+    """The default number of tokens of a round in validation is at most what a block drafts."""
     module = trained(name, target, block_size=3)
     assert module.gamma == min(4, module.draft.drafts) < 4
     module.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")

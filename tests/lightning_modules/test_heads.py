@@ -186,7 +186,7 @@ def test_bad_options_are_refused_by_name(small_target, cls):
         next(iter(module.draft_logits(pack(documents_of((9,))), head, 5)))
 
 
-def test_over_the_whole_vocabulary_medusas_names_are_those_that_vllm_loads(small_target, tmp_path):
+def test_medusa_over_the_whole_vocabulary_is_written_under_the_names_of_vllm(small_target, tmp_path):
     module = make_module(MedusaModule, small_target, V, {"num_head_blocks": 2})
     module.draft.float()
     MedusaModule.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")

@@ -50,7 +50,7 @@ KNOWN = [name for name, family in FAMILIES.items() if family.written.get("model_
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_family_has_drafts_of_its_own_dimensions(name, tmp_path):
+def test_a_derived_draft_has_the_dimensions_of_its_target(name, tmp_path):
     family = FAMILIES[name]
     target = target_of(tmp_path, family.kind, {**BASE, **family.fields}, family.dropped, **family.written)
     before = json.dumps(target.config, default=str)
@@ -82,7 +82,7 @@ def test_every_family_has_drafts_of_its_own_dimensions(name, tmp_path):
     ],
     ids=str,
 )  # fmt: skip
-def test_dimensions_have_other_names_in_some_families(kind, fields, expected, tmp_path):
+def test_other_names_of_dimensions_are_understood(kind, fields, expected, tmp_path):
     found = layer_fields(target_of(tmp_path, kind, {**SIZES.get(kind, BASE), **fields}))
     assert {key: found[key] for key in expected} == expected
 
@@ -98,12 +98,12 @@ def test_dimensions_have_other_names_in_some_families(kind, fields, expected, tm
         (LONGROPE, PLAIN),
         # Whole heads, which all servers rotate.
         ({**PLAIN, "partial_rotary_factor": 0.5}, PLAIN),
-        # Of an image's places a text says nothing.
+        # Text has no image positions.
         ({**PLAIN, "mrope_section": [1, 1, 2]}, PLAIN),
     ],
     ids=str,
 )
-def test_positions_are_the_targets_where_they_do_not_depend_on_the_text(rope, expected, tmp_path):
+def test_positions_are_those_of_the_target_unless_they_depend_on_the_length(rope, expected, tmp_path):
     target = target_of(tmp_path / "5", "llama", BASE, rope_parameters=rope)
     assert layer_fields(target)["rope_parameters"] == expected
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -112,13 +112,13 @@ def test_positions_are_the_targets_where_they_do_not_depend_on_the_text(rope, ex
     assert layer_fields(target)["rope_parameters"] == expected
 
 
-def test_positions_are_those_of_full_attention_where_kinds_of_layers_have_their_own(tmp_path):
+def test_positions_are_those_of_the_full_attention_layers(tmp_path):
     rope = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     target = target_of(tmp_path, "gemma3_text", {**BASE, "head_dim": 8}, rope_parameters=rope)
     assert layer_fields(target)["rope_parameters"] == LINEAR
 
 
-def test_a_target_without_heads_is_refused_in_one_line(tmp_path):
+def test_a_target_without_attention_heads_is_refused_in_one_line(tmp_path):
     fields = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 8}
     with pytest.raises(UserError, match="its config has no num_attention_heads"):
         layer_fields(target_of(tmp_path, "mamba", fields))

@@ -32,7 +32,7 @@ OWNERS = [*lightning_modules.algorithms().items(), ("optimizer", OptimizerOption
 
 
 @pytest.mark.parametrize(("name", "cls"), OWNERS)
-def test_a_number_out_of_its_bounds_is_refused_where_it_is_parsed(name, cls):
+def test_a_number_out_of_bounds_is_refused_when_it_is_parsed(name, cls):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, skip={"target"} if name != "optimizer" else None)
     tried = 0
@@ -51,7 +51,7 @@ def test_a_number_out_of_its_bounds_is_refused_where_it_is_parsed(name, cls):
 
 
 @pytest.mark.parametrize("field", ["name", "schedule"])
-def test_an_unknown_optimizer_or_schedule_is_named_and_never_taken_for_another(field):
+def test_an_unknown_optimizer_or_schedule_is_refused_by_name(field):
     with pytest.raises(UserError, match=f"optimizer: {field} is 'sgdd'; use "):
         build_optimizer(OptimizerOptions(**{field: "sgdd"}), torch.nn.Linear(2, 2), 10)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -60,7 +60,7 @@ def test_an_unknown_optimizer_or_schedule_is_named_and_never_taken_for_another(f
         parser.parse_args([f"--{field}=sgdd"])
 
 
-def test_parsed_numbers_are_plain_so_that_a_checkpoint_holds_no_class_of_theirs():
+def test_parsed_numbers_are_plain_ints_and_floats_in_checkpoints():
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(OptimizerOptions)
     parsed = parser.parse_args(["--lr=0.1", "--betas=[0.5, 0.75]"])

@@ -125,7 +125,7 @@ def test_loss_and_gradient_are_those_of_one_by_one(form, small_target):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_batch_of_padding_alone_has_no_loss_and_takes_part_in_every_gradient(form, small_target):
+def test_a_batch_of_only_padding_has_no_loss_and_a_zero_gradient(form, small_target):
     module = make_module(form, small_target)
     head = TargetHead(*(torch.randn(V, H, dtype=torch.float64) for _ in range(2)), torch.float64)
     for size in (0, 1, 64):

@@ -345,13 +345,13 @@ def test_bad_options_are_refused_by_name(target, options, message, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"num_hidden_layer": 2}, "num_hidden_layer is 2, but a model of type 'llama' has no such field"),
-        ({"norm_output": True}, "norm_output is True, but a model of type 'llama'"),
+        ({"num_hidden_layer": 2}, "num_hidden_layer is 2, but model_type 'llama' has no such field"),
+        ({"norm_output": True}, "norm_output is True, but model_type 'llama'"),
         ({"num_hidden_layers": 9}, "num_hidden_layers is 9, but .* has 8"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but .* has 8"),
         ({"draft_vocab_size": -1}, "draft_vocab_size is -1, but"),
         ({"draft_vocab_size": "64"}, "draft_vocab_size is '64', but"),
-        ({"intermediate_size": 10**12}, "such a draft takes .* GB, and this machine has"),
+        ({"intermediate_size": 10**12}, "such a draft needs .* GB, but only"),
         (
             {**BASE, "model_type": "gemma2", "head_dim": 8},
             "logits of Gemma2ForCausalLM are not its output head times",
@@ -367,8 +367,8 @@ def test_fields_that_its_model_does_not_have_or_cannot_be_trained_with_are_refus
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "seed_oss", "gemma3_text"])
-def test_any_model_whose_logits_are_its_head_times_its_state_may_draft(target, kind):
-    """With dropout too, which is off while two tokens prove it."""
+def test_any_model_whose_logits_are_its_head_times_its_state_can_be_a_draft(target, kind):
+    """Also with dropout, which is off during the check."""
     fields = {
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
         "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
@@ -377,7 +377,7 @@ def test_any_model_whose_logits_are_its_head_times_its_state_may_draft(target, k
     assert module.draft.training
 
 
-def test_fields_with_an_entry_for_each_layer_are_those_of_the_layers_that_are_taken(tmp_path):
+def test_fields_with_an_entry_per_layer_follow_the_layers_that_are_kept(tmp_path):
     target = write_family("smollm3", tmp_path / "target")
     module = StandaloneModule(str(target), init_from="target", draft_config={"num_hidden_layers": 3})
     files = module.target
@@ -386,7 +386,7 @@ def test_fields_with_an_entry_for_each_layer_are_those_of_the_layers_that_are_ta
     module.start(files)
 
 
-def test_names_of_a_class_of_its_own_stand_for_the_common_ones(tmp_path):
+def test_a_class_may_have_its_own_names_for_common_fields(tmp_path):
     target = write_family("gpt2", tmp_path / "target")
     for fields in ({"num_hidden_layers": 3}, {"n_layer": 3}):
         config = StandaloneModule(str(target), draft_config=fields).draft.config
@@ -396,7 +396,7 @@ def test_names_of_a_class_of_its_own_stand_for_the_common_ones(tmp_path):
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
-        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 20}, 20),
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": 20}, 20),
         ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 20}, 20),
         ({"model_type": "llama", "max_position_embeddings": 20,
           "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 20),
@@ -405,7 +405,7 @@ def test_names_of_a_class_of_its_own_stand_for_the_common_ones(tmp_path):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_draft_says_how_long_a_text_may_be(target, config, limit):
+def test_the_longest_text_of_a_draft(target, config, limit):
     assert (
         StandaloneModule(str(target), draft_config={**BASE, "num_hidden_layers": 1, **config}).draft.longest
         == limit
@@ -425,7 +425,7 @@ def test_texts_that_are_too_long_for_the_draft_are_refused_before_training(
     }
     model = {"class_path": "StandaloneModule", "init_args": {"target": str(target), "draft_config": config}}
     assert main(["fit", "--config", str(recipe(target, features, tmp_path, model=model))]) == 2
-    assert "tokens, but the draft's positions end, or change, after 20" in capsys.readouterr().err
+    assert "tokens, but the draft supports texts of up to 20" in capsys.readouterr().err
 
 
 def test_a_draft_with_another_vocabulary_is_refused_by_name(target, tmp_path):

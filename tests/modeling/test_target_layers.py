@@ -1,4 +1,4 @@
-"""Drafts that start as the target's last layer: they compute what it computes, or are refused by name."""
+"""Drafts that start from the target's last layer compute what it computes, or are refused by name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_modules.mtp import MTPModule
 from lightning_modules.peagle import PEagleModule
 from specforge.cli import main
 from specforge.errors import UserError
-from specforge.modeling.target_layers import LastLayer, _is_root_mean_square, _multiplier
+from specforge.modeling.target_layers import LastLayer, _is_rms_norm, _multiplier
 from specforge.target_files import TargetFiles
 from tests.families import BASE, LLAMA3, YARN, write_family
 from tests.tiny import recipe, write_conversations
 
 PLAIN = {"num_key_value_heads": 2, "head_dim": 8}
-# Targets whose last layer a draft can be, by other names, norms and fused matrices too.
+# Targets whose last layer a draft can start from, also with norms of 1 + w and fused matrices.
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama3.1": ("llama", {"rope_parameters": LLAMA3}),
@@ -60,7 +60,7 @@ def started(cls: type, target: Path, **config: Any) -> Any:
 
 @pytest.mark.parametrize("name", ALIKE)
 @torch.no_grad()
-def test_without_an_embedding_the_draft_says_what_the_target_says(name, tmp_path):
+def test_with_an_embedding_of_zero_the_draft_gives_the_logits_of_the_target(name, tmp_path):
     """Its first layer, norm and head on the states before the target's last layer give the target's own logits."""
     kind, fields = ALIKE[name]
     target = write(kind, fields, tmp_path)
@@ -82,25 +82,25 @@ def test_without_an_embedding_the_draft_says_what_the_target_says(name, tmp_path
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("qwen3", "its last layer has self_attn.k_norm.weight as well"),
-        ("qwen2", "its last layer has self_attn.k_proj.bias as well"),
-        ("gemma", r"not Llama's \(gemma, activation gelu_pytorch_tanh\).* \d+% apart"),
-        ("gemma2", "has post_feedforward_layernorm.weight as well"),
-        ("gemma3", "has post_feedforward_layernorm.weight as well"),
+        ("qwen3", "its last layer has self_attn.k_norm.weight, which the draft's layer does not have"),
+        ("qwen2", "its last layer has self_attn.k_proj.bias, which"),
+        ("gemma", r"\(gemma, activation gelu_pytorch_tanh\) does not compute what .* differ by \d+%"),
+        ("gemma2", "has post_feedforward_layernorm.weight, which"),
+        ("gemma3", "has post_feedforward_layernorm.weight, which"),
         ("olmo2", "no input_layernorm.weight in layer 7"),
-        ("glm", "self_attn.k_proj.bias as well"),
-        ("glm4", "post_mlp_layernorm.weight as well"),
-        ("stablelm", "input_layernorm.bias as well"),
+        ("glm", "self_attn.k_proj.bias, which"),
+        ("glm4", "post_mlp_layernorm.weight, which"),
+        ("stablelm", "input_layernorm.bias, which"),
         ("cohere", "no post_attention_layernorm.weight in layer 7"),
-        ("granite", r"not Llama's \(granite, activation silu\)"),
-        ("smollm3", r"not Llama's \(smollm3, activation silu\)"),
-        ("ernie4_5", r"not Llama's \(ernie4_5, activation silu\)"),
-        ("phi3", r"not Llama's \(phi3, activation silu\)"),
+        ("granite", r"\(granite, activation silu\) does not compute"),
+        ("smollm3", r"\(smollm3, activation silu\) does not compute"),
+        ("ernie4_5", r"\(ernie4_5, activation silu\) does not compute"),
+        ("phi3", r"\(phi3, activation silu\) does not compute"),
         ("nemotron", "no mlp.gate_proj.weight in layer 7"),
         ("mixtral", "no mlp.gate_proj.weight in layer 7"),
         ("gpt2", "no self_attn.q_proj.weight in layer 7"),
         ("lfm2", "no self_attn.o_proj.weight in layer 7"),
-        ("recurrent_gemma", "cannot be run alone|no self_attn"),
+        ("recurrent_gemma", "cannot be run on its own|no self_attn"),
     ],
 )
 def test_a_last_layer_of_another_kind_is_refused_with_the_reason(family, words, tmp_path):
@@ -114,17 +114,17 @@ def test_a_last_layer_of_another_kind_is_refused_with_the_reason(family, words, 
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gemma", "not Llama's"), ("granite", "not Llama's"), ("gemma3", "post_feedforward_layernorm.weight as well"),
-        ("minicpm3", "not Llama's"), ("glm", "not Llama's"),
+        ("gemma", "does not compute"), ("granite", "does not compute"), ("gemma3", "post_feedforward_layernorm"),
+        ("minicpm3", "does not compute"), ("glm", "does not compute"),
     ],
 )  # fmt: skip
-def test_an_mtp_module_starts_as_a_layer_of_its_own_kind_only(family, words, tmp_path):
+def test_an_mtp_module_starts_only_from_a_layer_of_its_own_kind(family, words, tmp_path):
     with pytest.raises(UserError, match=words):
         started(MTPModule, write_family(family, tmp_path / "target"))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "seed_oss", "deepseek_v3"])
-def test_an_mtp_module_may_start_as_layers_that_eagle_drafts_have_not(family, tmp_path):
+def test_an_mtp_module_may_start_from_layers_that_eagle_drafts_do_not_have(family, tmp_path):
     started(MTPModule, write_family(family, tmp_path / "target"))
 
 
@@ -138,19 +138,19 @@ class Doubled(LlamaRMSNorm):
     [(LlamaRMSNorm(16), 0.0), (GemmaRMSNorm(16), 1.0), (Qwen3NextRMSNorm(16), 1.0)],
     ids=str,
 )
-def test_what_a_norm_multiplies_by_is_what_its_class_does(norm, shift):
+def test_the_multiplier_of_a_norm_follows_from_its_class(norm, shift):
     weight = torch.randn(16)
     assert torch.equal(_multiplier(norm, weight), weight + shift)
-    assert _is_root_mean_square(norm, weight)
+    assert _is_rms_norm(norm, weight)
     assert torch.equal(_multiplier(norm, weight.bfloat16()), weight.bfloat16() + shift)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.LayerNorm(16, bias=False), Doubled(16), None], ids=str)
-def test_norms_of_other_kinds_are_told(norm):
-    assert not _is_root_mean_square(norm, torch.randn(16))
+def test_other_norms_are_recognised(norm):
+    assert not _is_rms_norm(norm, torch.randn(16))
 
 
-def test_positions_that_a_user_chooses_are_no_reason_to_refuse(tmp_path):
+def test_chosen_positions_are_allowed(tmp_path):
     target = write("llama", {}, tmp_path)
     started(Eagle3Module, target, rope_theta=77.0)
 
@@ -164,8 +164,8 @@ def test_a_target_is_built_without_memory_and_without_random_numbers(tmp_path):
     assert nn.Linear(2, 2).weight.device.type == "cpu"
 
 
-def test_a_new_run_is_refused_and_one_that_goes_on_is_not(tmp_path, capsys):
-    """A checkpoint takes the place of the start, so that one that could not be made any more does not end a run."""
+def test_a_new_run_is_refused_but_a_resumed_one_is_not(tmp_path, capsys):
+    """A resumed run takes its weights from the checkpoint, so a start that is now refused must not end it."""
     target = write_family("qwen3", tmp_path / "target")
     data = write_conversations(tmp_path / "c.jsonl", 16)
     for words in (
@@ -181,5 +181,5 @@ def test_a_new_run_is_refused_and_one_that_goes_on_is_not(tmp_path, capsys):
     assert main([*again, "--ckpt_path", str(last)]) == 0
     capsys.readouterr()
     assert main([*again, "--trainer.default_root_dir", str(tmp_path / "new")]) == 2
-    assert "self_attn.k_norm.weight as well" in capsys.readouterr().err
+    assert "its last layer has self_attn.k_norm.weight" in capsys.readouterr().err
     assert not (tmp_path / "new" / "checkpoints").exists()

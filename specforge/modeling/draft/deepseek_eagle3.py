@@ -25,7 +25,7 @@ from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.functional import RMSNorm
 from specforge.modeling.layers.rope import apply_rope
 
-# Heads of keys are as many as those of queries, and of a size of their own.
+# There are as many key heads as query heads, and their size is the sum of the two parts.
 LATENT: Fields = {
     **{name: required(SIZE) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
     "q_lora_rank": required(SIZE), "rope_interleave": only(True), "attention_bias": only(False),
@@ -123,7 +123,7 @@ class DeepseekEagle3(Eagle3Draft):
             target's experts it reads nothing.
     """
 
-    # Servers read nothing of experts either, whose numbers such a config has of its target.
+    # Configs copied from a target have fields of experts; servers do not read them in a draft either.
     fields: ClassVar[Fields] = {**Eagle3Draft.fields, **LATENT, **dict.fromkeys(EXPERTS, ANYTHING)}
     attention: ClassVar[type[Eagle3Attention]] = LatentAttention
 

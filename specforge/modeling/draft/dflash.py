@@ -129,7 +129,7 @@ class DFlash(Draft):
         ValueError: a field is missing or asks for a network that this class is not.
 
     Attributes:
-        nested: what is read of ``dflash_config``.
+        nested: the fields that are read from ``dflash_config``.
         layer: the class of the layers.
         block_size: b.
         mask_token_id: the token of slots 1 and later.
@@ -164,10 +164,10 @@ class DFlash(Draft):
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """What others have at the top of the config is in ``dflash_config``; a window is used where it is named."""
+        """Move top-level fields of other projects into ``dflash_config``; a window that is named is used."""
         if config.get("sliding_window") is not None and "use_sliding_window" not in config:
             if "sliding_attention" not in (config.get("layer_types") or ()):
-                raise ValueError("sliding_window is set, but no layer_types are sliding_attention")
+                raise ValueError("sliding_window is set, but no entry of layer_types is sliding_attention")
             config["use_sliding_window"] = True
         nested = config.get("dflash_config", {})
         if not isinstance(nested, dict):
@@ -268,10 +268,10 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
             f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers"
         )
     if config.use_sliding_window and "sliding_attention" not in config.layer_types:
-        raise ValueError("use_sliding_window is set, but no layer_types are sliding_attention")
+        raise ValueError("use_sliding_window is set, but no entry of layer_types is sliding_attention")
     if "sliding_attention" in config.layer_types:
         if "causal" in fields or getattr(config, "is_causal", None) is False:
-            raise ValueError("causal is False, but sliding layers are causal in the block")
+            raise ValueError("causal is False, but sliding-window layers are causal within the block")
         window = config.sliding_window
         if window is None or window < block_size:
             raise ValueError(

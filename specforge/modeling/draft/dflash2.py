@@ -158,7 +158,7 @@ class DFlash2(DFlash):
         rank, top_k = fields.get("selector_rank", 256), fields.get("selector_top_k", 16)
         if top_k > size:
             raise ValueError(
-                f"selector_top_k is {top_k}; want at most the {size} tokens of the draft vocabulary"
+                f"selector_top_k is {top_k}, more than the {size} tokens of the draft vocabulary"
             )
         self.candidate_selector = CandidateSelector(config.vocab_size, size, config.hidden_size, rank, top_k)
 

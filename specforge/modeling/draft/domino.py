@@ -88,7 +88,7 @@ class Domino(DFlash):
         self.prefix = fields.get("pure_draft_prefix_len", 1)
         if self.prefix >= self.drafts:
             raise ValueError(
-                f"pure_draft_prefix_len is {self.prefix}; want less than the {self.drafts} tokens that a block drafts"
+                f"pure_draft_prefix_len is {self.prefix}; it must be below the {self.drafts} tokens that a block drafts"
             )
         self.prefix_gru = PrefixGRU(config.hidden_size, hidden)
         self.embed_proj = nn.Sequential(
@@ -99,7 +99,7 @@ class Domino(DFlash):
 
     @classmethod
     def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """Others call the architecture DFlash's, and tell it by this field."""
+        """Other projects name the architecture of DFlash and set this field."""
         nested = config.get("dflash_config")
         return isinstance(nested, Mapping) and _KIND.allows(nested.get("projector_type"))
 

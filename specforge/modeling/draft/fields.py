@@ -1,8 +1,8 @@
-"""Which fields of a ``config.json`` a draft's network reads, what they may be, and what becomes of all others.
+"""The fields of a draft's ``config.json``: which ones its network reads, and what happens to all the others.
 
-A field that changes the network is read by it, or refused by name. So each class of drafts declares what it reads
-(:attr:`~specforge.modeling.draft.registry.Draft.fields`), and anything else has to say nothing of a network, or to say
-what is so anyway: null, false, or the default of the transformers config that reads the file.
+Each class of drafts declares the fields that it reads and the values that they may have
+(:attr:`~specforge.modeling.draft.registry.Draft.fields`). Any other field must not change the network: it must be
+bookkeeping, null, false, or the default of the transformers class that reads the file. Otherwise it is refused by name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from specforge.modeling.layers.rope import ROPE_TYPES
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may be.
+    """The values that a field may have.
 
     Attributes:
-        words: the same in words, for messages.
-        allows: whether a value is of the kind.
+        words: the values in words, for error messages.
+        allows: whether a value is one of them.
         required: whether a config without the field is refused.
-        default: what the network has where neither the file nor transformers says.
+        default: the network's value if neither the file nor transformers has one.
     """
 
     words: str
@@ -38,12 +38,12 @@ Fields = Mapping[str, "Kind | Fields"]
 
 
 def whole(least: int, most: int) -> Kind:
-    """A whole number within bounds."""
+    """A whole number from ``least`` to ``most``."""
     return Kind(f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most)
 
 
 def only(*values: Any) -> Kind:
-    """One of some values; where there is one, the field says what the network is anyway."""
+    """One of the given values. If there is only one, the network always has that value."""
     return Kind(
         " or ".join(map(repr, values)),
         lambda x: any(type(x) is type(v) and x == v for v in values),
@@ -52,12 +52,12 @@ def only(*values: Any) -> Kind:
 
 
 def required(kind: Kind) -> Kind:
-    """The kind of a field that has to be there."""
+    """The same kind, for a field that must be present."""
     return replace(kind, required=True)
 
 
 def by_default(value: Any, kind: Kind) -> Kind:
-    """The kind of a field that is ``value`` where it is not there."""
+    """The same kind, for a field whose value is ``value`` if it is absent."""
     return replace(kind, default=value)
 
 
@@ -74,7 +74,7 @@ def _layers(x: Any) -> bool:
 
 
 ANYTHING = Kind("anything", lambda x: True)
-FLAG = Kind("true or false", lambda x: type(x) is bool)
+FLAG = Kind("true or false", lambda x: type(x) is bool, default=False)
 SIZE = whole(1, 1 << 24)
 DEPTH = whole(1, 1024)
 TOKEN = whole(0, (1 << 24) - 1)
@@ -91,9 +91,9 @@ FULL_LAYERS = Kind(
 )
 
 VOCABULARY: Fields = {"vocab_size": required(SIZE), "draft_vocab_size": SIZE, "hidden_size": required(SIZE)}
-# Of a draft whose embedding and head are the target's, so that it has none to tie.
+# For a draft that uses the target's embedding and head: it has none of its own that could be tied.
 NO_MATRICES: Fields = {"tie_word_embeddings": FLAG}
-# Of decoder layers with a gated MLP, under the names of Llama.
+# For decoder layers with a gated MLP, under Llama's names.
 LAYER: Fields = {
     **VOCABULARY, "target_hidden_size": SIZE, "intermediate_size": required(SIZE), "num_hidden_layers": DEPTH,
     "num_attention_heads": required(SIZE), "num_key_value_heads": SIZE, "head_dim": SIZE,
@@ -102,7 +102,7 @@ LAYER: Fields = {
     **dict.fromkeys(("is_causal", "is_neox_style", "rope_is_neox_style", "use_aux_hidden_state"), only(True)),
 }  # fmt: skip
 
-# What says nothing of a network beyond the fields that all configs of transformers have.
+# Fields that do not change a network, besides those that every transformers config has.
 _BOOKKEEPING = frozenset({
     "_name_or_path", "auto_map", "bos_token_id", "cache_implementation", "cls_token_id", "decoder_start_token_id",
     "dtype", "eos_token_id", "finetuning_task", "initializer_range", "is_decoder", "max_window_layers", "model_type",
@@ -110,7 +110,7 @@ _BOOKKEEPING = frozenset({
     "task_specific_params", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "use_cache",
 })  # fmt: skip
-# Of drafts that read fused features, which implement them now.
+# Fields that drafts with fused features ignored in checkpoints without a config_version, and implement now.
 _IGNORED_BEFORE = ("attention_bias", "norm_before_residual")
 _ROPE: dict[str, dict[str, Kind]] = {
     "default": {},
@@ -129,55 +129,55 @@ ROPE_SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rota
 
 @cache
 def bookkeeping() -> frozenset[str]:
-    """Names of fields that say nothing of a network; those of generation were kept in the same file once."""
+    """Names of fields that do not change a network. Older files also hold the settings of generation."""
     return _BOOKKEEPING | frozenset(PretrainedConfig().to_dict()) | frozenset(GenerationConfig().to_dict())
 
 
 def check_fields(
     config: Mapping[str, Any], reads: Fields, what: str, defaults: Mapping[str, Any], prefix: str = ""
 ) -> None:
-    """Refuse fields that a network cannot be, and those that it does not read.
+    """Refuse values that a network cannot have, and fields that it does not read but that would change it.
 
     Args:
-        config: the fields; none is null.
+        config: the fields, without nulls.
         reads: the fields that the network reads.
-        what: what to call the network in an error message.
-        defaults: what the fields are where the file does not say.
-        prefix: where in the file the fields are.
+        what: name of the network, for error messages.
+        defaults: default values of fields, by name.
+        prefix: path of these fields in the file, for error messages.
 
     Raises:
-        ValueError: names the first such field, and its value.
+        ValueError: names the first such field and its value.
     """
     for name, kind in reads.items():
         if isinstance(kind, Kind) and kind.required and name not in config:
-            raise ValueError(f"{prefix}{name} is missing, which {what} needs")
+            raise ValueError(f"{prefix}{name} is missing; {what} needs it")
     nested: dict[str, Any] = {name: {} for name, kind in reads.items() if isinstance(kind, Mapping)}
     for name, value in {**nested, **config}.items():
         wanted, said = reads.get(name), f"{prefix}{name} is {quoted(value)}"
         if isinstance(wanted, Mapping):
             if not isinstance(value, Mapping):
-                raise ValueError(f"{said}; {what} takes an object")
+                raise ValueError(f"{said}; {what} expects an object")
             inner = {key: x for key, x in value.items() if x is not None}
             check_fields(inner, wanted, what, {}, f"{prefix}{name}.")
         elif wanted is not None and not wanted.allows(value):
-            raise ValueError(f"{said}; {what} takes {wanted.words}")
-        elif wanted is None and not _says_nothing(name, value, config, defaults):
-            raise ValueError(f"{said}, but {what} has no such thing; leave it out")
+            raise ValueError(f"{said}; {what} expects {wanted.words}")
+        elif wanted is None and not _is_harmless(name, value, config, defaults):
+            raise ValueError(f"{said}, which {what} does not support; leave it out")
 
 
 def without_what_was_ignored(
     config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A config as the networks of SpecForge's first revisions read it.
+    """The config that describes what the first revisions of SpecForge really trained.
 
-    They ignored fields that they did not read, rotated all of a head whatever the config said of that, and had
-    transformers' ``dynamic`` positions, which are plain ones for texts of up to ``max_position_embeddings``.
+    They ignored fields that they did not read, and always rotated whole heads. Their ``dynamic`` positions were plain
+    ones for texts of up to ``max_position_embeddings`` tokens.
     """
     found = {}
     for name, value in config.items():
         kind = reads.get(name)
         refused = isinstance(kind, Kind) and not kind.allows(value)
-        unread = kind is None and not _says_nothing(name, value, config, defaults)
+        unread = kind is None and not _is_harmless(name, value, config, defaults)
         if not (refused or unread or (name in _IGNORED_BEFORE and "eagle_config" in reads)):
             found[name] = value
     rope = dict(found.get("rope_parameters", {}))
@@ -186,7 +186,8 @@ def without_what_was_ignored(
     return found
 
 
-def _says_nothing(name: str, value: Any, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+def _is_harmless(name: str, value: Any, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether a field that a network does not read leaves it as it is."""
     if name == "sliding_window" and config.get("use_sliding_window") is False:
         return True
     same = name in defaults and value == defaults[name]
@@ -194,19 +195,19 @@ def _says_nothing(name: str, value: Any, config: Mapping[str, Any], defaults: Ma
 
 
 def quoted(value: Any) -> str:
-    """A value as messages show it: in one line, not too long."""
+    """A value as error messages show it: on one line, and not too long."""
     try:
         text = repr(value)
     except RecursionError:
-        text = f"a {type(value).__name__} of many levels"
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary positions of a config in the form of transformers 5, a new dict; None where it does not say.
+    """The rotary positions of a config in the form of transformers 5, as a new dict; None if it does not mention any.
 
-    Older configs have ``rope_theta`` beside ``rope_scaling``. Where kinds of layers have positions of their own, as
-    Gemma 3's, those of full attention are meant.
+    Older configs have ``rope_theta`` next to ``rope_scaling``. If each kind of layer has its own positions, as in
+    Gemma 3, those of the full-attention layers are returned.
 
     Raises:
         ValueError: two fields contradict each other.
@@ -220,7 +221,9 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for part in parts:
         for key, value in part.items():
             if rope.setdefault(key, value) != value:
-                raise ValueError(f"{key} of its rotary positions is {quoted(rope[key])} and {quoted(value)}")
+                raise ValueError(
+                    f"{key} of the rotary positions is both {quoted(rope[key])} and {quoted(value)}"
+                )
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", 10000.0)
     if rope.get("partial_rotary_factor") == 1:
@@ -230,7 +233,7 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _standard(rope: Any, name: str) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
-        raise ValueError(f"{name} is {quoted(rope)}; it has to be an object")
+        raise ValueError(f"{name} is {quoted(rope)}, not an object")
     if "full_attention" in rope:
         return _standard(rope["full_attention"] or {}, f"{name}.full_attention")
     found = {("rope_type" if key == "type" else key): x for key, x in rope.items() if x is not None}
@@ -240,7 +243,7 @@ def _standard(rope: Any, name: str) -> dict[str, Any]:
 
 
 def check_rope(rope: Mapping[str, Any]) -> None:
-    """Refuse rotary positions that a draft cannot have.
+    """Refuse rotary positions that no draft supports.
 
     Raises:
         ValueError: names the field.
@@ -248,18 +251,19 @@ def check_rope(rope: Mapping[str, Any]) -> None:
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES:
         raise ValueError(
-            f"rope_type is {quoted(kind)}; a draft has one of {', '.join(ROPE_TYPES)}, whose positions do not depend "
-            "on the length of a text"
+            f"rope_type is {quoted(kind)}; drafts support {', '.join(ROPE_TYPES)}, whose positions do not depend on "
+            "the length of the text"
         )
     common = {"rope_type": ANYTHING, "rope_theta": POSITIVE, "partial_rotary_factor": SHARE}
     check_fields(rope, {**_ROPE[kind], **common}, f"rope_type {kind!r}", {}, "rope_parameters.")
 
 
 def draft_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary positions of a draft for a target of this config; None where the target has none.
+    """The rotary positions of a draft that is derived from a target with this config; None if the target has none.
 
-    They are the target's, unless those depend on the length of a text: then they are plain, of the same base. They are
-    of whole heads (servers' block drafters have no others), and of a text's tokens only.
+    They are the target's. If those depend on the length of the text, they are plain ones with the same base, because a
+    key in a draft's cache must stay valid as the text grows. Whole heads are rotated: servers' block drafters support
+    nothing else.
     """
     rope = rope_fields({"rope_parameters": config.get("rope_parameters")})
     if rope is None:

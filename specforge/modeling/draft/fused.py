@@ -157,8 +157,8 @@ class Eagle3Layer(nn.Module):
     """A decoder layer that reads a token embedding beside the carried hidden state.
 
     Args:
-        config: sizes of the MLP, eps of the norms, and ``norm_before_residual``: what the attention is added to is the
-            state that it reads, normed.
+        config: sizes of the MLP, eps of the norms, and ``norm_before_residual`` (the
+            attention's output is added to the normed state instead of the state).
         attention: its attention; where that reads H columns only, the layer is an ordinary one.
     """
 
@@ -198,7 +198,7 @@ class Eagle3Layer(nn.Module):
         )
 
     def read(self, embeds: Tensor, w: LayerWeights) -> Tensor:
-        """What embeddings ``[R, H]`` add to the products of the input projections, biases included."""
+        """Products of the input projections with embeddings ``[R, H]``, biases included."""
         product = self.input_layernorm.linear(embeds, w.embed)
         return product if w.bias is None else product + w.bias
 
@@ -216,12 +216,15 @@ class Eagle3Layer(nn.Module):
 
 
 def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
-    """The positions under which a draft's layer is compared with the target's: its own, unless the user chose them.
+    """The rotary positions with which a draft's layer is compared with the target's layer.
+
+    A derived draft may simplify the target's positions (:func:`draft_rope`). That is no reason to refuse it, so the
+    layers are then compared with the target's positions. Positions that the user chose are compared as they are.
 
     Args:
-        own: the draft's.
-        config: the draft's.
-        target: the target; a draft that is derived from it has its positions.
+        own: the draft's table.
+        config: the draft's config.
+        target: the target.
     """
 
     def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
@@ -284,7 +287,7 @@ class FusedDraft(Draft):
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """The captured layers are named by what leaves them; vLLM's field at the top names what enters a layer."""
+        """Layer ids name the outputs of layers. VLLM's top-level field names inputs, so its ids are one higher."""
         eagle, above = config.get("eagle_config", {}), config.pop(_CAPTURED, None)
         if not isinstance(eagle, Mapping):
             return
@@ -295,8 +298,8 @@ class FusedDraft(Draft):
             below = [layer - 1 for layer in above]
             if list(own.setdefault(_CAPTURED, below)) != below:
                 raise ValueError(
-                    f"{_CAPTURED} is {quoted(above)}, which has to be one more than eagle_config's, "
-                    f"{quoted(own[_CAPTURED])}: there layers are counted by what enters them"
+                    f"{_CAPTURED} is {quoted(above)}, but {quoted(own[_CAPTURED])} in eagle_config; the top-level ids "
+                    "must be one higher, because vLLM counts layers by their inputs"
                 )
         if own or "eagle_config" in config:
             config["eagle_config"] = own
@@ -342,7 +345,7 @@ class FusedDraft(Draft):
         last.check(lambda states: self._layer(states, rotary), [name for _, name in pairs], self.architecture)
 
     def _layer(self, states: Tensor, rotary: RotaryTable) -> Tensor:
-        """What the first layer makes of ``states [n, H]`` of the tokens of a text, their embeddings being zero."""
+        """The first layer's output for the states ``[n, H]`` of the tokens of one text, with embeddings of zero."""
         layer, attn, w = self.entry, self.entry.self_attn, self.entry.weights(states.dtype)
         product, angles = layer.carry(states, w), rotary(len(states), states.device)
         query = attn.queries(product[:, : attn.query_width], angles, w.more)

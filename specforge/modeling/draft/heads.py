@@ -93,11 +93,11 @@ class HeadsDraft(Draft):
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """VLLM's names of the numbers of heads and of blocks."""
+        """Rename vLLM's fields for the numbers of heads and blocks."""
         for theirs, mine in VLLM_NAMES.items():
             value = config.pop(theirs, None)
             if value is not None and config.setdefault(mine, value) != value:
-                raise ValueError(f"{theirs} is {quoted(value)}, but {mine} {quoted(config[mine])}")
+                raise ValueError(f"{theirs} is {quoted(value)}, but {mine} is {quoted(config[mine])}")
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -157,7 +157,7 @@ class MedusaDraft(HeadsDraft):
 
     @classmethod
     def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """VLLM's name of the architecture."""
+        """VLLM has another name for the architecture."""
         return "MedusaModel" in config.get("architectures", ())
 
 

@@ -18,7 +18,7 @@ class LlamaEagle3Attention(Eagle3Attention):
     """Grouped-query attention with rotary positions.
 
     Args:
-        config: a ``LlamaConfig``; ``attention_bias`` is of all four projections.
+        config: a ``LlamaConfig``; ``attention_bias`` adds biases to all four projections.
         width: columns of its input; by default the doubled one, 2H.
     """
 

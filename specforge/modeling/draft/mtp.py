@@ -136,17 +136,17 @@ class MTPDraft(Draft):
 
     @torch.no_grad()
     def check_start(self, target: TargetFiles) -> None:
-        """Refuse to begin as a last layer that does something else than this one.
+        """Refuse to start from a last layer that computes something else than this one.
 
         Raises:
-            UserError: says what.
+            UserError: says what the difference is.
         """
         own, rotary = self.layer.state_dict(), rotary_of_target(self.rotary, self.config, target)
         experts = {name: x for name, x in own.items() if ".experts." in name}
         LastLayer(target).check(lambda states: self._layer(states, rotary), own, self.architecture, experts)
 
     def _layer(self, states: Tensor, rotary: RotaryTable) -> Tensor:
-        """What the layer makes of ``states [n, H]`` of the tokens of a text."""
+        """The layer's output for the states ``[n, H]`` of the tokens of one text."""
         w = self.weights(states.dtype)
         heads = self.heads(states, w, *rotary(len(states), states.device))
         whole = [Segment(row=0, start=0, stop=len(states), document=0)]

@@ -67,19 +67,19 @@ class PEagleDraft(FusedDraft):
 
     @classmethod
     def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """An EAGLE-3 draft with a token for what is not there yet."""
+        """VLLM names the architecture of EAGLE-3 and adds a mask token."""
         named = LlamaEagle3.architecture in config.get("architectures", ())
         return named and any(config.get(name) is not None for name in _MASKS)
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """As of EAGLE-3; the mask token has other names in vLLM."""
+        """As for EAGLE-3; vLLM has other names for the mask token."""
         FusedDraft.spell(config)
         for name in _MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
             if mask is not None and config.setdefault("mask_token_id", mask) != mask:
                 raise ValueError(
-                    f"{name} is {quoted(mask)}, but mask_token_id {quoted(config['mask_token_id'])}"
+                    f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}"
                 )
 
     def build_layers(self, config: LlamaConfig) -> None:

@@ -42,12 +42,12 @@ class Draft(nn.Module):
             a part of the vocabulary. ``attn_implementation`` (not stored) is ``sdpa`` or ``flex_attention``.
 
     Attributes:
-        fields: what the network reads of its config, by name; any other field that would change a network is refused.
-            None where the class does not say: then all are taken.
+        fields: the fields of its config that the network reads; any other field that would change a network is
+            refused. None if the class does not declare them: then every field is accepted.
         d2t: ``[D]`` int64, offset from a draft id to its target id: ``target = draft + d2t[draft]``.
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
         attention_implementations: names that ``attn_implementation`` may have.
-        trained: whether it comes from a checkpoint that was written after an optimizer step.
+        trained: whether its weights come from a checkpoint written after at least one optimizer step.
         flex: whether its layers train with FlexAttention rather than PyTorch's fused kernels.
 
     Raises:
@@ -80,29 +80,29 @@ class Draft(nn.Module):
 
     @staticmethod
     def spell(config: dict[str, Any]) -> None:
-        """Give a config's fields the names and places that they have here, in place; others have some elsewhere.
+        """Rename and move fields, in place, that other projects write under other names or in other places.
 
         Raises:
-            ValueError: two of them contradict each other.
+            ValueError: two fields contradict each other.
         """
 
     @classmethod
     def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a config that names another architecture is one of this class: others know no such name."""
+        """Whether a config is of this class although it names another architecture, as other projects do."""
         return False
 
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
     ) -> tuple[str, Any, Any] | None:
-        """The first field in which the network is not that of a config.
+        """The first field in which this network differs from the network of a config.
 
         Args:
-            config: of the same algorithm.
-            where: what to call it in an error message.
+            config: a config of the same algorithm.
+            where: name of the config, for error messages.
             ignored: fields that are not compared.
 
         Returns:
-            The field's name, the config's value and the network's; None where they are the same.
+            The field's name, the config's value and this network's value; None if there is no difference.
         """
         if self.fields is None:
             mine = config_fields(self)
@@ -161,7 +161,7 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
     parameter.copy_(value)
 
 
-# What a class of transformers makes of a user's file.
+# The errors with which classes of transformers and torch respond to a user's file.
 REFUSALS = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
 )  # fmt: skip
@@ -186,15 +186,15 @@ def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
 
 
 def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, Any]:
-    """A draft's config as SpecForge has it: its name of the architecture, its places of fields, no nulls; a new dict.
+    """A draft's config as SpecForge writes it, as a new dict: its names of architectures and fields, no nulls.
 
     Args:
         config: the fields of a ``config.json``, or some of them.
-        where: what to call them in an error message.
-        architectures: whose they are, where they do not say.
+        where: name of the config, for error messages.
+        architectures: the architecture that the fields belong to, if they do not name one.
 
     Raises:
-        UserError: they are no object, or two of them contradict each other.
+        UserError: it is not an object, or two fields contradict each other.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{where}: is {quoted(config)}, not an object with the fields of a draft")
@@ -264,24 +264,24 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
 
 
 def check_memory(build: Callable[[], nn.Module]) -> None:
-    """Refuse a network that is larger than this machine before any of it is allocated.
+    """Refuse a network that does not fit into memory, before any of it is allocated.
 
     Args:
-        build: makes it; called once, without memory for its tensors and without taking random numbers.
+        build: makes the network; called once, on the meta device, without drawing random numbers.
 
     Raises:
-        ValueError: says how large it is.
+        ValueError: says how large the network is.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         tensors = build().state_dict().values()
     needed, memory = sum(x.nbytes for x in tensors), available_memory()
     if needed > memory:
         raise ValueError(
-            f"such a draft takes {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory left"
+            f"such a draft needs {needed / 1e9:.1f} GB, but only {memory / 1e9:.1f} GB of memory is available"
         )
 
 
-# Positions are compared by their angles, and widths by the tensors; the others change nothing that was learnt.
+# Positions are compared by their angles, widths by the shapes of tensors; the others do not change what was learnt.
 _NOT_COMPARED = (
     "rope_parameters", "max_position_embeddings", "attn_implementation", "num_target_layers", "max_window_layers",
     "target_hidden_size", "num_aux_hidden_states",
@@ -296,22 +296,22 @@ def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tup
 def _network(
     config: Mapping[str, Any], fields: Fields, ignored: Container[str], prefix: str = ""
 ) -> dict[str, Any]:
-    """The fields that a network reads, by their full names; false and absent are the same."""
+    """The values of the fields that a network reads, by their full names."""
     found: dict[str, Any] = {}
     for name, kind in fields.items():
         if isinstance(kind, Mapping):
             found |= _network(config.get(name) or {}, kind, ignored, f"{prefix}{name}.")
         elif name not in _NOT_COMPARED and name not in ignored and kind is not ANYTHING:
             value = kind.default if config.get(name) is None else config[name]
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value or None
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
 def as_trained(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config of a checkpoint from before drafts refused what they do not read: without what was ignored then.
+    """The config of a checkpoint without a config_version, without the fields that were ignored at that time.
 
     Raises:
-        UserError: it is no config of a draft.
+        UserError: it is not the config of a draft.
     """
     fields = canonical(config, where)
     cls = next((_DRAFTS[name] for name in fields.get("architectures", ()) if name in _DRAFTS), None)
@@ -345,7 +345,7 @@ def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder:
 
 
 def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields, as SpecForge has them, and tensors of a draft on disk.
+    """Config fields, as SpecForge writes them, and tensors of a draft on disk.
 
     Raises:
         UserError: a file is missing, damaged, or a pickle.

@@ -39,7 +39,7 @@ class StandaloneDraft(Draft):
 
         size = config.get("vocab_size")
         if type(size) is not int or not 0 < size < 1 << 24:
-            raise UserError(f"{where}: vocab_size is {quoted(size)}, not the number of its tokens")
+            raise UserError(f"{where}: vocab_size is {quoted(size)}, not a number of tokens")
         reduced = config.get("draft_vocab_size") not in (None, size)
         fields = {**config, "tie_word_embeddings": False} if reduced else config
         made = _config_of(fields, where)
@@ -69,9 +69,10 @@ class StandaloneDraft(Draft):
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest text that it can be trained on; None where there is no limit.
+        """Tokens of the longest text that the draft can be trained on; None if there is no limit.
 
-        Beyond, there are no learnt positions; or rotary ones change, also those of the texts that it is read with.
+        Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
+        of a batch.
         """
         table, words = (
             getattr(self.config, "max_position_embeddings", None),
@@ -93,16 +94,16 @@ class StandaloneDraft(Draft):
 
     @torch.no_grad()
     def _check_logits(self, where: str) -> None:
-        """Prove on two tokens that the logits are the head times the last state, which is all that training sees.
+        """Check on two tokens that the logits are the head times the last state, as training assumes.
 
         Raises:
-            UserError: the class scales or caps them, or changes the state before.
+            UserError: the class scales or caps the logits, or changes the state before the head.
         """
         seen: list[Tensor] = []
 
         def enlarge(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             seen.append(inputs[0])
-            seen.append(output * (1000 / output.abs().max()))  # so that a cap shows
+            seen.append(output * (1000 / output.abs().max()))  # large enough for a cap to show
             return seen[1]
 
         ids = torch.tensor([[0, self.config.vocab_size - 1]])
@@ -112,7 +113,7 @@ class StandaloneDraft(Draft):
             logits = self.model(ids, use_cache=False).logits
             plain = torch.allclose(logits, seen[1]) and torch.allclose(self(ids), seen[0])
         except (ImportError, *REFUSALS) as error:
-            raise UserError(f"{where}: cannot read two tokens ({first_lines(error)})") from error
+            raise UserError(f"{where}: the model fails on two tokens ({first_lines(error)})") from error
         finally:
             handle.remove()
             self.train()
@@ -187,10 +188,10 @@ _NOT_THE_NETWORKS = (
 
 
 def _config_of(config: Mapping[str, Any], where: str) -> Any:
-    """Transformers' config of the fields.
+    """The transformers config with these fields.
 
     Raises:
-        UserError: there is no such model, or it refuses the fields.
+        UserError: there is no such kind of model, or it refuses the fields.
     """
     kind = config.get("model_type")
     fields = copy.deepcopy(
@@ -213,26 +214,26 @@ def _config_class(kind: Any, where: str) -> Any:
 
 
 def changes_of(given: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
-    """A user's fields for a model of ``model_type`` ``kind``, under the names of its class.
+    """A user's fields for a model of ``model_type`` ``kind``, under the names that its config class has for them.
 
     Raises:
-        UserError: the class has no such field, and would take it without a word.
+        UserError: the class has no such field; it would ignore it.
     """
     made = _config_class(kind, where)()
     known = {*made.to_dict(), *made.attribute_map, *ROPE_SPELLINGS, "draft_vocab_size", "attn_implementation"}
     for name, value in given.items():
         if name not in known | bookkeeping() and value is not None and value is not False:
             raise UserError(
-                f"{where}: {name} is {quoted(value)}, but a model of type {kind!r} has no such field"
+                f"{where}: {name} is {quoted(value)}, but model_type {kind!r} has no such field; leave it out"
             )
     return {made.attribute_map.get(name, name): value for name, value in given.items()}
 
 
 def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
-    """Fields of a model like the target with fewer layers, evenly spaced ones where a field has an entry for each.
+    """Fields of a model like the target with fewer layers: fields with an entry per layer keep evenly spaced ones.
 
     Raises:
-        UserError: the target has not so many layers.
+        UserError: the target does not have that many layers.
     """
     config, count = target.config, target.num_layers
     names = _config_class(config["model_type"], target.name).attribute_map

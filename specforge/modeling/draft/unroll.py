@@ -35,10 +35,10 @@ class Plan:
 
 
 def borders(lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token, and token behind the last, of the document of each of N ``tokens``.
+    """For each of N ``tokens``, the first token of its document and the one after the last.
 
-    Each token of the padding is a document of its own, so that it has a position which every table of positions has,
-    however much of it there is.
+    Each padding token is a document of its own. So its position is 0, which is in every table of positions, however
+    much padding there is.
     """
     sizes = np.asarray([*lengths, *[1] * (tokens - sum(lengths))], dtype=np.int64)
     ends = np.cumsum(sizes)

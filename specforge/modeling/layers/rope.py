@@ -1,4 +1,4 @@
-"""Rotary position embedding: tables that depend on nothing but the draft's config, applied to flat rows.
+"""Rotary position embedding: tables that depend only on the draft's config, applied to flat rows.
 
 Shape legend: R rows, h heads, d head size, P positions.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# What a draft can be trained with. Transformers' ``dynamic`` and ``longrope`` have other angles for longer texts: a
-# document's would depend on the batch that it is in, and a key in a cache would be wrong once the text is longer.
+# The types that drafts support. Transformers' ``dynamic`` and ``longrope`` use other angles for longer texts: the
+# angles of a document would depend on its batch, and cached keys would become wrong as the text grows.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
@@ -58,7 +58,7 @@ def _frequencies(config: Any) -> tuple[Tensor, float]:
             size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
             return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0
         if kind not in ROPE_TYPES:
-            raise ValueError(f"rope_type is {kind!r}: a draft has one of {', '.join(ROPE_TYPES)}")
+            raise ValueError(f"rope_type is {kind!r}; drafts support {', '.join(ROPE_TYPES)}")
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config)
         return frequencies, float(factor)
 

@@ -78,7 +78,7 @@ def test_what_a_network_does_not_have_is_refused_by_name_and_value(architecture,
 
 
 @EVERY
-def test_what_says_nothing_of_a_network_is_taken(architecture):
+def test_fields_that_do_not_change_a_network_are_accepted(architecture):
     """Names, tokens and dtypes; what is null or off; the defaults of transformers; settings of generation."""
     harmless = {
         "torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True, "bos_token_id": 1, "top_k": 50,
@@ -98,10 +98,10 @@ def test_what_says_nothing_of_a_network_is_taken(architecture):
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; .* takes 'silu' or 'swish'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; .* expects 'silu' or 'swish'"),
         ({"layer_types": ["linear_attention"]}, "layer_types is"),
         ({"rope_interleave": "yes"}, "rope_interleave is 'yes'"),
-        ({"head_dim": 0}, "head_dim is 0; .* takes a whole number from 1"),
+        ({"head_dim": 0}, "head_dim is 0; .* expects a whole number from 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
@@ -120,13 +120,13 @@ def test_what_says_nothing_of_a_network_is_taken(architecture):
         ({"rope_parameters": {"rope_type": "yarn", "factor": -1.0}}, "rope_parameters.factor is -1.0"),
         ({"rope_parameters": {"rope_type": "default", "wave": 3}}, "rope_parameters.wave is 3"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type of its rotary positions is 'default' and"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type of .* is both 'default' and 'yarn'"),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value, default=str)[:40],
 )  # fmt: skip
 def test_values_that_a_network_cannot_have_are_refused(architecture, field, words):
     if "rope_interleave" in field and architecture not in ("Eagle3DeepseekV2ForCausalLM", "DeepseekMTPDraft"):
-        words = "rope_interleave is 'yes', but .* has no such thing"
+        words = "rope_interleave is 'yes', which .* does not support"
     if "head_dim" in field and architecture in ("Eagle3DeepseekV2ForCausalLM", "DeepseekMTPDraft"):
         field, words = {"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0"
     with pytest.raises(UserError, match=words):
@@ -136,31 +136,31 @@ def test_values_that_a_network_cannot_have_are_refused(architecture, field, word
 @pytest.mark.parametrize(
     ("architecture", "field", "words"),
     [
-        ("LlamaForCausalLMEagle3", {"qk_norm": True}, "qk_norm is True, but"),
+        ("LlamaForCausalLMEagle3", {"qk_norm": True}, "qk_norm is True, which .* does not support"),
         ("LlamaForCausalLMEagle3", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("LlamaForCausalLMEagle3", {"num_aux_hidden_states": 2}, "num_aux_hidden_states is 2, but"),
-        ("LlamaForCausalLMEagle3", {"eagle_config": []}, r"eagle_config is \[\]; .* takes an object"),
+        ("LlamaForCausalLMEagle3", {"eagle_config": []}, r"eagle_config is \[\]; .* expects an object"),
         ("LlamaForCausalLMEagle3", {"eagle_config": {}}, "eagle_config.eagle_aux_hidden_state_layer_ids is missing"),
         ("LlamaForCausalLMEagle3", {"num_key_value_heads": 3}, "num_attention_heads is 4, not a multiple"),
         ("Eagle3DeepseekV2ForCausalLM", {"attention_bias": True}, "attention_bias is True"),
         ("Eagle3DeepseekV2ForCausalLM", {"rope_interleave": False}, "rope_interleave is False"),
         ("Eagle3DeepseekV2ForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ("PEagleDraftModel", {"norm_output": True}, "norm_output is True, but"),
+        ("PEagleDraftModel", {"norm_output": True}, "norm_output is True, which"),
         ("PEagleDraftModel", {"mask_token_id": None}, "mask_token_id is missing"),
-        ("PEagleDraftModel", {"ptd_token_id": 4}, "ptd_token_id is 4, but mask_token_id 3"),
-        ("MTPDraft", {"norm_before_residual": True}, "norm_before_residual is True, but"),
+        ("PEagleDraftModel", {"ptd_token_id": 4}, "ptd_token_id is 4, but mask_token_id is 3"),
+        ("MTPDraft", {"norm_before_residual": True}, "norm_before_residual is True, which"),
         ("DeepseekMTPDraft", {"qk_norm": True}, "qk_norm is True"),
-        ("DFlashDraftModel", {"attention_bias": True}, "attention_bias is True, but"),
+        ("DFlashDraftModel", {"attention_bias": True}, "attention_bias is True, which"),
         ("DFlashDraftModel", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is set, but"),
         ("DFlashDraftModel", {"mask_token_id": 5}, "mask_token_id is 5, but 3 in dflash_config"),
         ("DFlashDraftModel", {"is_causal": True}, "is_causal is True"),
         ("DFlashDraftModel", {"layer_types": ["sliding_attention"], "sliding_window": 8, "is_causal": False}, "causal"),
         ("Qwen3DSparkModel", {"sample_from_anchor": False}, "sample_from_anchor is False"),
-        ("HydraDraft", {"rope_theta": 10000.0}, "rope_parameters is .*, but HydraDraft has no such thing"),
+        ("HydraDraft", {"rope_theta": 10000.0}, "rope_parameters is .*, which HydraDraft does not support"),
         ("MedusaDraft", {"medusa_fc_bias": True}, "medusa_fc_bias is True"),
     ],
 )  # fmt: skip
-def test_what_one_class_has_is_refused_of_another(architecture, field, words):
+def test_fields_of_other_classes_are_refused_by_name(architecture, field, words):
     with pytest.raises(UserError, match=words):
         build(architecture, **field)
 
@@ -176,13 +176,13 @@ def test_captured_layers_are_different_layers_counted_from_0(nested, ids):
 
 
 def test_layers_are_understood_as_vllm_counts_them():
-    """Its field at the top of the config names what enters a layer, one higher than eagle_config's."""
+    """Its top-level ids name the inputs of layers, so they are one higher than those in eagle_config."""
     config = {**EAGLE, "architectures": ["LlamaForCausalLMEagle3"]}
     above = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}
     assert build_draft({**config, **above}).layer_ids == (1, 3, 4)
     alone = {key: value for key, value in config.items() if key != "eagle_config"}
     assert build_draft({**alone, **above}).layer_ids == (1, 3, 4)
-    with pytest.raises(UserError, match="one more than eagle_config's"):
+    with pytest.raises(UserError, match="must be one higher"):
         build_draft({**config, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]})
     with pytest.raises(UserError, match="counted from 0"):
         build_draft({**alone, "eagle_aux_hidden_state_layer_ids": [0, 3, 4]})
@@ -223,7 +223,7 @@ def test_positions_may_be_spelled_as_in_transformers_4_or_5(architecture, new, o
     assert configs == before, "a config that was given is not edited"
 
 
-def test_drafts_of_others_are_told_by_what_they_are():
+def test_drafts_of_other_projects_are_recognised():
     assert build("DFlashDraftModel", dflash_config={
         **CONFIGS["DominoDraftModel"]["dflash_config"], "projector_type": "domino",
     }).architecture == "DominoDraftModel"  # fmt: skip
@@ -239,7 +239,7 @@ def test_drafts_of_others_are_told_by_what_they_are():
 @pytest.mark.parametrize(
     "config", [[], "x", 3, None, {"architectures": "LlamaForCausalLMEagle3"}, {"architectures": [3]}]
 )
-def test_what_is_no_config_is_refused(config):
+def test_a_file_that_is_not_a_config_is_refused(config):
     with pytest.raises(UserError, match=r"^here: "):
         canonical(config, "here")
 
@@ -251,18 +251,16 @@ def test_huge_sizes_are_refused_before_anything_is_allocated(size):
     assert not survives(lambda: build("LlamaForCausalLMEagle3", **{size: 10**12}), megabytes=8)
 
 
-def test_a_draft_that_does_not_fit_into_memory_is_refused_before_it_is_made(monkeypatch):
+def test_a_draft_that_does_not_fit_into_memory_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.setattr(registry, "available_memory", lambda: 1 << 30)
-    with pytest.raises(
-        UserError, match=r"such a draft takes 1.6 GB, and this machine has 1.1 GB of memory left"
-    ):
+    with pytest.raises(UserError, match=r"such a draft needs 1.6 GB, but only 1.1 GB of memory is available"):
         build("LlamaForCausalLMEagle3", intermediate_size=1 << 23)
 
 
 @pytest.mark.parametrize(
     "path", sorted((recipe_folder() / "draft").glob("*.json")), ids=lambda path: path.stem
 )
-def test_shipped_configs_are_read_whole(path):
+def test_every_field_of_the_shipped_configs_is_read(path):
     config = canonical(json.loads(path.read_text()), path.name)
     cls = registry.draft_class(config)
     registry.check_fields(

@@ -1,4 +1,4 @@
-"""Rotary tables are transformers' own, depend on nothing but the config, and rotate as much of a head as it says."""
+"""Rotary tables are transformers' own, depend only on the config, and rotate the part of each head that it names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_longer_table_begins_as_a_shorter_one(rope):
 def test_angles_that_depend_on_the_length_of_a_text_are_refused_by_name(kind):
     config = config_of(ROPES["default"])
     config.rope_parameters = {**ROPES["yarn"], "rope_type": kind}
-    with pytest.raises(ValueError, match=f"rope_type is '{kind}': a draft has one of default, linear, yarn"):
+    with pytest.raises(ValueError, match=f"rope_type is '{kind}'; drafts support default, linear, yarn"):
         RotaryTable(config)
 
 
@@ -65,9 +65,9 @@ def test_a_part_of_each_head_is_rotated_as_in_transformers(factor, rotated):
     tables = RotaryTable(config_of(rope))(9, CPU)
     assert all(map(torch.equal, tables, of_transformers(StableLmRotaryEmbedding(theirs), 9)))
     x = torch.randn(9, 2, 16)
-    turned = apply_rope(x, *tables)
-    assert torch.equal(turned[..., rotated:], x[..., rotated:])
-    assert not torch.equal(turned[5, :, :rotated], x[5, :, :rotated])
+    rotated_x = apply_rope(x, *tables)
+    assert torch.equal(rotated_x[..., rotated:], x[..., rotated:])
+    assert not torch.equal(rotated_x[5, :, :rotated], x[5, :, :rotated])
 
 
 def test_heads_of_odd_size_are_refused():
