@@ -7,6 +7,7 @@ batch into a sum of losses and a count (:meth:`compute`), and gives evaluation i
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,14 +28,26 @@ from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.export import DraftFormat
 from specforge.export.checkpoint import read_checkpoint
+from specforge.export.checks import check_stored
 from specforge.files import read_json
 from specforge.inference.target_engine.base import check_layers
-from specforge.modeling.draft import Draft, config_fields, read_draft
+from specforge.modeling.draft import (
+    Draft,
+    as_trained,
+    build_draft,
+    canonical,
+    config_fields,
+    draft_class,
+    read_draft,
+)  # fmt: skip
+from specforge.modeling.draft.fields import draft_rope, quoted
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
 CHECKPOINT_KEY = "specforge"
+# Checkpoints without it were written before drafts refused fields that they do not read.
+CONFIG_VERSION = 1
 
 
 class StepOutput(NamedTuple):
@@ -106,6 +119,18 @@ class DraftModule(pl.LightningModule):
         self._head: TargetHead | None = None
         self._window_count = 0
         self.grad_norm: Tensor | None = None
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any], where: str) -> Any:
+        """The network of a draft config, randomly initialised.
+
+        Raises:
+            UserError: the config is of another algorithm, or its fields are refused.
+        """
+        architecture = draft_class(config, where).architecture
+        if architecture not in cls.architectures:
+            raise UserError(f"{where}: {architecture} is not a draft of {cls.algorithm}")
+        return build_draft(config, where)
 
     # What an algorithm defines.
 
@@ -277,6 +302,7 @@ class DraftModule(pl.LightningModule):
             "algorithm": self.algorithm,
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "draft_config": config_fields(self.draft),
+            "config_version": CONFIG_VERSION,
             "target": self.target.name,
             "target_fingerprint": self.target.fingerprint,
             "spec": self.spec.to_json(),
@@ -298,23 +324,84 @@ class DraftModule(pl.LightningModule):
                 f"the checkpoint was trained on {saved['target']} ({saved['target_fingerprint'][:8]}), but "
                 f"model.target is {self.target.name} ({self.target.fingerprint[:8]})"
             )
-        mine = config_fields(self.draft)
-        for key in sorted(set(mine) | set(saved["draft_config"])):
-            was, now = saved["draft_config"].get(key), mine.get(key)
-            if was != now and key not in ("transformers_version", "dtype"):
-                raise UserError(f"the checkpoint's draft has {key} {was}, but the model's has {now}")
+        self._check_network(saved)
         self._has_vocabulary = True
+
+    def _check_network(self, saved: Mapping[str, Any]) -> None:
+        found = self.draft.difference(saved_config(saved, "the checkpoint"), "the checkpoint")
+        if found is not None:
+            name, was, now = found
+            raise UserError(
+                f"the checkpoint's draft has {name} {quoted(was)}, but the model's has {quoted(now)}; "
+                "change model.draft_config"
+            )
+
+
+class SavedDraft(NamedTuple):
+    """A draft on disk that a run starts from.
+
+    Attributes:
+        path: a SpecForge checkpoint, or a folder in the field's own form.
+        config: its config, as SpecForge writes it.
+        tensors: its tensors as stored.
+        form: the names of a folder's tensors; None for a checkpoint.
+        steps: optimizer steps that a checkpoint was trained for.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    form: DraftFormat | None
+    steps: int = 0
+
+    @classmethod
+    def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
+        """Read a checkpoint or a folder.
+
+        Raises:
+            UserError: it is neither, or damaged.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, tensors = read_draft(path)
+            if "d2t" in tensors and tensors["d2t"].ndim == 1:
+                config.setdefault("draft_vocab_size", len(tensors["d2t"]))
+            return cls(path, config, tensors, form)
+        checkpoint = read_checkpoint(path)
+        state = checkpoint["state_dict"].items()
+        state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
+        config = saved_config(checkpoint[CHECKPOINT_KEY], str(path))
+        return cls(path, config, state, None, int(checkpoint.get("global_step", 0)))
+
+    @classmethod
+    def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
+        """The draft that ``init_from`` names; None if it is None or one of ``others``, which do not name a draft."""
+        return None if init_from is None or init_from in others else cls.read(init_from, form)
+
+
+def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The draft config of a checkpoint, from the entry that :meth:`DraftModule.on_save_checkpoint` adds.
+
+    Raises:
+        UserError: the entry has none.
+    """
+    if not isinstance(saved, Mapping) or "draft_config" not in saved:
+        raise UserError(f"{where}: not a SpecForge checkpoint")
+    config = canonical(saved["draft_config"], where)
+    return config if saved.get("config_version") == CONFIG_VERSION else as_trained(config, where)
 
 
 def draft_config_for(
-    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], str]:
-    """Fields of a draft config: a JSON file, or the algorithm's defaults with some fields replaced.
+    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any],
+    source: SavedDraft | None = None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """The draft config of a run.
 
     Args:
         target: the target it must fit.
-        given: path of a JSON file, or name of a shipped one; or fields that replace the defaults; or None.
-        defaults: the algorithm's config for this target.
+        given: path of a JSON file, or name of a shipped one; or fields to change; or None.
+        defaults: the algorithm's config for this target, which ``given`` changes.
+        source: the draft that the run starts from; if there is one, ``given`` changes its config instead.
 
     Returns:
         The fields, and what to call them in an error message.
@@ -322,10 +409,14 @@ def draft_config_for(
     Raises:
         UserError: the file cannot be read, or a field does not fit the target.
     """
+    if source is not None:
+        _name_layers(source.config, defaults)
     if isinstance(given, str):
-        config, where = dict(read_json(find_draft_config(given))), given
+        config, where = canonical(read_json(find_draft_config(given)), given), given
     else:
-        config, where = {**defaults, **(given or {})}, "model.draft_config"
+        base, where = defaults if source is None else source.config, "model.draft_config"
+        config = _merged(canonical(base, where), given or {}, where)
+    _name_layers(config, defaults)
     fits = {
         "vocab_size": target.vocab_size,
         "target_hidden_size": target.hidden_size,
@@ -333,10 +424,10 @@ def draft_config_for(
     for key, value in fits.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
-    if config.get("draft_vocab_size", 1) > target.vocab_size:
+    size = config.get("draft_vocab_size")
+    if isinstance(size, int) and size > target.vocab_size:
         raise UserError(
-            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
-            f"{target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens"
         )
     if config.get("hidden_size") != target.hidden_size:
         raise UserError(
@@ -346,22 +437,71 @@ def draft_config_for(
     return config, where
 
 
-def layer_fields(target: TargetFiles) -> dict[str, Any]:
-    """Fields of a draft config whose layers have the target's own dimensions and positions."""
-    config = target.config
-    heads = int(config["num_attention_heads"])
-    rope = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
-    return {
-        "hidden_size": target.hidden_size,
-        "intermediate_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads", heads),
-        "head_dim": config.get("head_dim") or target.hidden_size // heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "vocab_size": target.vocab_size,
-        **{key: config[key] for key in rope if config.get(key) is not None},
+def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Fill in the default captured layers of a draft with fused features, as servers do."""
+    own = config.get("eagle_config", {})
+    if "eagle_config" in defaults and isinstance(own, Mapping):
+        config["eagle_config"] = {**defaults["eagle_config"], **own}
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config with some fields changed, also inside ``eagle_config`` and ``dflash_config``."""
+    loose = ("rope_theta", "partial_rotary_factor")
+    rope = {} if not isinstance(given, Mapping) else {key: given[key] for key in loose if key in given}
+    if rope and not (given.get("rope_parameters") or given.get("rope_scaling")):
+        given = {**given, "rope_parameters": {**base.get("rope_parameters", {}), **rope}}
+    changes = canonical(given, where, base.get("architectures"))
+    nested = {
+        key: {**base[key], **value}
+        for key, value in changes.items()
+        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
     }
+    return {**base, **changes, **nested}
+
+
+def layer_fields(target: TargetFiles) -> dict[str, Any]:
+    """Fields of a draft config whose layers have the target's dimensions and positions.
+
+    The layers are Llama layers, whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
+
+    Raises:
+        UserError: the target's config does not say how many attention heads it has.
+    """
+    config, hidden = target.config, target.hidden_size
+    heads = _first(config, ("num_attention_heads",))
+    if heads is None:
+        raise UserError(
+            f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file"
+        )
+    kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    head_dim = _first(config, ("head_dim",)) or hidden // heads
+    # LlamaConfig accepts only numbers of heads that divide the hidden size.
+    heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
+    positions = _first(config, ("max_position_embeddings",))
+    rope = draft_rope(config)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
+        or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": math.gcd(heads, kv_heads),
+        "head_dim": max(2, head_dim + head_dim % 2),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
+        "vocab_size": target.vocab_size,
+        **({} if rope is None else {"rope_parameters": rope}),
+        **({} if positions is None else {"max_position_embeddings": positions}),
+    }
+
+
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of some fields that is a size; of a list with an entry for each layer, the last entry."""
+    for name in names:
+        value = config.get(name)
+        value = value[-1] if isinstance(value, list) and value else value
+        if type(value) is int and value > 0:
+            return value
+    return None
 
 
 def initialise(module: torch.nn.Module) -> None:
@@ -370,27 +510,40 @@ def initialise(module: torch.nn.Module) -> None:
         torch.nn.init.normal_(module.weight, std=0.02)
 
 
-def load_weights(draft: Draft, path: str | Path, form: DraftFormat) -> None:
+def initialise_layers(module: torch.nn.Module) -> None:
+    """Like :func:`initialise`, and biases start at zero."""
+    initialise(module)
+    if isinstance(module, torch.nn.Linear) and module.bias is not None:
+        torch.nn.init.zeros_(module.bias)
+
+
+def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
     """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
 
     Raises:
-        UserError: tensors are missing, unknown, or of another shape.
+        UserError: it is another network, or tensors are missing, unknown or damaged, or have another shape.
     """
-    path = Path(path)
-    if path.is_dir():
-        tensors = form.read(*read_draft(path), where=str(path))
-    else:
-        state = read_checkpoint(path)["state_dict"]
-        tensors = {k.removeprefix("draft."): v for k, v in state.items() if k.startswith("draft.")}
+    if not isinstance(source, SavedDraft):
+        source = SavedDraft.read(source, form)
+    path = source.path
+    # A block drafter can be trained further with blocks of another size.
+    found = draft.difference(source.config, str(path), ignored=("block_size",))
+    if found is not None:
+        name, theirs, mine = found
+        raise UserError(
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
+            "out of model.draft_config (or model.layer_ids) to continue with what was trained"
+        )
+    tensors = source.tensors
+    if source.form is not None:
+        tensors = source.form.read(config_fields(draft), tensors, where=str(path))
     own = draft.state_dict()
     for name, tensor in tensors.items():
         if name not in own:
             raise UserError(f"{path}: tensor {name} has no place in the draft")
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{path}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(own[name].shape)}"
-            )
+        check_stored(name, tensor, own[name], str(path))
     missing = sorted(set(own) - set(tensors))
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")
     draft.load_state_dict(tensors)
+    draft.trained = source.steps > 0

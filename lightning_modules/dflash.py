@@ -10,7 +10,6 @@ vocabulary (by default there is no such) are dropped from the loss and count as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from lightning_modules.base import (
     DraftModule,
     LogitTile,
+    SavedDraft,
     StepOutput,
     draft_config_for,
     initialise,
@@ -35,10 +35,10 @@ from specforge.export import DraftFormat
 from specforge.export.dflash import DFlashFormat
 from specforge.inference.target_engine.base import check_layers
 from specforge.losses.blocks import BlockLoss, Correction, DPace, block_loss
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.blocks import BlockPlan, plan_blocks, sample_anchors, starts
 from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from specforge.target_files import TargetFiles
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
@@ -77,7 +77,8 @@ class DFlashModule(DraftModule):
         alpha: smoothing of D-PACE's confidence.
         label: the token that a slot has to get right: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
@@ -85,7 +86,6 @@ class DFlashModule(DraftModule):
     algorithm: ClassVar[str] = "dflash"
     architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
     export_format: ClassVar[DraftFormat] = DFlashFormat()
-    network: ClassVar[type[DFlash]] = DFlash
     contiguous: ClassVar[bool] = False
     draft: DFlash
 
@@ -93,35 +93,32 @@ class DFlashModule(DraftModule):
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        anchors: int = 512,
+        anchors: PositiveInt = 512,
         weights: Weights = "decay",
-        decay: float | None = None,
-        alpha: float = 0.5,
+        decay: PositiveFloat | None = None,
+        alpha: Share = 0.5,
         label: Literal["data", "target"] = "data",
         anchor_seed: int = 0,
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
-        draft = self._build(files, draft_config, layer_ids)
+        source = SavedDraft.named(init_from, self.export_format)
+        draft = self._build(files, draft_config, layer_ids, source)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
-        if anchors < 1 or not 0 <= alpha <= 1 or (decay is not None and decay <= 0):
-            raise UserError(
-                f"model: anchors is {anchors}, alpha {alpha}, decay {decay}; want anchors >= 1, 0 <= alpha <= 1, "
-                "decay > 0"
-            )
         draft.apply(self._initialise)
-        if init_from is not None:
-            load_weights(draft, Path(init_from), self.export_format)
+        if source is not None:
+            load_weights(draft, source, self.export_format)
         features = (
             (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
         )
         spec = StrategySpec(
             self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2
         )
+        gamma = gamma or min(4, draft.drafts)
         super().__init__(
             files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma
         )
@@ -134,18 +131,13 @@ class DFlashModule(DraftModule):
 
     @classmethod
     def _build(
-        cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None
-    ) -> DFlash:
-        defaults = cls.default_draft_config(files)
-        config, where = draft_config_for(files, given, defaults)
-        if not isinstance(given, str):
-            config["dflash_config"] = {**defaults["dflash_config"], **config["dflash_config"]}
+        cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None,
+        source: SavedDraft | None,
+    ) -> DFlash:  # fmt: skip
+        config, where = draft_config_for(files, given, cls.default_draft_config(files), source)
         if layer_ids is not None:
             config["dflash_config"] = {**config.get("dflash_config", {}), "target_layer_ids": list(layer_ids)}
-        draft = build_draft(config, where)
-        if type(draft) is not cls.network:
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {cls.algorithm}")
-        return draft
+        return cls.build(config, where)  # type: ignore[no-any-return]
 
     @classmethod
     def default_layers(cls, num_layers: int) -> list[int]:

@@ -17,13 +17,12 @@ from lightning_modules.base import initialise
 from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
-from specforge.errors import UserError
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.dflash2 import DFlash2, DynamicConv, SelectingCorrector
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -44,33 +43,31 @@ class DFlash2Module(DFlashModule):
         selector: α, weight of the selector's cross-entropy.
         label: the token that a slot has to get right: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
 
     algorithm: ClassVar[str] = "dflash2"
     architectures: ClassVar[tuple[str, ...]] = ("DFlash2DraftModel",)
-    network: ClassVar[type[DFlash]] = DFlash2
     draft: DFlash2
 
     def __init__(
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        anchors: int = 512,
-        decay: float | None = None,
-        selector: float = 1.0,
+        anchors: PositiveInt = 512,
+        decay: PositiveFloat | None = None,
+        selector: PositiveFloat = 1.0,
         label: Literal["data", "target"] = "data",
         anchor_seed: int = 0,
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
-        if selector <= 0:
-            raise UserError(f"model: selector is {selector}; want more than 0")
         super().__init__(
             target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
             anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,

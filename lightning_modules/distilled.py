@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_modules.base import DraftModule, LogitTile, StepOutput
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
+from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.losses import TeacherRows, chunked_distillation, feature_distance
 from specforge.losses.objectives import Objective
@@ -74,7 +75,8 @@ class DistilledModule(DraftModule):
         gamma: tokens drafted a round in validation.
         min_tokens: of a document that supervises anything.
         feature_weight: weight of the feature distance, where there is one head.
-        start: copies what starts at the target, once the draft vocabulary is known; None where nothing does.
+        start: copies weights from the target once the draft vocabulary is known, or checks those that were copied;
+            None if there are none.
     """
 
     def __init__(
@@ -93,12 +95,22 @@ class DistilledModule(DraftModule):
         super().__init__(target, draft, spec, has_vocabulary=has_vocabulary, optimizer=optimizer, gamma=gamma)
         self.weights, self.objective, self.label, self.chunk = weights, objective, label, chunk
         self.feature_weight, self.start = feature_weight, start
+        self._refused: UserError | None = None
 
     def setup(self, stage: str) -> None:
         """Copy what starts at the target; only now is the draft vocabulary known."""
         super().setup(stage)
         if self.start is not None and stage == "fit":
-            self.start(self.target)
+            try:
+                self.start(self.target)
+            except UserError as error:
+                self._refused = error
+
+    def on_train_start(self) -> None:
+        """Raise the refusal of :meth:`setup`, unless the weights come from a checkpoint that the run resumes."""
+        super().on_train_start()
+        if self._refused is not None and self.trainer.ckpt_path is None:
+            raise self._refused
 
     @abstractmethod
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
@@ -162,8 +174,9 @@ class DistilledModule(DraftModule):
             yield LogitTile(labels, logits.expand(-1, positions, -1), last)
 
 
-def unrolled(states: Tensor, head: OutputHead, plan: UnrollPlan) -> Students:
-    """Students of a network that was applied T times: its states ``[T, R, H]`` and the one head of all."""
+def unrolled(states: Tensor, head: OutputHead | Tensor, plan: UnrollPlan) -> Students:
+    """Students of a network that was applied T times: its states ``[T, R, H]`` and its head (or the head's matrix)."""
+    head = head if isinstance(head, OutputHead) else OutputHead(head)
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]
     return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.count, head.bias)

@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
-from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.dflash import DominoFormat
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.domino import Domino, DominoCorrector
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from specforge.target_files import TargetFiles
 
 
@@ -46,7 +45,8 @@ class DominoModule(DFlashModule):
         base_decay: share of the run's steps in which λ falls to 0; 0 trains on the final logits alone.
         label: the token that a slot has to get right: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
 
@@ -57,27 +57,24 @@ class DominoModule(DFlashModule):
     algorithm: ClassVar[str] = "domino"
     architectures: ClassVar[tuple[str, ...]] = ("DominoDraftModel",)
     export_format: ClassVar[DraftFormat] = DominoFormat()
-    network: ClassVar[type[DFlash]] = Domino
     draft: Domino
 
     def __init__(
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        anchors: int = 256,
-        decay: float | None = None,
-        base_start: float = 1.0,
-        base_decay: float = 0.5,
+        anchors: PositiveInt = 256,
+        decay: PositiveFloat | None = None,
+        base_start: Share = 1.0,
+        base_decay: Share = 0.5,
         label: Literal["data", "target"] = "data",
         anchor_seed: int = 0,
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
-        if not 0 <= base_start <= 1 or not 0 <= base_decay <= 1:
-            raise UserError(f"model: base_start is {base_start}, base_decay {base_decay}; want 0 to 1")
         super().__init__(
             target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
             anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,

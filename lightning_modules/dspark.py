@@ -22,9 +22,9 @@ from specforge.export import DraftFormat
 from specforge.export.dflash import DSparkFormat
 from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
 from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash import DFlash
 from specforge.modeling.draft.dspark import DSpark, MarkovCorrector
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -45,7 +45,8 @@ class DSparkModule(DFlashModule):
         confidence: weight of the confidence's binary cross-entropy.
         label: the token of the cross-entropy: the one in the ``data``, or the ``target``'s likeliest.
         anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers.
+        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
+            a block drafts fewer.
         optimizer: optimizer and schedule.
         chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
@@ -53,7 +54,6 @@ class DSparkModule(DFlashModule):
     algorithm: ClassVar[str] = "dspark"
     architectures: ClassVar[tuple[str, ...]] = ("Qwen3DSparkModel",)
     export_format: ClassVar[DraftFormat] = DSparkFormat()
-    network: ClassVar[type[DFlash]] = DSpark
     contiguous: ClassVar[bool] = True
     draft: DSpark
 
@@ -61,23 +61,21 @@ class DSparkModule(DFlashModule):
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        anchors: int = 512,
-        decay: float | None = None,
-        ce: float = 0.1,
-        l1: float = 0.9,
-        confidence: float = 1.0,
+        anchors: PositiveInt = 512,
+        decay: PositiveFloat | None = None,
+        ce: NonNegativeFloat = 0.1,
+        l1: NonNegativeFloat = 0.9,
+        confidence: NonNegativeFloat = 1.0,
         label: Literal["data", "target"] = "data",
         anchor_seed: int = 0,
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
-        if min(ce, l1, confidence) < 0 or ce + l1 == 0:
-            raise UserError(
-                f"model: ce is {ce}, l1 {l1}, confidence {confidence}; want none negative, and ce or l1"
-            )
+        if ce + l1 == 0:
+            raise UserError("model: ce and l1 are both 0, so nothing would be learnt; set one of them")
         super().__init__(
             target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
             anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,

@@ -17,14 +17,13 @@ from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
-from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.eagle3 import Eagle3Format
 from specforge.losses import make_objective
 from specforge.modeling.draft.eagle3 import Eagle3Draft
-from specforge.modeling.draft.fused import FusedDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import OutputHead, TargetHead
+from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class Eagle3Module(FusedModule):
@@ -61,28 +60,25 @@ class Eagle3Module(FusedModule):
     algorithm: ClassVar[str] = "eagle3"
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM")
     export_format: ClassVar[DraftFormat] = Eagle3Format()
-    network: ClassVar[type[FusedDraft]] = Eagle3Draft
     draft: Eagle3Draft
 
     def __init__(
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        steps: int = 7,
-        step_decay: float = 0.8,
+        steps: PositiveInt = 7,
+        step_decay: NonNegativeFloat = 0.8,
         loss: str | dict[str, float] = "kl",
-        lk_eta: float = 3.0,
-        topk: int = 10,
-        feature_weight: float = 0.0,
+        lk_eta: NonNegativeFloat = 3.0,
+        topk: PositiveInt = 10,
+        feature_weight: NonNegativeFloat = 0.0,
         label: Literal["target", "data"] = "target",
-        gamma: int = 4,
+        gamma: PositiveInt = 4,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
-        if steps < 1 or gamma < 1:
-            raise UserError(f"model: steps is {steps} and gamma is {gamma}; both must be at least 1")
         super().__init__(
             target, draft_config, layer_ids, init_from, weights=step_decay ** torch.arange(steps),
             objective=make_objective(loss, lk_eta, topk), feature_weight=feature_weight, label=label,

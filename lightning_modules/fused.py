@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from lightning_modules.base import draft_config_for, initialise, layer_fields, load_weights
+from lightning_modules.base import (
+    SavedDraft,
+    draft_config_for,
+    initialise_layers,
+    layer_fields,
+    load_weights,
+)  # fmt: skip
 from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
-from specforge.errors import UserError
 from specforge.inference.target_engine.base import check_layers
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.fused import FusedDraft
 from specforge.target_files import TargetFiles
 
@@ -28,11 +31,8 @@ class FusedModule(DistilledModule):
             own last layer and head; or None: random.
         training: ``weights``, ``objective`` and the other arguments of :class:`DistilledModule`.
 
-    Attributes:
-        network: the class of the drafts.
     """
 
-    network: ClassVar[type[FusedDraft]]
     draft: FusedDraft
 
     def __init__(
@@ -40,21 +40,20 @@ class FusedModule(DistilledModule):
         init_from: str | None, **training: Any,
     ) -> None:  # fmt: skip
         files = TargetFiles.find(target)
-        config, where = draft_config_for(files, draft_config, self.default_draft_config(files))
+        source = SavedDraft.named(init_from, self.export_format, ("target",))
+        config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
         if layer_ids is not None:
             config["eagle_config"] = {
-                **config.get("eagle_config", {}), "eagle_aux_hidden_state_layer_ids": list(layer_ids),
+                **config["eagle_config"], "eagle_aux_hidden_state_layer_ids": list(layer_ids),
             }  # fmt: skip
-        draft = build_draft(config, where)
-        if not isinstance(draft, self.network):
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
+        draft = self.build(config, where)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
-        draft.apply(initialise)
-        starts_anew = init_from in (None, "target")
+        draft.apply(initialise_layers)
         if init_from == "target":  # in setup several ranks would draw other numbers than one
             torch.nn.init.normal_(draft.fc.weight, std=0.002)
-        if init_from is not None and not starts_anew:
-            load_weights(draft, Path(init_from), self.export_format)
+        if source is not None:
+            load_weights(draft, source, self.export_format)
+        starts_anew = source is None
         super().__init__(
             files, draft, CapturePolicy(draft.layer_ids), has_vocabulary=not starts_anew,
             start=draft.start_from_target if init_from == "target" else None, **training,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_modules.medusa import MedusaModule
+from specforge.export import DraftFormat
+from specforge.export.heads import HeadsFormat
 
 
 class HydraModule(MedusaModule):
@@ -20,3 +22,4 @@ class HydraModule(MedusaModule):
 
     algorithm: ClassVar[str] = "hydra"
     architectures: ClassVar[tuple[str, ...]] = ("HydraDraft",)
+    export_format: ClassVar[DraftFormat] = HeadsFormat()

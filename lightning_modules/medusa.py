@@ -7,24 +7,23 @@ Rows whose label is outside the draft vocabulary are dropped from the loss and c
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import draft_config_for, load_weights
+from lightning_modules.base import SavedDraft, draft_config_for, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.heads import HeadsDrafter
 from specforge.errors import UserError
 from specforge.export import DraftFormat
-from specforge.export.heads import HeadsFormat
+from specforge.export.heads import MedusaFormat
 from specforge.losses import make_objective
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.heads import HeadsDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -42,14 +41,14 @@ class MedusaModule(DistilledModule):
         loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
         lk_eta: η of ``lk_lambda``.
         label: the token that a row has to get right: the one in the ``data``, or the ``target``'s likeliest.
-        gamma: tokens drafted a round in validation; at most K.
+        gamma: tokens drafted a round in validation, at most K; by default min(4, K).
         optimizer: optimizer and schedule.
         chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
     """
 
     algorithm: ClassVar[str] = "medusa"
     architectures: ClassVar[tuple[str, ...]] = ("MedusaDraft",)
-    export_format: ClassVar[DraftFormat] = HeadsFormat()
+    export_format: ClassVar[DraftFormat] = MedusaFormat()
     reads_layers: ClassVar[bool] = False
     draft: HeadsDraft
 
@@ -58,23 +57,23 @@ class MedusaModule(DistilledModule):
         target: str,
         draft_config: str | dict[str, Any] | None = None,
         init_from: str | None = None,
-        head_decay: float = 0.8,
+        head_decay: NonNegativeFloat = 0.8,
         loss: str | dict[str, float] = "ce",
-        lk_eta: float = 3.0,
+        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["data", "target"] = "data",
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
-        config, where = draft_config_for(files, draft_config, self.default_draft_config(files))
-        draft = build_draft(config, where)
-        if not isinstance(draft, HeadsDraft) or draft.architecture not in self.architectures:
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
-        if not 1 <= gamma <= len(draft.heads):
+        source = SavedDraft.named(init_from, self.export_format)
+        config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
+        draft = self.build(config, where)
+        gamma = gamma or min(4, len(draft.heads))
+        if gamma > len(draft.heads):
             raise UserError(f"model: gamma is {gamma}, but the draft has {len(draft.heads)} heads")
-        if init_from is not None:
-            load_weights(draft, Path(init_from), self.export_format)
+        if source is not None:
+            load_weights(draft, source, self.export_format)
         super().__init__(
             files, draft, self.capture_policy(files), weights=head_decay ** torch.arange(len(draft.heads)),
             objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=init_from is not None,

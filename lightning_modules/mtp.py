@@ -8,24 +8,28 @@ decoding: the step-0 keys of its document, and its own of the later steps.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import draft_config_for, initialise, layer_fields, load_weights
+from lightning_modules.base import (
+    SavedDraft,
+    draft_config_for,
+    initialise_layers,
+    layer_fields,
+    load_weights,
+)  # fmt: skip
 from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
-from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.mtp import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.losses import make_objective
-from specforge.modeling.draft import build_draft
 from specforge.modeling.draft.mtp import MTPDraft
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -58,37 +62,33 @@ class MTPModule(DistilledModule):
         target: str,
         draft_config: str | dict[str, Any] | None = None,
         init_from: str | None = None,
-        steps: int = 3,
-        step_decay: float = 0.6,
+        steps: PositiveInt = 3,
+        step_decay: PositiveFloat = 0.6,
         loss: str | dict[str, float] = "ce",
-        lk_eta: float = 3.0,
+        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["data", "target"] = "data",
-        gamma: int = 3,
+        gamma: PositiveInt = 3,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
         if init_from == "target_mtp":
             require_mtp(files)
-        config, where = draft_config_for(files, draft_config, self.default_draft_config(files))
-        draft = build_draft(config, where)
-        if not isinstance(draft, MTPDraft):
-            raise UserError(f"{where}: {draft.architecture} is not a draft of {self.algorithm}")
-        if steps < 1 or gamma < 1:
-            raise UserError(f"model: steps is {steps} and gamma is {gamma}; both must be at least 1")
-        draft.apply(_initialise)
-        from_disk = init_from not in (None, "target", "target_mtp")
+        source = SavedDraft.named(init_from, self.export_format, ("target", "target_mtp"))
+        config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
+        draft = self.build(config, where)
+        draft.apply(initialise_layers)
         if init_from == "target_mtp":
             draft.start_from(mtp_tensors(files), f"{files.name}: its MTP weights")
         elif init_from == "target":
             draft.start_from_last_layer(files)
-        elif init_from is not None:
-            load_weights(draft, Path(init_from), self.export_format)
+        elif source is not None:
+            load_weights(draft, source, self.export_format)
         decay = step_decay ** torch.arange(steps)
         super().__init__(
             files, draft, self.capture_policy(files), weights=decay / decay.sum(),
-            objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=from_disk,
-            optimizer=optimizer, gamma=gamma,
+            objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=source is not None,
+            optimizer=optimizer, gamma=gamma, start=draft.check_start if init_from == "target" else None,
         )  # fmt: skip
         self.steps = steps
 
@@ -129,9 +129,3 @@ class MTPModule(DistilledModule):
         ids, size = self.draft.target_ids.clone(), self.target.vocab_size
         decoder = self.draft.decoder(head.sliced(self.draft.target_ids), dtype)
         return ChainDrafter(decoder, head.embed, ids, size, self.spec.capture)
-
-
-def _initialise(module: torch.nn.Module) -> None:
-    initialise(module)
-    if isinstance(module, torch.nn.Linear) and module.bias is not None:
-        torch.nn.init.zeros_(module.bias)

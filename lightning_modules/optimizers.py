@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from specforge.errors import UserError
+from specforge.options import NonNegativeFloat, Share, ShareBelowOne
 
 
 @dataclass
@@ -29,13 +32,13 @@ class OptimizerOptions:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    lr: NonNegativeFloat = 1e-4
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_ratio: float = 0.015
-    decay_ratio: float = 0.2
-    min_lr_ratio: float = 0.0
+    warmup_ratio: Share = 0.015
+    decay_ratio: Share = 0.2
+    min_lr_ratio: Share = 0.0
 
 
 def lr_factor(options: OptimizerOptions, total_steps: int) -> Callable[[int], float]:
@@ -110,6 +113,11 @@ def build_optimizer(
         draft: parameters without ``requires_grad`` are left out.
         total_steps: optimizer steps of the whole run.
     """
+    for name, kinds in get_type_hints(OptimizerOptions).items():
+        if get_origin(kinds) is Literal and getattr(options, name) not in get_args(kinds):
+            raise UserError(
+                f"optimizer: {name} is {getattr(options, name)!r}; use {' or '.join(get_args(kinds))}"
+            )
     trainable = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     matrices = [p for p in trainable.values() if p.ndim == 2]
     vectors = [p for p in trainable.values() if p.ndim != 2]

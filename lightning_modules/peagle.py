@@ -23,10 +23,10 @@ from specforge.errors import UserError
 from specforge.export import DraftFormat
 from specforge.export.peagle import PEagleFormat
 from specforge.losses import make_objective
-from specforge.modeling.draft.fused import FusedDraft
 from specforge.modeling.draft.parallel import DepthSampling, plan_parallel
 from specforge.modeling.draft.peagle import PEagleDraft
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Share
 from specforge.target_files import TargetFiles
 
 
@@ -53,7 +53,7 @@ class PEagleModule(FusedModule):
         label: the token that an element has to get right: the ``target``'s likeliest, or the one in the ``data``.
             They are the same where the target wrote the data greedily, and ``data`` then saves a product
             with the whole vocabulary.
-        gamma: tokens drafted a round in validation.
+        gamma: tokens drafted a round in validation, at most ``depths``; by default min(4, depths).
         optimizer: optimizer and schedule.
         chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
     """
@@ -61,32 +61,28 @@ class PEagleModule(FusedModule):
     algorithm: ClassVar[str] = "peagle"
     architectures: ClassVar[tuple[str, ...]] = ("PEagleDraftModel",)
     export_format: ClassVar[DraftFormat] = PEagleFormat()
-    network: ClassVar[type[FusedDraft]] = PEagleDraft
     draft: PEagleDraft
 
     def __init__(
         self,
         target: str,
         draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[int] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
         init_from: str | None = None,
-        depths: int = 8,
-        keep_ratio: float = 0.8,
-        keep_least: float = 0.2,
+        depths: PositiveInt = 8,
+        keep_ratio: PositiveShare = 0.8,
+        keep_least: Share = 0.2,
         loss: str | dict[str, float] = "kl",
-        lk_eta: float = 3.0,
-        topk: int = 10,
+        lk_eta: NonNegativeFloat = 3.0,
+        topk: PositiveInt = 10,
         label: Literal["target", "data"] = "target",
-        gamma: int = 4,
+        gamma: PositiveInt | None = None,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
-        if not 1 <= gamma <= depths:
+        gamma = gamma or min(4, depths)
+        if gamma > depths:
             raise UserError(f"model: gamma is {gamma}; want 1 to {depths}, the depths that are trained")
-        if not (0 < keep_ratio <= 1 and 0 <= keep_least <= 1):
-            raise UserError(
-                f"model: keep_ratio is {keep_ratio} and keep_least is {keep_least}; both are shares, 0 to 1"
-            )
         super().__init__(
             target, draft_config, layer_ids, init_from, weights=torch.ones(depths),
             objective=make_objective(loss, lk_eta, topk), label=label, gamma=gamma, optimizer=optimizer, chunk=chunk,

@@ -17,10 +17,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.base import load_weights
+from lightning_modules.base import SavedDraft, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
-from specforge.contracts import TrainBatch
+from specforge.contracts import SampleRef, TrainBatch
 from specforge.data.templates import ChatTemplate
 from specforge.decoding.standalone import StandaloneDrafter
 from specforge.errors import UserError
@@ -28,8 +28,11 @@ from specforge.export import DraftFormat
 from specforge.export.standalone import StandaloneFormat
 from specforge.files import read_json
 from specforge.losses import make_objective
-from specforge.modeling.draft.standalone import StandaloneDraft, config_like
+from specforge.modeling.draft import canonical
+from specforge.modeling.draft.fields import quoted
+from specforge.modeling.draft.standalone import StandaloneDraft, changes_of, config_like
 from specforge.modeling.target_head import TargetHead
+from specforge.options import NonNegativeFloat, PositiveInt
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
 
@@ -67,29 +70,45 @@ class StandaloneModule(DistilledModule):
         init_from: str | None = None,
         train_embedding: bool = True,
         loss: str | dict[str, float] = "kl",
-        lk_eta: float = 3.0,
+        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["target", "data"] = "target",
-        gamma: int = 4,
+        gamma: PositiveInt = 4,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: int | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         files = TargetFiles.find(target)
         start = None if draft is None else TargetFiles.find(draft, "draft")
         if start is not None and init_from is not None:
             raise UserError("model: give either draft or init_from; both say where the weights come from")
-        config, where = _draft_config(files, start, draft_config)
+        source = SavedDraft.named(init_from, self.export_format, ("target",))
+        if start is not None:
+            source = SavedDraft.read(start.folder, self.export_format)
+        config, where = _draft_config(files, source, draft_config)
         _check_vocabulary(files, start, config, where)
-        if gamma < 1:
-            raise UserError(f"model: gamma is {gamma}; it must be at least 1")
         network = StandaloneDraft(config, where)
         network.model.get_input_embeddings().weight.requires_grad_(train_embedding)
-        if start is not None or init_from not in (None, "target"):
-            load_weights(network, start.folder if start else str(init_from), self.export_format)
+        if source is not None:
+            load_weights(network, source, self.export_format)
         super().__init__(
             files, network, self.capture_policy(files), weights=torch.ones(1), objective=make_objective(loss, lk_eta),
             label=label, chunk=chunk, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer,
             gamma=gamma, min_tokens=3, start=network.start_from_target if init_from == "target" else None,
         )  # fmt: skip
+
+    def setup(self, stage: str) -> None:
+        """Refuse texts that are longer than the draft supports.
+
+        Raises:
+            UserError: says how long the longest one is, and the limit.
+        """
+        super().setup(stage)
+        refs: list[SampleRef] = getattr(getattr(self.trainer, "datamodule", None), "sample_refs", list)()
+        most, limit = max((ref.num_tokens for ref in refs), default=0), self.draft.longest
+        if limit is not None and most > limit:
+            raise UserError(
+                f"a sample has {most} tokens, but the draft supports texts of up to {limit}; prepare the data with "
+                f"--max_length {limit}, or choose another draft"
+            )
 
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
         """Run the draft over all documents.
@@ -120,17 +139,19 @@ class StandaloneModule(DistilledModule):
 
 
 def _draft_config(
-    target: TargetFiles, start: TargetFiles | None, given: str | Mapping[str, Any] | None
+    target: TargetFiles, source: SavedDraft | None, given: str | Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
     """Fields of the draft's config, and what to call them in an error message."""
-    if isinstance(given, str):
-        return dict(read_json(find_draft_config(given))), given
-    if given is not None and "model_type" in given:
-        return dict(given), "model.draft_config"
-    if start is not None:
-        return {**start.config, **(given or {})}, start.name
-    layers = (given or {}).get("num_hidden_layers", min(4, target.num_layers))
-    return {**config_like(target, layers), **(given or {})}, "model.draft_config"
+    where = given if isinstance(given, str) else "model.draft_config"
+    given = read_json(find_draft_config(given)) if isinstance(given, str) else given or {}
+    own = canonical(given, where)
+    if "model_type" in own or where != "model.draft_config":
+        return own, where  # a complete config, which transformers checks
+    if source is not None:
+        changes = changes_of(own, source.config.get("model_type"), str(source.path))
+        return {**source.config, **changes}, where if changes else str(source.path)
+    layers = own.get("num_hidden_layers", min(4, target.num_layers))
+    return {**config_like(target, layers), **changes_of(own, target.config["model_type"], where)}, where
 
 
 def _check_vocabulary(
@@ -145,10 +166,10 @@ def _check_vocabulary(
         raise UserError(
             f"{where}: vocab_size is {config.get('vocab_size')}, but the target {target.name} has {target.vocab_size}"
         )
-    if config.get("draft_vocab_size", 1) > target.vocab_size:
+    size = config.get("draft_vocab_size")
+    if size is not None and (type(size) is not int or not 0 < size <= target.vocab_size):
         raise UserError(
-            f"{where}: draft_vocab_size is {config['draft_vocab_size']}, but {target.name} has "
-            f"{target.vocab_size} tokens"
+            f"{where}: draft_vocab_size is {quoted(size)}, but {target.name} has {target.vocab_size} tokens"
         )
     if start is not None and config.get("draft_vocab_size", target.vocab_size) != target.vocab_size:
         raise UserError(f"{where}: comes with a head for the whole vocabulary; leave draft_vocab_size out")

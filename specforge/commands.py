@@ -517,6 +517,7 @@ def load_module(draft: Path, target: str | None) -> Any:
     Raises:
         UserError: it is neither, or the target is not known or not the one it was trained on.
     """
+    from lightning_modules.base import saved_config
     from specforge.export.checkpoint import read_checkpoint
     from specforge.modeling.draft import read_draft
 
@@ -527,7 +528,7 @@ def load_module(draft: Path, target: str | None) -> Any:
         name, fingerprint = _algorithm_of(config, draft), None
     else:
         saved = read_checkpoint(draft)["specforge"]
-        config, fingerprint = saved["draft_config"], saved["target_fingerprint"]
+        config, fingerprint = saved_config(saved, str(draft)), saved["target_fingerprint"]
         name = saved.get("class_path", saved["algorithm"])
         target = target or saved["target"]
     module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))

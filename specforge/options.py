@@ -18,8 +18,16 @@ if TYPE_CHECKING:
     NonNegativeFloat = float
     Share = float
     PositiveShare = float
+    ShareBelowOne = float
 else:
-    from jsonargparse.typing import restricted_number_type
+    from jsonargparse.typing import restricted_number_type as _restricted
+
+    def restricted_number_type(words, kind, bounds):
+        """A restricted type whose values are plain numbers, since checkpoints cannot hold values of other classes."""
+        made = _restricted(words, kind, bounds)
+        checked = made.__new__
+        made.__new__ = lambda cls, value: kind(checked(cls, value))
+        return made
 
     # jsonargparse has some of these bounds under names that say less, and takes a definition once; hence "> -1".
     _FINITE = ("<", float("inf"))
@@ -30,3 +38,4 @@ else:
     NonNegativeFloat = restricted_number_type("a number of at least 0", float, [(">=", 0), _FINITE])
     Share = restricted_number_type("a number from 0 to 1", float, [(">=", 0), ("<=", 1), _FINITE])
     PositiveShare = restricted_number_type("a number above 0, at most 1", float, [(">", 0), ("<=", 1)])
+    ShareBelowOne = restricted_number_type("a number of at least 0, below 1", float, [(">=", 0), ("<", 1)])

@@ -7,6 +7,7 @@ head's product before it calls it logits.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ class TargetFiles:
         if not isinstance(whole, dict):
             raise UserError(f"{self.folder / 'config.json'}: not a JSON object")
         return whole
+
+    def model_config(self) -> Any:
+        """A copy of the transformers config."""
+        return copy.deepcopy(self._parsed)
 
     @cached_property
     def _skeleton(self) -> Any:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import Features
-from specforge.inference.target_engine.hf import FeatureTap, backbone, can_take_back, takes_positions
+from specforge.inference.target_engine.hf import FeatureTap, can_take_back, takes_positions
+from specforge.modeling.target_layers import backbone
 
 Outputs = list[tuple[Tensor, Features]]
 

@@ -12,16 +12,20 @@ from specforge.errors import UserError
 _INIT_STD = 0.02
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, trained: bool = False
+) -> None:
     """Refuse tensors that a server would load as damage, silently.
 
     Args:
         tensors: what is to be written, in the precision it was trained in.
         expected: a tensor of the right shape for every name.
         where: what to call it in an error message.
+        trained: whether it is known that the draft was trained.
 
     Raises:
-        UserError: names the first tensor that is unknown, missing, misshapen, not finite, zero or untrained.
+        UserError: names the first tensor that is unknown, missing, misshapen, not finite or zero; or no tensor was
+            trained.
     """
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
@@ -37,35 +41,87 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
                 f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             )
         if tensor.is_floating_point():
-            _check_trained(name, tensor, where)
+            _check_damage(name, tensor, where)
+    if not (trained or _was_trained(tensors)):
+        raise UserError(
+            f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained"
+        )
     _check_vocabulary(tensors, where)
 
 
-def _check_trained(name: str, tensor: Tensor, where: str) -> None:
+def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> None:
+    """Refuse a stored tensor that cannot be what a draft starts from.
+
+    Args:
+        name: its name.
+        tensor: as it was read.
+        expected: the draft's own.
+        where: what to call its file in an error message.
+
+    Raises:
+        UserError: it has another shape or kind of number, is quantised, or is not finite.
+    """
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}"
+        )
+    weights = expected.is_floating_point()
+    if weights != tensor.is_floating_point() or (weights and tensor.dtype.itemsize < 2):
+        raise UserError(
+            f"{where}: tensor {name} is {tensor.dtype}, the draft's {expected.dtype}; save it in bfloat16 or float32"
+        )
+    if weights and not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{where}: tensor {name} holds NaN or infinity")
+
+
+def _check_damage(name: str, tensor: Tensor, where: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{where}: tensor {name} holds NaN or infinity")
-    if not bool(tensor.any()):
+    if not bool(tensor.any()) and not name.endswith("bias"):
         raise UserError(f"{where}: tensor {name} is all zeros")
-    if tensor.ndim == 1 and bool((tensor == 1).all()):
+
+
+def _was_trained(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether anything was learnt: the first optimizer step moves every norm away from 1, its initial value.
+
+    In drafts of other projects, norms may have been folded into the matrices, which then do not look initialised.
+    """
+    weights = {name: x for name, x in tensors.items() if x.is_floating_point()}
+    norms = [x for name, x in weights.items() if x.ndim == 1 and "norm" in name]
+    if not norms or any(bool((x != 1).any()) for x in norms):
+        return True
+    return not all(_looks_random(x) for x in weights.values() if x.ndim == 2 and x.numel() >= 100_000)
+
+
+def _looks_random(matrix: Tensor) -> bool:
+    """Whether mean and standard deviation are those of the initialisation."""
+    # The standard deviation of n normal values is known to 1 / sqrt(2 n); training moves it much further.
+    off = abs(float(matrix.double().std()) / _INIT_STD - 1)
+    mean = abs(float(matrix.double().mean()))
+    return off < 3 / (2 * matrix.numel()) ** 0.5 and mean < 3 * _INIT_STD / matrix.numel() ** 0.5
+
+
+def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
+    """The target id of each draft id, ``[D]``, from the offsets ``d2t``.
+
+    Raises:
+        UserError: there is another number of them, they are not whole numbers, or the target ids do not ascend.
+    """
+    if d2t.shape != (size,):
         raise UserError(
-            f"{where}: tensor {name} is all ones, as it was initialised: the draft is not trained"
+            f"{where}: tensor d2t is {tuple(d2t.shape)}, but the draft vocabulary has {size} tokens "
+            "(model.draft_config.draft_vocab_size)"
         )
-    if tensor.ndim == 2 and tensor.numel() >= 100_000:
-        # The standard deviation of n normal values is known to 1 / sqrt(2 n); training moves it much further.
-        off = abs(float(tensor.double().std()) / _INIT_STD - 1)
-        if (
-            off < 3 / (2 * tensor.numel()) ** 0.5
-            and abs(float(tensor.double().mean())) < 3 * _INIT_STD / tensor.numel() ** 0.5
-        ):
-            raise UserError(
-                f"{where}: tensor {name} is random, as it was initialised: the draft is not trained"
-            )
+    if d2t.is_floating_point() or d2t.dtype == torch.bool:
+        raise UserError(f"{where}: tensor d2t is {d2t.dtype}, not whole numbers")
+    ids = torch.arange(size) + d2t.long()
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or bool((ids[1:] <= ids[:-1]).any()):
+        raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
+    return ids
 
 
 def _check_vocabulary(tensors: Mapping[str, Tensor], where: str) -> None:
     d2t, t2d = tensors["d2t"], tensors["t2d"]
-    ids = torch.arange(len(d2t)) + d2t
-    if int(ids.min()) < 0 or int(ids.max()) >= len(t2d) or bool((ids[1:] <= ids[:-1]).any()):
-        raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")
+    ids = target_ids(d2t, len(d2t), len(t2d), where)
     if int(t2d.sum()) != len(d2t) or not bool(t2d[ids].all()):
         raise UserError(f"{where}: t2d marks other tokens than d2t maps to")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from specforge.errors import UserError
 from specforge.export.eagle3 import check_captured_layers
-from specforge.export.format import DraftFormat
+from specforge.export.format import DTYPES, DraftFormat
+from specforge.modeling.draft import Draft
 from specforge.target_files import TargetFiles
 
 
@@ -28,10 +30,27 @@ class DFlashFormat(DraftFormat):
                 f"export: draft_vocab_size is {config['draft_vocab_size']}; SGLang drafts from all "
                 f"{target.vocab_size} tokens of the target's head"
             )
+        if "partial_rotary_factor" in config["rope_parameters"]:
+            raise UserError("export: partial_rotary_factor is set; SGLang's DFlash rotates whole heads")
         if config.get("qk_norm") is False:
             raise UserError(
                 "export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights"
             )
+
+    def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """For a draft vocabulary, add the target's head for its tokens; vLLM would leave it at random values.
+
+        Raises:
+            UserError: see :meth:`DraftFormat.to_hf`; or the head of a draft vocabulary would need a bias.
+        """
+        extra: dict[str, Tensor] = {}
+        if not bool(draft.t2d.all()):
+            if target.lm_head_bias() is not None:
+                raise UserError(
+                    f"export: the head of {target.name} has a bias, which is not supported with a draft vocabulary"
+                )
+            extra["lm_head.weight"] = target.lm_head()[draft.target_ids.cpu()].to(DTYPES[dtype])
+        self._write(draft, folder, dtype, extra)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the vocabulary maps where they say nothing."""

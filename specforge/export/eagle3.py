@@ -23,6 +23,10 @@ class Eagle3Format(DraftFormat):
     hf_embedding = True
     server, chain = "EAGLE3", 4
 
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """See :meth:`DraftFormat.config`; with the fields of :func:`for_vllm`."""
+        return {**super().config(config, dtype), **for_vllm(config)}
+
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
         """See :meth:`DraftFormat.check`."""
         eagle = config.get("eagle_config") or {}
@@ -33,6 +37,11 @@ class Eagle3Format(DraftFormat):
                 "the server would silently capture its default layers"
             )
         check_captured_layers(layers, target)
+        for name in ("norm_before_residual", "attention_bias"):
+            if config.get(name):
+                raise UserError(
+                    f"export: {name} is set, which SGLang's draft does not support; use --to hf (vLLM)"
+                )
         if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
             eagle.get("norm_before_fc") or config.get("norm_before_fc")
         ):
@@ -50,6 +59,20 @@ class Eagle3Format(DraftFormat):
             raise UserError(
                 "export: tie_word_embeddings is set; the server would use the embedding as lm_head"
             )
+
+
+def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields that vLLM reads in configs of drafts with fused features.
+
+    It counts captured layers by their inputs, so its ids are one higher than SGLang's. Its top-level field takes
+    precedence over ``eagle_config``, so one folder is right for both. It takes ``norm_before_residual`` as true in some
+    forms if it is absent.
+    """
+    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    return {
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers],
+        "norm_before_residual": bool(config.get("norm_before_residual")),
+    }
 
 
 def check_captured_layers(layers: list[int], target: TargetFiles) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.export.checks import check_tensors
+from specforge.export.checks import check_tensors, target_ids
 from specforge.modeling.draft import Draft, build_draft, config_fields, read_draft, save_draft
 from specforge.target_files import TargetFiles
 
@@ -92,7 +92,9 @@ class DraftFormat:
                 if new.startswith(old):
                     new = replacement + new.removeprefix(old)
             if new not in self.not_the_drafts:
-                renamed[new] = tensor.float() if tensor.is_floating_point() else tensor
+                renamed[new] = (
+                    tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
+                )
         vocab = config["vocab_size"]
         size = config.get("draft_vocab_size") or vocab
         if "d2t" not in renamed:
@@ -101,15 +103,16 @@ class DraftFormat:
                     f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens"
                 )
             renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
-        renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool)
-        renamed["t2d"][torch.arange(size) + renamed["d2t"]] = True
+        ids = target_ids(renamed["d2t"], size, vocab, where)
+        renamed["d2t"] = renamed["d2t"].long()
+        renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
         return renamed
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
         """Write config.json and model.safetensors in the field's own form.
 
         Raises:
-            UserError: the draft is not trained, damaged, or does not fit the target.
+            UserError: the draft was never trained, is damaged, or does not fit the target.
         """
         extra = {"embed_tokens.weight": target.embedding().to(DTYPES[dtype])} if self.hf_embedding else {}
         self._write(draft, folder, dtype, extra)
@@ -118,7 +121,7 @@ class DraftFormat:
         """Write a folder for ``--speculative-draft-model-path``; SGLang takes the embedding from the target.
 
         Raises:
-            UserError: the draft is not trained, damaged, or would not be loaded as what it is.
+            UserError: the draft was never trained, is damaged, or would not be loaded as what it is.
         """
         self.check(config_fields(draft), target)
         self._write(draft, folder, dtype, {})
@@ -127,7 +130,7 @@ class DraftFormat:
         where = f"export to {folder}"
         state = {name: x.detach().cpu() for name, x in draft.state_dict().items()}
         config = config_fields(draft)
-        check_tensors(state, self.build(config).state_dict(), where)
+        check_tensors(state, self.build(config).state_dict(), where, draft.trained)
         state = {n: x.to(DTYPES[dtype]) if x.is_floating_point() else x for n, x in state.items()}
         save_draft(self.config(config, dtype), {**self.tensors(state), **extra}, folder)
         self._read_back(folder, state)
@@ -148,6 +151,8 @@ def _rope_twice(config: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return fields

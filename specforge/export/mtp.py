@@ -150,7 +150,7 @@ class MTPFormat(DraftFormat):
             raise UserError(
                 f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}"
             )
-        check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}")
+        check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}", draft.trained)
         renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))
         if unknown:

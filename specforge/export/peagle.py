@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from specforge.export.eagle3 import for_vllm
 from specforge.export.format import DTYPES, DraftFormat
 from specforge.modeling.draft import Draft
+from specforge.modeling.draft.llama_eagle3 import LlamaEagle3
 from specforge.target_files import TargetFiles
 
 _EMBEDDING = "embed_tokens.weight"
@@ -23,8 +25,11 @@ class PEagleFormat(DraftFormat):
     refusal = "SGLang does not serve P-EAGLE; use --to hf, which vLLM loads"
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As everywhere, and the mask token under vLLM's name."""
-        return {**super().config(config, dtype), "ptd_token_id": config["mask_token_id"]}
+        """To vLLM this is the architecture of EAGLE-3 with a mask token, under a name of its own."""
+        return {
+            **super().config(config, dtype), **for_vllm(config), "architectures": [LlamaEagle3.architecture],
+            "ptd_token_id": config["mask_token_id"],
+        }  # fmt: skip
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """See :meth:`DraftFormat.read`."""

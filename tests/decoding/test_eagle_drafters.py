@@ -22,12 +22,15 @@ from specforge.inference.target_engine import HFTargetEngine
 from specforge.target_files import TargetFiles
 
 SMALL = {"draft_vocab_size": 200}
+OPTIONAL = {"norm_before_residual": True, "attention_bias": True}
 MAKERS: dict[str, Callable[[str], FusedModule]] = {
     "eagle3.1": lambda t: Eagle3Module(
         t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"
     ),
     "norm_before_fc": lambda t: Eagle3Module(t, {**SMALL, "norm_before_fc": True}, init_from="target"),
     "latent": lambda t: Eagle3Module(t, {**SMALL, **LATENT, "norm_output": True}),
+    "biases": lambda t: Eagle3Module(t, {**SMALL, **OPTIONAL, "partial_rotary_factor": 0.5}),
+    "peagle, biases": lambda t: PEagleModule(t, {**SMALL, **OPTIONAL, "num_hidden_layers": 2}),
     "peagle": lambda t: PEagleModule(t, SMALL, init_from="target"),
     "peagle, own embedding": lambda t: PEagleModule(
         t, {**SMALL, "num_hidden_layers": 2, "embed_requires_grad": True}, init_from="target"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lightning_modules.eagle3 import Eagle3Module
 from lightning_modules.fused import FusedModule
 from lightning_modules.peagle import PEagleModule
+from specforge.commands import load_module
 from specforge.errors import UserError
 
 LATENT = {
@@ -65,6 +66,7 @@ def test_latent_names_are_those_that_sglang_loads(target, tmp_path):
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
     assert config["model_type"] == "deepseek_v3"
     assert (config["q_lora_rank"], config["v_head_dim"], config["num_hidden_layers"]) == (12, 5, 1)
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
 
 
 def test_peagle_names_are_those_that_vllm_loads(target, tmp_path):
@@ -81,6 +83,11 @@ def test_peagle_names_are_those_that_vllm_loads(target, tmp_path):
     assert "layers.1.hidden_norm.weight" not in tensors
     assert torch.equal(tensors["embed_tokens.weight"], module.target.embedding())
     assert config["ptd_token_id"] == config["mask_token_id"] == 3
+    # To vLLM it is an EAGLE-3 draft, whose layers are counted by their inputs.
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["norm_before_residual"] is False
+    assert type(load_module(tmp_path / "draft", str(module.target.folder))) is PEagleModule
 
 
 def test_a_trained_embedding_is_the_one_that_is_written(target, tmp_path):

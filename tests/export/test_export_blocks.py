@@ -79,10 +79,41 @@ def test_what_the_server_would_misread_is_refused(target, tmp_path):
     for config, words in (
         ({"draft_vocab_size": 64}, "draft_vocab_size is 64"),
         ({"qk_norm": False}, "qk_norm"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is set; SGLang's DFlash rotates whole heads"),
     ):
         module = trained("dflash", target, **config)
         with pytest.raises(UserError, match=words):
             module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
-    module = trained("dflash", target, draft_vocab_size=64)
-    module.export_format.to_hf(module.draft, module.target, tmp_path / "draft")
-    assert {"d2t", "t2d"} <= set(load_file(tmp_path / "draft" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark"])
+def test_a_reduced_vocabulary_is_exported_with_the_head_of_the_target(name, target, tmp_path):
+    """VLLM would leave a head of the draft vocabulary at random values."""
+    module = trained(name, target, draft_vocab_size=64)
+    module.draft.set_vocabulary(torch.arange(64) * 4)
+    module.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    assert {"d2t", "t2d"} <= set(tensors)
+    assert torch.equal(tensors["lm_head.weight"], module.target.lm_head()[torch.arange(64) * 4].float())
+    again = load_module(tmp_path / "draft", str(target))
+    assert all(torch.equal(again.draft.state_dict()[n], x) for n, x in module.draft.state_dict().items())
+
+
+def test_sliding_layers_are_exported_as_servers_run_them(target, tmp_path):
+    """They are causal within the block, as both servers assume; full-attention layers see the whole block."""
+    kinds = ["full_attention", "sliding_attention"]
+    module = trained("dflash", target, layer_types=kinds, use_sliding_window=True, sliding_window=20)
+    module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert (config["layer_types"], config["sliding_window"]) == (kinds, 20)
+    assert "causal" not in config["dflash_config"]
+    assert [layer.window for layer in load_module(tmp_path / "draft", str(target)).draft.layers] == [None, 20]
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark", "domino", "dflash2"])
+def test_a_draft_of_short_blocks_can_be_read(name, target, tmp_path):
+    """The default number of tokens of a round in validation is at most what a block drafts."""
+    module = trained(name, target, block_size=3)
+    assert module.gamma == min(4, module.draft.drafts) < 4
+    module.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    assert load_module(tmp_path / "draft", str(target)).draft.block_size == 3

@@ -15,8 +15,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
 
 
-def rotate(x: Tensor, position: int, theta: float) -> Tensor:
-    """Rotate one head ``[d]``: dimension i pairs with i + d/2."""
+def rotate(x: Tensor, position: int, theta: float, share: float = 1.0) -> Tensor:
+    """Rotate a share of one head ``[d]``: of d dimensions, i pairs with i + d/2."""
+    if share < 1:
+        size = int(len(x) * share)
+        return torch.cat([rotate(x[:size], position, theta), x[size:]])
     half = len(x) // 2
     out = []
     for i in range(half):
@@ -36,11 +39,13 @@ class Reference:
     def project(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Queries, keys and values of one row, by head."""
         c, attn = self.config, "midlayer.self_attn."
-        theta = c.rope_parameters["rope_theta"]
-        q, k, v = (self.w[attn + name] @ x for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        theta, share = c.rope_parameters["rope_theta"], c.rope_parameters.get("partial_rotary_factor", 1.0)
+        q, k, v = (
+            self.w[f"{attn}{n}_proj.weight"] @ x + self.w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv"
+        )
         return (
-            [rotate(h, position, theta) for h in q.split(c.head_dim)],
-            [rotate(h, position, theta) for h in k.split(c.head_dim)],
+            [rotate(h, position, theta, share) for h in q.split(c.head_dim)],
+            [rotate(h, position, theta, share) for h in k.split(c.head_dim)],
             list(v.split(c.head_dim)),
         )
 
@@ -86,7 +91,11 @@ class Reference:
                     heads.append(
                         sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True))
                     )
-                x = hidden[p] + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+                x = hidden[p]
+                if getattr(c, "norm_before_residual", False):
+                    x = rms_norm(x, w["midlayer.hidden_norm.weight"], eps)
+                x = x + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(heads)
+                x = x + w.get("midlayer.self_attn.o_proj.bias", 0)
                 y = rms_norm(x, w["midlayer.post_attention_layernorm.weight"], eps)
                 gate, up = w["midlayer.mlp.gate_proj.weight"] @ y, w["midlayer.mlp.up_proj.weight"] @ y
                 x = x + w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)

@@ -54,7 +54,8 @@ class Reference:
                     ])  # fmt: skip
                 else:
                     x = rms_norm(hidden[a, d], w[name + "input_layernorm.weight"], eps)
-                q, k, v = (w[f"{name}self_attn.{n}_proj.weight"] @ x for n in "qkv")
+                attn = f"{name}self_attn."
+                q, k, v = (w[f"{attn}{n}_proj.weight"] @ x + w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv")
                 queries[a, d] = [rotate(h, a + d, theta) for h in q.split(c.head_dim)]
                 keys[a, d] = [rotate(h, a + d, theta) for h in k.split(c.head_dim)]
                 values[a, d] = v.split(c.head_dim)
@@ -66,7 +67,11 @@ class Reference:
                     scores = torch.stack([queries[element][h] @ keys[o][h // group] for o in seen])
                     probs = torch.softmax(scores / math.sqrt(c.head_dim), 0)
                     heads.append(sum(p * values[o][h // group] for p, o in zip(probs, seen, strict=True)))
-                x = hidden[element] + w[name + "self_attn.o_proj.weight"] @ torch.cat(heads)
+                x = hidden[element]
+                if layer == 0 and getattr(c, "norm_before_residual", False):
+                    x = rms_norm(x, w[name + "hidden_norm.weight"], eps)
+                x = x + w[name + "self_attn.o_proj.weight"] @ torch.cat(heads)
+                x = x + w.get(name + "self_attn.o_proj.bias", 0)
                 y = rms_norm(x, w[name + "post_attention_layernorm.weight"], eps)
                 gate, up = w[name + "mlp.gate_proj.weight"] @ y, w[name + "mlp.up_proj.weight"] @ y
                 after[element] = x + w[name + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)

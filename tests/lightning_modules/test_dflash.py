@@ -228,8 +228,6 @@ def test_a_gap_ends_a_contiguous_block_only():
         ({}, {"attention_bias": True}, "attention_bias"),
         ({}, EAGLE, "LlamaForCausalLMEagle3 is not a draft of dflash"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"anchors": 0}, {}, "anchors is 0"),
-        ({"decay": -1.0}, {}, "decay -1.0"),
         ({"layer_ids": [1, 9]}, {}, "layer 9"),
     ],
 )

@@ -171,11 +171,10 @@ def test_it_starts_as_dflash(small_target):
     [
         ({}, {"conv_group_size": 3}, "conv_group_size is 3"),
         ({}, {"conv_kernel_size": 6}, "conv_kernel_size 6"),
-        ({}, {"selector_top_k": V + 1}, "selector_top_k 49"),
+        ({}, {"selector_top_k": V + 1}, "selector_top_k is 49"),
         ({}, {"selector_rank": 0}, "selector_rank is 0"),
         ({}, {"mask_token_id": V}, "mask_token_id is 48, outside"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"selector": 0.0}, {}, "selector is 0.0"),
         ({"config": {"architectures": ["DFlashDraftModel"]}}, {}, "not a draft of dflash2"),
     ],
 )

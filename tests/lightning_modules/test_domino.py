@@ -175,13 +175,11 @@ def test_the_base_counts_less_with_every_step(target, features, tmp_path, monkey
     ("options", "fields", "message"),
     [
         ({}, {"gru_hidden_dim": 0}, "gru_hidden_dim is 0"),
-        ({}, {"emb_dim": 0}, "emb_dim 0"),
-        ({}, {"pure_draft_prefix_len": 4}, "pure_draft_prefix_len 4"),
+        ({}, {"emb_dim": 0}, "emb_dim is 0"),
+        ({}, {"pure_draft_prefix_len": 4}, "pure_draft_prefix_len is 4"),
         ({}, {**UNSHIFTED, "pure_draft_prefix_len": 3}, "below the 3 tokens"),
         ({}, {"mask_token_id": V}, "mask_token_id is 48, outside"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"share": 1.5}, {}, "base_start is 1.5"),
-        ({"base_decay": -0.5}, {}, "base_decay -0.5"),
         (
             {"config": {"architectures": ["DFlashDraftModel"]}},
             {"projector_type": None},

@@ -135,10 +135,10 @@ def test_bf16_gradients_are_close_to_fp32(small_target):
     ("options", "config", "message"),
     [
         ({}, {"markov_head_type": "other"}, "markov_head_type is 'other'"),
-        ({}, {"markov_rank": 0}, "markov_rank 0"),
+        ({}, {"markov_rank": 0}, "markov_rank is 0"),
         ({}, {"block_size": 0}, "block_size is 0"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        ({"l1": -1.0}, {}, "l1 -1.0"),
+        ({"l1": 0.0, "ce": 0.0}, {}, "ce and l1 are both 0"),
         ({}, {"architectures": ["DFlashDraftModel"]}, "DFlashDraftModel is not a draft of dspark"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_modules.hydra import HydraModule
 from lightning_modules.medusa import MedusaModule
+from specforge.commands import load_module
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
 from tests.lightning_modules.heads_reference import HeadsReference
@@ -182,6 +184,35 @@ def test_bad_options_are_refused_by_name(small_target, cls):
     module, head = make_module(cls, small_target), make_head()
     with pytest.raises(UserError, match="5 tokens a round, but the draft has 4 heads"):
         next(iter(module.draft_logits(pack(documents_of((9,))), head, 5)))
+
+
+def test_medusa_over_the_whole_vocabulary_is_written_under_the_names_of_vllm(small_target, tmp_path):
+    module = make_module(MedusaModule, small_target, V, {"num_head_blocks": 2})
+    module.draft.float()
+    MedusaModule.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    assert set(tensors) == {
+        *(f"blocks.{k}.layers.{j}.weight" for k in range(HEADS) for j in range(2)),
+        *(f"lm_heads.{k}.weight" for k in range(HEADS)),
+    }  # fmt: skip
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    expected = {
+        "architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": HEADS, "num_hidden_layers": 2,
+        "medusa_fc_bias": False, "hidden_size": 16, "vocab_size": 48,
+    }  # fmt: skip
+    assert {key: config[key] for key in expected} == expected
+    # vLLM renames fields of such names.
+    assert not {"num_draft_heads", "num_head_blocks"} & set(config)
+    again = load_module(tmp_path / "draft", str(small_target))
+    for name, tensor in module.draft.state_dict().items():
+        assert torch.equal(again.draft.state_dict()[name], tensor), name
+
+
+def test_a_draft_of_few_heads_can_be_read(small_target, tmp_path):
+    module = make_module(MedusaModule, small_target, config={"num_draft_heads": 2}, gamma=2)
+    module.draft.float()
+    MedusaModule.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
+    assert load_module(tmp_path / "draft", str(small_target)).gamma == 2
 
 
 @BOTH

@@ -248,8 +248,6 @@ def test_bad_options_are_refused_by_name(small_target, tmp_path):
     target = str(small_target)
     with pytest.raises(UserError, match="has no MTP weights of its own"):
         MTPModule(target, init_from="target_mtp")
-    with pytest.raises(UserError, match="steps is 0"):
-        MTPModule(target, steps=0)
     with pytest.raises(UserError, match="num_hidden_layers is 2"):
         MTPModule(target, draft_config={"num_hidden_layers": 2})
     with pytest.raises(UserError, match="is not a draft of mtp"):

@@ -77,6 +77,7 @@ def elements(plan: ParallelPlan) -> list[tuple[int, int]]:
         ({"depths": 1, "gamma": 1}, V, {}, 0.7),
         ({}, 20, {"fc_norm": True, "num_hidden_layers": 3}, 0.9),
         ({}, 20, {"embed_requires_grad": True}, 0.9),
+        ({}, 20, {"norm_before_residual": True, "attention_bias": True, "num_hidden_layers": 2}, 0.9),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(
@@ -247,7 +248,6 @@ def test_validation_is_deterministic_and_complete(small_target):
             "is not a draft of peagle",
         ),
         ({}, {"gamma": 9}, "gamma is 9; want 1 to 8"),
-        ({}, {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ({}, {"topk": 0}, "topk is 0"),
         ({}, {"layer_ids": [1, 2, 99]}, "99"),
     ],

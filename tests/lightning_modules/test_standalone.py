@@ -23,9 +23,9 @@ from specforge.eval.tau import jump
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.modeling.target_head import TargetHead
 from specforge.target_files import TargetFiles
-from tests.families import BASE
+from tests.families import BASE, LONGROPE, write_family
 from tests.lightning_modules.test_eagle3 import make_documents, make_head, pack, same
-from tests.tiny import write_target
+from tests.tiny import recipe, write_target
 
 V, H = 48, 16
 SMALL = {
@@ -334,13 +334,98 @@ def test_the_served_command_names_the_algorithm(tmp_path):
         ),
         ({"draft_config": {"num_hidden_layers": 2, "num_attention_heads": 5}}, "model.draft_config"),
         ({"draft": "no/such-model-here"}, "draft 'no/such-model-here'"),
-        ({"gamma": 0}, "gamma is 0"),
     ],
 )
 def test_bad_options_are_refused_by_name(target, options, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         StandaloneModule(str(target), **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_hidden_layer": 2}, "num_hidden_layer is 2, but model_type 'llama' has no such field"),
+        ({"norm_output": True}, "norm_output is True, but model_type 'llama'"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers is 9, but .* has 8"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but .* has 8"),
+        ({"draft_vocab_size": -1}, "draft_vocab_size is -1, but"),
+        ({"draft_vocab_size": "64"}, "draft_vocab_size is '64', but"),
+        ({"intermediate_size": 10**12}, "such a draft needs .* GB, but only"),
+        (
+            {**BASE, "model_type": "gemma2", "head_dim": 8},
+            "logits of Gemma2ForCausalLM are not its output head times",
+        ),
+        ({**BASE, "model_type": "granite", "logits_scaling": 2.0}, "logits of GraniteForCausalLM are not"),
+        ({**BASE, "model_type": "phi"}, "output head of PhiForCausalLM has a bias"),
+    ],
+    ids=str,
+)
+def test_fields_that_its_model_does_not_have_or_cannot_be_trained_with_are_refused(target, config, words):
+    with pytest.raises(UserError, match=words):
+        StandaloneModule(str(target), draft_config=config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "seed_oss", "gemma3_text"])
+def test_any_model_whose_logits_are_its_head_times_its_state_can_be_a_draft(target, kind):
+    """Also with dropout, which is off during the check."""
+    fields = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    }
+    module = StandaloneModule(str(target), draft_config={**BASE, "model_type": kind, **fields.get(kind, {})})
+    assert module.draft.training
+
+
+def test_fields_with_an_entry_per_layer_follow_the_layers_that_are_kept(tmp_path):
+    target = write_family("smollm3", tmp_path / "target")
+    module = StandaloneModule(str(target), init_from="target", draft_config={"num_hidden_layers": 3})
+    files = module.target
+    assert files.config["no_rope_layers"] == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert module.draft.config.no_rope_layers == [1, 1, 0]
+    module.start(files)
+
+
+def test_a_class_may_have_its_own_names_for_common_fields(tmp_path):
+    target = write_family("gpt2", tmp_path / "target")
+    for fields in ({"num_hidden_layers": 3}, {"n_layer": 3}):
+        config = StandaloneModule(str(target), draft_config=fields).draft.config
+        assert (config.n_layer, config.num_hidden_layers) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": 20}, 20),
+        ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 20}, 20),
+        ({"model_type": "llama", "max_position_embeddings": 20,
+          "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 20),
+        ({"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 400}, 400),
+        ({"model_type": "llama", "max_position_embeddings": 20}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_longest_text_of_a_draft(target, config, limit):
+    assert (
+        StandaloneModule(str(target), draft_config={**BASE, "num_hidden_layers": 1, **config}).draft.longest
+        == limit
+    )
+
+
+def test_texts_that_are_too_long_for_the_draft_are_refused_before_training(
+    target, features, tmp_path, capsys
+):
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 264,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 20,
+    }
+    model = {"class_path": "StandaloneModule", "init_args": {"target": str(target), "draft_config": config}}
+    assert main(["fit", "--config", str(recipe(target, features, tmp_path, model=model))]) == 2
+    assert "tokens, but the draft supports texts of up to 20" in capsys.readouterr().err
 
 
 def test_a_draft_with_another_vocabulary_is_refused_by_name(target, tmp_path):

@@ -16,6 +16,7 @@ from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_engine.base import check_layers, feature_widths
 from specforge.modeling.target_head import TargetHead, distance
+from specforge.modeling.target_layers import backbone, decoder_layers
 from specforge.target_files import TargetFiles, torch_dtype
 
 
@@ -58,28 +59,6 @@ class FeatureTap:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-
-
-def backbone(model: Any) -> nn.Module:
-    """The part of a causal LM whose output its head reads."""
-    base: nn.Module = model.base_model
-    if base is not model:
-        return base
-    layers = decoder_layers(model)  # a class that transformers says nothing of: what holds the layers
-    return next(module for module in model.modules() if layers in module.children())
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model; of its text part where it has several modalities.
-
-    Raises:
-        UserError: none of its module lists has as many entries as the config has layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__}: no list of {count} decoder layers found")
 
 
 _TAKES_BACK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

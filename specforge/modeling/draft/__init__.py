@@ -5,8 +5,11 @@ from pkgutil import iter_modules
 
 from specforge.modeling.draft.registry import (
     Draft,
+    as_trained,
     build_draft,
+    canonical,
     config_fields,
+    draft_class,
     read_draft,
     register_draft,
     save_draft,
@@ -15,4 +18,7 @@ from specforge.modeling.draft.registry import (
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Draft", "build_draft", "config_fields", "read_draft", "register_draft", "save_draft"]
+__all__ = [
+    "Draft", "as_trained", "build_draft", "canonical", "config_fields", "draft_class", "read_draft",
+    "register_draft", "save_draft",
+]  # fmt: skip

@@ -19,10 +19,24 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from specforge.modeling.draft.eagle3 import Eagle3Draft
+from specforge.modeling.draft.fields import ANYTHING, FLAG, POSITIVE, SIZE, Fields, only, required
 from specforge.modeling.draft.fused import Angles, Eagle3Attention
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.functional import RMSNorm
 from specforge.modeling.layers.rope import apply_rope
+
+# There are as many key heads as query heads, and their size is the sum of the two parts.
+LATENT: Fields = {
+    **{name: required(SIZE) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "q_lora_rank": required(SIZE), "rope_interleave": only(True), "attention_bias": only(False),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"), ANYTHING),
+}  # fmt: skip
+EXPERTS: Fields = {
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
+    **dict.fromkeys(("n_group", "topk_group"), SIZE),
+    "norm_topk_prob": FLAG, "routed_scaling_factor": POSITIVE, "first_k_dense_replace": ANYTHING,
+    "num_local_experts": ANYTHING, "output_router_logits": only(False),
+}  # fmt: skip
 
 
 class LatentAttention(Eagle3Attention):
@@ -35,20 +49,20 @@ class LatentAttention(Eagle3Attention):
         config: a ``DeepseekV3Config``.
 
     Raises:
-        ValueError: there is no ``q_lora_rank``, or ``v_head_dim`` is larger than a key's head.
+        ValueError: ``v_head_dim`` is larger than a key's head, or a part of the rotary dimensions is not rotated.
     """
 
     input_parts: ClassVar[int] = 2
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        if not config.q_lora_rank:
-            raise ValueError("q_lora_rank is missing: queries of such a draft have low rank")
         rotary, other, eps = config.qk_rope_head_dim, config.qk_nope_head_dim, config.rms_norm_eps
         self.heads = self.kv_heads = config.num_attention_heads
         self.rotary_dim, self.head_dim, self.value_dim = rotary, rotary + other, config.v_head_dim
         if self.value_dim > self.head_dim:
             raise ValueError(f"v_head_dim is {self.value_dim}, more than a key's {self.head_dim}")
+        if "partial_rotary_factor" in config.rope_parameters:
+            raise ValueError("partial_rotary_factor is set, but qk_rope_head_dim says how much is rotated")
         self.query_width, self.rank = config.q_lora_rank, config.kv_lora_rank
         width = self.input_parts * config.hidden_size
         self.q_a_proj = nn.Linear(width, self.query_width, bias=False)
@@ -109,6 +123,8 @@ class DeepseekEagle3(Eagle3Draft):
             target's experts it reads nothing.
     """
 
+    # Configs copied from a target have fields of experts; servers do not read them in a draft either.
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, **LATENT, **dict.fromkeys(EXPERTS, ANYTHING)}
     attention: ClassVar[type[Eagle3Attention]] = LatentAttention
 
     def __init__(self, config: DeepseekV3Config) -> None:

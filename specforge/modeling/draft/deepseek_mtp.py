@@ -17,7 +17,8 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from specforge.errors import UserError
-from specforge.modeling.draft.deepseek_eagle3 import LatentAttention
+from specforge.modeling.draft.deepseek_eagle3 import EXPERTS, LATENT, LatentAttention
+from specforge.modeling.draft.fields import FLAG, Fields, only
 from specforge.modeling.draft.fused import SwiGLUMLP
 from specforge.modeling.draft.mtp import MTPDraft, MTPWeights
 from specforge.modeling.draft.registry import register_draft
@@ -41,6 +42,7 @@ class DeepseekMTPDraft(MTPDraft):
             ``moe`` (default false) for a mixture of experts of the config's numbers instead of the dense MLP.
     """
 
+    fields: ClassVar[Fields] = {**MTPDraft.fields, **LATENT, **EXPERTS, "moe": FLAG, "qk_norm": only(False)}
     form: ClassVar[str] = "a DeepSeek layer"
     attention: ClassVar[type[PlainLatentAttention]] = PlainLatentAttention
 

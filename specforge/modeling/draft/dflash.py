@@ -13,7 +13,7 @@ x target hidden size, h / k query / key heads, d head size.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.blocks import BlockPlan
+from specforge.modeling.draft.fields import (
+    ANYTHING,
+    FLAG,
+    KINDS_OF_LAYERS,
+    LAYER,
+    LAYER_IDS,
+    NO_MATRICES,
+    SIZE,
+    TOKEN,
+    Fields,
+    by_default,
+    only,
+    quoted,
+    required,
+    whole,
+)  # fmt: skip
 from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.layers.block_attention import block_attention
@@ -113,12 +129,23 @@ class DFlash(Draft):
         ValueError: a field is missing or asks for a network that this class is not.
 
     Attributes:
+        nested: the fields that are read from ``dflash_config``.
         layer: the class of the layers.
         block_size: b.
         mask_token_id: the token of slots 1 and later.
         layer_ids: captured layers.
     """
 
+    nested: ClassVar[Fields] = {
+        "mask_token_id": required(TOKEN), "target_layer_ids": required(LAYER_IDS), "block_size": whole(1, 4096),
+        "num_target_layers": ANYTHING, "causal": only(False), "use_swa": only(False),
+    }  # fmt: skip
+    fields: ClassVar[Fields] = {
+        **LAYER, **NO_MATRICES, "block_size": whole(1, 4096), "num_target_layers": ANYTHING,
+        "qk_norm": by_default(True, FLAG), "layer_types": KINDS_OF_LAYERS, "use_sliding_window": FLAG,
+        "sliding_window": SIZE, "max_window_layers": SIZE, "is_causal": only(False),
+        "dflash_config": nested,
+    }  # fmt: skip
     layer: ClassVar[type[BlockLayer]] = BlockLayer
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -127,13 +154,30 @@ class DFlash(Draft):
         self.block_size = block_size(config)
         self.mask_token_id, self.layer_ids = fields["mask_token_id"], tuple(fields["target_layer_ids"])
         kinds = config.layer_types
-        _check(config, self.block_size, self.mask_token_id, self.drafts)
+        _check(config, self.block_size, self.drafts)
         width, eps = getattr(config, "target_hidden_size", None) or config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(width * len(self.layer_ids), config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, eps)
         self.layers = nn.ModuleList(self.layer(config, kind) for kind in kinds)
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = RotaryTable(config)
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """Move top-level fields of other projects into ``dflash_config``; a window that is named is used."""
+        if config.get("sliding_window") is not None and "use_sliding_window" not in config:
+            if "sliding_attention" not in (config.get("layer_types") or ()):
+                raise ValueError("sliding_window is set, but no entry of layer_types is sliding_attention")
+            config["use_sliding_window"] = True
+        nested = config.get("dflash_config", {})
+        if not isinstance(nested, dict):
+            return
+        for name in ("mask_token_id", "target_layer_ids"):
+            value = config.pop(name, None)
+            if value is not None and nested.setdefault(name, value) != value:
+                raise ValueError(f"{name} is {quoted(value)}, but {quoted(nested[name])} in dflash_config")
+        if nested:
+            config["dflash_config"] = nested
 
     @property
     def shift(self) -> int:
@@ -211,18 +255,23 @@ class DFlash(Draft):
         return BlockDecoder(self, dtype)
 
 
-def _check(config: Qwen3Config, block_size: int, mask_token_id: int, drafts: int) -> None:
+def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
+    fields = config.dflash_config
     if drafts < 1:
         raise ValueError(f"block_size is {block_size}: such a block drafts nothing")
-    if not 0 <= mask_token_id < config.vocab_size:
+    if fields["mask_token_id"] >= config.vocab_size:
         raise ValueError(
-            f"mask_token_id is {mask_token_id}, outside a vocabulary of {config.vocab_size} tokens"
+            f"mask_token_id is {fields['mask_token_id']}, outside a vocabulary of {config.vocab_size} tokens"
         )
-    if config.num_hidden_layers < 1:
-        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; a draft has at least one layer")
-    if getattr(config, "attention_bias", False):
-        raise ValueError("attention_bias is set; the draft's projections have none")
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers"
+        )
+    if config.use_sliding_window and "sliding_attention" not in config.layer_types:
+        raise ValueError("use_sliding_window is set, but no entry of layer_types is sliding_attention")
     if "sliding_attention" in config.layer_types:
+        if "causal" in fields or getattr(config, "is_causal", None) is False:
+            raise ValueError("causal is False, but sliding-window layers are causal within the block")
         window = config.sliding_window
         if window is None or window < block_size:
             raise ValueError(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash import BlockLayer, DFlash, _Heads, _Weights, block_size
+from specforge.modeling.draft.fields import SIZE, Fields, by_default
 from specforge.modeling.draft.registry import register_draft
 
 IN, OUT = 0, 1
@@ -127,6 +128,9 @@ class CandidateSelector(nn.Module):
         return chosen.scatter_(-1, top, logits.gather(-1, top) + scores.gather(-1, top))
 
 
+_NESTED = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+
+
 @register_draft("DFlash2DraftModel", config_class=Qwen3Config)
 class DFlash2(DFlash):
     """DFlash-2.
@@ -139,16 +143,22 @@ class DFlash2(DFlash):
         ValueError: a field is missing or asks for a network that this class is not.
     """
 
+    fields: ClassVar[Fields] = {
+        **DFlash.fields,
+        "dflash_config": {
+            **DFlash.nested,
+            **{name: by_default(value, SIZE) for name, value in _NESTED.items()},
+        },
+    }
     layer: ClassVar[type[BlockLayer]] = DFlash2Layer
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         fields, size = config.dflash_config, config.draft_vocab_size
         rank, top_k = fields.get("selector_rank", 256), fields.get("selector_top_k", 16)
-        if rank < 1 or not 1 <= top_k <= size:
+        if top_k > size:
             raise ValueError(
-                f"selector_rank is {rank}, selector_top_k {top_k}; want >= 1, and 1 to the {size} tokens of the "
-                "draft vocabulary"
+                f"selector_top_k is {top_k}, more than the {size} tokens of the draft vocabulary"
             )
         self.candidate_selector = CandidateSelector(config.vocab_size, size, config.hidden_size, rank, top_k)
 

@@ -11,7 +11,8 @@ correction, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash import DFlash
+from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, only, required, whole
 from specforge.modeling.draft.registry import register_draft
 
 
@@ -54,7 +56,15 @@ class PrefixGRU(nn.Module):
         return torch.lerp(candidate, state, update)
 
 
-@register_draft("DominoDraftModel", config_class=Qwen3Config, projector_type="domino")
+_KIND = only("domino")
+_NESTED: Fields = {
+    "projector_type": _KIND, "shift_label": by_default(True, FLAG),
+    "pure_draft_prefix_len": by_default(1, whole(0, 4096)),
+    "gru_hidden_dim": required(SIZE), "emb_dim": required(SIZE),
+}  # fmt: skip
+
+
+@register_draft("DominoDraftModel", config_class=Qwen3Config)
 class Domino(DFlash):
     """Domino.
 
@@ -69,15 +79,16 @@ class Domino(DFlash):
         prefix: drafts at the start of a block that keep their base logits.
     """
 
+    fields: ClassVar[Fields] = {**DFlash.fields, "dflash_config": {**DFlash.nested, **_NESTED}}
+
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         fields = config.dflash_config
         hidden, rank = fields["gru_hidden_dim"], fields["emb_dim"]
         self.prefix = fields.get("pure_draft_prefix_len", 1)
-        if min(hidden, rank) < 1 or not 0 <= self.prefix < self.drafts:
+        if self.prefix >= self.drafts:
             raise ValueError(
-                f"gru_hidden_dim is {hidden}, emb_dim {rank}, pure_draft_prefix_len {self.prefix}; want sizes >= 1, "
-                f"and a prefix below the {self.drafts} tokens that a block drafts"
+                f"pure_draft_prefix_len is {self.prefix}; it must be below the {self.drafts} tokens that a block drafts"
             )
         self.prefix_gru = PrefixGRU(config.hidden_size, hidden)
         self.embed_proj = nn.Sequential(
@@ -85,6 +96,12 @@ class Domino(DFlash):
             nn.SiLU(),
             nn.Linear(rank, config.draft_vocab_size, bias=False),
         )
+
+    @classmethod
+    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+        """Other projects name the architecture of DFlash and set this field."""
+        nested = config.get("dflash_config")
+        return isinstance(nested, Mapping) and _KIND.allows(nested.get("projector_type"))
 
     @property
     def shift(self) -> int:

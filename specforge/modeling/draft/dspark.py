@@ -10,12 +10,15 @@ Shape legend: M drafts, n blocks, T drafts of a block, H hidden size, r Markov r
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash import DFlash
+from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, only
 from specforge.modeling.draft.registry import register_draft
 
 KINDS = ("vanilla", "gated", "rnn")
@@ -100,13 +103,15 @@ class DSpark(DFlash):
         ValueError: a field is missing or asks for a network that this class is not.
     """
 
+    fields: ClassVar[Fields] = {
+        **DFlash.fields, "markov_rank": by_default(256, SIZE), "sample_from_anchor": only(True),
+        "markov_head_type": by_default("vanilla", only(*KINDS)), "enable_confidence_head": by_default(True, FLAG),
+        "confidence_head_with_markov": by_default(True, FLAG),
+    }  # fmt: skip
+
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         rank, kind = getattr(config, "markov_rank", 256), getattr(config, "markov_head_type", "vanilla")
-        if kind not in KINDS or rank < 1:
-            raise ValueError(
-                f"markov_head_type is {kind!r} and markov_rank {rank}; use {', '.join(KINDS)} and >= 1"
-            )
         self.markov_head = MarkovHead(
             config.vocab_size, config.draft_vocab_size, config.hidden_size, rank, kind
         )

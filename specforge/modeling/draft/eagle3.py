@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specforge.modeling.draft.fields import FLAG, Fields
 from specforge.modeling.draft.fused import Eagle3Attention, Eagle3Layer, FusedDraft
 from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.modeling.layers.attention import ttt_attention
@@ -43,6 +44,7 @@ class Eagle3Draft(FusedDraft):
         ValueError: a field is missing or asks for a network that this class is not.
     """
 
+    fields: ClassVar[Fields] = {**FusedDraft.fields, "norm_output": FLAG}
     attention: ClassVar[type[Eagle3Attention]]
 
     def __init__(self, config: Any) -> None:
@@ -83,7 +85,7 @@ class Eagle3Draft(FusedDraft):
     ) -> Tensor:
         layer, attn, w = self.midlayer, self.midlayer.self_attn, self.midlayer.weights(dtype)
         width = attn.query_width
-        embed = layer.input_layernorm.linear(embeds.to(dtype), w.embed)
+        embed = layer.read(embeds.to(dtype), w)
         cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
         row_positions = plan.positions[plan.rows]
 
@@ -163,7 +165,7 @@ class Eagle3Decoder:
         layer, attn, w = self.draft.midlayer, self.draft.midlayer.self_attn, self._weights
         before, after = self.rows, self.rows + hidden.shape[0]
         self._cache.reserve(after)
-        product = layer.input_layernorm.linear(embeds.to(self.dtype), w.embed)
+        product = layer.read(embeds.to(self.dtype), w)
         product = product + layer.hidden_norm.linear(hidden, w.hidden)
         key, value = attn.keys_values(
             product[:, attn.query_width :], self._cache.angles(before, after), w.more

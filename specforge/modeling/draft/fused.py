@@ -6,16 +6,32 @@ query / key heads, d / v size of a query and key head / of a value head.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specforge.modeling.draft.fields import (
+    FLAG,
+    LAYER,
+    LAYER_IDS,
+    SIZE,
+    Fields,
+    draft_rope,
+    only,
+    quoted,
+    required,
+    rope_fields,
+)  # fmt: skip
 from specforge.modeling.draft.registry import Draft, copy_into
+from specforge.modeling.layers.attention import Segment, ttt_attention
 from specforge.modeling.layers.functional import RMSNorm, norm_heads
-from specforge.modeling.layers.rope import RotaryTable
+from specforge.modeling.layers.rope import ROPE_TYPES, RotaryTable
+from specforge.modeling.target_layers import LastLayer
 from specforge.target_files import TargetFiles
 
 Angles = tuple[Tensor, Tensor]
@@ -28,16 +44,20 @@ class LayerWeights(NamedTuple):
         embed: columns of the attention's input projections that read the embedding; none in a layer that reads
             states only.
         hidden: columns that read the carried state.
+        bias: of the input projections, or None.
         more: further matrices of the attention.
         out: output projection.
+        out_bias: its bias, or None.
         gate_up: gate and up projections of the MLP.
         down: down projection.
     """
 
     embed: Tensor
     hidden: Tensor
+    bias: Tensor | None
     more: tuple[Tensor, ...]
     out: Tensor
+    out_bias: Tensor | None
     gate_up: Tensor
     down: Tensor
 
@@ -78,6 +98,18 @@ class Eagle3Attention(nn.Module):
         """Rotated keys ``[R, k, d]`` and values ``[R, k, v]`` of the other columns."""
 
 
+def grouped_heads(config: Any) -> tuple[int, int]:
+    """Query heads and key heads, which share them.
+
+    Raises:
+        ValueError: they cannot be shared evenly.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {kv_heads}")
+    return heads, kv_heads
+
+
 class GroupedAttention(nn.Module):
     """Projections to heads and back, under the names of Llama and Qwen.
 
@@ -88,7 +120,7 @@ class GroupedAttention(nn.Module):
 
     def __init__(self, config: Any, qk_norm: bool = False) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads = grouped_heads(config)
         self.head_dim = self.value_dim = config.head_dim
         hidden, bias = config.hidden_size, bool(getattr(config, "attention_bias", False))
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
@@ -125,7 +157,8 @@ class Eagle3Layer(nn.Module):
     """A decoder layer that reads a token embedding beside the carried hidden state.
 
     Args:
-        config: sizes of the MLP and eps of the norms.
+        config: sizes of the MLP, eps of the norms, and ``norm_before_residual`` (the
+            attention's output is added to the normed state instead of the state).
         attention: its attention; where that reads H columns only, the layer is an ordinary one.
     """
 
@@ -136,6 +169,7 @@ class Eagle3Layer(nn.Module):
         self.doubled = attention.inputs()[0].in_features > size
         if self.doubled:
             self.hidden_norm = RMSNorm(size, eps)
+        self.norm_before_residual = self.doubled and bool(getattr(config, "norm_before_residual", False))
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.self_attn = attention
         self.mlp = SwiGLUMLP(config)
@@ -149,21 +183,63 @@ class Eagle3Layer(nn.Module):
         """Cast and fuse the layer's matrices."""
         attn = self.self_attn
         inputs = torch.cat([p.weight.to(dtype) for p in attn.inputs()])
+        biases = [p.bias.to(dtype) for p in attn.inputs() if p.bias is not None]
         split = inputs.shape[1] - attn.o_proj.out_features
         gate_up, down = self.mlp.weights(dtype)
         return LayerWeights(
             embed=inputs[:, :split],
             hidden=inputs[:, split:],
+            bias=torch.cat(biases) if biases else None,
             more=attn.more(dtype),
             out=attn.o_proj.weight.to(dtype),
+            out_bias=None if attn.o_proj.bias is None else attn.o_proj.bias.to(dtype),
             gate_up=gate_up,
             down=down,
         )
 
+    def read(self, embeds: Tensor, w: LayerWeights) -> Tensor:
+        """Products of the input projections with embeddings ``[R, H]``, biases included."""
+        product = self.input_layernorm.linear(embeds, w.embed)
+        return product if w.bias is None else product + w.bias
+
+    def carry(self, hidden: Tensor, w: LayerWeights) -> Tensor:
+        """Products of the input projections of a layer that reads states ``[R, H]`` only."""
+        product = self.state_norm.linear(hidden, w.hidden)
+        return product if w.bias is None else product + w.bias
+
     def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
         """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, v]`` to ``[R, H]``."""
-        hidden = hidden + F.linear(attention.flatten(1), w.out)
+        if self.norm_before_residual:
+            hidden = self.hidden_norm(hidden)
+        hidden = hidden + F.linear(attention.flatten(1), w.out, w.out_bias)
         return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
+
+
+def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
+    """The rotary positions with which a draft's layer is compared with the target's layer.
+
+    A derived draft may simplify the target's positions (:func:`draft_rope`). That is no reason to refuse it, so the
+    layers are then compared with the target's positions. Positions that the user chose are compared as they are.
+
+    Args:
+        own: the draft's table.
+        config: the draft's config.
+        target: the target.
+    """
+
+    def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
+        if rope is None or rope["rope_type"] not in ROPE_TYPES:
+            return None
+        changed = copy.copy(config)
+        changed.rope_parameters = dict(rope)
+        return RotaryTable(changed)
+
+    if table(draft_rope(target.config)) in (None, own):
+        return own
+    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
+
+
+_CAPTURED = "eagle_aux_hidden_state_layer_ids"
 
 
 class FusedDraft(Draft):
@@ -171,8 +247,8 @@ class FusedDraft(Draft):
 
     Args:
         config: a transformers config with ``draft_vocab_size`` and ``eagle_config``; optional
-            ``target_hidden_size`` (default ``hidden_size``), ``fc_norm`` (a norm of each captured layer, EAGLE-3.1)
-            and ``norm_before_fc`` (one norm over all of them).
+            ``target_hidden_size`` (default ``hidden_size``), ``fc_norm`` (a norm of each captured layer, EAGLE-3.1),
+            ``norm_before_fc`` (one norm over all of them), ``norm_before_residual`` and ``attention_bias``.
 
     Attributes:
         layer_ids: the captured layers.
@@ -181,9 +257,21 @@ class FusedDraft(Draft):
         lm_head: from H to D.
     """
 
+    fields: ClassVar[Fields] = {
+        **LAYER, "tie_word_embeddings": only(False), "norm_before_residual": FLAG, "norm_before_fc": FLAG,
+        "fc_norm": FLAG, "num_aux_hidden_states": SIZE,
+        "eagle_config": {
+            _CAPTURED: required(LAYER_IDS), "norm_before_fc": FLAG, "use_aux_hidden_state": only(True),
+            "use_input_layernorm_in_first_layer": only(True), "use_last_layernorm": only(True),
+        },
+    }  # fmt: skip
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.layer_ids = tuple(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
+        self.layer_ids = tuple(config.eagle_config[_CAPTURED])
+        count = getattr(config, "num_aux_hidden_states", len(self.layer_ids))
+        if count != len(self.layer_ids):
+            raise ValueError(f"num_aux_hidden_states is {count}, but {_CAPTURED} is {list(self.layer_ids)}")
         width = getattr(config, "target_hidden_size", None) or config.hidden_size
         eps = config.rms_norm_eps
         fused = width * len(self.layer_ids)
@@ -196,6 +284,27 @@ class FusedDraft(Draft):
         self.norm = RMSNorm(config.hidden_size, eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = RotaryTable(config)
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """Layer ids name the outputs of layers. VLLM's top-level field names inputs, so its ids are one higher."""
+        eagle, above = config.get("eagle_config", {}), config.pop(_CAPTURED, None)
+        if not isinstance(eagle, Mapping):
+            return
+        own = {key: x for key, x in eagle.items() if key != _CAPTURED or x not in ([], ())}
+        if above is not None:
+            if not isinstance(above, list) or not all(type(layer) is int for layer in above):
+                raise ValueError(f"{_CAPTURED} is {quoted(above)}, not a list of layers")
+            below = [layer - 1 for layer in above]
+            if list(own.setdefault(_CAPTURED, below)) != below:
+                raise ValueError(
+                    f"{_CAPTURED} is {quoted(above)}, but {quoted(own[_CAPTURED])} in eagle_config; the top-level ids "
+                    "must be one higher, because vLLM counts layers by their inputs"
+                )
+        if own or "eagle_config" in config:
+            config["eagle_config"] = own
+        if config.pop("use_aux_norm", False):  # SGLang's older name
+            config["fc_norm"] = True
 
     @abstractmethod
     def build_layers(self, config: Any) -> None:
@@ -216,7 +325,7 @@ class FusedDraft(Draft):
         Raises:
             UserError: the target's last layer is none of the draft's kind and dimensions.
         """
-        last, layer, width = target.num_layers - 1, self.entry, self.fc.out_features
+        last, layer, width = LastLayer(target), self.entry, self.fc.out_features
         doubled = {id(p.weight) for p in layer.self_attn.inputs()}
         pairs = [
             (p[:, width:] if id(p) in doubled else p, f"self_attn.{name}")
@@ -228,10 +337,21 @@ class FusedDraft(Draft):
             (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
         ]
         for parameter, name in pairs:
-            copy_into(parameter, target.layer_tensor(last, name), f"{target.name}: {name} of layer {last}")
-        copy_into(self.norm.weight, target.final_norm(), f"{target.name}: its final norm")
+            copy_into(parameter, last.tensor(name), f"{target.name}: {name} of its last layer")
+        copy_into(self.norm.weight, last.final_norm(), f"{target.name}: its final norm")
         copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
         self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+        rotary = rotary_of_target(self.rotary, self.config, target)
+        last.check(lambda states: self._layer(states, rotary), [name for _, name in pairs], self.architecture)
+
+    def _layer(self, states: Tensor, rotary: RotaryTable) -> Tensor:
+        """The first layer's output for the states ``[n, H]`` of the tokens of one text, with embeddings of zero."""
+        layer, attn, w = self.entry, self.entry.self_attn, self.entry.weights(states.dtype)
+        product, angles = layer.carry(states, w), rotary(len(states), states.device)
+        query = attn.queries(product[:, : attn.query_width], angles, w.more)
+        key, value = attn.keys_values(product[:, attn.query_width :], angles, w.more)
+        whole = [Segment(row=0, start=0, stop=len(states), document=0)]
+        return layer.finish(states, ttt_attention(query, key, value, whole, []), w)
 
     def fuse(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         """Fuse captured layers ``[N, A]`` into draft states ``[N, H]``."""

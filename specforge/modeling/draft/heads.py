@@ -10,14 +10,26 @@ Shape legend: R rows, T positions, H hidden size, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from specforge.modeling.draft.fields import (
+    ANYTHING,
+    DEPTH,
+    NO_MATRICES,
+    SIZE,
+    VOCABULARY,
+    Fields,
+    by_default,
+    only,
+    quoted,
+    required,
+)
 from specforge.modeling.draft.registry import Draft, copy_into, register_draft
 from specforge.modeling.layers.functional import compute_dtype
 from specforge.target_files import TargetFiles
@@ -59,6 +71,9 @@ def _through(blocks: Sequence[Tensor], hidden: Tensor, embeds: Sequence[Tensor])
     return hidden
 
 
+VLLM_NAMES = {"num_heads": "num_draft_heads", "num_hidden_layers": "num_head_blocks"}
+
+
 class HeadsDraft(Draft):
     """K heads; how many token embeddings each reads is the subclass's.
 
@@ -68,20 +83,25 @@ class HeadsDraft(Draft):
 
     Attributes:
         sequential: whether head k reads the k+1 tokens between the hidden state's and its own.
-
-    Raises:
-        ValueError: there is no head, or no block.
     """
 
+    fields: ClassVar[Fields] = {
+        **VOCABULARY, **NO_MATRICES, "target_hidden_size": SIZE, "num_draft_heads": required(DEPTH),
+        "num_head_blocks": by_default(1, DEPTH), "attn_implementation": ANYTHING,
+    }  # fmt: skip
     sequential: bool
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """Rename vLLM's fields for the numbers of heads and blocks."""
+        for theirs, mine in VLLM_NAMES.items():
+            value = config.pop(theirs, None)
+            if value is not None and config.setdefault(mine, value) != value:
+                raise ValueError(f"{theirs} is {quoted(value)}, but {mine} is {quoted(config[mine])}")
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         count, blocks = config.num_draft_heads, getattr(config, "num_head_blocks", 1)
-        if count < 1 or blocks < 1:
-            raise ValueError(
-                f"num_draft_heads is {count} and num_head_blocks is {blocks}; both must be at least 1"
-            )
         self.heads = nn.ModuleList(
             DraftHead(config.hidden_size, config.draft_vocab_size, blocks, (k + 1) * self.sequential)
             for k in range(count)
@@ -132,7 +152,13 @@ class HeadsDraft(Draft):
 class MedusaDraft(HeadsDraft):
     """Heads that read the hidden state alone (arXiv 2401.10774)."""
 
+    fields: ClassVar[Fields] = {**HeadsDraft.fields, "medusa_fc_bias": only(False)}
     sequential = False
+
+    @classmethod
+    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+        """VLLM has another name for the architecture."""
+        return "MedusaModel" in config.get("architectures", ())
 
 
 @register_draft("HydraDraft", config_class=PretrainedConfig)

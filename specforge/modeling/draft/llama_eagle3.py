@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from specforge.modeling.draft.eagle3 import Eagle3Draft
-from specforge.modeling.draft.fused import Angles, Eagle3Attention
+from specforge.modeling.draft.fields import FLAG, Fields
+from specforge.modeling.draft.fused import Angles, Eagle3Attention, grouped_heads
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.rope import apply_rope
 
@@ -17,20 +18,21 @@ class LlamaEagle3Attention(Eagle3Attention):
     """Grouped-query attention with rotary positions.
 
     Args:
-        config: a ``LlamaConfig``.
+        config: a ``LlamaConfig``; ``attention_bias`` adds biases to all four projections.
         width: columns of its input; by default the doubled one, 2H.
     """
 
     def __init__(self, config: LlamaConfig, width: int | None = None) -> None:
         super().__init__()
         width = width or 2 * config.hidden_size
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads = grouped_heads(config)
+        bias = bool(config.attention_bias)
         self.head_dim = self.value_dim = config.head_dim
         self.query_width = self.heads * self.head_dim
-        self.q_proj = nn.Linear(width, self.query_width, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.query_width, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(width, self.query_width, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.query_width, config.hidden_size, bias=bias)
 
     def inputs(self) -> list[nn.Linear]:
         """Query, key and value projections."""
@@ -55,4 +57,5 @@ class LlamaEagle3(Eagle3Draft):
         config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.Eagle3Draft`.
     """
 
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, "attention_bias": FLAG}
     attention: ClassVar[type[Eagle3Attention]] = LlamaEagle3Attention

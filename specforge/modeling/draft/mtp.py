@@ -18,14 +18,16 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.errors import UserError
-from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP
+from specforge.modeling.draft.fields import FLAG, LAYER, NO_MATRICES, Fields, by_default
+from specforge.modeling.draft.fused import GroupedAttention, SwiGLUMLP, rotary_of_target
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.draft.unroll import UnrollPlan
-from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.attention import Segment, ttt_attention
 from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype
 from specforge.modeling.layers.rope import RotaryTable, apply_rope
 from specforge.modeling.target_head import OutputHead
+from specforge.modeling.target_layers import LastLayer
 from specforge.target_files import TargetFiles
 
 
@@ -66,6 +68,12 @@ class MTPDraft(Draft):
             the row of position 0 reads no embedding).
     """
 
+    fields: ClassVar[Fields] = {
+        **LAYER,
+        **NO_MATRICES,
+        **dict.fromkeys(("qk_norm", "attention_bias", "mask_first"), FLAG),
+        "norm_output": by_default(True, FLAG),
+    }
     form: ClassVar[str] = "a Llama or Qwen3 layer"
     attention: ClassVar[type[nn.Module]] = GroupedAttention
 
@@ -118,13 +126,32 @@ class MTPDraft(Draft):
         Raises:
             UserError: the target's last layer is not one of the draft's form.
         """
-        last, size = target.num_layers - 1, self.proj.out_features
+        last, size = LastLayer(target), self.proj.out_features
         names = [n for n in self.module_tensors(torch.float32) if n.startswith("layer.")]
-        tensors = {n: target.layer_tensor(last, n.removeprefix("layer.")) for n in names}
-        tensors |= {"norm.weight": target.final_norm()}
+        tensors = {n: last.tensor(n.removeprefix("layer.")) for n in names}
+        tensors |= {"norm.weight": last.final_norm()}
         tensors |= {name: torch.ones(size) for name in ("embed_norm.weight", "hidden_norm.weight")}
         passing = torch.cat([torch.randn(size, size) * 0.002, torch.eye(size)], dim=1)
         self.start_from({**tensors, "proj.weight": passing}, f"{target.name}: its last layer")
+
+    @torch.no_grad()
+    def check_start(self, target: TargetFiles) -> None:
+        """Refuse to start from a last layer that computes something else than this one.
+
+        Raises:
+            UserError: says what the difference is.
+        """
+        own, rotary = self.layer.state_dict(), rotary_of_target(self.rotary, self.config, target)
+        experts = {name: x for name, x in own.items() if ".experts." in name}
+        LastLayer(target).check(lambda states: self._layer(states, rotary), own, self.architecture, experts)
+
+    def _layer(self, states: Tensor, rotary: RotaryTable) -> Tensor:
+        """The layer's output for the states ``[n, H]`` of the tokens of one text."""
+        w = self.weights(states.dtype)
+        heads = self.heads(states, w, *rotary(len(states), states.device))
+        whole = [Segment(row=0, start=0, stop=len(states), document=0)]
+        attention = ttt_attention(*heads, whole, [])
+        return self.apply_mlp(states + F.linear(attention.flatten(1), w.out), w.mlp)
 
     def weights(self, dtype: torch.dtype) -> MTPWeights:
         """Cast and fuse the matrices."""

@@ -10,15 +10,17 @@ target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c 
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
+from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
 from specforge.modeling.draft.fused import Angles, Eagle3Layer, FusedDraft, LayerWeights
-from specforge.modeling.draft.llama_eagle3 import LlamaEagle3Attention
+from specforge.modeling.draft.llama_eagle3 import LlamaEagle3, LlamaEagle3Attention
 from specforge.modeling.draft.parallel import ParallelPlan
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
@@ -26,6 +28,8 @@ from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import compute_dtype
 from specforge.modeling.layers.parallel_attention import deep_attention
 from specforge.target_files import TargetFiles
+
+_MASKS = ("ptd_token_id", "pard_token")
 
 
 @register_draft("PEagleDraftModel", config_class=LlamaConfig)
@@ -42,13 +46,18 @@ class PEagleDraft(FusedDraft):
         embed_tokens: the draft's own embedding, or None: the target's, frozen.
 
     Raises:
-        ValueError: the mask token is outside the vocabulary, or there is no layer.
+        ValueError: the mask token is outside the vocabulary.
     """
+
+    fields: ClassVar[Fields] = {
+        **FusedDraft.fields, "attention_bias": FLAG, "mask_token_id": required(TOKEN), "embed_requires_grad": FLAG,
+        "parallel_drafting": only(True),
+    }  # fmt: skip
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.mask_token_id = int(config.mask_token_id)
-        if not 0 <= self.mask_token_id < config.vocab_size:
+        self.mask_token_id = config.mask_token_id
+        if self.mask_token_id >= config.vocab_size:
             raise ValueError(
                 f"mask_token_id is {self.mask_token_id}, but the target has {config.vocab_size} tokens"
             )
@@ -56,10 +65,25 @@ class PEagleDraft(FusedDraft):
         own = getattr(config, "embed_requires_grad", False)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own else None
 
+    @classmethod
+    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+        """VLLM names the architecture of EAGLE-3 and adds a mask token."""
+        named = LlamaEagle3.architecture in config.get("architectures", ())
+        return named and any(config.get(name) is not None for name in _MASKS)
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """As for EAGLE-3; vLLM has other names for the mask token."""
+        FusedDraft.spell(config)
+        for name in _MASKS:
+            mask = config.pop(name, config.get("mask_token_id"))
+            if mask is not None and config.setdefault("mask_token_id", mask) != mask:
+                raise ValueError(
+                    f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}"
+                )
+
     def build_layers(self, config: LlamaConfig) -> None:
         """A layer over [embedding, features], then Llama layers."""
-        if config.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; want at least 1")
         size = config.hidden_size
         self.layers = nn.ModuleList(
             Eagle3Layer(config, LlamaEagle3Attention(config, size if i else 2 * size))
@@ -126,7 +150,7 @@ class PEagleDraft(FusedDraft):
             last = len(weights) - 1
             for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
                 if i > 0:
-                    product = layer.state_norm.linear(hidden, w.hidden)
+                    product = layer.carry(hidden, w)
                 heads = project(layer, product, (cos, sin), w)
                 attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
@@ -153,7 +177,7 @@ class PEagleDraft(FusedDraft):
         layer, dtype = self.entry, w.out.dtype
         features = torch.cat([aux_hidden_states.to(dtype), self.mask_hidden[0].to(dtype)])
         hidden = self.fuse(features, dtype)
-        embed = layer.input_layernorm.linear(embeds.to(dtype), w.embed)
+        embed = layer.read(embeds.to(dtype), w)
         embed = torch.cat([embed[next_tokens], embed[-1:]])
         return hidden, layer.state_norm.linear(hidden, w.hidden) + embed
 
@@ -238,7 +262,7 @@ class PEagleDecoder:
         )
         for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
             if i > 0:
-                product = layer.state_norm.linear(hidden, w.hidden)
+                product = layer.carry(hidden, w)
             query, key, value = project(layer, product, angles, w)
             # The masks' rows are written again by the next call.
             keys, values = self._cache.write(i, self.rows, key, value)

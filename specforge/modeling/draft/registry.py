@@ -6,18 +6,31 @@ package imports every file in it, so nothing else has to be edited.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from specforge.errors import UserError
-from specforge.files import read_json, write_folder
+from specforge.files import first_line, read_json, write_folder
+from specforge.host import available_memory
+from specforge.modeling.draft.fields import (
+    ANYTHING,
+    Fields,
+    bookkeeping,
+    check_fields,
+    check_rope,
+    quoted,
+    rope_fields,
+    without_what_was_ignored,
+)  # fmt: skip
 
 
 class Draft(nn.Module):
@@ -28,9 +41,12 @@ class Draft(nn.Module):
             a part of the vocabulary. ``attn_implementation`` (not stored) is ``sdpa`` or ``flex_attention``.
 
     Attributes:
+        fields: the fields of its config that the network reads; any other field that would change a network is
+            refused. None if the class does not declare them: then every field is accepted.
         d2t: ``[D]`` int64, offset from a draft id to its target id: ``target = draft + d2t[draft]``.
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
         attention_implementations: names that ``attn_implementation`` may have.
+        trained: whether its weights come from a checkpoint written after at least one optimizer step.
         flex: whether its layers train with FlexAttention rather than PyTorch's fused kernels.
 
     Raises:
@@ -39,9 +55,11 @@ class Draft(nn.Module):
 
     architecture: str
     config_class: type
+    fields: ClassVar[Fields | None] = None
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "flex_attention")
     d2t: Tensor
     t2d: Tensor
+    trained: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -58,6 +76,48 @@ class Draft(nn.Module):
                 f"attn_implementation is {attention}; the draft has {', '.join(self.attention_implementations)}"
             )
         self.flex = attention == "flex_attention"
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """Rename and move fields, in place, that other projects write under other names or in other places.
+
+        Raises:
+            ValueError: two fields contradict each other.
+        """
+
+    @classmethod
+    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of this class although it names another architecture, as other projects do."""
+        return False
+
+    def difference(
+        self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
+    ) -> tuple[str, Any, Any] | None:
+        """The first field in which this network differs from the network of a config.
+
+        Args:
+            config: a config of the same algorithm.
+            where: name of the config, for error messages.
+            ignored: fields that are not compared.
+
+        Returns:
+            The field's name, the config's value and this network's value; None if there is no difference.
+        """
+        if self.fields is None:
+            mine = config_fields(self)
+            theirs = {key: config[key] for key in mine.keys() & config.keys() - bookkeeping()}
+            return _first_difference(theirs, {key: mine[key] for key in theirs})
+        with torch.device("meta"):
+            other = build_draft(config, where)
+        found = _first_difference(
+            *(
+                _network(x.config.to_dict(), x.fields or {}, ignored) | {"architectures": x.architecture}
+                for x in (other, self)
+            )
+        )
+        if found is None and getattr(other, "rotary", None) != getattr(self, "rotary", None):
+            return "rope_parameters", other.config.rope_parameters, self.config.rope_parameters
+        return found
 
     def set_vocabulary(self, target_ids: Tensor) -> None:
         """Choose the draft vocabulary.
@@ -100,36 +160,82 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
     parameter.copy_(value)
 
 
+# The errors with which classes of transformers and torch respond to a user's file.
+REFUSALS = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)  # fmt: skip
 _DRAFTS: dict[str, type[Draft]] = {}
-_BY_PROJECTOR: dict[str, str] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
 
-def register_draft(
-    architecture: str, config_class: type, projector_type: str | None = None
-) -> Callable[[_D], _D]:
+def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
     """Class decorator: drafts whose config names ``architecture`` are built by this class.
 
     Args:
         architecture: the name in ``config.json`` under ``architectures``.
         config_class: the transformers config class that reads the rest of the file.
-        projector_type: where others call the architecture DFlash's, and tell it by this field of ``dflash_config``.
     """
 
     def register(cls: _D) -> _D:
         cls.architecture, cls.config_class = architecture, config_class
         _DRAFTS[architecture] = cls
-        if projector_type is not None:
-            _BY_PROJECTOR[projector_type] = architecture
         return cls
 
     return register
 
 
-def _architectures(config: Mapping[str, Any]) -> list[str]:
-    """SpecForge's name of a config's architecture, or the names that are there."""
-    kind = (config.get("dflash_config") or {}).get("projector_type")
-    return [_BY_PROJECTOR[kind]] if kind in _BY_PROJECTOR else list(config.get("architectures") or [])
+def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, Any]:
+    """A draft's config as SpecForge writes it, as a new dict: its names of architectures and fields, no nulls.
+
+    Args:
+        config: the fields of a ``config.json``, or some of them.
+        where: name of the config, for error messages.
+        architectures: the architecture that the fields belong to, if they do not name one.
+
+    Raises:
+        UserError: it is not an object, or two fields contradict each other.
+    """
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}: is {quoted(config)}, not an object with the fields of a draft")
+    fields = {
+        str(key): dict(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None
+    }
+    names = fields.get("architectures", architectures or [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: architectures is {quoted(names)}, not a list of names")
+    cls = next((cls for cls in _DRAFTS.values() if cls.is_meant(fields)), None)
+    cls = cls or next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
+    if cls is None or cls.fields is None:
+        return fields
+    try:
+        rope = rope_fields(fields)
+        if rope is not None:
+            for name in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
+                fields.pop(name, None)
+            fields["rope_parameters"] = rope
+        cls.spell(fields)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {error}") from error
+    if "architectures" in fields:
+        fields["architectures"] = [cls.architecture]
+    return fields
+
+
+def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[Draft]:
+    """The class that a config's ``architectures`` picks.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = canonical(config, where).get("architectures", [])
+    cls = next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
+    if cls is None:
+        raise UserError(
+            f"{where}: architectures is {quoted(names)}; SpecForge has {', '.join(sorted(_DRAFTS))}"
+        )
+    return cls
 
 
 def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft:
@@ -142,18 +248,75 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
     Raises:
         UserError: no registered architecture, or the class refuses the fields.
     """
-    names = _architectures(config)
-    known = [name for name in names if name in _DRAFTS]
-    if not known:
-        raise UserError(f"{where}: architectures is {names}; SpecForge has {', '.join(sorted(_DRAFTS))}")
-    cls = _DRAFTS[known[0]]
-    fields = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    fields, cls = canonical(config, where), draft_class(config, where)
+    fields.pop("architectures")
     try:
-        return cls(cls.config_class(**fields, architectures=[known[0]]))
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{where}: field {error} is missing for {known[0]}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+        if cls.fields is not None:
+            check_fields(fields, cls.fields, cls.architecture, vars(cls.config_class()))
+            check_rope(fields.get("rope_parameters", {"rope_type": "default"}))
+        fields.pop("model_type", None)
+        made = cls.config_class(**fields, architectures=[cls.architecture])
+        check_memory(lambda: cls(copy.deepcopy(made)))
+        return cls(made)
+    except REFUSALS as error:
+        raise UserError(f"{where}: {first_line(error)}") from error
+
+
+def check_memory(build: Callable[[], nn.Module]) -> None:
+    """Refuse a network that does not fit into memory, before any of it is allocated.
+
+    Args:
+        build: makes the network; called once, on the meta device, without drawing random numbers.
+
+    Raises:
+        ValueError: says how large the network is.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        tensors = build().state_dict().values()
+    needed, memory = sum(x.nbytes for x in tensors), available_memory()
+    if needed > memory:
+        raise ValueError(
+            f"such a draft needs {needed / 1e9:.1f} GB, but only {memory / 1e9:.1f} GB of memory is available"
+        )
+
+
+# Positions are compared by their angles, widths by the shapes of tensors; the others do not change what was learnt.
+_NOT_COMPARED = (
+    "rope_parameters", "max_position_embeddings", "attn_implementation", "num_target_layers", "max_window_layers",
+    "target_hidden_size", "num_aux_hidden_states",
+)  # fmt: skip
+
+
+def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    names = (name for name in sorted(theirs.keys() | mine.keys()) if theirs.get(name) != mine.get(name))
+    return next(((name, theirs.get(name), mine.get(name)) for name in names), None)
+
+
+def _network(
+    config: Mapping[str, Any], fields: Fields, ignored: Container[str], prefix: str = ""
+) -> dict[str, Any]:
+    """The values of the fields that a network reads, by their full names."""
+    found: dict[str, Any] = {}
+    for name, kind in fields.items():
+        if isinstance(kind, Mapping):
+            found |= _network(config.get(name) or {}, kind, ignored, f"{prefix}{name}.")
+        elif name not in _NOT_COMPARED and name not in ignored and kind is not ANYTHING:
+            value = kind.default if config.get(name) is None else config[name]
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def as_trained(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of a checkpoint without a config_version, without the fields that were ignored at that time.
+
+    Raises:
+        UserError: it is not the config of a draft.
+    """
+    fields = canonical(config, where)
+    cls = next((_DRAFTS[name] for name in fields.get("architectures", ()) if name in _DRAFTS), None)
+    if cls is None or cls.fields is None:
+        return fields
+    return without_what_was_ignored(fields, cls.fields, vars(cls.config_class()))
 
 
 def config_fields(draft: Draft) -> dict[str, Any]:
@@ -181,22 +344,22 @@ def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder:
 
 
 def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields, with SpecForge's name of the architecture, and tensors of a draft on disk.
+    """Config fields, as SpecForge writes them, and tensors of a draft on disk.
 
     Raises:
         UserError: a file is missing, damaged, or a pickle.
     """
-    config = read_json(folder / "config.json")
-    shards = sorted(folder.glob("model*.safetensors"))
+    config = canonical(read_json(folder / "config.json"), str(folder / "config.json"))
+    single = folder / "model.safetensors"
+    shards = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
     if not shards:
-        path = folder / "model.safetensors"
-        pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+        pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
         hint = f" ({', '.join(pickles)} is a pickle, which SpecForge never loads)" if pickles else ""
-        raise UserError(f"{path}: no such file{hint}; a draft is config.json beside model.safetensors")
+        raise UserError(f"{single}: no such file{hint}; a draft is config.json beside model.safetensors")
     tensors: dict[str, Tensor] = {}
     for path in shards:
         try:
             tensors |= load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    return {**config, "architectures": _architectures(config)}, tensors
+        except (SafetensorError, OSError, *REFUSALS) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    return config, tensors

@@ -35,12 +35,14 @@ class Plan:
 
 
 def borders(lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token, and token behind the last, of the document (or of the padding) of each of N ``tokens``."""
-    total, ends = sum(lengths), np.cumsum(lengths, dtype=np.int64)
-    begin, end = (np.full(tokens, x, dtype=np.int64) for x in (total, tokens))
-    begin[:total] = np.repeat(ends - np.asarray(lengths, dtype=np.int64), lengths)
-    end[:total] = np.repeat(ends, lengths)
-    return begin, end
+    """For each of N ``tokens``, the first token of its document and the one after the last.
+
+    Each padding token is a document of its own. So its position is 0, which is in every table of positions, however
+    much padding there is.
+    """
+    sizes = np.asarray([*lengths, *[1] * (tokens - sum(lengths))], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    return np.repeat(ends - sizes, sizes), np.repeat(ends, sizes)
 
 
 @dataclass(frozen=True)
