@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specforge.contracts import Provenance
 from specforge.errors import UserError
-from specforge.files import write_file
+from specforge.files import check_json, write_file
 from specforge.host import keep_freed_memory, pick_device
 from specforge.services import serve_target, store_up
 from specforge.target_files import TargetFiles
@@ -347,6 +347,8 @@ def evaluate(
     from specforge.eval.cache import EvalCache
     from specforge.eval.evaluate import EvaluateOptions, Evaluation, as_json, versions
 
+    if json is not None:
+        check_json(json, "run", "methods")
     module = load_module(draft, target)
     files = module.target
     place = pick_device(device)
@@ -402,7 +404,7 @@ def export(
 
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
-        output: folder; replaced if it exists.
+        output: new or empty folder; one that this command wrote is replaced.
         to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
         target: folder or hub name; by default the one the draft was trained on.
         dtype: dtype of the written tensors.

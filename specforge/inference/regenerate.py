@@ -142,9 +142,18 @@ def _finished(output: Path) -> set[str]:
         return set()
     content = output.read_bytes()
     keep = content.rfind(b"\n") + 1
+    try:
+        done = {str(json.loads(line)["id"]) for line in content[:keep].splitlines() if line.strip()}
+        cut_off = not content[keep:] or b'{"id":'.startswith(content[keep:][:6])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        cut_off = False
+    if not cut_off:
+        raise UserError(
+            f"{output}: holds something else than answers of `specforge regenerate`; name a new file"
+        )
     if keep < len(content):
         os.truncate(output, keep)
-    return {str(json.loads(line)["id"]) for line in content[:keep].splitlines() if line.strip()}
+    return done
 
 
 def _append(output: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.errors import UserError
 from specforge.export.eagle3 import Eagle3Format
+from specforge.files import read_json
 
 FORM = Eagle3Format()
 
@@ -123,7 +124,10 @@ def test_a_missing_eagle_config_is_refused(module):
 def test_an_export_replaces_the_old_one_whole(module, tmp_path):
     folder = tmp_path / "draft"
     FORM.to_sglang(module.draft, module.target, folder)
-    (folder / "stale.txt").write_text("x")
-    FORM.to_sglang(module.draft, module.target, folder)
-    assert not (folder / "stale.txt").exists()
+    FORM.to_sglang(module.draft, module.target, folder, "float32")
+    assert read_json(folder / "config.json")["dtype"] == "float32"
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"notes\.txt, not only what this command writes"):
+        FORM.to_sglang(module.draft, module.target, folder)
+    assert (folder / "notes.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["draft"]

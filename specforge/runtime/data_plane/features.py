@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from specforge.contracts import Provenance, SampleRef, TokenCounts
 from specforge.errors import UserError
-from specforge.files import read_json, write_file
+from specforge.files import check_folder, read_json, write_file
 from specforge.runtime.data_plane.encoding import ENCODINGS
 from specforge.runtime.data_plane.local import ShardBackend
 from specforge.runtime.data_plane.refs import Manifest
@@ -64,6 +64,7 @@ class FeatureFolder:
                         f"{folder}: holds features with {key} {was}, not {value}; choose another folder"
                     )
         else:
+            check_folder(folder.resolve(), _is_begun)
             tensors = {"supervised": counts.supervised, "context": counts.context}
             write_file(folder / _COUNTS, save(tensors))
             write_file(path, json.dumps(meta, indent=2) + "\n")
@@ -90,6 +91,11 @@ class FeatureFolder:
         store = FeatureStore(ShardBackend(folder))
         store.adopt(refs)
         return cls(folder, store, manifest, refs, Provenance.from_json(meta["provenance"]), counts)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder holds only what a start that was killed leaves."""
+    return all(path.name.lstrip(".").startswith((_COUNTS, _META)) for path in folder.iterdir())
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
