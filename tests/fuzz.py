@@ -11,6 +11,7 @@ import json
 import random
 import resource
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Fuzz:
     def _change(self, value: Any) -> Any:
         rng = self.rng
         if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-            return rng.choice(_ODD_VALUES)
+            return deepcopy(rng.choice(_ODD_VALUES))
         keys: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = rng.choice(keys)
         match rng.randrange(6):

@@ -21,11 +21,11 @@ from typing import Any
 
 from safetensors.torch import save
 
-from specforge.contracts import CapturePolicy
+from specforge.contracts import ENCODINGS, CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_engine.base import TargetEngine, check_layers
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, read_token
-from specforge.runtime.data_plane.encoding import ENCODINGS, encode
+from specforge.runtime.data_plane.encoding import encode
 from specforge.target_files import TargetFiles
 
 _BYTES_PER_TOKEN = 12  # of a token id in JSON
@@ -186,14 +186,11 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _policy(request: Mapping[str, Any]) -> CapturePolicy:
-    fields = request.get("capture")
     try:
-        policy = CapturePolicy.from_json(fields)  # type: ignore[arg-type]
-        if all(type(x) is int for x in policy.layer_ids) and type(policy.last_hidden_states) is bool:
-            return policy
-    except (TypeError, ValueError, AttributeError):
-        pass
-    raise _RefusedError(HTTPStatus.BAD_REQUEST, "capture must hold layer_ids and last_hidden_states")
+        return CapturePolicy.from_json(request.get("capture"))
+    except ValueError as error:
+        message = f"capture must hold layer_ids and last_hidden_states ({error})"
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, message) from error
 
 
 class _Handler(BaseHTTPRequestHandler):

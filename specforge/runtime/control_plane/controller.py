@@ -16,6 +16,7 @@ from typing import Literal
 
 from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
+from specforge.files import parse_json
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
@@ -366,11 +367,13 @@ def dump_task(task: PromptTask, provenance: Provenance | None = None) -> str:
 
 
 def load_task(text: str) -> tuple[PromptTask, Provenance | None]:
-    """A prompt, and what to capture, from its text."""
+    """A prompt, and what to capture, from its text.
+
+    Raises:
+        ValueError: it is not the text of one.
+    """
     own, _, provenance = text.partition("\n")
-    found = json.loads(own)
-    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
-    return PromptTask(**found), _load_provenance(provenance) if provenance else None
+    return PromptTask.from_json(parse_json(own)), _load_provenance(provenance) if provenance else None
 
 
 def dump_ref(ref: SampleRef) -> str:
@@ -384,12 +387,21 @@ def dump_ref(ref: SampleRef) -> str:
 
 
 def load_ref(text: str) -> SampleRef:
-    """A reference from its text; those of one run share their provenance."""
+    """A reference from its text; those of one run share their provenance.
+
+    Raises:
+        ValueError: it is not the text of one.
+    """
     own, features, provenance = text.split("\n")
-    return SampleRef(
-        **dict(zip(_OWN_FIELDS, json.loads(own), strict=True)), features=_load_features(features),
+    values = parse_json(own)
+    if not isinstance(values, list):
+        raise ValueError("the first line is not a list")
+    ref = SampleRef(
+        **dict(zip(_OWN_FIELDS, values, strict=True)), features=_load_features(features),
         provenance=_load_provenance(provenance),
     )  # fmt: skip
+    ref.check()
+    return ref
 
 
 _OWN_FIELDS = tuple(f.name for f in fields(SampleRef) if f.name not in ("features", "provenance"))
@@ -402,9 +414,15 @@ def _dump(records: tuple[FeatureSpec, ...] | tuple[Provenance]) -> str:
 
 @lru_cache(maxsize=8192)
 def _load_features(text: str) -> tuple[FeatureSpec, ...]:
-    return tuple(FeatureSpec.from_json(item) for item in json.loads(text))
+    items = parse_json(text)
+    if not isinstance(items, list):
+        raise ValueError("the features are not a list")
+    return tuple(map(FeatureSpec.from_json, items))
 
 
 @lru_cache(maxsize=64)
 def _load_provenance(text: str) -> Provenance:
-    return Provenance.from_json(json.loads(text)[0])
+    items = parse_json(text)
+    if not (isinstance(items, list) and len(items) == 1):
+        raise ValueError("what is to be captured is not a list of one")
+    return Provenance.from_json(items[0])

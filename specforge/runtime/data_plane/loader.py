@@ -53,7 +53,7 @@ class FeatureDataLoader:
         pin_memory: put batches in page-locked memory.
 
     Raises:
-        UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``.
+        UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``, or a number is out of range.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class FeatureDataLoader:
         pin_memory: bool = False,
     ) -> None:
         check_refs(refs, spec)
+        if prefetch < 0 or pad_to < 1:
+            raise UserError("batches: prefetch must be at least 0 and pad_to at least 1")
         self.refs, self.store, self.spec = list(refs), store, spec
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.bad_samples = prefetch, bad_samples
@@ -260,6 +262,7 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
     """
     if not refs:
         raise UserError("features: there are no samples")
+    kind = _kind(refs[0])
     for ref in refs:
         captured = ref.provenance.capture
         if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
@@ -267,13 +270,23 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
                 f"features of sample {ref.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
                 f"reads {list(spec.capture.layer_ids)}; capture them again or set model.layer_ids"
             )
-        missing = sorted(set(spec.features) - {feature.name for feature in ref.features})
+        missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in ref.features})
         if missing:
             raise UserError(
                 f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads"
+            )
+        if _kind(ref) != kind:
+            raise UserError(
+                f"features of sample {ref.sample_id} are {_kind(ref)}, but those of sample {refs[0].sample_id} are "
+                f"{kind}; capture them again"
             )
         if ref.num_tokens < spec.min_tokens:
             raise UserError(
                 f"sample {ref.sample_id} (from {ref.source}) has {ref.num_tokens} tokens; "
                 f"{spec.algorithm} needs {spec.min_tokens}"
             )
+
+
+def _kind(ref: SampleRef) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a token of each feature."""
+    return {feature.name: (feature.dtype, feature.shape[1:]) for feature in ref.features}
