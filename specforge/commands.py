@@ -20,6 +20,15 @@ from specforge.contracts import Provenance
 from specforge.errors import UserError
 from specforge.files import check_json, write_file
 from specforge.host import keep_freed_memory, pick_device
+from specforge.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveSeconds,
+    PositiveShare,
+    Seconds,
+    Seed,
+)
 from specforge.services import serve_target, store_up
 from specforge.target_files import TargetFiles
 
@@ -78,14 +87,14 @@ def prepare(
     output: Path,
     split: str = "train",
     subset: str | None = None,
-    holdout: int = 0,
-    max_length: int = 4096,
-    min_supervised: int = 1,
+    holdout: NonNegativeInt = 0,
+    max_length: PositiveInt = 4096,
+    min_supervised: NonNegativeInt = 1,
     bad_samples: Literal["error", "drop"] = "error",
     long_samples: Literal["error", "drop", "truncate"] = "error",
     chat_template: Path | None = None,
     last_turn_only: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Turn conversations into token ids and loss masks, through the target's own chat template.
 
@@ -131,11 +140,11 @@ def regenerate(
     data: list[str] | str,
     target: str,
     output: Path,
-    max_new_tokens: int = 512,
-    batch_size: int = 32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens: PositiveInt = 512,
+    batch_size: PositiveInt = 32,
+    temperature: NonNegativeFloat = 0.0,
+    top_p: PositiveShare = 1.0,
+    seed: Seed = 0,
     dtype: str = "bfloat16",
     device: str = "auto",
 ) -> None:
@@ -180,12 +189,12 @@ def capture(
     prompts: Path,
     output: Path,
     algorithm: str = "eagle3",
-    layer_ids: list[int] | None = None,
+    layer_ids: list[NonNegativeInt] | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
-    batch_tokens: int | None = None,
+    batch_tokens: PositiveInt | None = None,
     encoding: Literal["raw", "float8_e4m3fn"] = "raw",
-    limit_samples: int | None = None,
+    limit_samples: NonNegativeInt | None = None,
 ) -> None:
     """Run the target over prepared prompts and keep the hidden states that an algorithm trains on.
 
@@ -240,13 +249,13 @@ def produce(
     store: str,
     metadata: str,
     device: str = "auto",
-    workers: int = 1,
+    workers: PositiveInt = 1,
     name: str | None = None,
-    max_prompts: int = 8,
-    batch_tokens: int = 1,
-    lease_seconds: float = 60.0,
-    max_tries: int = 3,
-    idle_seconds: float | None = None,
+    max_prompts: PositiveInt = 8,
+    batch_tokens: PositiveInt = 1,
+    lease_seconds: PositiveSeconds = 60.0,
+    max_tries: PositiveInt = 3,
+    idle_seconds: Seconds | None = None,
     plan: bool = False,
 ) -> None:
     """Make features for a trainer in another process (`specforge fit` with DisaggregatedDataModule).
@@ -281,7 +290,7 @@ def produce(
         run_producers(options, _console.print)
 
 
-def status(store: str, metadata: str, seconds: float = 2.0, revive: bool = False) -> None:
+def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
     """Say how a disaggregated run is doing: states, rates, bytes, dead letters, and what is the bottleneck.
 
     Args:
@@ -299,18 +308,18 @@ def evaluate(
     draft: Path,
     prompts: Path,
     target: str | None = None,
-    gamma: int = 4,
-    max_new_tokens: int = 128,
-    num_prompts: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    gamma: PositiveInt = 4,
+    max_new_tokens: PositiveInt = 128,
+    num_prompts: PositiveInt | None = None,
+    temperature: NonNegativeFloat = 0.0,
+    top_p: PositiveShare = 1.0,
+    top_k: NonNegativeInt = 0,
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic",
-    seed: int = 0,
+    seed: Seed = 0,
     dtype: str = "float32",
     speed_dtype: str = "bfloat16",
-    speed_prompts: int = 8,
-    batch_size: int = 32,
+    speed_prompts: NonNegativeInt = 8,
+    batch_size: PositiveInt = 32,
     device: str = "auto",
     cache: Path = Path("runs/eval-cache"),
     baselines: list[str] | None = None,

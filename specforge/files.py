@@ -226,6 +226,29 @@ def disk_error(path: Path, error: OSError | ValueError) -> UserError:
     return UserError(f"{path}: could not be written ({reason}); nothing was changed")
 
 
+def read_secret(path: Path, what: str, private: bool = False) -> str:
+    """The text of a file, without what blank surrounds it.
+
+    Args:
+        path: the file.
+        what: what to call it in a message.
+        private: refuse one that others than its owner can read or write, where that is this user.
+
+    Raises:
+        UserError: it cannot be read, is empty, or is not private.
+    """
+    try:
+        status, text = path.stat(), path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path}: cannot be read ({first_line(error)})") from error
+    # Of another's file, such as a mounted secret, its owner has decided who may read it.
+    if private and hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        raise UserError(f"{what} {path}: others than its owner can read or write it; run chmod 600 {path}")
+    if not text:
+        raise UserError(f"{what} {path}: is empty")
+    return text
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_PR_SET_PDEATHSIG = 1
 
 
 def keep_freed_memory() -> None:
@@ -38,3 +41,19 @@ def interrupt_on_sigterm() -> None:
     """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that one path ends a service."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_with_parent(parent: int) -> Callable[[], None]:
+    """What a new process is to run first (``preexec_fn``) so that it is told to end when its parent dies, on Linux.
+
+    Args:
+        parent: id of the process that starts it.
+    """
+
+    def prepare() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it has died already
+                os._exit(1)
+
+    return prepare

@@ -33,6 +33,8 @@ from specforge.runtime.data_plane.store import BadSampleError, SampleStore, Stor
 
 logger = logging.getLogger(__name__)
 
+_LATER = ("dtype", "encoding")  # parts of a state that checkpoints of the first version lack
+
 
 class FeatureDataLoader:
     """Packed batches of stored samples; one pass over it is an epoch.
@@ -92,7 +94,8 @@ class FeatureDataLoader:
         ids = "".join(ref.sample_id for ref in self.refs).encode()
         self._identity = {
             "samples": content_id(ids), "batch_size": batch_size, "max_tokens": max_tokens, "shuffle": shuffle,
-            "seed": seed, "world_size": world_size,
+            "seed": seed, "world_size": world_size, "dtype": self.refs[0].provenance.dtype,
+            "encoding": self.refs[0].provenance.encoding,
         }  # fmt: skip
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
@@ -119,7 +122,8 @@ class FeatureDataLoader:
             UserError: the samples or the batching are not those of the saved run.
         """
         for key, value in self._identity.items():
-            if state.get(key) != value:
+            known = key in state or key not in _LATER
+            if known and state.get(key) != value:
                 what = (
                     "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
                 )

@@ -171,6 +171,16 @@ def test_a_damaged_sample_stops_the_run_or_is_left_out_by_policy(folder, monkeyp
     assert folder.store.stat().leases == 0
 
 
+def test_a_position_among_other_features_is_refused_and_one_that_does_not_say_is_taken(folder):
+    """Checkpoints of the first version do not say which features were trained on."""
+    state = loader(folder).state_dict()
+    assert (state["dtype"], state["encoding"]) == ("float32", "raw")
+    for key in ("dtype", "encoding"):
+        with pytest.raises(UserError, match=rf"{key} \(other, now .*changed since the checkpoint"):
+            loader(folder).load_state_dict({**state, key: "other"})
+    loader(folder).load_state_dict({k: v for k, v in state.items() if k not in ("dtype", "encoding")})
+
+
 def test_features_that_disagree_are_refused_by_name(folder):
     """In what they hold, in width, in dtype; before any of them is read."""
     first, second, *rest = folder.refs
