@@ -285,9 +285,9 @@ def produce(
         max_tries, idle_seconds,
     )  # fmt: skip
     if plan:
-        _console.print("\n".join(describe_plan(options)), soft_wrap=True)
+        _console.print("\n".join(describe_plan(options)), soft_wrap=True, markup=False)
     else:
-        run_producers(options, _console.print)
+        run_producers(options, lambda text: _console.print(text, soft_wrap=True, markup=False))
 
 
 def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
@@ -301,7 +301,7 @@ def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = Fal
     """
     from specforge.inference.producing import describe_status
 
-    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True)
+    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True, markup=False)
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from specforge.errors import UserError
 from specforge.host import end_with_parent
 from specforge.inference.producer import Producer
 from specforge.inference.target_engine import HFTargetEngine, TargetEngine
+from specforge.inference.target_engine.http import printable
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
@@ -201,7 +202,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
         f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
         bottleneck(counts, produced, controller.unfinished(), controller.silent()),
-        *(f"dead: {letter.key} after {letter.tries} tries: {letter.reason}" for letter in dead),
+        *(printable(f"dead: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in dead),
     ]
     if dead and revive:
         controller.revive([letter.key for letter in dead])
