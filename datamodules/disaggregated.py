@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.base import FeatureDataModule
-from specforge.contracts import Provenance, SampleRef, TokenCounts
+from specforge.contracts import Provenance, SampleRef, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, plan_batches
-from specforge.runtime.control_plane.controller import DataFlowController, sample_key
+from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, PositiveShare, Seconds, Seed
+from specforge.runtime.control_plane.claim import TrainerClaim
+from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED
 from specforge.runtime.control_plane.stream import KEPT, Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
-from specforge.runtime.places import open_backend, open_metadata
+from specforge.runtime.places import open_backend, open_metadata, shown
 
 
 class DisaggregatedDataModule(FeatureDataModule):
@@ -55,56 +57,86 @@ class DisaggregatedDataModule(FeatureDataModule):
         prompts: str,
         store: str,
         metadata: str,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
+        batch_size: PositiveInt | None = None,
+        max_tokens: PositiveInt | None = None,
         dtype: str = "bfloat16",
         encoding: Literal["raw", "float8_e4m3fn"] = "raw",
-        max_bytes: int = 4 << 30,
-        max_samples: int = 4096,
-        low_water: float = 0.75,
+        max_bytes: PositiveInt = 4 << 30,
+        max_samples: PositiveInt = 4096,
+        low_water: PositiveShare = 0.75,
         retain: Literal["until_durable", "until_trained"] = "until_durable",
-        lease_seconds: float = 60.0,
-        max_tries: int = 3,
-        stall_seconds: float = 30.0,
-        wait_seconds: float = 3600.0,
-        limit_samples: int | None = None,
-        seed: int = 0,
-        prefetch: int = 2,
+        lease_seconds: PositiveSeconds = 60.0,
+        max_tries: PositiveInt = 3,
+        stall_seconds: Seconds = 30.0,
+        wait_seconds: Seconds = 3600.0,
+        limit_samples: PositiveInt | None = None,
+        seed: Seed = 0,
+        prefetch: NonNegativeInt = 2,
         bad_samples: Literal["error", "skip"] = "error",
-        pad_to: int = 64,
-        val_batch_size: int = 8,
+        pad_to: PositiveInt = 64,
+        val_batch_size: PositiveInt = 8,
     ) -> None:
         super().__init__(
             batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
         )
-        if not 0.0 < low_water <= 1.0:
-            raise UserError(f"data.low_water is {low_water}, not in (0, 1]")
         self.folder, self.store, self.metadata = Path(prompts), store, metadata
         self.dtype, self.encoding = dtype, encoding
         self.max_bytes, self.max_samples, self.low_water = max_bytes, max_samples, low_water
         self.retain, self.lease_seconds, self.max_tries = retain, lease_seconds, max_tries
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
         self._controller: DataFlowController | None = None
+        self._claim: TrainerClaim | None = None
         self._splits: dict[str, tuple[list[SampleRef], StreamedSamples]] = {}
         self._counts: TokenCounts | None = None
 
     def setup(self, stage: str) -> None:
-        """Read the prompts and reach the stores."""
+        """Read the prompts and reach the stores.
+
+        Raises:
+            UserError: a store cannot be used, or another trainer is at work on it; nothing is queued.
+        """
         if self._controller is None:
-            self._controller = DataFlowController(
+            controller = DataFlowController(
                 open_metadata(self.metadata), FeatureStore(open_backend(self.store)), retain=self.retain,
                 lease_seconds=self.lease_seconds, max_tries=self.max_tries,
             )  # fmt: skip
+            self._claim = self._claimed(controller)
+            self._controller = controller
         heldout = self.folder / "heldout"
         if heldout.exists():
-            self._splits["heldout"] = self._streamed(PromptSet.load(heldout))
+            self._splits["heldout"] = self._streamed(PromptSet.load(heldout), plan=False)
         elif stage != "fit":
             raise UserError(f"{heldout}: no such folder; there is nothing held out to validate on")
         if stage == "fit":
             prompts = PromptSet.load(self.folder / "train")
             self._counts = prompts.counts
-            self._splits["train"] = self._streamed(prompts)
+            self._splits["train"] = self._streamed(prompts, plan=True)
             self._check_room()
+
+    def _claimed(self, controller: DataFlowController) -> TrainerClaim | None:
+        """Make this run the only trainer, by its first rank.
+
+        Raises:
+            UserError: another one is at work, on every rank.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        claim, refusal = None, ""
+        if trainer.is_global_zero:
+            run = str(getattr(trainer, "default_root_dir", "a run"))
+            claim = TrainerClaim(
+                controller.metadata, shown(self.metadata), run, self.lease_seconds, lambda: controller.clock()
+            )
+            try:
+                claim.take()
+            except UserError as error:
+                refusal = str(error)
+        if trainer.world_size > 1:
+            refusal = trainer.strategy.broadcast(refusal)
+        if refusal:
+            controller.metadata.close()
+            raise UserError(refusal)
+        return claim
 
     def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
         """References and tensors of ``train`` or ``heldout``."""
@@ -128,9 +160,23 @@ class DisaggregatedDataModule(FeatureDataModule):
             for _, stream in self._splits.values():
                 stream.close()
             if self.trainer.is_global_zero and "heldout" in self._splits:
-                self._controller.forget([sample_key(x.sample_id, KEPT) for x in self._splits["heldout"][0]])
+                self._controller.forget(self._kept())
+            self._let_others_train()
             self._controller.metadata.close()
         self._controller, self._splits = None, {}
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Whoever resumes this run need not wait until its claim ends."""
+        self._let_others_train()
+
+    def _let_others_train(self) -> None:
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.end()
+
+    def _kept(self) -> list[str]:
+        refs, stream = self._splits["heldout"]
+        return [stream.key(ref.sample_id, KEPT) for ref in refs]
 
     # The ledger: see :class:`specforge.callbacks.ledger.SampleLedger`.
 
@@ -143,13 +189,15 @@ class DisaggregatedDataModule(FeatureDataModule):
             self._controller.rewind(step)
             self._controller.durable(step)
             self._controller.reconcile()  # first: what was lost is queued, and comes again in its turn
-            self._forget_waiting(loader, stream.room)
+            self._forget_waiting(loader, stream)
             self._controller.remove_orphans()  # of leases that are forgotten
         trainer.strategy.barrier("the control plane is at the step of the checkpoint")
         stream.start(self._ahead(loader, trainer.global_rank))
 
-    def _forget_waiting(self, loader: FeatureDataLoader, room: Room) -> None:
+    def _forget_waiting(self, loader: FeatureDataLoader, stream: StreamedSamples) -> None:
         """Drop what is beyond the room that there is now, and all that is queued, which comes again in its turn.
+
+        Dropped is also what a run with another stamp has left, such as one with another dtype.
 
         Left queued, it would stand before the held-out samples, which a stopped run lets go, and the first validation
         would wait until all of it is produced.
@@ -157,18 +205,25 @@ class DisaggregatedDataModule(FeatureDataModule):
         trainer = self.trainer
         assert trainer is not None
         assert self._controller is not None
-        kept = {sample_key(ref.sample_id, KEPT) for ref in self._splits.get("heldout", ([],))[0]}
+        kept = set(self._kept()) if "heldout" in self._splits else set()
         wanted = set(kept)
         for rank in range(trainer.world_size):
-            wanted.update(room.window(self._ahead(loader, rank)))
+            wanted.update(stream.room.window(self._ahead(loader, rank), stream.stamp))
         waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
         self._controller.forget(
             [x.key for x in waiting if x.key not in (kept if x.state == QUEUED else wanted)]
         )
 
     def trained(self, epoch: int, sample_ids: tuple[str, ...], step: int) -> None:
-        """Record what a step used."""
-        self._splits["train"][1].trained([sample_key(name, epoch) for name in sample_ids], step)
+        """Record what a step used.
+
+        Raises:
+            UserError: another trainer has taken this one's place.
+        """
+        if self._claim is not None:
+            self._claim.check()
+        stream = self._splits["train"][1]
+        stream.trained([stream.key(name, epoch) for name in sample_ids], step)
 
     def durable(self, step: int) -> None:
         """Record a complete checkpoint; features that it covers are deleted."""
@@ -198,7 +253,7 @@ class DisaggregatedDataModule(FeatureDataModule):
             if number < length:
                 yield epoch, refs
 
-    def _streamed(self, prompts: PromptSet) -> tuple[list[SampleRef], StreamedSamples]:
+    def _streamed(self, prompts: PromptSet, plan: bool) -> tuple[list[SampleRef], StreamedSamples]:
         module = self.trainer.lightning_module  # type: ignore[union-attr]
         assert self._controller is not None
         provenance = Provenance(
@@ -214,9 +269,35 @@ class DisaggregatedDataModule(FeatureDataModule):
         )  # fmt: skip
         stream = StreamedSamples(
             self._controller, dict(zip((ref.sample_id for ref in refs), tasks, strict=True)), provenance, room,
-            stall_seconds=self.stall_seconds, wait_seconds=self.wait_seconds,
+            stamp=self._stamp(refs if plan else ()), stall_seconds=self.stall_seconds,
+            wait_seconds=self.wait_seconds, probe=self._probe,
         )  # fmt: skip
         return refs, stream
+
+    def _stamp(self, planned: Sequence[SampleRef]) -> str:
+        """Tells samples from those of runs that make other features of a prompt, or train in another order.
+
+        Identities of samples hold the rest: tokens, target and layers. So what a run with a wrong option leaves is
+        never taken for what another one asked for.
+
+        Args:
+            planned: the samples whose order of training counts, if it does.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        plan = [
+            self.limits,
+            self.limit_samples,
+            self.seed,
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
+        ]
+        names = "".join(ref.sample_id for ref in planned).encode()
+        return content_id(self.dtype, self.encoding, *([names, plan] if planned else ()))[:16]
+
+    def _probe(self) -> None:
+        if self._claim is not None:
+            self._claim.renew()
 
     def _share(self, total: int, kept: int) -> int:
         assert self.trainer is not None

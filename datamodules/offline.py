@@ -9,6 +9,7 @@ from typing import Literal
 from datamodules.base import FeatureDataModule
 from specforge.contracts import SampleRef, TokenCounts
 from specforge.errors import UserError
+from specforge.options import NonNegativeInt, PositiveInt, Seed
 from specforge.runtime.data_plane.features import FeatureFolder
 from specforge.runtime.data_plane.store import SampleStore
 
@@ -31,14 +32,14 @@ class OfflineDataModule(FeatureDataModule):
     def __init__(
         self,
         features: str,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
-        limit_samples: int | None = None,
-        seed: int = 0,
-        prefetch: int = 2,
+        batch_size: PositiveInt | None = None,
+        max_tokens: PositiveInt | None = None,
+        limit_samples: PositiveInt | None = None,
+        seed: Seed = 0,
+        prefetch: NonNegativeInt = 2,
         bad_samples: Literal["error", "skip"] = "error",
-        pad_to: int = 64,
-        val_batch_size: int = 8,
+        pad_to: PositiveInt = 64,
+        val_batch_size: PositiveInt = 8,
     ) -> None:
         super().__init__(
             batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import RolloutWorker, expect, plan_batches
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
+from specforge.options import NonNegativeInt, PositiveInt, Seed
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.produced import ProducedSamples
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
@@ -50,18 +52,18 @@ class OnlineDataModule(FeatureDataModule):
     def __init__(
         self,
         prompts: str,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
+        batch_size: PositiveInt | None = None,
+        max_tokens: PositiveInt | None = None,
         dtype: str = "bfloat16",
         device: str = "auto",
-        max_bytes: int = 4 << 30,
-        keep_bytes: int = 0,
-        limit_samples: int | None = None,
-        seed: int = 0,
-        prefetch: int = 2,
+        max_bytes: PositiveInt = 4 << 30,
+        keep_bytes: NonNegativeInt = 0,
+        limit_samples: PositiveInt | None = None,
+        seed: Seed = 0,
+        prefetch: NonNegativeInt = 2,
         bad_samples: Literal["error", "skip"] = "error",
-        pad_to: int = 64,
-        val_batch_size: int = 8,
+        pad_to: PositiveInt = 64,
+        val_batch_size: PositiveInt = 8,
         server: str | None = None,
         token_file: str = "runs/target.token",
         encoding: Literal["raw", "float8_e4m3fn"] = "raw",
@@ -127,7 +129,10 @@ class OnlineDataModule(FeatureDataModule):
             task for batch in plan_batches(prompts.tasks, 1) for task in batch
         ]  # in the order of capture
         self._engine.check(provenance.capture)
-        refs = expect(tasks, provenance, module.target.hidden_size)
+        travelled = replace(provenance, encoding=self.encoding)  # which a resumed run must not change
+        refs = [
+            replace(ref, provenance=travelled) for ref in expect(tasks, provenance, module.target.hidden_size)
+        ]
         by_name = dict(zip((ref.sample_id for ref in refs), tasks, strict=True))
 
         def produce(name: str) -> SampleRef:

@@ -204,6 +204,11 @@ class DraftModule(pl.LightningModule):
         counts = getattr(data, "token_counts", lambda: None)()
         if self._has_vocabulary or counts is None or stage != "fit":
             return
+        if not counts.supervised.shape == counts.context.shape == self.draft.t2d.shape:
+            raise UserError(
+                f"the data counts {len(counts.supervised)} tokens, but {self.target.name} has {len(self.draft.t2d)}; "
+                "prepare and capture again"
+            )
         ids = draft_vocabulary(counts, len(self.draft.d2t))
         self.draft.set_vocabulary(ids)
         self._has_vocabulary = True

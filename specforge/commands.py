@@ -18,9 +18,17 @@ from rich.table import Table
 
 from specforge.contracts import Provenance
 from specforge.errors import UserError
-from specforge.files import write_file
+from specforge.files import check_json, write_file
 from specforge.host import keep_freed_memory, pick_device
-from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
+from specforge.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveSeconds,
+    PositiveShare,
+    Seconds,
+    Seed,
+)
 from specforge.services import serve_target, store_up
 from specforge.target_files import TargetFiles
 
@@ -114,7 +122,7 @@ def prepare(
     long_samples: Literal["error", "drop", "truncate"] = "error",
     chat_template: Path | None = None,
     last_turn_only: bool = False,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> None:
     """Turn conversations into token ids and loss masks, through the target's own chat template.
 
@@ -179,7 +187,7 @@ def regenerate(
     batch_size: PositiveInt = 32,
     temperature: NonNegativeFloat = 0.0,
     top_p: PositiveShare = 1.0,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     dtype: str = "bfloat16",
     device: str = "auto",
     chat_template: Path | None = None,
@@ -228,12 +236,12 @@ def capture(
     prompts: Path,
     output: Path,
     algorithm: str = "eagle3",
-    layer_ids: list[int] | None = None,
+    layer_ids: list[NonNegativeInt] | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
-    batch_tokens: int | None = None,
+    batch_tokens: PositiveInt | None = None,
     encoding: Literal["raw", "float8_e4m3fn"] = "raw",
-    limit_samples: int | None = None,
+    limit_samples: NonNegativeInt | None = None,
 ) -> None:
     """Run the target over prepared prompts and keep the hidden states that an algorithm trains on.
 
@@ -305,13 +313,13 @@ def produce(
     store: str,
     metadata: str,
     device: str = "auto",
-    workers: int = 1,
+    workers: PositiveInt = 1,
     name: str | None = None,
-    max_prompts: int = 8,
-    batch_tokens: int = 1,
-    lease_seconds: float = 60.0,
-    max_tries: int = 3,
-    idle_seconds: float | None = None,
+    max_prompts: PositiveInt = 8,
+    batch_tokens: PositiveInt = 1,
+    lease_seconds: PositiveSeconds = 60.0,
+    max_tries: PositiveInt = 3,
+    idle_seconds: Seconds | None = None,
     plan: bool = False,
 ) -> None:
     """Make features for a trainer in another process (`specforge fit` with DisaggregatedDataModule).
@@ -341,12 +349,12 @@ def produce(
         max_tries, idle_seconds,
     )  # fmt: skip
     if plan:
-        _console.print("\n".join(describe_plan(options)), soft_wrap=True)
+        _console.print("\n".join(describe_plan(options)), soft_wrap=True, markup=False)
     else:
-        run_producers(options, _console.print)
+        run_producers(options, lambda text: _console.print(text, soft_wrap=True, markup=False))
 
 
-def status(store: str, metadata: str, seconds: float = 2.0, revive: bool = False) -> None:
+def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
     """Say how a disaggregated run is doing: states, rates, bytes, dead letters, and what is the bottleneck.
 
     Args:
@@ -357,25 +365,25 @@ def status(store: str, metadata: str, seconds: float = 2.0, revive: bool = False
     """
     from specforge.inference.producing import describe_status
 
-    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True)
+    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True, markup=False)
 
 
 def evaluate(
     draft: Path,
     prompts: Path,
     target: str | None = None,
-    gamma: int = 4,
-    max_new_tokens: int = 128,
-    num_prompts: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    gamma: PositiveInt = 4,
+    max_new_tokens: PositiveInt = 128,
+    num_prompts: PositiveInt | None = None,
+    temperature: NonNegativeFloat = 0.0,
+    top_p: PositiveShare = 1.0,
+    top_k: NonNegativeInt = 0,
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic",
-    seed: int = 0,
+    seed: Seed = 0,
     dtype: str = "float32",
     speed_dtype: str = "bfloat16",
-    speed_prompts: int = 8,
-    batch_size: int = 32,
+    speed_prompts: NonNegativeInt = 8,
+    batch_size: PositiveInt = 32,
     device: str = "auto",
     cache: Path = Path("runs/eval-cache"),
     baselines: list[str] | None = None,
@@ -412,6 +420,8 @@ def evaluate(
     from specforge.eval.cache import EvalCache
     from specforge.eval.evaluate import EvaluateOptions, Evaluation, as_json, versions
 
+    if json is not None:
+        check_json(json, "run", "methods")
     module = load_module(draft, target)
     files = module.target
     place = pick_device(device)
@@ -467,7 +477,7 @@ def export(
 
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
-        output: folder; replaced if it exists.
+        output: new or empty folder; one that this command wrote is replaced.
         to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
         target: folder or hub name; by default the one the draft was trained on.
         dtype: dtype of the written tensors.

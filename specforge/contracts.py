@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import reprlib
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import xxhash
@@ -21,6 +26,13 @@ AUX_HIDDEN_STATES = "aux_hidden_states"
 LAST_HIDDEN_STATES = "last_hidden_states"
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
+
+_T = TypeVar("_T")
+
+
+SAMPLE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)  # can name no path outside a folder
+ENCODINGS = ("raw", "float8_e4m3fn")
+_MOST_TOKENS, _MOST_BYTES = 2**31 - 1, 2**53  # of a sample; what exceeds them is damage
 
 
 class Record:
@@ -35,13 +47,50 @@ class Record:
         return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Rebuild a record; unknown fields are an error."""
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(fields) - names)
+    def from_json(cls, fields: Any) -> Self:
+        """Rebuild a record, whoever wrote it.
+
+        Raises:
+            ValueError: a field is missing, unknown, or not what it can be; says which.
+        """
+        if not isinstance(fields, dict):
+            raise ValueError(f"{cls.__name__} is an object with fields, not {reprlib.repr(fields)}")
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))  # type: ignore[attr-defined]
         if unknown:
-            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}")
-        return cls(**{key: _tuples(value) for key, value in fields.items()})
+            raise ValueError(f"{cls.__name__} has no field {reprlib.repr(unknown[0])}")
+        try:
+            record = cls(**{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__} lacks {str(error).partition(': ')[2]}") from error
+        record.check()
+        return record
+
+    def check(self) -> None:
+        """Refuse values that no such record can have, whatever their types.
+
+        Raises:
+            ValueError: says which field.
+        """
+        fitting = self.fitting()
+        if False in fitting.values():
+            name = next(name for name, fits in fitting.items() if not fits)
+            raise ValueError(f"{name} cannot be {reprlib.repr(getattr(self, name))}")
+
+    def fitting(self) -> dict[str, bool]:
+        """Whether each field has a value that it can have."""
+        return {}
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_count(value: Any, most: int = _MOST_BYTES) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_dtype(name: Any) -> bool:
+    return _is_text(name) and isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def plain(value: Any) -> Any:
@@ -59,10 +108,6 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(x) for x in value) if isinstance(value, list) else value
-
-
 @dataclass(frozen=True, slots=True)
 class FeatureSpec(Record):
     """One stored tensor of a sample.
@@ -77,6 +122,14 @@ class FeatureSpec(Record):
     dtype: str
     shape: tuple[int, ...]
 
+    def fitting(self) -> dict[str, bool]:
+        """See :meth:`Record.fitting`."""
+        shape = isinstance(self.shape, tuple) and 0 < len(self.shape) < 8
+        return {
+            "name": _is_text(self.name) and bool(self.name), "dtype": _is_dtype(self.dtype),
+            "shape": shape and all(map(_is_count, self.shape)) and math.prod(self.shape) <= _MOST_BYTES,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy(Record):
@@ -89,6 +142,13 @@ class CapturePolicy(Record):
 
     layer_ids: tuple[int, ...]
     last_hidden_states: bool = True
+
+    def fitting(self) -> dict[str, bool]:
+        """See :meth:`Record.fitting`."""
+        return {
+            "layer_ids": isinstance(self.layer_ids, tuple) and all(map(_is_count, self.layer_ids)),
+            "last_hidden_states": type(self.last_hidden_states) is bool,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +174,25 @@ class Provenance(Record):
     encoding: str = "raw"
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Provenance:
-        """Rebuild, with the nested policy."""
-        return cls(**{**fields, "capture": CapturePolicy.from_json(fields["capture"])})
+    def from_json(cls, fields: Any) -> Provenance:
+        """Rebuild, with the nested policy; see :meth:`Record.from_json`."""
+        if isinstance(fields, dict) and "capture" in fields:
+            fields = {**fields, "capture": CapturePolicy.from_json(fields["capture"])}
+        return super(Provenance, cls).from_json(fields)
+
+    def fitting(self) -> dict[str, bool]:
+        """See :meth:`Record.fitting`."""
+        texts = ("target", "target_fingerprint", "tokenizer_fingerprint", "draft_weight_version")
+        return {name: _is_text(getattr(self, name)) for name in texts} | {
+            "capture": isinstance(self.capture, CapturePolicy),
+            "dtype": _is_dtype(self.dtype) and getattr(torch, self.dtype).is_floating_point,
+            "encoding": self.encoding in ENCODINGS,
+        }
+
+    @property
+    def makes(self) -> tuple[str, CapturePolicy, str, str]:
+        """What the bytes of a prompt's features depend on; names and the tokenizer are not of it."""
+        return self.target_fingerprint, self.capture, self.dtype, self.encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +212,26 @@ class PromptTask(Record):
     loss_mask: tuple[int, ...]
     source: str = ""
     attempt: int = 0
+
+    def fitting(self) -> dict[str, bool]:
+        """See :meth:`Record.fitting`; what no target can read, such as an unknown token, the target will say."""
+        ids, mask = _packed(_int32, self.input_ids), _packed(bytes, self.loss_mask)
+        return {
+            "task_id": _is_text(self.task_id), "source": _is_text(self.source), "attempt": _is_count(self.attempt),
+            "input_ids": ids is not None,
+            "loss_mask": mask is not None and len(mask) == len(ids or ()) and not mask.translate(None, b"\0\1"),
+        }  # fmt: skip
+
+
+_int32 = partial(array, "i")
+
+
+def _packed(kind: Callable[[tuple[int, ...]], _T], values: Any) -> _T | None:
+    """Whole numbers in C's form, the quickest way to look at hundreds; None if they are something else."""
+    try:
+        return kind(values) if isinstance(values, tuple) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +263,27 @@ class SampleRef(Record):
     provenance: Provenance
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> SampleRef:
-        """Rebuild, with the nested records."""
-        nested = {
-            "features": tuple(FeatureSpec.from_json(f) for f in fields["features"]),
-            "provenance": Provenance.from_json(fields["provenance"]),
-        }
-        return cls(**{**fields, **nested})
+    def from_json(cls, fields: Any) -> SampleRef:
+        """Rebuild, with the nested records; see :meth:`Record.from_json`."""
+        if isinstance(fields, dict) and {"features", "provenance"} <= fields.keys():
+            features = fields["features"]
+            if not isinstance(features, list):
+                raise ValueError(f"features cannot be {reprlib.repr(features)}")
+            nested = {"features": tuple(map(FeatureSpec.from_json, features))}
+            fields = {**fields, **nested, "provenance": Provenance.from_json(fields["provenance"])}
+        return super(SampleRef, cls).from_json(fields)
+
+    def fitting(self) -> dict[str, bool]:
+        """See :meth:`Record.fitting`."""
+        tokens = self.num_tokens
+        return {
+            "sample_id": type(self.sample_id) is str and SAMPLE_ID.fullmatch(self.sample_id) is not None,
+            "generation": _is_count(self.generation), "num_tokens": _is_count(tokens, _MOST_TOKENS),
+            "features": all([feature.shape[0] == tokens for feature in self.features]),
+            "num_supervised": _is_count(tokens) and _is_count(self.num_supervised, tokens),
+            "nbytes": _is_count(self.nbytes), "checksum": type(self.checksum) is str, "uri": type(self.uri) is str,
+            "source": type(self.source) is str,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

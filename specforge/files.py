@@ -1,16 +1,26 @@
-"""Files that appear whole or not at all, and JSON that is read with a clear error."""
+"""Files and folders that appear whole or not at all and replace only their own kind; JSON read with a clear error."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from specforge.errors import UserError
+
+_STAGED, _RETIRED = ".part", ".old"  # end the names of folders that are being filled, and that were replaced
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+Recogniser = Callable[[Path], bool]
 
 
 def write_file(path: Path, content: bytes | memoryview | str) -> None:
@@ -19,9 +29,12 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
     Raises:
         UserError: the disk is full or not writable; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise disk_error(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -38,27 +51,158 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
     sync_folder(path.parent)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], is_ours: Recogniser | None = None) -> None:
     """Write a folder of files that takes its name only when it is complete.
 
+    Args:
+        folder: new, empty, or one that holds nothing but files of these names, which is replaced.
+        files: their contents by name.
+        is_ours: what else a folder must be to be replaced.
+
     Raises:
-        UserError: the disk is full or not writable; the old folder, if any, is as it was.
+        UserError: something else is there, or the disk is full or not writable; what was there is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    named = holds_only(*files)
+    with staged_folder(folder, lambda place: named(place) and (is_ours is None or is_ours(place))) as staging:
         for name, content in files.items():
             write_file(staging / name, content)
+
+
+def holds_only(*names: str) -> Recogniser:
+    """Recognises folders in which, and in whose folders, there are only files of these names."""
+    known = {Path(name).name for name in names}
+
+    def recognise(folder: Path) -> bool:
+        return all(
+            stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and path.name in known)
+            for path in folder.rglob("*")
+            for mode in [path.lstat().st_mode]
+        )
+
+    return recognise
+
+
+def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
+    """Refuse to write a folder in the place of something else; to be called before the work that fills it.
+
+    Args:
+        folder: may be new or empty, or what ``is_ours`` recognises, which is to be replaced.
+        is_ours: whether a folder is what the same command wrote, and nothing else is in it.
+
+    Returns:
+        Its full path.
+
+    Raises:
+        UserError: says what is in the way.
+    """
+    try:
+        place = folder.resolve()
+        if folder.is_symlink():
+            reason = f"is a link to {place}; name that folder itself, or a new one"
+        elif not place.exists():
+            return place
+        elif not place.is_dir():
+            reason = "is a file; name a new or an empty folder"
+        elif Path.cwd().is_relative_to(place):
+            reason = "is the current folder, or one that holds it; name a new or an empty folder"
+        elif not any(place.iterdir()) or (is_ours is not None and is_ours(place)):
+            return place
+        else:
+            names = sorted(path.name for path in place.iterdir())
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            reason = (
+                f"holds {', '.join(names[:3])}{more}, not only what this command writes; name a new or an empty "
+                "folder, or remove it first"
+            )
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        raise UserError(f"{folder}: cannot be looked at ({error})") from error
+    raise UserError(f"{folder}: {reason}")
+
+
+@contextmanager
+def staged_folder(folder: Path, is_ours: Recogniser | None = None) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``folder`` when the block ends well and is removed otherwise.
+
+    What a killed process had staged for this name is removed. See :func:`check_folder` for the arguments.
+
+    Raises:
+        UserError: something else is there, or the disk is full or not writable; what was there is as it was.
+    """
+    try:
+        place = Path(os.path.realpath(folder))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            _clear_leftovers(place)
+        check_folder(folder, is_ours)
+        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_STAGED, dir=place.parent))
+    except (OSError, ValueError) as error:
+        raise disk_error(folder, error) from error
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system locks folders
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield staging
         staging.chmod(0o777 & ~_umask())
-        retired = staging.with_name(staging.name + ".old")
-        if folder.exists():
-            folder.rename(retired)
-        staging.rename(folder)
-        shutil.rmtree(retired, ignore_errors=True)
+        sync_folder(staging)
+        check_folder(folder, is_ours)  # the work may have taken hours
+        _take_place(staging, place)
+        sync_folder(place.parent)
     except OSError as error:
         raise disk_error(folder, error) from error
     finally:
+        os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_place(staging: Path, place: Path) -> None:
+    """Give a staged folder its name; what had it is under the staged one's name then."""
+    if not place.exists():
+        staging.rename(place)
+    elif not _exchange(staging, place):
+        retired = staging.with_suffix(_RETIRED)
+        place.rename(
+            retired
+        )  # a kill behind this line leaves it there, and the next call gives it its name again
+        try:
+            staging.rename(place)
+        except BaseException:
+            retired.rename(place)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names at once; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def _clear_leftovers(place: Path) -> None:
+    """Undo what killed processes left of this name: staged folders go, one that was to be replaced comes back."""
+    ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}({_STAGED}|{_RETIRED})")
+    for path in [x for x in place.parent.iterdir() if ours.fullmatch(x.name)]:
+        if path.suffix == _RETIRED and not place.exists():
+            path.rename(place)
+        elif path.suffix == _RETIRED or _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(staging: Path) -> bool:
+    """Whether no process is filling a staged folder."""
+    try:
+        handle = os.open(staging, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _umask() -> int:
@@ -76,9 +220,33 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def disk_error(path: Path, error: OSError) -> UserError:
+def disk_error(path: Path, error: OSError | ValueError) -> UserError:
     """A one-line error for a failed write."""
-    return UserError(f"{path}: could not be written ({error.strerror or error}); nothing was changed")
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{path}: could not be written ({reason}); nothing was changed")
+
+
+def read_secret(path: Path, what: str, private: bool = False) -> str:
+    """The text of a file, without what blank surrounds it.
+
+    Args:
+        path: the file.
+        what: what to call it in a message.
+        private: refuse one that others than its owner can read or write, where that is this user.
+
+    Raises:
+        UserError: it cannot be read, is empty, or is not private.
+    """
+    try:
+        status, text = path.stat(), path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path}: cannot be read ({first_line(error)})") from error
+    # Of another's file, such as a mounted secret, its owner has decided who may read it.
+    if private and hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        raise UserError(f"{what} {path}: others than its owner can read or write it; run chmod 600 {path}")
+    if not text:
+        raise UserError(f"{what} {path}: is empty")
+    return text
 
 
 def read_json(path: Path) -> Any:
@@ -98,6 +266,24 @@ def read_json(path: Path) -> Any:
             f", line {error.__cause__.lineno}" if isinstance(error.__cause__, json.JSONDecodeError) else ""
         )
         raise UserError(f"{path}{place}: {error}") from error
+
+
+def check_json(path: Path, *keys: str) -> None:
+    """Refuse to replace a file that is not a JSON object with these keys; to be called before the work that makes it.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        found = read_json(path)
+    except UserError:
+        found = None
+    if not (isinstance(found, dict) and found.keys() >= set(keys)):
+        raise UserError(f"{path}: holds something else than what this command writes; name a new file")
 
 
 def parse_json(text: bytes | str) -> Any:

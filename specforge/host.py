@@ -6,9 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_PR_SET_PDEATHSIG = 1
 
 
 def keep_freed_memory() -> None:
@@ -49,3 +51,19 @@ def available_memory() -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def end_with_parent(parent: int) -> Callable[[], None]:
+    """What a new process is to run first (``preexec_fn``) so that it is told to end when its parent dies, on Linux.
+
+    Args:
+        parent: id of the process that starts it.
+    """
+
+    def prepare() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it has died already
+                os._exit(1)
+
+    return prepare

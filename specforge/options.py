@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     # One line each: mypy takes a chain of assignments for a variable.
     PositiveInt = int
     NonNegativeInt = int
+    Seed = int
     Port = int
     PositiveFloat = float
     NonNegativeFloat = float
+    Seconds = float
+    PositiveSeconds = float
     Share = float
     PositiveShare = float
     ShareBelowOne = float
@@ -30,12 +33,15 @@ else:
         return made
 
     # jsonargparse has some of these bounds under names that say less, and takes a definition once; hence "> -1".
-    _FINITE = ("<", float("inf"))
-    PositiveInt = restricted_number_type("a whole number of at least 1", int, (">=", 1))
-    NonNegativeInt = restricted_number_type("a whole number of at least 0", int, (">", -1))
+    _FINITE, _LONG = ("<", float("inf")), ("<", 2**63)  # what databases and C take for a number
+    PositiveInt = restricted_number_type("a whole number of at least 1", int, [(">=", 1), _LONG])
+    NonNegativeInt = restricted_number_type("a whole number of at least 0", int, [(">", -1), _LONG])
+    Seed = restricted_number_type("a whole number from 0 to 2^63 - 1", int, [(">=", 0), _LONG])
     Port = restricted_number_type("a port from 0 to 65535", int, [(">=", 0), ("<=", 65535)])
     PositiveFloat = restricted_number_type("a number above 0", float, [(">", 0), _FINITE])
     NonNegativeFloat = restricted_number_type("a number of at least 0", float, [(">=", 0), _FINITE])
+    Seconds = restricted_number_type("a number of seconds from 0 to 1e9", float, [(">=", 0), ("<=", 1e9)])
+    PositiveSeconds = restricted_number_type("a number of seconds above 0", float, [(">", 0), ("<=", 1e9)])
     Share = restricted_number_type("a number from 0 to 1", float, [(">=", 0), ("<=", 1), _FINITE])
     PositiveShare = restricted_number_type("a number above 0, at most 1", float, [(">", 0), ("<=", 1)])
     ShareBelowOne = restricted_number_type("a number of at least 0, below 1", float, [(">=", 0), ("<", 1)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.files import write_file
 
 
 def recipe_folder() -> Path:
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--copy {options.copy}: no such recipe (there are {', '.join(recipes())})")
     target = Path(options.to)
     target = target / Path(options.copy).name if target.is_dir() else target
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target}: exists already")
-    shutil.copyfile(recipes()[options.copy], target)
+    write_file(target, recipes()[options.copy].read_bytes())
     print(target)
     return 0

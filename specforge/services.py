@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
+import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from specforge.errors import UserError
-from specforge.host import interrupt_on_sigterm, pick_device
+from specforge.host import end_with_parent, interrupt_on_sigterm, pick_device
+from specforge.options import Port, PositiveInt
 from specforge.target_files import TargetFiles
 
 
 def serve_target(
     target: str,
-    port: int = 8010,
+    port: Port = 8010,
     host: str = "127.0.0.1",
     token_file: Path = Path("runs/target.token"),
     dtype: str = "bfloat16",
     device: str = "auto",
-    max_tokens: int = 65536,
+    max_tokens: PositiveInt = 65536,
 ) -> None:
     """Serve a target's features over HTTP until SIGTERM or Ctrl-C; nothing is stored.
 
@@ -83,7 +83,7 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
         "--put_start_discard_timeout_sec=30", "--put_start_release_timeout_sec=60",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=end_with_parent(os.getpid())
     )
     try:
         for _ in range(1000):
@@ -101,11 +101,6 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
         process.wait()
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _check_free(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,11 +111,11 @@ def _check_free(host: str, port: int) -> None:
 
 
 def store_up(
-    size: int = 4 << 30,
+    size: PositiveInt = 4 << 30,
     host: str = "127.0.0.1",
-    port: int = 50051,
-    metrics_port: int = 9003,
-    protocol: str = "tcp",
+    port: Port = 50051,
+    metrics_port: Port = 9003,
+    protocol: Literal["tcp", "rdma"] = "tcp",
     devices: str = "",
 ) -> None:
     """Run a Mooncake store in this host's memory until SIGTERM or Ctrl-C; what it holds ends with it.

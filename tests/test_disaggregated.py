@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,12 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules import DisaggregatedDataModule
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.cli import main
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.errors import UserError
+from specforge.inference.target_engine import HFTargetEngine
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED
+from specforge.runtime.control_plane.metadata import (
+    COMMITTED,
+    DURABLE,
+    LEASED,
+    QUEUED,
+    STATES,
+    TRAINED,
+    Entry,
+)
 from specforge.runtime.control_plane.stream import StreamedSamples, bottleneck
+from specforge.runtime.data_plane import loader as loader_module
+from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.target_files import TargetFiles
 from tests.disaggregated import (
     STEPS,
@@ -112,6 +126,31 @@ def test_several_processes_produce_and_end_when_nothing_comes(target, tmp_path, 
     assert "p-1: 0 samples produced" in out
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children when their parent dies")
+def test_workers_end_with_a_parent_that_was_killed_and_run_no_file_of_the_current_folder(target, tmp_path):
+    for name in ("yaml", "torch", "specforge", "json"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w').close()")
+    where = places(tmp_path / "stores")
+    words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], "--workers", 2]
+    process = subprocess.Popen(
+        [*PRODUCE, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    for _ in range(2):
+        line = process.stdout.readline()
+        assert "waits for prompts" in line, line
+    workers = children(process)
+    assert len(workers) == 2
+    process.kill()
+    output, _ = process.communicate(timeout=60)  # the workers hold its end too, so this waits for them
+    assert output.count("samples produced") == 2
+    assert not (tmp_path / "executed").exists()
+
+
 def test_the_plan_starts_nothing(target, tmp_path, capsys):
     where = places(tmp_path)
     words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
@@ -139,6 +178,35 @@ def test_status_names_states_dead_letters_and_the_bottleneck(target, prompts, tm
     assert "2 queued" in text
     assert "dead: s0@0 after 1 tries: s0: holds NaN" in text
     assert controller.counts()[QUEUED] == 3
+
+
+def test_status_makes_nothing(target, tmp_path, capsys):
+    """Where an address is mistyped, in any of its forms."""
+    where = places(tmp_path)
+    control(where).metadata.close()
+    store, metadata = where["store"], where["metadata"]
+    for addresses in (
+        (tmp_path / "x", metadata), (store, tmp_path / "x.db"), (f"file://{tmp_path}/x", metadata),
+        (store, f"file://{tmp_path}/x.db"), (metadata, metadata), ("", metadata), (store, ""), (store, store),
+    ):  # fmt: skip
+        words = ["--store", str(addresses[0]), "--metadata", str(addresses[1])]
+        capsys.readouterr()
+        assert main(["status", *words, "--seconds", "0"]) == 2, words
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert main(["produce", "--target", str(target), *words, "--plan", "true"]) in (0, 2), words
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"store", "metadata.db"}
+
+
+def test_status_reads_over_damaged_records(tmp_path, capsys):
+    where = places(tmp_path)
+    controller = control(where, max_tries=1)
+    controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
+    controller.metadata.commit([("s0@0", "damaged"), ("s1@0", "[]\n[]\n[]")])
+    (leased,) = controller.lease("w", 1)
+    controller.fail("w", leased, "reason")
+    words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
+    assert main(["status", *words]) == 0
+    assert "2 committed" in capsys.readouterr().out
 
 
 def test_the_bottleneck_is_named():
@@ -257,6 +325,124 @@ def test_what_a_dead_producer_had_written_beyond_the_room_is_deleted_at_a_start(
     assert main(["fit", "--config", str(path)]) == 2
     assert last.key not in {entry.key for entry in controller.metadata.entries(STATES)}
     assert controller.features.backend.stored() == []
+
+
+def records(where: dict[str, str]) -> list[Entry]:
+    controller = control(where)
+    found = list(controller.metadata.entries(STATES))
+    controller.metadata.close()
+    return found
+
+
+WRONG = {
+    "dtype": (["--data.dtype", "bfloat16"], "dtype (float32, now bfloat16)"),
+    "encoding": (["--data.encoding", "float8_e4m3fn"], "encoding (raw, now float8_e4m3fn)"),
+    "fewer samples": (["--data.limit_samples", "20"], "the training samples changed"),
+    "another order": (["--data.seed", "3"], "seed (0, now 3)"),
+    "other batches": (["--data.batch_size", "3"], "batch_size (4, now 3)"),
+    "layers": (["--model.layer_ids", "[0, 3, 5]"], "layer_ids"),
+    "another target": (["--model.target", "OTHER"], "target"),
+}
+
+
+@pytest.mark.faults
+def test_a_resume_with_a_wrong_option_changes_nothing(target, prompts, tmp_path, undisturbed, capsys):
+    """Whatever the option; the right resume afterwards is the run that was never disturbed."""
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where)
+    other = write_target(tmp_path / "other", seed=1)
+    with producers(target, where, 1):
+        fit(path, "--trainer.max_steps", 9)
+        for name, (words, reason) in WRONG.items():
+            before = records(where)
+            capsys.readouterr()
+            words = [str(other) if word == "OTHER" else word for word in words]
+            assert main(["fit", "--config", str(path), "--ckpt_path", "last", *words]) == 2, name
+            assert reason in capsys.readouterr().err, name
+            assert records(where) == before, name
+        run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"seed": 7, "batch_size": 3}, {"limit_samples": 9}]
+)
+def test_two_runs_take_turns_in_one_store(target, prompts, tmp_path, undisturbed, monkeypatch, options):
+    """Another one, with other features or another order, is begun over the stores of a stopped one, and ends midway."""
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where)
+    other = disaggregated(target, prompts, tmp_path / "other", where, **options)
+    engines = {name: HFTargetEngine(TargetFiles.find(str(target)), name) for name in ("float32", "bfloat16")}
+    step = Eagle3Module.training_step
+
+    def break_off(self, batch, index):
+        if self.trainer.global_step == 7:
+            raise UserError("broken off")
+        return step(self, batch, index)
+
+    with producers(target, where, 1) as (producer,):
+        producer.engine = engines.__getitem__
+        fit(path, "--trainer.max_steps", 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(Eagle3Module, "training_step", break_off)
+            assert main(["fit", "--config", str(other)]) == 2
+        run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert control(where).features.backend.stored() == []
+
+
+@pytest.mark.faults
+def test_what_the_first_version_left_is_gone_on_with(target, prompts, tmp_path, undisturbed, monkeypatch):
+    """Its records had no stamp, and its checkpoints do not say which features were trained on."""
+    where = places(tmp_path)
+    path = disaggregated(target, prompts, tmp_path, where)
+    with producers(target, where, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(DisaggregatedDataModule, "_stamp", lambda self, planned: "")
+            patch.setattr(loader_module, "_LATER", ())
+            state = FeatureDataLoader.state_dict
+            patch.setattr(
+                FeatureDataLoader, "state_dict",
+                lambda self: {k: v for k, v in state(self).items() if k not in ("dtype", "encoding")},
+            )  # fmt: skip
+            fit(path, "--trainer.max_steps", 9)
+        db = sqlite3.connect(where["metadata"])
+        db.execute("DROP TABLE trainer")
+        db.close()
+        run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(undisturbed)
+    assert_same_weights(run, undisturbed)
+    assert_nothing_is_left(where, trained=18 * 4)
+
+
+# One trainer at a time.
+
+
+def test_a_second_trainer_is_refused_before_it_queues_anything(target, prompts, tmp_path, capsys):
+    """It names the first; when that was killed, its place is free at once on the same host."""
+    where = places(tmp_path)
+    process = start(disaggregated(target, prompts, tmp_path / "a", where, wait_seconds=600))
+    second = disaggregated(target, prompts, tmp_path / "b", where, seed=3, wait_seconds=0.1)
+    try:
+        while not Path(where["metadata"]).exists() or len(records(where)) < 18 * 4 + 8:
+            assert process.poll() is None
+        before = records(where)
+        for command in ("fit", "test"):
+            capsys.readouterr()
+            assert main([command, "--config", str(second)]) == 2
+            (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("specforge:")]
+            assert f"the trainer of {tmp_path / 'a' / 'run'} (process {process.pid} on " in line
+            assert "is at work on it; end that one first" in line
+            assert records(where) == before
+    finally:
+        process.kill()
+        process.communicate()
+    assert main(["fit", "--config", str(second)]) == 2
+    assert "no producer takes" in capsys.readouterr().err
 
 
 RANKS = {

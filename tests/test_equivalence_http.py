@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from specforge.cli import main
 from tests.inference.test_target_server import free_port
 from tests.inference.test_target_server import start as serve
 from tests.test_equivalence import (  # noqa: F401
@@ -60,6 +61,21 @@ def test_8_bits_from_a_server_are_those_of_disk(
     server()
     run = fit(online(target, prompts, tmp_path / "http", encoding="float8_e4m3fn", **server.options))
     assert [row[0] for row in seen] == offline
+    assert losses(run) == losses(disk)
+    assert_same_weights(run, disk)
+
+
+def test_a_run_of_8_bits_goes_on_from_disk_and_not_with_other_features(
+    target, prompts, features_in_8_bits, features_alone, tmp_path, server, capsys  # noqa: F811
+):  # fmt: skip
+    disk = fit(recipe(target, features_in_8_bits, tmp_path / "offline", **RUN))
+    server()
+    path = online(target, prompts, tmp_path / "http", encoding="float8_e4m3fn", **server.options)
+    fit(path, "--trainer.max_steps", 5)
+    words = ["fit", "--config", str(path), "--ckpt_path", "last"]
+    assert main([*words, "--data.encoding", "raw"]) == 2
+    assert "encoding (float8_e4m3fn, now raw) changed since the checkpoint" in capsys.readouterr().err
+    run = fit(recipe(target, features_in_8_bits, tmp_path / "http", **RUN), "--ckpt_path", "last")
     assert losses(run) == losses(disk)
     assert_same_weights(run, disk)
 

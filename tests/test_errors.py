@@ -203,6 +203,15 @@ def test_damaged_manifest(refused, target, broken, tmp_path):
     assert f"{manifest}, line 2" in line
 
 
+@pytest.mark.parametrize("shapes", [(263, 263), (264, 263), ((264, 1), (264, 1))])
+def test_token_counts_of_another_vocabulary(refused, target, broken, tmp_path, shapes):
+    supervised, context = (torch.ones(shape, dtype=torch.int64) for shape in shapes)
+    save_file({"supervised": supervised, "context": context}, broken / "train" / "token_counts.safetensors")
+    assert "tiny has 264" in refused("fit", "--config", recipe(target, broken, tmp_path)).replace(
+        str(target), "tiny"
+    )
+
+
 def test_capture_does_not_mix_layers_in_one_folder(refused, target, prompts, broken):
     line = refused(
         "capture", "--target", target, "--prompts", prompts, "--output", broken, "--dtype", "float32",

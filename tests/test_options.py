@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import get_args, get_type_hints
+
 import jsonargparse
 import pytest
 
+from datamodules import DisaggregatedDataModule, OfflineDataModule, OnlineDataModule
+from specforge.cli import main
+from specforge.commands import _FUNCTIONS
 from specforge.options import (
     NonNegativeFloat,
     NonNegativeInt,
     Port,
     PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
     PositiveShare,
+    Seconds,
+    Seed,
     Share,
 )
 from specforge.training import explain
 
 KINDS = {
-    "count": (PositiveInt, ("0", "-1", "2.5", "x", "nan"), ("1", "64")),
-    "seed": (NonNegativeInt, ("-1", "1e3"), ("0", "7")),
+    "count": (PositiveInt, ("0", "-1", "2.5", "x", "nan", "9" * 19), ("1", "64")),
+    "limit": (NonNegativeInt, ("-1", "1e3"), ("0", "7")),
+    "seed": (Seed, ("-1", "9223372036854775808"), ("0", "9223372036854775807")),
+    "pause": (Seconds, ("-1", "nan", "inf", "1e300"), ("0", "1e9")),
+    "lease": (PositiveSeconds, ("0", "-1", "1e10"), ("1e-3", "60")),
     "port": (Port, ("-1", "65536"), ("0", "65535")),
     "rate": (PositiveFloat, ("0", "-1", "nan", "inf", "x"), ("1e-9", "3")),
     "wait": (NonNegativeFloat, ("-0.1", "nan", "inf"), ("0", "2.5")),
@@ -46,3 +58,47 @@ def test_out_of_range_is_one_line_that_says_what_may_be_given(name: str, option:
         assert said == f"{option}: must be {kind.__name__}, not {text}"
     for text in good:
         assert float(parser.parse_args([f"--{option}={text}"])[option]) == float(text)
+
+
+def _numbers(function: Callable[..., object]) -> dict[str, object]:
+    """The options of a function that are numbers without bounds."""
+    hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+    parts = {
+        name: {hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))}
+        for name, hint in hints.items()
+    }
+    return {name: hints[name] for name, found in parts.items() if found & {int, float}}
+
+
+@pytest.mark.parametrize("function", [*_FUNCTIONS.values()], ids=list(_FUNCTIONS))
+def test_every_number_that_a_command_takes_has_its_bounds(function) -> None:
+    assert not _numbers(function)
+
+
+@pytest.mark.parametrize("module", [OfflineDataModule, OnlineDataModule, DisaggregatedDataModule])
+def test_every_number_that_data_takes_has_its_bounds(module) -> None:
+    assert not _numbers(module.__init__)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "produce --target t --store s --metadata m --workers 0",
+        "produce --target t --store s --metadata m --max_tries 99999999999999999999",
+        "status --store s --metadata m --seconds -1",
+        "status --store s --metadata m --seconds 1e300",
+        "target serve --target t --port 65536",
+        "store up --size 0",
+        "store up --protocol pigeon",
+        "capture --target t --prompts p --output o --layer_ids [-1]",
+        "evaluate --draft d --prompts p --gamma 0",
+        "regenerate --data d --target t --output o --top_p 0",
+        "prepare --data d --target t --output o --holdout -3",
+    ],
+)
+def test_a_number_out_of_range_is_one_line(tmp_path, monkeypatch, capsys, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": must be a" in line or "pigeon" in line
+    assert not list(tmp_path.iterdir())

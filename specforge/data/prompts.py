@@ -27,7 +27,7 @@ from specforge.data.splits import Member, assign
 from specforge.data.templates import ChatTemplate
 from specforge.data.turns import TokenSample
 from specforge.errors import UserError
-from specforge.files import first_line, read_json, write_folder
+from specforge.files import check_folder, first_line, holds_only, read_json, write_folder
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -154,19 +154,12 @@ def identity(sets: Mapping[str, PromptSet]) -> str:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder for prompt sets that holds something else, which writing them would remove.
+    """Refuse a folder for prompt sets that holds anything else; to be called before the work that makes them.
 
     Raises:
-        UserError: it does.
+        UserError: says what is in the way.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; name a folder for the prompt sets")
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if not (path.name in SPLITS and (path / _META).is_file()):
-            raise UserError(
-                f"{folder}: holds {path.name}, which is not a prompt set; choose a new folder, or one of an earlier "
-                "`specforge prepare`"
-            )
+    check_folder(folder, holds_only(_META, _TENSORS))
 
 
 def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
@@ -175,7 +168,6 @@ def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
     Raises:
         UserError: the disk is full or not writable, or the folder holds something else.
     """
-    check_output(folder)
     files = {
         f"{name}/{file}": data for name, prompts in sets.items() for file, data in prompts.files().items()
     }

@@ -7,7 +7,6 @@ the trained module in the place of its own.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from specforge.errors import UserError
 from specforge.export.checks import check_tensors
 from specforge.export.format import DTYPES, DraftFormat
-from specforge.files import disk_error
+from specforge.files import staged_folder
 from specforge.float8_blocks import SCALE, quantise
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.mtp import MTPDraft
@@ -134,7 +133,8 @@ class MTPFormat(DraftFormat):
 
         Raises:
             UserError: the target has no MTP weights or none of some tensor's name, SGLang has no
-                such module or would feed back another state, the draft is not trained or damaged, or the folder exists.
+                such module or would feed back another state, the draft is not trained or damaged, or the folder is not
+                empty.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
@@ -173,12 +173,8 @@ class MTPFormat(DraftFormat):
 
 def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tensor]) -> None:
     """Copy the target's folder file by file, with some tensors replaced; the folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        raise UserError(f"{folder}: exists; a stitched target is written to a new folder")
     rewritten = {target.weight_files[name].name for name in replaced}
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with staged_folder(folder) as staging:
         for path in sorted(p for p in target.folder.iterdir() if p.is_file()):
             if path.name not in rewritten:
                 shutil.copyfile(path, staging / path.name)
@@ -186,9 +182,3 @@ def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tenso
             tensors = load_file(path)
             tensors |= {n: x.contiguous() for n, x in replaced.items() if n in tensors}
             save_file(tensors, staging / path.name, metadata={"format": "pt"})
-        staging.chmod(0o755)
-        staging.rename(folder)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.host import end_with_parent
 from specforge.inference.producer import Producer
 from specforge.inference.target_engine import HFTargetEngine, TargetEngine
-from specforge.runtime.control_plane.controller import DataFlowController, load_ref
+from specforge.inference.target_engine.http import printable
+from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DELIVERED,
@@ -30,8 +32,9 @@ from specforge.runtime.control_plane.metadata import (
     MetadataStore,
 )
 from specforge.runtime.control_plane.stream import bottleneck
+from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.runtime.places import open_backend, open_metadata
+from specforge.runtime.places import is_there, open_backend, open_metadata, shown
 from specforge.target_files import TargetFiles
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -52,10 +55,6 @@ class ProduceOptions:
     lease_seconds: float
     max_tries: int
     idle_seconds: float | None
-
-    def __post_init__(self) -> None:
-        if self.workers < 1 or self.max_prompts < 1 or self.batch_tokens < 1:
-            raise UserError("produce: workers, max_prompts and batch_tokens must be at least 1")
 
 
 @contextmanager
@@ -101,13 +100,11 @@ def run_producers(options: ProduceOptions, say: Callable[[str], object]) -> None
 
     producer = Producer(
         controller, engine, files.fingerprint, owner, max_prompts=options.max_prompts,
-        batch_tokens=options.batch_tokens,
+        batch_tokens=options.batch_tokens, vocab_size=files.vocab_size,
     )  # fmt: skip
     stop = threading.Event()
     logging.getLogger("specforge").setLevel(logging.INFO)
-    say(
-        f"{owner}: {files.name} on {options.device} waits for prompts of {options.metadata.rpartition('@')[2]}"
-    )
+    say(f"{owner}: {files.name} on {options.device} waits for prompts of {shown(options.metadata)}")
     with _stopped_by_signals(stop.set):
         producer.run(stop, options.idle_seconds)
     controller.metadata.close()
@@ -122,7 +119,9 @@ def _run_processes(options: ProduceOptions) -> None:
         words = [
             word for key, value in fields.items() if value is not None for word in (f"--{key}", str(value))
         ]
-        processes.append(subprocess.Popen([sys.executable, "-m", "specforge.cli", "produce", *words]))
+        # -P: a file of the current folder must not pass for a module.
+        command = [sys.executable, "-P", "-m", "specforge.cli", "produce", *words]
+        processes.append(subprocess.Popen(command, preexec_fn=end_with_parent(os.getpid())))
 
     def stop() -> None:
         for process in processes:
@@ -143,12 +142,12 @@ def describe_plan(options: ProduceOptions) -> list[str]:
     lines = [
         f"{options.workers} process{'es' if options.workers > 1 else ''} of {files.name} ({files.fingerprint[:8]}) on "
         f"{options.device}, each with {weights / 1e9:.2f} GB of weights and {options.max_prompts} prompts in hand",
-        f"metadata: {options.metadata.rpartition('@')[2]}",
+        f"metadata: {shown(options.metadata)}",
         f"features: {options.store}{_free_space(options.store)}",
     ]
     sizes = {"three layers and the last states": 4 * files.hidden_size * 2}
-    if "://" in options.metadata or Path(options.metadata).exists():
-        sizes = _sizes(open_metadata(options.metadata), files.hidden_size) or sizes
+    if is_there(options.metadata):
+        sizes = _sizes(open_metadata(options.metadata, create=False)) or sizes
     for what, size in sizes.items():
         lines.append(
             f"{what}: {size:,} bytes a token; every 1,000 tokens/s write {size / 1e3:.1f} MB/s to the store, and the "
@@ -157,14 +156,14 @@ def describe_plan(options: ProduceOptions) -> list[str]:
     return lines
 
 
-def _sizes(metadata: MetadataStore, hidden: int) -> dict[str, int]:
+def _sizes(metadata: MetadataStore) -> dict[str, int]:
     """Bytes a token of what has been produced, by what is captured."""
     found: dict[str, int] = {}
-    for entry in metadata.entries((COMMITTED, DELIVERED, TRAINED, DURABLE)):
-        ref = load_ref(entry.ref)
+    controller = DataFlowController(metadata, FeatureStore(MemoryBackend()))
+    for ref in controller.references((COMMITTED, DELIVERED, TRAINED, DURABLE)):
         capture = ref.provenance.capture
         last = " and the last states" if capture.last_hidden_states else ""
-        found.setdefault(f"layers {list(capture.layer_ids)}{last}", ref.nbytes // ref.num_tokens)
+        found.setdefault(f"layers {list(capture.layer_ids)}{last}", ref.nbytes // max(1, ref.num_tokens))
     metadata.close()
     return found
 
@@ -185,9 +184,9 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         seconds: how long to watch.
         revive: queue the dead letters again.
     """
-    if "://" not in metadata and not Path(metadata).exists():
-        raise UserError(f"metadata {metadata}: no such file; a run makes it when it starts")
-    controller = DataFlowController(open_metadata(metadata), FeatureStore(open_backend(store)))
+    controller = DataFlowController(
+        open_metadata(metadata, create=False), FeatureStore(open_backend(store, create=False))
+    )
     before, since = controller.counts(), time.monotonic()
     time.sleep(seconds)  # the rates are what happens meanwhile
     counts, elapsed = controller.counts(), time.monotonic() - since
@@ -195,7 +194,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         (sum(counts[s] for s in states) - sum(before[s] for s in states)) / max(elapsed, 1e-9)
         for states in ((COMMITTED, DELIVERED, TRAINED, DURABLE), (TRAINED, DURABLE))
     )
-    held = [load_ref(x.ref) for x in controller.metadata.entries((COMMITTED, DELIVERED, TRAINED))]
+    held = controller.references((COMMITTED, DELIVERED, TRAINED))
     held = [ref for ref in held if controller.features.holds(ref)]
     dead = controller.dead_letters()
     lines = [
@@ -203,7 +202,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
         f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
         bottleneck(counts, produced, controller.unfinished(), controller.silent()),
-        *(f"dead: {letter.key} after {letter.tries} tries: {letter.reason}" for letter in dead),
+        *(printable(f"dead: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in dead),
     ]
     if dead and revive:
         controller.revive([letter.key for letter in dead])

@@ -8,7 +8,7 @@ second; what is committed is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 
@@ -39,11 +39,18 @@ def sample_id(task: PromptTask, provenance: Provenance) -> str:
 
 def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[PromptTask]]:
     """Sort by length and cut into batches of at most ``batch_tokens`` tokens with padding (at least one sample)."""
-    batches: list[list[PromptTask]] = []
-    for task in sorted(tasks, key=lambda t: (len(t.input_ids), t.task_id)):
+    return [[task for _, task in batch] for batch in plan_named((("", task) for task in tasks), batch_tokens)]
+
+
+def plan_named(
+    tasks: Iterable[tuple[str, PromptTask]], batch_tokens: int
+) -> list[list[tuple[str, PromptTask]]]:
+    """As :func:`plan_batches`, of prompts whose samples have names already."""
+    batches: list[list[tuple[str, PromptTask]]] = []
+    for name, task in sorted(tasks, key=lambda x: (len(x[1].input_ids), x[1].task_id)):
         if not batches or (len(batches[-1]) + 1) * len(task.input_ids) > batch_tokens:
             batches.append([])
-        batches[-1].append(task)
+        batches[-1].append((name, task))
     return batches
 
 
@@ -145,9 +152,14 @@ class RolloutWorker:
             yield Progress(len(captured), tokens, len(batch) - len(captured))
         self.flush()
 
-    def capture(self, batch: Sequence[PromptTask]) -> list[Captured]:
-        """Run the target once, over prompts of which the store lacks a sample; those it lacks."""
-        ids = [sample_id(task, self.provenance) for task in batch]
+    def capture(self, batch: Sequence[PromptTask], names: Sequence[str] | None = None) -> list[Captured]:
+        """Run the target once, over prompts of which the store lacks a sample; those it lacks.
+
+        Args:
+            batch: prompts.
+            names: of their samples in the store; their identities by default.
+        """
+        ids = names or [sample_id(task, self.provenance) for task in batch]
         missing = [name not in self.store for name in ids]
         if not any(missing):
             return []

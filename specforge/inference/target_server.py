@@ -1,19 +1,23 @@
 """A small HTTP server of a frozen target: token ids in, features out, nothing kept.
 
 Answers are bit for bit what the engine makes of the same sequences in this process. Every request carries a token;
-bodies, sequences, waiting times and connections have limits.
+bodies, sequences, waiting times and connections have limits. Connections that have not shown the token yet are few and
+short: where there are too many, the oldest makes room, so that those who hold the token are always served.
 """
 
 from __future__ import annotations
 
 import hmac
+import io
 import json
 import logging
 import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,16 +25,26 @@ from typing import Any
 
 from safetensors.torch import save
 
-from specforge.contracts import CapturePolicy
+from specforge.contracts import ENCODINGS, CapturePolicy
 from specforge.errors import UserError
+from specforge.files import first_line
 from specforge.inference.target_engine.base import TargetEngine, check_layers
-from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, read_token
-from specforge.runtime.data_plane.encoding import ENCODINGS, encode
+from specforge.inference.target_engine.http import (
+    CHECKSUM,
+    PATH,
+    body_checksum,
+    printable,
+    read_token,
+)
+from specforge.runtime.data_plane.encoding import encode
 from specforge.target_files import TargetFiles
 
 _BYTES_PER_TOKEN = 12  # of a token id in JSON
-_CONNECTIONS = 64
+_CONNECTIONS, _STRANGERS = 64, 64  # most that have shown the token, and that have not
+_HEADER_SECONDS = 10.0  # in which a new connection must have shown it
+_SLOWEST = 64 << 10  # bytes a second; bodies and answers that take longer are broken off
 _PIECE, _LINGER = 1 << 20, 64
+_QUIET_SECONDS = 10.0  # between two lines about refused tokens
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +83,7 @@ class TargetServer(ThreadingHTTPServer):
         host: address to listen on.
         port: 0 for any.
         max_tokens: most tokens of a request, padding included.
-        idle_seconds: close connections on which nothing moves for so long.
+        idle_seconds: close connections on which nothing moves for so long; new ones after ten seconds.
 
     Raises:
         UserError: the address is taken or not this machine's.
@@ -86,7 +100,10 @@ class TargetServer(ThreadingHTTPServer):
         self.idle_seconds = idle_seconds
         self._authorization = f"Bearer {token}".encode()
         self._one_at_a_time = threading.Lock()
-        self._slots = threading.BoundedSemaphore(_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._strangers: dict[socket.socket, None] = {}  # the oldest first
+        self._clients: set[socket.socket] = set()
+        self._refused, self._quiet_until = 0, 0.0
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
@@ -117,7 +134,9 @@ class TargetServer(ThreadingHTTPServer):
         request = _parse(body)
         for name, own in (("target_fingerprint", self.target.fingerprint), ("dtype", self.engine.dtype)):
             if request.get(name) != own:
-                raise _RefusedError(HTTPStatus.CONFLICT, f"{name} is {own} here, not {request.get(name)}")
+                raise _RefusedError(
+                    HTTPStatus.CONFLICT, f"{name} is {own} here, not {printable(str(request.get(name)))}"
+                )
         encoding = request.get("encoding", "raw")
         if encoding not in ENCODINGS:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, f"encoding must be one of {', '.join(ENCODINGS)}")
@@ -132,7 +151,8 @@ class TargetServer(ThreadingHTTPServer):
         except Exception as error:
             logger.exception("the target failed")
             raise _RefusedError(
-                HTTPStatus.INTERNAL_SERVER_ERROR, f"the target failed ({type(error).__name__}: {error})"
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                f"the target failed ({type(error).__name__}: {first_line(error)})",
             ) from error
         encoded = [encode(group, encoding) for group in features]
         return save({f"{i}/{name}": x for i, group in enumerate(encoded) for name, x in group.items()})
@@ -157,18 +177,48 @@ class TargetServer(ThreadingHTTPServer):
         return found
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection, unless there are too many."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Take a connection; of those that have not shown the token the oldest goes, where they are too many."""
+        with self._lock:
+            if len(self._strangers) >= _STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._strangers[request] = None
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection until it ends."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+    def shutdown_request(self, request: Any) -> None:
+        """A connection has ended."""
+        with self._lock:
+            self._strangers.pop(request, None)
+            self._clients.discard(request)
+        super().shutdown_request(request)
+
+    def is_client(self, connection: socket.socket) -> bool:
+        """Whether a connection has shown the token."""
+        return connection in self._clients
+
+    def admit(self, connection: socket.socket) -> None:
+        """Count a connection among those that have shown the token.
+
+        Raises:
+            _RefusedError: these are too many already.
+        """
+        with self._lock:
+            if connection not in self._clients and len(self._clients) >= _CONNECTIONS:
+                raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+            self._strangers.pop(connection, None)
+            self._clients.add(connection)
+
+    def note_refusal(self, address: str) -> None:
+        """Say that a token was refused; at most every ten seconds, with how many there were."""
+        with self._lock:
+            self._refused += 1
+            now, count = time.monotonic(), self._refused
+            if now < self._quiet_until:
+                return
+            self._refused, self._quiet_until = 0, now + _QUIET_SECONDS
+        logger.warning("refused %d requests without this server's token, the last from %s", count, address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is nothing to report beyond the log."""
@@ -186,14 +236,37 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _policy(request: Mapping[str, Any]) -> CapturePolicy:
-    fields = request.get("capture")
     try:
-        policy = CapturePolicy.from_json(fields)  # type: ignore[arg-type]
-        if all(type(x) is int for x in policy.layer_ids) and type(policy.last_hidden_states) is bool:
-            return policy
-    except (TypeError, ValueError, AttributeError):
-        pass
-    raise _RefusedError(HTTPStatus.BAD_REQUEST, "capture must hold layer_ids and last_hidden_states")
+        return CapturePolicy.from_json(request.get("capture"))
+    except ValueError as error:
+        message = f"capture must hold layer_ids and last_hidden_states ({error})"
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, message) from error
+
+
+class _Reads(io.RawIOBase):
+    """What comes from a socket until a deadline, however it is parted."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        _set_timeout(self._connection, self.deadline)
+        return self._connection.recv_into(buffer)
+
+
+def _set_timeout(connection: socket.socket, deadline: float) -> None:
+    """Bound the next call by a deadline.
+
+    Raises:
+        TimeoutError: it is over.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("too slow")
+    connection.settimeout(left)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -203,8 +276,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.connection.settimeout(self.server.idle_seconds)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reads = _Reads(self.connection)
+        self.rfile = io.BufferedReader(self._reads)
+
+    def handle_one_request(self) -> None:
+        self._reads.deadline = self._deadline()
+        super().handle_one_request()
+
+    def _deadline(self, nbytes: int = 0) -> float:
+        """When a connection must be done with its header, or with so many bytes."""
+        idle = self.server.idle_seconds
+        if not self.server.is_client(self.connection):
+            idle = min(idle, _HEADER_SECONDS)
+        return time.monotonic() + idle + nbytes / _SLOWEST
 
     def do_POST(self) -> None:
         try:
@@ -216,7 +301,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if not self.server.is_authorized(self.headers.get("Authorization")):
+            self.server.note_refusal(self.client_address[0])
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "the token is not this server's")
+        self.server.admit(self.connection)
         if self.path != PATH:
             raise _RefusedError(HTTPStatus.NOT_FOUND, f"there is only {PATH}")
         size = self.headers.get("Content-Length", "")
@@ -227,6 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"a body of {size} bytes; at most {self.server.max_body} (--max_tokens of `specforge target serve`)",
             )
+        self._reads.deadline = self._deadline(int(size))
         return self.rfile.read(int(size))
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
@@ -234,12 +322,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, "application/json", json.dumps({"error": message}).encode())
         # Closed with the body unread, the connection would be reset, and the client might never see why.
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(1.0)
+        self._reads.deadline = self._deadline()
         for _ in range(_LINGER):
             if not self.rfile.read1(_PIECE):
                 break
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        deadline = self._deadline(len(body))
+        _set_timeout(self.connection, deadline)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -248,8 +338,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         view = memoryview(body)
-        for start in range(0, len(body), _PIECE):  # each piece has the whole waiting time
+        for start in range(0, len(body), _PIECE):
+            _set_timeout(self.connection, min(deadline, time.monotonic() + self.server.idle_seconds))
             self.wfile.write(view[start : start + _PIECE])
 
     def log_message(self, format: str, *args: Any) -> None:
-        logger.info("%s: %s", self.client_address[0], format % args)
+        logger.info("%s: %s", self.client_address[0], printable(format % args))

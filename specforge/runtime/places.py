@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from specforge.errors import UserError
+from specforge.files import read_secret
 from specforge.runtime.control_plane.metadata import MetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import FeatureBackend
 
+_REDIS_OPTIONS = {
+    "password_file", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname",
+    "ssl_keyfile", "ssl_password", "db", "username", "password", "protocol", "client_name", "socket_timeout",
+    "socket_connect_timeout", "socket_keepalive", "health_check_interval", "max_connections",
+}  # fmt: skip
 
-def open_backend(address: str) -> FeatureBackend:
+
+def open_backend(address: str, create: bool = True) -> FeatureBackend:
     """The feature store's backend at an address: a folder that all processes see, or ``mooncake://...``.
 
+    Args:
+        address: of the store.
+        create: make a folder that is missing; else it is refused.
+
     Raises:
-        UserError: there is no store of that kind, or the folder cannot be made.
+        UserError: there is no store of that kind, or the folder is missing or cannot be made.
     """
-    scheme, path = _local(address)
+    scheme, path = _local(address, "store")
     if scheme == "mooncake":
         from specforge.runtime.data_plane.mooncake import MooncakeBackend
 
         return MooncakeBackend(address)
     if scheme != "file":
         raise UserError(
-            f"store {address}: no store of the kind {scheme}; name a folder that all processes see, or mooncake://"
+            f"store {shown(address)}: no store of the kind {scheme}; name a folder that all processes see, or "
+            "mooncake://"
         )
     try:
-        return SharedDirBackend(path)
+        return SharedDirBackend(path, create)
     except OSError as error:
         raise UserError(f"store {address}: cannot be used ({error})") from error
 
 
-def open_metadata(address: str) -> MetadataStore:
+def open_metadata(address: str, create: bool = True) -> MetadataStore:
     """The metadata store at an address.
 
     A file is SQLite, for one host. ``redis://`` and, with TLS, ``rediss://host:port/0`` is Redis; behind ``#`` may
@@ -41,31 +54,55 @@ def open_metadata(address: str) -> MetadataStore:
     (``?ssl_ca_certs=ca.pem&ssl_certfile=...&ssl_keyfile=...``), and a password by ``?password_file=FILE``, so that no
     command line or configuration shows it.
 
+    Args:
+        address: of the store.
+        create: make a file that is missing; else it is refused.
+
     Raises:
         UserError: it cannot be opened.
     """
-    scheme, path = _local(address)
+    scheme, path = _local(address, "metadata")
     if scheme == "file":
-        return SQLiteMetadataStore(path)
+        return SQLiteMetadataStore(path, create=create)
+    where = f"metadata {shown(address)}"
     if scheme not in ("redis", "rediss"):
-        raise UserError(f"metadata {address}: give a file (SQLite), or redis:// or rediss://")
+        raise UserError(f"{where}: give a file (SQLite), or redis:// or rediss://")
     from specforge.runtime.control_plane.redis import RedisMetadataStore
 
-    parts = urlsplit(address)
-    options = dict(parse_qsl(parts.query))
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        raise UserError(f"{where}: is not an address, such as {scheme}://127.0.0.1:6379/0") from error
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(set(options) - _REDIS_OPTIONS)
+    if unknown:
+        raise UserError(f"{where}: has no option {unknown[0]}; there are {', '.join(sorted(_REDIS_OPTIONS))}")
+    if scheme == "redis" and any(name.startswith("ssl_") for name in options):
+        raise UserError(f"{where}: certificates are for TLS; write the address as rediss://")
+    if not re.fullmatch(r"/?\d*", parts.path, re.ASCII):
+        raise UserError(f"{where}: a database of Redis is a number, and a run's name stands behind #")
     password_file = options.pop("password_file", None)
-    password = None if password_file is None else _read_password(Path(password_file))
+    password = None if password_file is None else read_secret(Path(password_file), "password_file")
     url = urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(options), ""))
     return RedisMetadataStore(url, namespace=parts.fragment or "specforge", password=password)
 
 
-def _local(address: str) -> tuple[str, Path]:
+def shown(address: str) -> str:
+    """An address without the user and the password that may be in it."""
     scheme, separator, rest = address.partition("://")
-    return (scheme, Path(rest)) if separator else ("file", Path(address).expanduser())
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else address
 
 
-def _read_password(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        raise UserError(f"password_file {path}: cannot be read ({error.strerror})") from error
+def is_there(address: str) -> bool:
+    """Whether a file or folder is at an address; servers are taken to be."""
+    scheme, path = _local(address, "address")
+    return scheme != "file" or path.exists()
+
+
+def _local(address: str, what: str) -> tuple[str, Path]:
+    scheme, separator, rest = address.partition("://")
+    path = rest if separator else address
+    if not path.strip():
+        raise UserError(f"{what} {address!r}: names nothing")
+    return scheme if separator else "file", Path(path).expanduser()

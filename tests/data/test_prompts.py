@@ -203,6 +203,7 @@ def test_a_folder_that_holds_anything_else_is_not_written_into(target, conversat
     (tmp_path / "p" / "notes.txt").write_text("mine")
     (tmp_path / "q").write_text("mine")
     (tmp_path / "r" / "train").mkdir(parents=True)
+    (tmp_path / "r" / "train" / "notes.txt").write_text("mine")
     for name in "pqr":
         assert run(conversations, target, tmp_path / name) == 2
         assert str(tmp_path / name) in capsys.readouterr().err

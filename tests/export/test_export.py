@@ -12,6 +12,7 @@ from lightning_modules.eagle3 import Eagle3Module
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
 from specforge.errors import UserError
 from specforge.export.eagle3 import Eagle3Format
+from specforge.files import read_json
 from specforge.modeling.draft import build_draft
 
 FORM = Eagle3Format()
@@ -216,7 +217,10 @@ def test_a_missing_eagle_config_is_refused(module):
 def test_an_export_replaces_the_old_one_whole(module, tmp_path):
     folder = tmp_path / "draft"
     FORM.to_sglang(module.draft, module.target, folder)
-    (folder / "stale.txt").write_text("x")
-    FORM.to_sglang(module.draft, module.target, folder)
-    assert not (folder / "stale.txt").exists()
+    FORM.to_sglang(module.draft, module.target, folder, "float32")
+    assert read_json(folder / "config.json")["dtype"] == "float32"
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"notes\.txt, not only what this command writes"):
+        FORM.to_sglang(module.draft, module.target, folder)
+    assert (folder / "notes.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["draft"]

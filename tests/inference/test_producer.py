@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,17 +229,104 @@ def test_a_full_store_is_waited_for():
     counts(producer, **{COMMITTED: 4})
 
 
-def test_another_target_or_an_unsaid_capture_is_refused_and_nothing_stays_leased():
-    for options, message in (
-        ({"fingerprint": "g" * 8}, "the same target"),
-        ({}, "does not say what to capture"),
+def test_another_target_is_refused_and_nothing_stays_leased():
+    producer = made(Engine())
+    producer.fingerprint = "g" * 8
+    with pytest.raises(UserError, match="the same target"):
+        producer.run(threading.Event())
+    counts(producer, **{QUEUED: 4})
+
+
+NO_LAYER = replace(PROVENANCE, capture=CapturePolicy((99,)))
+
+
+@pytest.mark.parametrize(
+    ("task", "provenance", "reason"),
+    [
+        (PromptTask("t", (), ()), PROVENANCE, "it has no tokens"),
+        (PromptTask("t", (3, 99), (0, 1)), PROVENANCE, "token 99 is none of the target's 50"),
+        (PromptTask("t", (-1, 3), (0, 1)), PROVENANCE, "token -1 is none of the target's 50"),
+        (PromptTask("t", (1, 2), (0, 1)), None, "it does not say what to capture"),
+        (PromptTask("t", (1, 2), (0, 1)), NO_LAYER, "layer 99: tiny has 8 layers"),
+    ],
+)
+def test_a_prompt_that_no_target_can_read_is_given_up_at_once_and_the_others_go_on(task, provenance, reason):
+    class Layered(Engine):
+        def check(self, policy) -> None:
+            if policy.layer_ids:
+                raise UserError("layer 99: tiny has 8 layers")
+
+    producer = made(Layered(), vocab_size=50, batch_tokens=100)
+    producer.controller.ingest({"bad": task}, 0, provenance)
+    while producer.once():
+        pass
+    counts(producer, **{COMMITTED: 4, DEAD: 1})
+    (letter,) = producer.controller.dead_letters()
+    assert (letter.key, letter.tries, letter.reason) == ("bad@0", 1, reason)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, IndexError, ValueError, AssertionError, MemoryError, KeyError]
+)
+def test_whatever_the_target_raises_of_one_prompt_costs_only_that_one(error):
+    """Though they were in one pass; the others of it are made one by one."""
+
+    def fail(ids) -> None:
+        if any(len(x) == 3 for x in ids):
+            raise error("\x1b[31mred\nand more")
+
+    producer = made(Engine(fail), batch_tokens=100)
+    while producer.once():
+        pass
+    counts(producer, **{COMMITTED: 3, DEAD: 1})
+    (letter,) = producer.controller.dead_letters()
+    assert letter.tries == 2
+    assert letter.reason.startswith("the target failed: ")
+    assert letter.reason.isprintable()
+
+
+def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_prompt_is_named():
+    """As an accelerator after an assertion; the prompt has one try less, so that it cannot end every producer."""
+    broken: list[str] = []
+
+    class Broken(Engine):
+        def check(self, policy) -> None:
+            if broken:
+                raise RuntimeError("device-side assert")
+
+    producer = made(Broken(lambda ids: broken.append("x") or (_ for _ in ()).throw(RuntimeError("assert"))))
+    with pytest.raises(
+        UserError, match=r"the target failed: assert; nothing works since .device-side assert."
     ):
-        producer = made(Engine())
-        if options:
-            producer.fingerprint = options["fingerprint"]
-        else:
-            producer.controller.metadata.forget([f"{name}@0" for name in TASKS])
-            producer.controller.ingest(TASKS)
-        with pytest.raises(UserError, match=message):
-            producer.run(threading.Event())
-        counts(producer, **{QUEUED: 4})
+        producer.run(threading.Event())
+    counts(producer, **{QUEUED: 4})
+    assert [entry.tries for entry in producer.controller.metadata.entries((QUEUED,))] == [1, 0, 0, 0]
+
+
+def test_samples_of_other_features_of_one_prompt_are_told_apart():
+    """Two runs, one after the other, asked for them; a producer holds prompts of both."""
+    producer = made(Engine(), max_prompts=99)
+    half = replace(PROVENANCE, dtype="float16")
+    names = {f"{name}-half": task for name, task in TASKS.items()}
+    producer.controller.ingest(names, 0, half)
+    producer.once()
+    counts(producer, **{COMMITTED: 8})
+    kinds = {ref.sample_id: ref.provenance for ref in producer.controller.references((COMMITTED,))}
+    assert kinds == dict.fromkeys(TASKS, PROVENANCE) | dict.fromkeys(names, half)
+
+
+def test_what_was_forgotten_meanwhile_is_neither_committed_nor_failed():
+    """The trainer started anew; of a sample that one of two epochs still wants, that one gets it."""
+
+    def forget(ids) -> None:
+        name = names.pop(0)
+        producer.controller.metadata.forget([f"{name}@0"])
+        if len(names) == 2:
+            raise RuntimeError("late")
+
+    names = list(TASKS)
+    producer = made(Engine(forget), max_prompts=99)
+    producer.controller.ingest({names[0]: TASKS[names[0]]}, 1, PROVENANCE)
+    producer.once()
+    counts(producer, **{COMMITTED: 1})
+    assert len(producer.controller.features.backend.stored()) == 1

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,11 @@ from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference import target_server
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine
-from specforge.inference.target_engine.http import PATH
+from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
 from specforge.inference.target_server import TargetServer, make_token
 from specforge.target_files import TargetFiles
+from tests.fuzz import survives
+from tests.runtime.control_plane.redis_server import make_certificates
 
 POLICY = CapturePolicy((1, 3, 4))
 SEQUENCES = [[5, 17, 1, 9], [3], [2, 2, 200, 7, 31]]
@@ -83,6 +87,23 @@ def test_it_listens_on_the_loopback_and_its_token_is_for_its_owner_alone(server,
     assert server.server_address[0] == "127.0.0.1"
     assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
     assert make_token(token_file) == make_token(token_file)
+
+
+def write_token(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o604, 0o620, 0o602, 0o660])
+def test_a_token_that_others_can_read_or_write_is_refused_by_server_and_client(files, tmp_path, mode):
+    path = write_token(tmp_path / "token", "x" * 20)
+    path.chmod(mode)
+    for use in (make_token, lambda path: HTTPTargetEngine("http://127.0.0.1:1", path, files)):
+        with pytest.raises(UserError, match=f"run chmod 600 {path}$"):
+            use(path)
+    path.chmod(0o400)
+    assert make_token(path) == "x" * 20
 
 
 def request(server: TargetServer, token: str, body: bytes, path: str = PATH, method: str = "POST", **headers):
@@ -172,6 +193,13 @@ def test_silent_connections_are_closed(engine, files, token_file):
         ({"url": "ftp://127.0.0.1"}, "must look like"),
         ({"url": "http://127.0.0.1:8010/x"}, "must look like"),
         ({"url": "http://127.0.0.1:99999"}, "Port out of range"),
+        ({"url": "http://[::1"}, "Invalid IPv6 URL"),
+        ({"url": "http://user:secret@h"}, "server http://h: must look like"),
+        ({"url": "http://h?x=1"}, "must look like"),
+        ({"url": "http://a b"}, "must look like"),
+        ({"url": "http://" + "a" * 70}, "label"),
+        ({"url": "http://"}, "must look like"),
+        ({"url": ""}, "must look like"),
         ({"token": "short"}, "at least 16 characters"),
         ({"token": None}, "cannot be read"),
     ],
@@ -179,14 +207,13 @@ def test_silent_connections_are_closed(engine, files, token_file):
 def test_a_wrong_address_or_token_is_refused_at_once(files, tmp_path, options, words):
     path = tmp_path / "token"
     if options.get("token", "x" * 20) is not None:
-        path.write_text(options.get("token", "x" * 20))
+        write_token(path, options.get("token", "x" * 20))
     with pytest.raises(UserError, match=words):
         HTTPTargetEngine(options.get("url", "http://127.0.0.1:1"), path, files)
 
 
 def test_a_wrong_token_is_said_by_the_client(server, tmp_path):
-    path = tmp_path / "token"
-    path.write_text("x" * 20)
+    path = write_token(tmp_path / "token", "x" * 20)
     with pytest.raises(UserError, match=r"the token is not this server's .HTTP 401"):
         client(server, path).check(POLICY)
 
@@ -220,6 +247,273 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(engine, files, token_file,
     with serving(TargetServer(engine, files, make_token(token_file), idle_seconds=0.05)) as server:
         assert client(server, token_file).capture([[1, 2]], POLICY)
     assert caplog.text.count("IncompleteRead") == 2
+
+
+# Strangers: connections without the token.
+
+
+def whole_request(token: str) -> bytes:
+    lines = (
+        f"POST {PATH} HTTP/1.1",
+        "Host: x",
+        f"Authorization: Bearer {token}",
+        "Content-Length: 2",
+        "",
+        "{}",
+    )
+    return "\r\n".join(lines).encode()
+
+
+def half_a_header(server: TargetServer) -> socket.socket:
+    connection = socket.create_connection(server.server_address[:2], timeout=30)
+    connection.sendall(b"POST /v1/features HTTP/1.1\r\nContent-")
+    return connection
+
+
+def test_any_number_of_strangers_never_lock_out_who_holds_the_token(server, token_file):
+    with ExitStack() as stack:
+        connections = [stack.enter_context(half_a_header(server)) for _ in range(150)]
+        remote = client(server, token_file, patience=0.0)
+        assert remote.capture([[1]], POLICY)
+        assert connections[0].recv(1) == b""  # the oldest made room
+        for _ in range(100):
+            stack.enter_context(half_a_header(server))
+        assert remote.capture([[1]], POLICY)  # on the same connection, which stays
+        assert remote._connection.sock is not None
+        assert len(server._strangers) <= 64
+
+
+@pytest.mark.parametrize(
+    "start", [b"POST /v1/features HTTP/1.1\r\nA", b"", b"POST /v1/feat", b"GET / HTTP/1.1\r\nA: b"]
+)
+def test_a_stranger_that_trickles_is_closed_after_a_while_in_all(engine, files, token_file, start):
+    slow = TargetServer(engine, files, make_token(token_file), idle_seconds=0.2)
+    with serving(slow), socket.create_connection(slow.server_address[:2]) as connection:
+        connection.sendall(start)
+        connection.settimeout(0.02)
+        began = time.monotonic()
+        for _ in range(1000):
+            try:
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                with suppress(OSError):
+                    connection.sendall(b"x")
+            except OSError:  # reset, with what it sent unread
+                break
+        assert time.monotonic() - began < 10
+
+
+def test_a_stranger_that_trickles_behind_a_refusal_is_closed_too(engine, files, token_file):
+    """The server goes on reading for a moment, so that the reason arrives; not for as long as somebody sends."""
+    ended = threading.Event()
+    with serving(TargetServer(engine, files, make_token(token_file), idle_seconds=0.2)) as server:
+        shut = server.shutdown_request
+        server.shutdown_request = lambda request: (shut(request), ended.set())
+        with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+            connection.sendall(b"POST /v1/features HTTP/1.1\r\nContent-Length: 999999\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 401"
+            for _ in range(1000):
+                if ended.wait(0.02):
+                    break
+                with suppress(OSError):
+                    connection.sendall(b"x")
+            assert ended.is_set()
+
+
+def test_who_does_not_read_the_answer_is_left(engine, files, token_file, monkeypatch):
+    ended = threading.Event()
+    with serving(TargetServer(engine, files, make_token(token_file), idle_seconds=0.2)) as server:
+        monkeypatch.setattr(server, "features", lambda body: bytes(64 << 20))
+        shut = server.shutdown_request
+        server.shutdown_request = lambda request: (shut(request), ended.set())
+        with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+            connection.sendall(whole_request(make_token(token_file)))
+            assert ended.wait(30)
+        assert not server._clients
+
+
+def test_clients_beyond_the_limit_wait_for_their_turn(server, token_file, monkeypatch, caplog):
+    monkeypatch.setattr(target_server, "_CONNECTIONS", 1)
+    first, second = client(server, token_file), client(server, token_file)
+    assert first.capture([[1]], POLICY)
+    threading.Timer(0.3, first._connection.close).start()
+    assert second.capture([[1]], POLICY)
+    assert "too many connections, HTTP 503" in caplog.text
+
+
+def test_refused_tokens_are_logged_at_intervals_without_the_token(server, caplog):
+    for _ in range(5):
+        assert request(server, "s3cret-token-of-another", b"{}")[0] == 401
+    server._quiet_until = 0.0
+    assert request(server, "", b"{}")[0] == 401
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        f"refused {n} requests without this server's token, the last from 127.0.0.1" for n in (1, 5)
+    ]
+    assert "s3cret" not in caplog.text
+
+
+# Damaged and foreign bytes.
+
+
+def test_damaged_bodies_are_refused_and_the_server_stays(server, token_file, fuzz):
+    token = make_token(token_file)
+    good_body = json.dumps(good(server, encoding="raw")).encode()
+    for body in fuzz.bytes([good_body], 60):
+        status, answer = request(server, token, body)
+        assert status in (200, 400, 409, 413), answer
+    for value in fuzz.values([good(server, encoding="raw")], 100):
+        status, answer = request(server, token, json.dumps(value).encode())
+        assert status in (200, 400, 409, 413), answer
+        assert status == 200 or len(json.loads(answer)["error"]) < 2000
+    assert request(server, token, good_body)[0] == 200
+
+
+def test_damaged_requests_leave_the_server_as_it_is(engine, files, token_file, fuzz):
+    token = make_token(token_file)
+    with serving(TargetServer(engine, files, token, idle_seconds=0.2)) as server:
+        for data in fuzz.bytes([whole_request(token)], 60):
+            with (
+                socket.create_connection(server.server_address[:2], timeout=30) as connection,
+                suppress(OSError),
+            ):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+        assert client(server, token_file).capture([[1]], POLICY)
+
+
+class Rogue:
+    """Answers each connection with the next of some bytes, whatever it is asked."""
+
+    def __init__(self, answers) -> None:
+        self.answers = iter(answers)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        for answer in self.answers:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.settimeout(30)
+                read = b""
+                while b"\r\n\r\n" not in read:
+                    read += connection.recv(65536) or b"\r\n\r\n"
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+
+
+@pytest.fixture
+def rogue():
+    made: list[Rogue] = []
+
+    def make(answers) -> Rogue:
+        made.append(Rogue(answers))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.listener.close()
+
+
+def answer(status: str, body: bytes, *headers: str, length: bool = True) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status}",
+        "Connection: close",
+        *headers,
+        *([f"Content-Length: {len(body)}"] if length else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def right(server: TargetServer, length: bool = True) -> bytes:
+    body = server.features(json.dumps(good(server)).encode())
+    return answer("200 OK", body, f"{CHECKSUM}: {body_checksum(body)}", length=length)
+
+
+def ask(rogue: Rogue, files: TargetFiles, token_file: Path, **options: object):
+    options = {"patience": 0.0, "dtype": "float32"} | options
+    return HTTPTargetEngine(rogue.url, token_file, files, **options).capture([[1, 2]], CapturePolicy((1,)))
+
+
+@pytest.mark.parametrize(
+    "status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Time-out", "522 "]
+)
+def test_a_proxy_that_does_not_reach_the_server_is_waited_for(
+    server, files, token_file, rogue, caplog, status
+):
+    page = answer(status, b"<html>" + b"x" * 9999, length=False)
+    assert ask(rogue([page, page, right(server)]), files, token_file, patience=10.0)
+    assert caplog.text.count(f"HTTP {status[:3]}") == 2
+
+
+def test_an_answer_through_a_proxy_that_leaves_out_its_length_is_read(server, files, token_file, rogue):
+    assert ask(rogue([right(server, length=False)]), files, token_file)
+
+
+@pytest.mark.parametrize(
+    "status", ["400 Bad Request", "401 No", "404 x", "413 x", "429 x", "301 Moved", "500 x"]
+)
+def test_a_refusal_ends_at_once_with_the_reason_and_nothing_that_controls_a_terminal(
+    files, token_file, rogue, status
+):
+    reason = json.dumps({"error": "\x1b[2J\x1b]0;title\x07line one\nline two " + "x" * 3000}).encode()
+    for body, words in (
+        (reason, "line one line two"),
+        (b"\x1b[31m<html>", "refused"),
+        (b"[" * 9999, "refused"),
+    ):
+        with pytest.raises(UserError, match=rf"{words}.*HTTP {status[:3]}") as found:
+            ask(rogue([answer(status, body)]), files, token_file, patience=60.0)
+        assert str(found.value).isprintable()
+        assert len(str(found.value)) < 500
+    long = answer(status, b'{"error": "x"}', length=False) + b" " * (8 << 20)
+    with pytest.raises(UserError, match=f"HTTP {status[:3]}"):
+        ask(rogue([long]), files, token_file, patience=60.0)
+
+
+def test_damaged_answers_are_refused_in_one_line(server, files, token_file, rogue, fuzz):
+    whole = right(server)
+    body = server.features(json.dumps(good(server)).encode())
+    size = int.from_bytes(body[:8], "little")
+    header, data = json.loads(body[8 : 8 + size]), body[8 + size :]
+    answers = list(fuzz.bytes([whole], 60))
+    for changed in fuzz.bytes([body], 60):  # with a checksum that is right
+        answers.append(answer("200 OK", changed, f"{CHECKSUM}: {body_checksum(changed)}"))
+    for value in fuzz.values([header], 60):
+        text = json.dumps(value).encode()
+        changed = len(text).to_bytes(8, "little") + text + data
+        answers.append(answer("200 OK", changed, f"{CHECKSUM}: {body_checksum(changed)}"))
+    server = rogue(answers)
+    for _ in answers:
+        survives(lambda: ask(server, files, token_file))
+
+
+def test_a_certificate_that_is_not_trusted_ends_at_once(files, token_file, tmp_path):
+    make_certificates(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    listener = context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True)
+
+    def accept() -> None:
+        with suppress(OSError):
+            listener.accept()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"its certificate is not trusted \("):
+        HTTPTargetEngine(url, token_file, files, patience=60.0).capture([[1]], POLICY)
+    thread.join()
+    listener.close()
 
 
 def free_port() -> int:

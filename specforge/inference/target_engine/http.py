@@ -9,27 +9,32 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
+from specforge.files import read_secret
 from specforge.inference.target_engine.base import check_layers, feature_widths
 from specforge.runtime.data_plane.encoding import decode, encode
+from specforge.runtime.places import shown
 from specforge.target_files import TargetFiles, torch_dtype
 
 PATH = "/v1/features"
 CHECKSUM = "X-Checksum"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_LONGEST_REASON = 4096
+_PASSING = (502, 503, 504, *range(520, 528))  # of a proxy that does not reach the server, or of a busy server
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +44,21 @@ def body_checksum(body: bytes | memoryview) -> str:
     return f"xxh3-64:{xxhash.xxh3_64_hexdigest(body)}"
 
 
+def printable(text: str, most: int = 300) -> str:
+    """The beginning of somebody else's text, in one line and without what would control a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
+
+
 def read_token(path: Path) -> str:
     """The secret of a server.
 
     Raises:
-        UserError: there is no such file, or no token in it.
+        UserError: there is no such file, others than its owner can read or write it, or there is no token in it.
     """
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"token {path}: cannot be read ({error}); `specforge target serve` makes it"
-        ) from error
-    if len(token) < 16 or not token.isprintable() or " " in token:
+    if not path.exists():
+        raise UserError(f"token {path}: cannot be read (no such file); `specforge target serve` makes it")
+    token = read_secret(path, "token", private=True)
+    if len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token:
         raise UserError(f"token {path}: must be one word of at least 16 characters")
     return token
 
@@ -80,15 +87,16 @@ class HTTPTargetEngine:
         self, url: str, token_file: Path, target: TargetFiles, dtype: str = "bfloat16", *,
         encoding: str = "raw", patience: float = 300.0, timeout: float = 120.0,
     ) -> None:  # fmt: skip
-        parts = urlsplit(url)
         try:
-            port = parts.port
+            parts = urlsplit(url)
+            port, host = parts.port, (parts.hostname or "").encode("idna").decode()
         except ValueError as error:
-            raise UserError(f"server {url}: {error}") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
-            raise UserError(f"server {url}: must look like http://127.0.0.1:8010")
+            raise UserError(f"server {shown(url)}: {error}") from error
+        more = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+        if parts.scheme not in ("http", "https") or not host or more or not host.isprintable() or " " in host:
+            raise UserError(f"server {shown(url)}: must look like http://127.0.0.1:8010")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, port, timeout=timeout)
+        self._connection = kind(host, port, timeout=timeout)
         self._token = read_token(token_file)
         self.url, self.target, self.dtype, self.patience = url.rstrip("/"), target, dtype, patience
         self.encoding = encoding
@@ -127,7 +135,9 @@ class HTTPTargetEngine:
             features = self._ask(json.dumps(request).encode(), nbytes + 4096 + 256 * len(expected))
         found = {name: (tuple(x.shape), x.dtype) for name, x in features.items()}
         if found != expected:
-            raise UserError(f"server {self.url}: answered with {found}, not {expected}"[:400])
+            raise UserError(
+                f"server {self.url}: answered with {printable(str(found), 200)}, not {expected}"[:500]
+            )
         return [
             decode({name: features[f"{i}/{name}"] for name in token}, dict.fromkeys(widths, self.dtype))
             for i in range(len(input_ids))
@@ -159,28 +169,50 @@ class HTTPTargetEngine:
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         try:
             self._connection.request("POST", PATH, body, headers)
-            answer = self._connection.getresponse()
-            size = int(answer.headers.get("Content-Length", "-1"))
-            if not 0 <= size <= limit:
-                self._connection.close()
-                raise UserError(f"server {self.url}: an answer of {size} bytes; at most {limit} can be right")
-            data = answer.read()
+            with self._connection.getresponse() as answer:
+                if answer.status != http.client.OK:
+                    self._refused(answer)
+                size = int(answer.headers.get("Content-Length", "-1"))
+                data = (
+                    answer.read() if 0 <= size <= limit else answer.read(limit + 1)
+                )  # a proxy may leave it out
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(
+                f"server {self.url}: its certificate is not trusted ({error.verify_message})"
+            ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _NoAnswerError(str(error) or type(error).__name__) from error
-        if answer.status == http.client.SERVICE_UNAVAILABLE:
-            raise _NoAnswerError("it is busy")
-        if answer.status != http.client.OK:
-            raise UserError(f"server {self.url}: {_reason(data)} (HTTP {answer.status})")
+            raise _NoAnswerError(printable(str(error)) or type(error).__name__) from error
+        if max(size, len(data)) > limit:
+            self._connection.close()
+            raise UserError(
+                f"server {self.url}: an answer of {max(size, len(data))} bytes; at most {limit} can be right"
+            )
         if answer.headers.get(CHECKSUM) != body_checksum(data):
             raise _NoAnswerError("checksum does not match")
         try:
             return load(data)
-        except SafetensorError as error:
-            raise UserError(f"server {self.url}: its answer is not safetensors ({error})") from error
+        except Exception as error:  # whatever the library makes of a stranger's bytes
+            raise UserError(
+                f"server {self.url}: its answer is not safetensors ({printable(str(error))})"
+            ) from error
+
+    def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
+        """End, or ask again, as an answer that is none asks for.
+
+        Raises:
+            _NoAnswerError: the server is busy, or a proxy does not reach it.
+            UserError: it refuses.
+        """
+        reason = _reason(answer.read(_LONGEST_REASON))
+        self._connection.close()
+        if answer.status in _PASSING:
+            raise _NoAnswerError(f"{reason or answer.reason}, HTTP {answer.status}")
+        raise UserError(f"server {self.url}: {reason or 'refused'} (HTTP {answer.status})")
 
 
 def _reason(body: bytes) -> str:
+    """What a server says of a refusal; empty where it is not ours."""
     try:
-        return str(json.loads(body)["error"])[:300]
-    except (ValueError, KeyError, TypeError):
-        return "refused"
+        return printable(str(json.loads(body)["error"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""

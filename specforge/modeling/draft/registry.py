@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from specforge.errors import UserError
-from specforge.files import first_line, read_json, write_folder
+from specforge.files import first_line, parse_json, read_json, write_folder
 from specforge.host import available_memory
 from specforge.modeling.draft.fields import (
     ANYTHING,
@@ -331,7 +331,10 @@ def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder:
     Args:
         config: fields of ``config.json``.
         tensors: by the names to write, each in its own dtype, on the CPU.
-        folder: replaced if it exists.
+        folder: new or empty; one that this function wrote is replaced.
+
+    Raises:
+        UserError: something else is there, or the disk is full or not writable.
     """
     content = {name: x.contiguous() for name, x in tensors.items()}
     write_folder(
@@ -340,7 +343,19 @@ def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder:
             "config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
             "model.safetensors": save(content, metadata={"format": "pt"}),
         },
+        _is_export,
     )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder's config has the form that :func:`save_draft` gives it: both names of the dtype, sorted."""
+    try:
+        text = (folder / "config.json").read_bytes()
+        config = parse_json(text)
+        named = config["dtype"] == config["torch_dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return named and text == json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

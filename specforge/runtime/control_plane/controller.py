@@ -8,23 +8,31 @@ Only metadata passes through: text, numbers and the frozen records of :mod:`spec
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal
 
-from specforge.contracts import FeatureSpec, PromptTask, Provenance, SampleRef, plain
+from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
+from specforge.files import parse_json
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
     DELIVERED,
     LEASED,
     TRAINED,
+    Grant,
     MetadataStore,
 )
 from specforge.runtime.data_plane.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+_EPOCH = re.compile(r"-?\d{1,15}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,20 @@ class Reconciled:
     orphans: int
 
 
-def sample_key(sample_id: str, epoch: int) -> str:
-    """Key of a sample in an epoch; each epoch trains it once."""
-    return f"{sample_id}@{epoch}"
+def sample_key(sample_id: str, epoch: int, stamp: str = "") -> str:
+    """Key of a sample in an epoch; each epoch trains it once.
+
+    Args:
+        sample_id: its identity.
+        epoch: which.
+        stamp: what else tells it from samples of other runs in the same stores; part of its name there.
+    """
+    return f"{stamped(sample_id, stamp)}@{epoch}"
+
+
+def stamped(sample_id: str, stamp: str) -> str:
+    """Name of a sample in the stores of a run with such a stamp."""
+    return f"{sample_id}-{stamp}" if stamp else sample_id
 
 
 class DataFlowController:
@@ -116,7 +135,8 @@ class DataFlowController:
         """Prompts to produce, at most ``count``; those of dead producers and failed ones come again.
 
         A sample whose features of the epoch before are still held is committed with them and not lent. What a dead
-        producer had put and not committed is deleted, so that the store never holds a sample twice.
+        producer had put and not committed is deleted, so that the store never holds a sample twice. What is no prompt
+        is dropped: who trains queues what is missing again.
 
         Args:
             owner: the producer; unique among those that run.
@@ -126,14 +146,20 @@ class DataFlowController:
         while True:
             now = self.clock()
             grants = self.metadata.lease(owner, count, now, now + self.lease_seconds, self.max_tries)
-            leased, held = [], []
+            leased, held, damaged = [], [], []
             for grant, ref in zip(grants, self._refs([_shift(g.key, -1) for g in grants]), strict=True):
                 if ref is not None and self.features.holds(ref):
                     held.append((grant.key, dump_ref(ref)))
-                else:
-                    task, provenance = load_task(grant.task)
-                    task = replace(task, attempt=grant.attempt)
-                    leased.append(LeasedPrompt(grant.key, _sample(grant.key), task, provenance))
+                    continue
+                try:
+                    leased.append(_load_prompt(grant))
+                except ValueError as error:
+                    logger.warning(
+                        "prompt %r in the metadata store is damaged (%s); it is dropped", grant.key, error
+                    )
+                    damaged.append(grant.key)
+            if damaged:
+                self.metadata.forget(damaged)
             if held:
                 self.metadata.commit(held)
             if leased or not held:
@@ -161,10 +187,19 @@ class DataFlowController:
             self._remove_orphans(stored, keys)
         return len(keys)
 
-    def fail(self, owner: str, leased: LeasedPrompt, reason: str) -> str:
-        """Report that a prompt gave no features; returns its state, ``dead`` where it was the last try."""
+    def fail(self, owner: str, leased: LeasedPrompt, reason: str, final: bool = False) -> str:
+        """Report that a prompt gave no features; returns its state, ``dead`` where it was the last try.
+
+        Args:
+            owner: the producer.
+            leased: the prompt.
+            reason: why.
+            final: whether another try could not do better.
+        """
         _plain(owner, reason)
-        return self.metadata.fail(owner, leased.key, leased.task.attempt, reason, self.max_tries)
+        return self.metadata.fail(
+            owner, leased.key, leased.task.attempt, reason, 1 if final else self.max_tries
+        )
 
     def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
         """Record samples whose features are flushed.
@@ -203,12 +238,15 @@ class DataFlowController:
     # Trainers.
 
     def deliver(self, keys: Sequence[str]) -> list[SampleRef]:
-        """References of samples to train on; their features may now be read from the store. None over the null store.
+        """References of samples to train on; their features may now be read from the store.
+
+        Nothing over the null store, and nothing of a sample whose reference is damaged, which is :meth:`lost`.
 
         Raises:
             StateError: one is not committed, or trained already; none is delivered.
         """
-        refs = [load_ref(text) for text in self.metadata.deliver(keys) if text]
+        found = zip(keys, self.metadata.deliver(keys), strict=True)
+        refs = [ref for key, text in found if (ref := _read_ref(key, text)) is not None]
         self.features.adopt(refs)
         return refs
 
@@ -293,9 +331,15 @@ class DataFlowController:
         if not stored:
             return 0
         leased = {_sample(x.key) for x in self.metadata.entries((LEASED,)) if x.key not in (keys or ())}
-        kept = self.metadata.entries((COMMITTED, DELIVERED, TRAINED))
-        refs = [load_ref(entry.ref) for entry in kept if concerned(_sample(entry.key))]
+        refs = self.references((COMMITTED, DELIVERED, TRAINED), concerned)
         return self.features.remove_orphans(refs, leased, stored)
+
+    def references(
+        self, states: Collection[str], concerned: Callable[[str], bool] = lambda sample_id: True
+    ) -> list[SampleRef]:
+        """References of all samples in some states, or of those that concern the caller."""
+        entries = [entry for entry in self.metadata.entries(states) if concerned(_sample(entry.key))]
+        return [ref for x in entries if (ref := _read_ref(x.key, x.ref)) is not None]
 
     def unfinished(self) -> int:
         """Samples in work of which the store has bytes already: their puts take long."""
@@ -321,7 +365,7 @@ class DataFlowController:
         return self.metadata.counts()
 
     def _refs(self, keys: Sequence[str]) -> list[SampleRef | None]:
-        return [load_ref(text) if text else None for text in self.metadata.refs(keys)]
+        return [_read_ref(key, text) for key, text in zip(keys, self.metadata.refs(keys), strict=True)]
 
     def _requeue_lost(self, keys: Sequence[str]) -> int:
         lost = [
@@ -340,7 +384,31 @@ def _sample(key: str) -> str:
 
 def _shift(key: str, epochs: int) -> str:
     sample_id, _, epoch = key.rpartition("@")
-    return sample_key(sample_id, int(epoch) + epochs)
+    return sample_key(sample_id, int(epoch) + epochs) if _EPOCH.fullmatch(epoch) else ""
+
+
+def _load_prompt(grant: Grant) -> LeasedPrompt:
+    """A prompt that was leased.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    name = _sample(grant.key)
+    if not (SAMPLE_ID.fullmatch(name) and _shift(grant.key, 0)):
+        raise ValueError("its key is not a sample's")
+    task, provenance = load_task(grant.task)
+    return LeasedPrompt(grant.key, name, replace(task, attempt=grant.attempt), provenance)
+
+
+def _read_ref(key: str, text: str) -> SampleRef | None:
+    """A reference; None where there is none, or a damaged one, which is said."""
+    if not text:
+        return None
+    try:
+        return load_ref(text)
+    except ValueError as error:
+        logger.warning("the reference of %r in the metadata store is damaged (%s)", key, error)
+        return None
 
 
 def _same_bytes(a: SampleRef, b: SampleRef) -> bool:
@@ -366,11 +434,13 @@ def dump_task(task: PromptTask, provenance: Provenance | None = None) -> str:
 
 
 def load_task(text: str) -> tuple[PromptTask, Provenance | None]:
-    """A prompt, and what to capture, from its text."""
+    """A prompt, and what to capture, from its text.
+
+    Raises:
+        ValueError: it is not the text of one.
+    """
     own, _, provenance = text.partition("\n")
-    found = json.loads(own)
-    found |= {name: tuple(found[name]) for name in ("input_ids", "loss_mask")}
-    return PromptTask(**found), _load_provenance(provenance) if provenance else None
+    return PromptTask.from_json(parse_json(own)), _load_provenance(provenance) if provenance else None
 
 
 def dump_ref(ref: SampleRef) -> str:
@@ -384,12 +454,21 @@ def dump_ref(ref: SampleRef) -> str:
 
 
 def load_ref(text: str) -> SampleRef:
-    """A reference from its text; those of one run share their provenance."""
+    """A reference from its text; those of one run share their provenance.
+
+    Raises:
+        ValueError: it is not the text of one.
+    """
     own, features, provenance = text.split("\n")
-    return SampleRef(
-        **dict(zip(_OWN_FIELDS, json.loads(own), strict=True)), features=_load_features(features),
+    values = parse_json(own)
+    if not isinstance(values, list):
+        raise ValueError("the first line is not a list")
+    ref = SampleRef(
+        **dict(zip(_OWN_FIELDS, values, strict=True)), features=_load_features(features),
         provenance=_load_provenance(provenance),
     )  # fmt: skip
+    ref.check()
+    return ref
 
 
 _OWN_FIELDS = tuple(f.name for f in fields(SampleRef) if f.name not in ("features", "provenance"))
@@ -402,9 +481,15 @@ def _dump(records: tuple[FeatureSpec, ...] | tuple[Provenance]) -> str:
 
 @lru_cache(maxsize=8192)
 def _load_features(text: str) -> tuple[FeatureSpec, ...]:
-    return tuple(FeatureSpec.from_json(item) for item in json.loads(text))
+    items = parse_json(text)
+    if not isinstance(items, list):
+        raise ValueError("the features are not a list")
+    return tuple(map(FeatureSpec.from_json, items))
 
 
 @lru_cache(maxsize=64)
 def _load_provenance(text: str) -> Provenance:
-    return Provenance.from_json(json.loads(text)[0])
+    items = parse_json(text)
+    if not (isinstance(items, list) and len(items) == 1):
+        raise ValueError("what is to be captured is not a list of one")
+    return Provenance.from_json(items[0])

@@ -37,10 +37,10 @@ class StateError(Exception):
         self.key, self.state, self.action = key, state, action
 
 
-def unusable(where: str, error: Exception) -> UserError:
+def unusable(where: str, reason: str) -> UserError:
     """What to say when the store itself fails in the middle of a run."""
     return UserError(
-        f"metadata {where}: {str(error).rstrip('.')}; when it works again, start the producers again and resume with "
+        f"metadata {where}: {reason.rstrip('.')}; when it works again, start the producers again and resume with "
         "--ckpt_path last, which loses nothing"
     )
 
@@ -71,6 +71,13 @@ class Entry(NamedTuple):
     tries: int
     reason: str
     deadline: float = 0.0
+
+
+class Claim(NamedTuple):
+    """Whose the samples are: the text that names the trainer, and until when it is taken for alive."""
+
+    holder: str
+    deadline: float
 
 
 class MetadataStore(Protocol):
@@ -183,6 +190,24 @@ class MetadataStore(Protocol):
         """Samples in each state."""
         ...
 
+    def claim(self, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+        """Make a trainer the only one, or renew that, unless another one is and its deadline has not come.
+
+        Args:
+            holder: text that names the trainer.
+            now: present time in seconds.
+            deadline: until when.
+            instead_of: a trainer that is dead, whatever its deadline.
+
+        Returns:
+            Who is the only one now.
+        """
+        ...
+
+    def resign(self, holder: str) -> None:
+        """The trainer is done; nothing where another one has taken its place."""
+        ...
+
     def close(self) -> None:
         """Let go of files and connections."""
         ...
@@ -248,6 +273,13 @@ class NullMetadataStore:
         """All zero."""
         return dict.fromkeys(STATES, 0)
 
+    def claim(self, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+        """Nobody else is there."""
+        return Claim(holder, deadline)
+
+    def resign(self, holder: str) -> None:
+        """Nothing to record."""
+
     def close(self) -> None:
         """Nothing to do."""
 
@@ -269,6 +301,7 @@ class MemoryMetadataStore:
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
+        self._claim: Claim | None = None
         self._lock = threading.Lock()
 
     def ingest(self, items: Sequence[tuple[str, str]]) -> list[bool]:
@@ -386,6 +419,21 @@ class MemoryMetadataStore:
             found = Counter(row.state for row in self._rows.values())
         return {state: found[state] for state in STATES}
 
+    def claim(self, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+        """See :class:`MetadataStore`."""
+        with self._lock:
+            present = self._claim
+            if present and present.holder not in (holder, instead_of) and present.deadline > now:
+                return present
+            self._claim = Claim(holder, deadline)
+            return self._claim
+
+    def resign(self, holder: str) -> None:
+        """See :class:`MetadataStore`."""
+        with self._lock:
+            if self._claim is not None and self._claim.holder == holder:
+                self._claim = None
+
     def close(self) -> None:
         """Nothing to do."""
 
@@ -424,4 +472,4 @@ def check_states(
     for key in keys:
         state = found.get(key, "")
         if state not in allowed:
-            raise StateError(key, state, action)
+            raise StateError(key, state if state in STATES else "", action)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.files import first_line
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
@@ -23,6 +24,7 @@ from specforge.runtime.control_plane.metadata import (
     QUEUED,
     STATES,
     TRAINED,
+    Claim,
     Entry,
     Grant,
     StateError,
@@ -38,6 +40,9 @@ CREATE TABLE IF NOT EXISTS samples (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS tasks (seq INTEGER PRIMARY KEY, task TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS trainer (
+    id INTEGER PRIMARY KEY CHECK (id = 1), holder TEXT NOT NULL, deadline REAL NOT NULL
+) STRICT;
 """
 _VERSION = 1
 _KEYS = "key IN (SELECT value FROM json_each(?))"
@@ -47,38 +52,58 @@ class SQLiteMetadataStore:
     """See :class:`~specforge.runtime.control_plane.metadata.MetadataStore`.
 
     Args:
-        path: the file, made if missing; on a local disk, for its locks do not work over a network.
+        path: the file; on a local disk, for its locks do not work over a network.
         timeout: seconds to wait for another process's transaction.
+        create: make it if it is missing; else it is refused.
 
     Raises:
-        UserError: the file is not such a store, or cannot be opened.
+        UserError: the file is missing or not such a store, or cannot be opened.
     """
 
-    def __init__(self, path: Path, timeout: float = 60.0) -> None:
+    def __init__(self, path: Path, timeout: float = 60.0, create: bool = True) -> None:
         self.path = path
         self._lock = threading.Lock()
+        if not create and not path.exists():
+            raise UserError(f"metadata {path}: no such file; a run makes it when it starts")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            with self._transaction() as db:
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, _VERSION):
-                    raise UserError(f"{path}: format {version}; this version reads {_VERSION}")
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version={_VERSION}")
-        except (sqlite3.Error, OSError) as error:
+            if self._is_new() and create:
+                self._db.execute("PRAGMA journal_mode=WAL")
+            if create:
+                with self._transaction() as db:
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version={_VERSION}")
+        except (sqlite3.Error, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be opened as a metadata store ({error})") from error
+
+    def _is_new(self) -> bool:
+        """Whether nobody has written into the file.
+
+        Raises:
+            UserError: another program has, or another version.
+        """
+        look = (
+            "SELECT user_version, (SELECT json_group_array(name) FROM sqlite_master) FROM pragma_user_version"
+        )
+        version, names = self._db.execute(look).fetchone()  # at once: another process may be making them
+        tables = json.loads(names)
+        if version not in (0, _VERSION):
+            raise UserError(f"{self.path}: format {version}; this version reads {_VERSION}")
+        if bool(version) != ("samples" in tables) or (tables and not version):
+            raise UserError(f"{self.path}: is another program's database")
+        return not tables
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
                 yield self._db
-            except sqlite3.Error as error:  # the disk is full, say
-                raise unusable(str(self.path), error) from error
+            except (sqlite3.Error, UnicodeError, OverflowError) as error:  # the disk is full, say
+                raise unusable(str(self.path), first_line(error)) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -102,7 +127,7 @@ class SQLiteMetadataStore:
                 row = db.execute(insert, (key,))
                 new.append(row.rowcount > 0)
                 if new[-1]:
-                    db.execute("INSERT INTO tasks VALUES (?, ?)", (row.lastrowid, task))
+                    db.execute("INSERT OR REPLACE INTO tasks VALUES (?, ?)", (row.lastrowid, task))
         return new
 
     def lease(self, owner: str, count: int, now: float, deadline: float, max_tries: int) -> list[Grant]:
@@ -115,7 +140,7 @@ class SQLiteMetadataStore:
                 (max_tries, now),
             )
             select = (
-                "SELECT key, task, tries FROM samples JOIN tasks USING (seq) "
+                "SELECT key, coalesce(task, ''), tries FROM samples LEFT JOIN tasks USING (seq) "
                 f"WHERE state = '{QUEUED}' ORDER BY seq LIMIT ?"
             )
             grants = [Grant(*row) for row in db.execute(select, (count,))]
@@ -226,6 +251,20 @@ class SQLiteMetadataStore:
         with self._reading() as db:
             found = dict(db.execute("SELECT state, count(*) FROM samples GROUP BY state"))
         return {state: found.get(state, 0) for state in STATES}
+
+    def claim(self, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+        """See :class:`MetadataStore`."""
+        with self._transaction() as db:
+            row = db.execute("SELECT holder, deadline FROM trainer").fetchone()
+            if row is not None and row[0] not in (holder, instead_of) and row[1] > now:
+                return Claim(*row)
+            db.execute("INSERT OR REPLACE INTO trainer VALUES (1, ?, ?)", (holder, deadline))
+        return Claim(holder, deadline)
+
+    def resign(self, holder: str) -> None:
+        """See :class:`MetadataStore`."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM trainer WHERE holder = ?", (holder,))
 
     def close(self) -> None:
         """Close the file."""

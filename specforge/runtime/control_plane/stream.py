@@ -12,11 +12,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from specforge.contracts import PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
-from specforge.runtime.control_plane.controller import DataFlowController, sample_key
+from specforge.runtime.control_plane.controller import DataFlowController, sample_key, stamped
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
@@ -60,14 +61,14 @@ class Room:
         """Whether it is time to fill up."""
         return nbytes <= self.low_water * self.max_bytes and samples <= self.low_water * self.max_samples
 
-    def window(self, batches: Batches) -> Iterator[str]:
-        """Keys of the batches that fit together from the first on."""
+    def window(self, batches: Batches, stamp: str = "") -> Iterator[str]:
+        """Keys of the batches that fit together from the first on, for a stream with such a stamp."""
         nbytes = samples = 0
         for epoch, refs in batches:
             nbytes, samples = nbytes + sum(ref.nbytes for ref in refs), samples + len(refs)
             if not self.fits(nbytes, samples):
                 return
-            yield from (sample_key(ref.sample_id, epoch) for ref in refs)
+            yield from (sample_key(ref.sample_id, epoch, stamp) for ref in refs)
 
 
 class StreamedSamples:
@@ -78,18 +79,22 @@ class StreamedSamples:
         tasks: prompts by the identity of their sample.
         provenance: what producers are to capture.
         room: this stream's part of the store.
+        stamp: tells this run's samples from those of runs with other features, or another order of training.
         stall_seconds: say what is missing when a sample has not come for so long.
         wait_seconds: give up after so long.
         wait: what to do while there is nothing to read, for so many seconds; waits by default.
+        probe: writes to the metadata store; asked first when a sample does not come, for producers cannot say so.
     """
 
     readers = 2  # one checks and packs what has arrived while the next arrives
 
     def __init__(
         self, controller: DataFlowController, tasks: Mapping[str, PromptTask], provenance: Provenance, room: Room, *,
-        stall_seconds: float = 30.0, wait_seconds: float = 3600.0, wait: Callable[[float], object] | None = None,
+        stamp: str = "", stall_seconds: float = 30.0, wait_seconds: float = 3600.0,
+        wait: Callable[[float], object] | None = None, probe: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self.controller, self.tasks, self.provenance, self.room = controller, tasks, provenance, room
+        self.stamp, self._probe = stamp, probe
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
         self._closed = threading.Event()
         self._wait = wait or self._closed.wait
@@ -107,6 +112,10 @@ class StreamedSamples:
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
         self._quiet_until = 0.0  # by the monotonic clock; of what is said of waiting
+
+    def key(self, sample_id: str, epoch: int) -> str:
+        """Key of a sample of this stream in the control plane."""
+        return sample_key(sample_id, epoch, self.stamp)
 
     def start(self, ahead: Batches) -> None:
         """Begin, or begin again from another position.
@@ -156,9 +165,9 @@ class StreamedSamples:
             extend, self._extends = self._extends, False
         if extend or self._spent:
             self._tidy(extend)  # here, where no step waits for it
-        key = sample_key(name, epoch)
+        key = self.key(name, epoch)
         try:
-            lease = self._fetch(key, ref)
+            lease = self._fetch(ref, epoch)
         except BadSampleError:
             self._let_go([key])
             raise
@@ -171,10 +180,10 @@ class StreamedSamples:
         lease.store = self
         return lease
 
-    def _fetch(self, key: str, ref: SampleRef) -> Lease:
+    def _fetch(self, ref: SampleRef, epoch: int) -> Lease:
         for attempt in range(self.controller.max_tries):
-            found = self._await(key)
-            if (found.features, found.provenance) != (ref.features, ref.provenance):
+            found = self._await(ref, epoch)
+            if (found.features, found.provenance.makes) != (ref.features, ref.provenance.makes):
                 raise BadSampleError(ref.sample_id, "its features are not of the kind that was asked for")
             try:
                 started = time.monotonic()
@@ -186,33 +195,60 @@ class StreamedSamples:
                 if attempt + 1 == self.controller.max_tries:
                     raise
                 logger.warning("%s; it is produced again", error)
-                self.controller.lost([key])
+                with suppress(StateError):  # gone meanwhile, which is noticed when it is waited for
+                    self.controller.lost([self.key(ref.sample_id, epoch)])
         raise AssertionError("max_tries is at least 1")
 
-    def _await(self, key: str) -> SampleRef:
-        started, before = time.monotonic(), None
+    def _await(self, ref: SampleRef, epoch: int) -> SampleRef:
+        started, before, key = time.monotonic(), None, self.key(ref.sample_id, epoch)
         while True:
             try:
-                (ref,) = self.controller.deliver([key])
-                self._quiet_until = 0.0
-                return ref
+                for found in self.controller.deliver([key]):
+                    self._quiet_until = 0.0
+                    return found
+                self.controller.lost([key])
             except StateError as error:
                 if error.state == DEAD:
-                    raise BadSampleError(key.rpartition("@")[0], self._epitaph(key)) from None
+                    raise BadSampleError(ref.sample_id, self._epitaph(key)) from None
                 if error.state not in (QUEUED, LEASED):
-                    raise _refusal(error) from error
+                    self._restore(ref, epoch, error)
             waited = time.monotonic() - started
             if before is None:
                 before = _produced(self.controller.counts())
             over = waited >= self.wait_seconds or self._closed.is_set()
             if over or self._speaks(waited):
-                counts = self.controller.counts()
-                produced = (_produced(counts) - before) / max(waited, 1e-9)
-                reason = bottleneck(counts, produced, self.controller.unfinished(), self.controller.silent())
+                reason = self._reason(before, waited)
                 if over:
                     raise UserError(f"no sample for {waited:.0f} s: {reason}")
                 logger.warning("training waits for samples since %.0f s: %s", waited, reason)
             self._wait(_POLL)
+
+    def _restore(self, ref: SampleRef, epoch: int, error: StateError) -> None:
+        """Queue a sample again whose record was lost or damaged: that it is still to be trained the checkpoint says.
+
+        Raises:
+            UserError: all records are gone.
+        """
+        if not any(self.controller.counts().values()):
+            raise _refusal(error) from error
+        logger.warning(
+            "sample %s is %s in the metadata store, but is yet to be trained; it is queued again",
+            ref.sample_id,
+            error.state or "missing",
+        )
+        self.controller.forget([self.key(ref.sample_id, epoch)])
+        with self._lock:
+            self._ingest([ref], epoch)
+
+    def _reason(self, before: int, waited: float) -> str:
+        """Why nothing comes."""
+        try:
+            self._probe()
+        except UserError as error:
+            return str(error)
+        counts = self.controller.counts()
+        produced = (_produced(counts) - before) / max(waited, 1e-9)
+        return bottleneck(counts, produced, self.controller.unfinished(), self.controller.silent())
 
     def _speaks(self, waited: float) -> bool:
         """Whether to say that nothing comes: of all threads that wait one does, and each time at twice the time."""
@@ -240,11 +276,21 @@ class StreamedSamples:
     # The ledger.
 
     def trained(self, keys: Sequence[str], step: int) -> None:
-        """Record the optimizer step that used samples."""
-        try:
-            self.controller.trained(keys, step)
-        except StateError as error:
-            raise _refusal(error) from error
+        """Record the optimizer step that used samples.
+
+        Raises:
+            UserError: one is in a state in which it cannot be, or all records are gone.
+        """
+        left = list(keys)
+        while True:
+            try:
+                self.controller.trained(left, step)
+                break
+            except StateError as error:
+                if error.state or not any(self.controller.counts().values()):
+                    raise _refusal(error) from error
+                logger.warning("%s: its record is gone from the metadata store", error)
+                left.remove(error.key)
         with self._lock:
             if self.controller.retain == "until_trained":
                 self._spent += keys
@@ -287,7 +333,7 @@ class StreamedSamples:
     def _is_last(self, refs: Sequence[SampleRef]) -> bool:
         """Whether nothing is queued behind these samples, which are."""
         last = next(reversed(self._held), "")
-        return any(sample_key(ref.sample_id, self._epochs[ref.sample_id][0]) == last for ref in refs)
+        return any(self.key(ref.sample_id, self._epochs[ref.sample_id][0]) == last for ref in refs)
 
     def _fill(self, at_once: bool = False) -> None:
         if not at_once and not self.room.is_low(self._nbytes, len(self._held)):
@@ -298,7 +344,7 @@ class StreamedSamples:
             if not self.room.fits(self._nbytes + size, len(self._held) + len(refs)):
                 return
             self._queue(epoch, refs)
-            self._held.update({sample_key(ref.sample_id, epoch): ref.nbytes for ref in refs})
+            self._held.update({self.key(ref.sample_id, epoch): ref.nbytes for ref in refs})
             self._nbytes += size
             self._next = None
 
@@ -308,10 +354,13 @@ class StreamedSamples:
         return self._next
 
     def _queue(self, epoch: int, refs: Sequence[SampleRef]) -> None:
-        tasks = {ref.sample_id: self.tasks[ref.sample_id] for ref in refs}
-        self.controller.ingest(tasks, epoch, self.provenance)
+        self._ingest(refs, epoch)
         for ref in refs:
             self._epochs.setdefault(ref.sample_id, []).append(epoch)
+
+    def _ingest(self, refs: Sequence[SampleRef], epoch: int) -> None:
+        tasks = {stamped(ref.sample_id, self.stamp): self.tasks[ref.sample_id] for ref in refs}
+        self.controller.ingest(tasks, epoch, self.provenance)
 
     def _tidy(self, extend: bool = False) -> None:
         """Delete what is not to be kept, outside the lock, for it takes its time; queue what there is room for then.

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-ENCODINGS = ("raw", "float8_e4m3fn")
+from specforge.contracts import ENCODINGS as ENCODINGS
+
 _SCALE = ".scale"
 
 
@@ -46,11 +47,20 @@ def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str,
     Args:
         stored: the stored form; scales tell what is encoded.
         dtypes: dtype name of every tensor before it was encoded.
+
+    Raises:
+        ValueError: a scale does not belong to its tensor.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if name.endswith(_SCALE):
             continue
         scale = stored.get(name + _SCALE)
-        tensors[name] = tensor if scale is None else (tensor.float() * scale).to(getattr(torch, dtypes[name]))
+        if scale is not None:
+            if name not in dtypes or scale.shape != (*tensor.shape[:-1], 1):
+                raise ValueError(
+                    f"{name} has a scale of shape {tuple(scale.shape)}, itself {tuple(tensor.shape)}"
+                )
+            tensor = (tensor.float() * scale).to(getattr(torch, dtypes[name]))
+        tensors[name] = tensor
     return tensors

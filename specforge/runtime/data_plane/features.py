@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from specforge.contracts import Provenance, SampleRef, TokenCounts
 from specforge.errors import UserError
-from specforge.files import first_line, read_json, write_file
+from specforge.files import check_folder, first_line, read_json, write_file
 from specforge.runtime.data_plane.encoding import ENCODINGS
 from specforge.runtime.data_plane.local import ShardBackend
 from specforge.runtime.data_plane.refs import MANIFEST, Manifest
@@ -112,6 +112,8 @@ class FeatureFolder:
         """
         cls.check(folder, provenance, counts, prompts)
         if not _holds_samples(folder):
+            if not (folder / _META).exists():
+                check_folder(folder.resolve(), _is_begun)
             meta = {"format": FORMAT, "provenance": provenance.to_json(), "prompts": prompts}
             tensors = {"supervised": counts.supervised, "context": counts.context}
             write_file(folder / _COUNTS, save(tensors))
@@ -163,6 +165,11 @@ def _read_counts(folder: Path) -> TokenCounts:
             return TokenCounts(file.get_tensor("supervised"), file.get_tensor("context"))
     except SafetensorError as error:
         raise UserError(f"{folder / _COUNTS}: is damaged ({first_line(error)})") from error
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder holds only what a start that was killed leaves."""
+    return all(path.name.lstrip(".").startswith((_COUNTS, _META)) for path in folder.iterdir())
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

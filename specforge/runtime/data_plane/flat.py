@@ -24,8 +24,10 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH, _ALIGN = 8, 64
+SAMPLE_HEADER = 1 << 20  # most bytes of the header of a single sample's file
 _PIECES = 1024  # most that a system call takes
 _MAX_HEADER = 100_000_000
+_MOST_DIMENSIONS = 16
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -87,16 +89,17 @@ class FlatTensors:
     Args:
         data: ``[N]`` uint8, the whole file.
         where: what to call it in messages.
+        max_header: most bytes of a header, whose reading takes ten times as much memory.
 
     Raises:
         OSError: they do not begin with a header.
     """
 
-    def __init__(self, data: Tensor, where: str) -> None:
+    def __init__(self, data: Tensor, where: str, max_header: int = _MAX_HEADER) -> None:
         self._where = f"{where} is damaged or cut off at {len(data)} bytes"
         size = int.from_bytes(data[:_LENGTH].numpy().tobytes(), "little")
         self._size = len(data) - _LENGTH - size
-        if self._size < 0 or size > _MAX_HEADER:
+        if self._size < 0 or size > max_header:
             raise OSError(f"{self._where}: no header, or a part of one")
         self._storage, self._start = data.untyped_storage(), data.storage_offset() + _LENGTH + size
         try:
@@ -106,7 +109,7 @@ class FlatTensors:
         self._entries.pop("__metadata__", None)
 
     @classmethod
-    def map(cls, path: Path) -> FlatTensors:
+    def map(cls, path: Path, max_header: int = _MAX_HEADER) -> FlatTensors:
         """Map a file into memory; no file stays open.
 
         Raises:
@@ -117,7 +120,7 @@ class FlatTensors:
             data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         except RuntimeError as error:
             raise OSError(f"{path}: cannot be mapped ({error})") from error
-        return cls(data, str(path))
+        return cls(data, str(path), max_header)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -132,6 +135,7 @@ class FlatTensors:
         try:
             dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and stop <= self._size
+            whole = whole and len(shape) <= _MOST_DIMENSIONS  # the product of a million numbers takes minutes
             offset, rest = divmod(self._start + start, dtype.itemsize)
             if whole and stop - start == math.prod(shape) * dtype.itemsize and not rest:
                 return torch.empty(0, dtype=dtype).set_(self._storage, offset, shape)  # type: ignore[call-overload]

@@ -33,6 +33,8 @@ from specforge.runtime.data_plane.store import BadSampleError, SampleStore, Stor
 
 logger = logging.getLogger(__name__)
 
+_LATER = ("dtype", "encoding")  # parts of a state that checkpoints of the first version lack
+
 
 class FeatureDataLoader:
     """Packed batches of stored samples; one pass over it is an epoch.
@@ -53,7 +55,7 @@ class FeatureDataLoader:
         pin_memory: put batches in page-locked memory.
 
     Raises:
-        UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``.
+        UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``, or a number is out of range.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class FeatureDataLoader:
         pin_memory: bool = False,
     ) -> None:
         check_refs(refs, spec)
+        if prefetch < 0 or pad_to < 1:
+            raise UserError("batches: prefetch must be at least 0 and pad_to at least 1")
         self.refs, self.store, self.spec = list(refs), store, spec
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.bad_samples = prefetch, bad_samples
@@ -90,7 +94,8 @@ class FeatureDataLoader:
         ids = "".join(ref.sample_id for ref in self.refs).encode()
         self._identity = {
             "samples": content_id(ids), "batch_size": batch_size, "max_tokens": max_tokens, "shuffle": shuffle,
-            "seed": seed, "world_size": world_size,
+            "seed": seed, "world_size": world_size, "dtype": self.refs[0].provenance.dtype,
+            "encoding": self.refs[0].provenance.encoding,
         }  # fmt: skip
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
@@ -117,7 +122,8 @@ class FeatureDataLoader:
             UserError: the samples or the batching are not those of the saved run.
         """
         for key, value in self._identity.items():
-            if state.get(key) != value:
+            known = key in state or key not in _LATER
+            if known and state.get(key) != value:
                 what = (
                     "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
                 )
@@ -260,6 +266,7 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
     """
     if not refs:
         raise UserError("features: there are no samples")
+    kind = _kind(refs[0])
     for ref in refs:
         captured = ref.provenance.capture
         if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
@@ -267,13 +274,23 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
                 f"features of sample {ref.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
                 f"reads {list(spec.capture.layer_ids)}; capture them again or set model.layer_ids"
             )
-        missing = sorted(set(spec.features) - {feature.name for feature in ref.features})
+        missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in ref.features})
         if missing:
             raise UserError(
                 f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads"
+            )
+        if _kind(ref) != kind:
+            raise UserError(
+                f"features of sample {ref.sample_id} are {_kind(ref)}, but those of sample {refs[0].sample_id} are "
+                f"{kind}; capture them again"
             )
         if ref.num_tokens < spec.min_tokens:
             raise UserError(
                 f"sample {ref.sample_id} (from {ref.source}) has {ref.num_tokens} tokens; "
                 f"{spec.algorithm} needs {spec.min_tokens}"
             )
+
+
+def _kind(ref: SampleRef) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a token of each feature."""
+    return {feature.name: (feature.dtype, feature.shape[1:]) for feature in ref.features}

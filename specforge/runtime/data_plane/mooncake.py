@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.runtime.data_plane.flat import FlatTensors, lay_out
+from specforge.runtime.data_plane.flat import SAMPLE_HEADER, FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
 _FULL, _UNFINISHED, _MISSING, _UNREACHABLE = -200, -703, -704, -900
 _SMALLEST_SEGMENT, _SMALLEST_BUFFER = 16 << 20, 1 << 16
+_TRUSTED = 64 << 20  # values of no more bytes are fetched without asking the master how many they have
 _SECONDS = 5.0  # to wait for the master where it should answer at once
 
 
@@ -64,20 +65,20 @@ class MooncakeAddress:
         Raises:
             UserError: it is not one.
         """
-        parts = urlsplit(address)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
         try:
+            parts = urlsplit(address)
+            options = dict(parse_qsl(parts.query, keep_blank_values=True))
+            if unknown := sorted(set(options) - {"metrics", "protocol", "devices"}):
+                raise ValueError(f"it has no option {unknown[0]}")
             metrics = int(options.pop("metrics", 9003))
-            found = cls(
-                parts.hostname or "",
-                parts.port or 50051,
-                metrics,
-                namespace=parts.fragment or "specforge",
-                **options,
-            )
-        except (ValueError, TypeError) as error:
+            port = parts.port or 50051
+        except ValueError as error:
             raise UserError(f"store {address}: {error}") from error
-        if parts.scheme != "mooncake" or not found.host or found.protocol not in ("tcp", "rdma"):
+        found = cls(parts.hostname or "", port, metrics, namespace=parts.fragment or "specforge", **options)
+        whole = (
+            parts.scheme == "mooncake" and found.host and parts.path in ("", "/") and parts.username is None
+        )
+        if not whole or found.protocol not in ("tcp", "rdma") or not 0 < metrics < 65536:
             raise UserError(
                 f"store {address}: must look like mooncake://127.0.0.1:50051?metrics=9003&protocol=tcp"
             )
@@ -210,13 +211,15 @@ class MooncakeBackend:
         name = self._name(key, uri)
         client, pool, transfers = self._join()
         nbytes = int(uri.rpartition("-")[2])
+        if nbytes > _TRUSTED and transfers.submit(client.get_size, name).result() != nbytes:
+            raise KeyError(key)  # before so much memory is taken for what a damaged reference says
         buffer = pool.take(nbytes)
         code = transfers.submit(client.get_into, name, buffer.data_ptr(), nbytes).result()
         if code in (_MISSING, _UNFINISHED):
             raise KeyError(key)
         if code != nbytes:
             raise OSError(f"{uri} is lost: its owner or the master does not answer (Mooncake's code {code})")
-        flat = FlatTensors(buffer, uri)
+        flat = FlatTensors(buffer, uri, SAMPLE_HEADER)
         return {feature: flat[feature] for feature in flat}
 
     def remove(self, key: str, uri: str) -> None:

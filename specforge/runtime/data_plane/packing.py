@@ -29,7 +29,7 @@ class BatchPlan:
         seed: of the orders.
 
     Raises:
-        ValueError: both or neither limit is given, or a sample is longer than ``max_tokens``.
+        ValueError: both or neither limit is given, or less than 1, or a sample is longer than ``max_tokens``.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class BatchPlan:
     ) -> None:
         if (batch_size is None) == (max_tokens is None):
             raise ValueError("give either batch_size or max_tokens")
+        if (batch_size or max_tokens or 0) < 1:
+            raise ValueError("batch_size and max_tokens must be at least 1")
         if max_tokens is not None and max(lengths, default=0) > max_tokens:
             raise ValueError(f"a sample has {max(lengths)} tokens, more than max_tokens {max_tokens}")
         self.lengths = np.asarray(lengths, dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from specforge.contracts import Provenance, SampleRef
 from specforge.errors import UserError
-from specforge.files import disk_error
+from specforge.files import disk_error, parse_json
 
 MANIFEST = "manifest.jsonl"
 
@@ -39,25 +39,27 @@ class Manifest:
         self.path = folder / MANIFEST
 
     def refs(self) -> list[SampleRef]:
-        """Read every committed reference, in the order of commitment.
+        """Read every committed reference, in the order of commitment; of a sample that comes again, the later line.
 
         Raises:
             UserError: there is no manifest, or a line is not a reference.
         """
-        if not self.path.exists():
-            raise UserError(f"{self.path}: no such file; make features with `specforge capture`")
-        refs: list[SampleRef] = []
-        seen: dict[str, Provenance] = {}
-        lines = self.path.read_bytes().split(b"\n")
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path}: no such file; make features with `specforge capture`") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        refs: dict[str, SampleRef] = {}
+        seen: dict[Provenance, Provenance] = {}
         for number, line in enumerate(lines[:-1], 1):
             try:
-                fields = json.loads(line)
-                ref = SampleRef.from_json(fields)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                ref = SampleRef.from_json(parse_json(line))
+            except ValueError as error:
                 raise UserError(f"{self.path}, line {number}: not a sample reference ({error})") from error
-            shared = seen.setdefault(repr(ref.provenance), ref.provenance)
-            refs.append(_with_provenance(ref, shared))
-        return refs
+            shared = seen.setdefault(ref.provenance, ref.provenance)
+            refs[ref.sample_id] = _with_provenance(ref, shared)
+        return list(refs.values())
 
     def append(self, refs: Iterable[SampleRef]) -> None:
         """Commit references; durable when this returns.

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specforge.files import disk_error, sync_folder
-from specforge.runtime.data_plane.flat import FlatTensors, write_flat
+from specforge.runtime.data_plane.flat import SAMPLE_HEADER, FlatTensors, write_flat
 
 _URI = re.compile(
     r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}\.(?:safetensors|tmp)", re.ASCII
@@ -28,12 +28,19 @@ class SharedDirBackend:
     """Safetensors files in a folder that all processes see.
 
     Args:
-        folder: created if missing.
+        folder: the store.
+        create: make it if it is missing; else it is refused.
+
+    Raises:
+        OSError: it is missing, or cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, create: bool = True) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not folder.is_dir():
+            raise OSError("no such folder; a run makes it when it starts")
         self._unsynced: dict[Path, int] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
@@ -43,9 +50,10 @@ class SharedDirBackend:
             UserError: the disk is full or not writable; nothing is left behind.
         """
         uri = f"{key[:2]}/{key}-{secrets.token_hex(8)}.safetensors"
-        path = self._path(key, uri)
+        path = self.folder / uri
         temporary = path.with_name(f".{path.stem}.tmp")
         try:
+            self._path(key, uri)
             path.parent.mkdir(exist_ok=True)
             write_flat(temporary, tensors, sync=False)
             os.replace(temporary, path)
@@ -60,7 +68,7 @@ class SharedDirBackend:
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
         """Views into the memory-mapped file."""
         try:
-            file = FlatTensors.map(self._path(key, uri))
+            file = FlatTensors.map(self._path(key, uri), SAMPLE_HEADER)
         except FileNotFoundError as error:
             raise KeyError(key) from error
         return {name: file[name] for name in file}
@@ -77,8 +85,12 @@ class SharedDirBackend:
 
     def stored(self) -> list[tuple[str, str]]:
         """Every sample's files, and unfinished ones."""
-        uris = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*"))
-        return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
+        uris: list[str] = []
+        with suppress(FileNotFoundError), os.scandir(self.folder) as parts:  # somebody deletes the store
+            for part in parts:
+                if part.is_dir(follow_symlinks=False):
+                    uris += [f"{part.name}/{name}" for name in os.listdir(part.path)]
+        return [(match.group(1), uri) for uri in sorted(uris) if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
         """Sync what was written to disk.
@@ -106,4 +118,7 @@ class SharedDirBackend:
         match = _URI.fullmatch(uri)
         if match is None or match.group(1) != key:
             raise OSError(f"{uri!r} is not the name of a file of {key}")
-        return self.folder / uri
+        path = self.folder / uri
+        if path.is_symlink() or path.parent.is_symlink():
+            raise OSError(f"{path} leads out of the store by a link")
+        return path

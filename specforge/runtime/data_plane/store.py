@@ -8,7 +8,7 @@ not deleted until its last reader has let go of it.
 
 from __future__ import annotations
 
-import re
+import logging
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from specforge.contracts import FeatureSpec, Provenance, SampleRef
+from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.flat import bytes_of
 
-_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)
+logger = logging.getLogger(__name__)
 
 
 class BadSampleError(Exception):
@@ -319,7 +319,10 @@ class FeatureStore:
             if checksum(stored) != ref.checksum:
                 raise BadSampleError(ref.sample_id, f"checksum does not match in {ref.uri or 'the store'}")
             self._verified.add(key)
-        tensors = decode(stored, {f.name: f.dtype for f in ref.features})
+        try:
+            tensors = decode(stored, {f.name: f.dtype for f in ref.features})
+        except ValueError as error:
+            raise BadSampleError(ref.sample_id, str(error)) from error
         for spec in ref.features:
             tensor = tensors.get(spec.name)
             if tensor is None:
@@ -360,11 +363,14 @@ class FeatureStore:
             self.delete(ref)
         else:
             check_id(ref.sample_id)
-            self.backend.remove(_key(ref.sample_id, ref.generation), ref.uri)
+            self._remove(_key(ref.sample_id, ref.generation), ref.uri)
 
     def holds(self, ref: SampleRef) -> bool:
         """Whether the bytes that a reference names are there; whether they are whole shows when they are read."""
-        return self.backend.holds(_key(ref.sample_id, ref.generation), ref.uri)
+        try:
+            return self.backend.holds(_key(ref.sample_id, ref.generation), ref.uri)
+        except OSError:  # it names something else than a sample of this store
+            return False
 
     def disown(self, refs: Iterable[SampleRef]) -> None:
         """Leave samples to another process: their bytes stay, this one neither counts nor deletes them any more."""
@@ -400,7 +406,7 @@ class FeatureStore:
                     entry.doomed = True
                     self._collect(sample_id, entry)
                 else:
-                    self.backend.remove(key, uri)
+                    self._remove(key, uri)
             count += 1
         return count
 
@@ -480,7 +486,13 @@ class FeatureStore:
     def _forget(self, sample_id: str, entry: _Entry) -> None:
         key = _key(sample_id, entry.generation)
         self._verified.discard(key)
-        self.backend.remove(key, entry.uri)
+        self._remove(key, entry.uri)
+
+    def _remove(self, key: str, uri: str) -> None:
+        try:
+            self.backend.remove(key, uri)
+        except OSError as error:
+            logger.warning("sample %s could not be deleted: %s", key, error)
 
 
 def check_id(sample_id: str) -> None:
@@ -489,7 +501,7 @@ def check_id(sample_id: str) -> None:
     Raises:
         BadSampleError: it has other characters than letters, digits, ``_``, ``-`` and inner dots, or is too long.
     """
-    if not _ID.fullmatch(sample_id):
+    if not SAMPLE_ID.fullmatch(sample_id):
         raise BadSampleError(repr(sample_id)[:80], "its identity could name a path")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
+from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
     DEAD,
@@ -23,6 +26,7 @@ from specforge.runtime.control_plane.metadata import (
     QUEUED,
     STATES,
     TRAINED,
+    Claim,
     Entry,
     Grant,
     MemoryMetadataStore,
@@ -32,6 +36,9 @@ from specforge.runtime.control_plane.metadata import (
 )
 from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
+from specforge.runtime.data_plane.local import MemoryBackend
+from specforge.runtime.data_plane.store import FeatureStore
+from tests.fuzz import survives
 from tests.runtime.control_plane.redis_server import PASSWORD, make_certificates, redis_server
 
 no_server = pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server")
@@ -294,8 +301,25 @@ def test_many_workers_at_once_never_share_a_prompt(store):
     assert store.counts()[COMMITTED] == 200
 
 
+def test_one_trainer_holds_the_store_until_it_resigns_or_is_silent(store):
+    assert store.claim("a", 0.0, 10.0) == Claim("a", 10.0)
+    assert store.claim("b", 9.9, 19.9) == Claim("a", 10.0)
+    assert store.claim("a", 9.9, 19.9) == Claim("a", 19.9)
+    assert store.claim("b", 10.0, 20.0, instead_of="x") == Claim("a", 19.9)
+    assert store.claim("b", 10.0, 20.0, instead_of="a") == Claim("b", 20.0)
+    store.resign("a")
+    assert store.claim("a", 19.0, 29.0) == Claim("b", 20.0)
+    assert store.claim("a", 20.0, 30.0) == Claim("a", 30.0)
+    store.resign("a")
+    assert store.claim("b", 20.0, 30.0) == Claim("b", 30.0)
+    assert store.counts() == dict.fromkeys(STATES, 0)
+
+
 def test_the_null_store_keeps_nothing():
     store = NullMetadataStore()
+    assert store.claim("a", 0.0, 9.0) == Claim("a", 9.0)
+    store.resign("b")
+    assert store.claim("b", 0.0, 9.0) == Claim("b", 9.0)
     filled(store)
     assert store.lease("a", 9, 0.0, 9.0, 3) == []
     assert store.commit([("k0", "r")]) == [True]
@@ -365,6 +389,104 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     db.close()
     with pytest.raises(UserError, match="format 99; this version reads 1"):
         SQLiteMetadataStore(tmp_path / "newer.db")
+
+
+def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path):
+    """With tables of any name; with our number, as others may have it too."""
+    for name, statements in {
+        "bookmarks": ["CREATE TABLE moz_places (id INTEGER)"],
+        "samples": ["CREATE TABLE samples (id INTEGER)"],
+        "number": ["PRAGMA user_version=1", "CREATE TABLE x (id INTEGER)"],
+    }.items():
+        db = sqlite3.connect(tmp_path / name)
+        for statement in statements:
+            db.execute(statement)
+        db.close()
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match="is another program's database"):
+            SQLiteMetadataStore(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_who_only_reads_makes_no_file(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; a run makes it when it starts"):
+        SQLiteMetadataStore(tmp_path / "mistyped" / "m.db", create=False)
+    assert not list(tmp_path.iterdir())
+    filled(SQLiteMetadataStore(tmp_path / "m.db"))
+    assert SQLiteMetadataStore(tmp_path / "m.db", create=False).counts()[QUEUED] == 4
+
+
+def test_a_file_of_the_first_version_is_gone_on_with(tmp_path):
+    keys = filled(SQLiteMetadataStore(tmp_path / "m.db"))
+    db = sqlite3.connect(tmp_path / "m.db")
+    db.execute("DROP TABLE trainer")  # which it did not have
+    db.close()
+    assert states(SQLiteMetadataStore(tmp_path / "m.db", create=False)) == dict.fromkeys(keys, QUEUED)
+    again = SQLiteMetadataStore(tmp_path / "m.db")
+    assert again.claim("a", 0.0, 9.0) == Claim("a", 9.0)
+    assert states(again) == dict.fromkeys(keys, QUEUED)
+
+
+def test_many_processes_may_make_the_file_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: SQLiteMetadataStore(tmp_path / "m.db"), range(24)))
+    filled(stores[0])
+    assert {store.counts()[QUEUED] for store in stores} == {4}
+
+
+def test_damaged_rows_are_one_line_or_left_out(tmp_path, fuzz):
+    path = tmp_path / "in" / "m.db"
+    plane = DataFlowController(SQLiteMetadataStore(path), FeatureStore(MemoryBackend()), max_tries=2)
+    provenance = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,)), "float32")
+    task = PromptTask("t", (1, 2), (0, 1))
+    texts = [json.dumps(task.to_json()).encode(), json.dumps([provenance.to_json()]).encode()]
+
+    def everything() -> None:
+        leased = plane.lease("w", 9)
+        for prompt in leased:
+            plane.fail("w", prompt, "reason")
+        plane.reconcile()
+        plane.durable(1)
+        plane.rewind(0)
+        plane.dead_letters()
+        plane.counts()
+
+    for number, data in enumerate(fuzz.bytes(texts, 60)):
+        plane.ingest({f"s{number}": task}, 0, provenance)
+        with sqlite3.connect(path) as db:
+            where = f"WHERE seq = (SELECT seq FROM samples WHERE key = 's{number}@0')"
+            if fuzz.rng.random() < 0.5:
+                db.execute(f"UPDATE tasks SET task = cast(? AS TEXT) {where}", (data,))
+            else:
+                column = fuzz.rng.choice(["ref", "state", "owner", "reason"])
+                db.execute(
+                    f"UPDATE samples SET state = 'committed', {column} = cast(? AS TEXT) {where}", (data,)
+                )
+        survives(everything, outside=tmp_path / "out")
+        with sqlite3.connect(path) as db:
+            db.execute("DELETE FROM samples")
+
+
+def test_a_damaged_file_is_one_line(tmp_path, fuzz):
+    path = tmp_path / "in" / "m.db"
+    store = SQLiteMetadataStore(path)
+    filled(store, 40)
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    for data in fuzz.bytes([path.read_bytes()], 60):
+        path.write_bytes(data)
+
+        def read() -> None:
+            found = SQLiteMetadataStore(path)
+            try:
+                found.lease("w", 3, 0.0, 9.0, 3)
+                list(found.entries(STATES))
+            finally:
+                found.close()
+
+        survives(read, outside=tmp_path / "out")
+        for left in path.parent.glob("m.db-*"):
+            left.unlink()
 
 
 # Redis.

@@ -16,7 +16,7 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key
-from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, MemoryMetadataStore
+from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, STATES, TRAINED, MemoryMetadataStore
 from specforge.runtime.control_plane.stream import Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.local import MemoryBackend
@@ -281,3 +281,75 @@ def test_what_is_upcoming_is_what_every_rank_gets():
         found = [(x.cursor["epoch"], x.cursor["batch"] - 1, x.sample_ids) for _ in "abc" for x in loader]
         assert found[:5] == [(e, n, tuple(ref.sample_id for ref in refs)) for e, n, refs in expected]
         assert [n for _, n, _ in expected] == [1, 0, 1, 0, 1]
+
+
+def damaged_record(samples: StreamedSamples, key: str, change) -> None:
+    metadata = samples.controller.metadata
+    if change is None:
+        metadata.forget([key])
+    else:
+        change(metadata._rows[key])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        lambda row: setattr(row, "state", "nonsense"),
+        lambda row: setattr(row, "state", "trained"),
+        lambda row: setattr(row, "state", "durable"),
+        lambda row: (setattr(row, "state", "committed"), setattr(row, "ref", "damaged")),
+        lambda row: (setattr(row, "state", "committed"), setattr(row, "ref", "")),
+    ],
+)
+def test_a_sample_whose_record_is_lost_or_damaged_is_queued_again(change):
+    """That it is still to be trained, the checkpoint says; the run goes on."""
+    samples = stream(wait=lambda seconds: produce(samples, 1))
+    samples.start(batches())
+    damaged_record(samples, sample_key(REFS[0].sample_id, 0), change)
+    for ref in REFS[:2]:
+        with samples.get(ref) as tensors:
+            assert len(tensors["input_ids"]) == 3
+
+
+def test_a_sample_whose_record_is_lost_before_its_step_is_recorded_stops_nothing(caplog):
+    samples = stream(max_samples=8)
+    samples.start(batches())
+    produce(samples)
+    keys = [sample_key(ref.sample_id, 0) for ref in REFS[:2]]
+    for ref in REFS[:2]:
+        with samples.get(ref):
+            pass
+    samples.controller.metadata.forget(keys[:1])
+    samples.trained(keys, 1)
+    assert "its record is gone from the metadata store" in caplog.text
+    assert samples.controller.counts()[TRAINED] == 1
+    samples.controller.metadata.forget([entry.key for entry in samples.controller.metadata.entries(STATES)])
+    with pytest.raises(UserError, match=r"resume with --ckpt_path last"):
+        samples.trained(keys, 1)
+    with pytest.raises(UserError, match=r"resume with --ckpt_path last"):
+        samples.get(REFS[2])
+
+
+def test_a_metadata_store_that_cannot_be_written_is_blamed_before_producers_are(caplog):
+    def probe() -> None:
+        raise UserError("metadata m.db: database or disk is full")
+
+    samples = stream(wait_seconds=0.05, stall_seconds=0.01, probe=probe)
+    samples.start(batches())
+    samples.controller.lease("silent", 9)
+    with pytest.raises(UserError, match=r"no sample for 0 s: metadata m\.db: database or disk is full"):
+        samples.get(REFS[0])
+    assert "training waits for samples since 0 s: metadata m.db: database or disk is full" in caplog.text
+
+
+def test_samples_of_streams_with_other_stamps_are_told_apart():
+    one = stream(max_samples=8)
+    other = StreamedSamples(one.controller, TASKS, PROVENANCE, one.room, stamp="b" * 16)
+    for samples in (one, other):
+        samples.start(batches())
+    assert len(one.controller.lease("w", 99)) == 16
+    assert other.key(REFS[0].sample_id, 0) == f"{REFS[0].sample_id}-{'b' * 16}@0"
+    assert list(other.room.window(batches(1), other.stamp)) == [
+        other.key(ref.sample_id, 0) for ref in REFS[:2]
+    ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specforge.runtime.data_plane.flat import FlatTensors, chunks, write_flat
+from specforge.runtime.data_plane.flat import SAMPLE_HEADER, FlatTensors, chunks, write_flat
+from tests.fuzz import survives
 
 TENSORS = {
     "states": torch.randn(7, 32).bfloat16(),
@@ -87,7 +88,7 @@ def place(shape: object, offsets: object, dtype: object = "F32") -> dict[str, ob
         None, 3, [], {}, {"dtype": "F32", "shape": [4]}, place([4], [0, 17]), place([5], [0, 20]), place([2], [0, 16]),
         place([-4], [0, -16]), place([4], [0, 16], "X"), place([4.0], [0, 16]), place("4", [0, 16]),
         place([-2, -2], [0, 16]), place([1], [-4, 0]), place([0, 2**70], [0, 0]), place([4], [0, 16], []),
-        place([3], [1, 13]), place([4], [0]),
+        place([3], [1, 13]), place([4], [0]), place([1] * 17, [0, 1], "U8"),
     ],
 )  # fmt: skip
 def test_a_tensor_outside_the_data_is_refused(tmp_path, entry):
@@ -108,3 +109,35 @@ def test_a_header_that_is_cut_off_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(OSError, match="no header, or a part of one"):
         FlatTensors.map(tmp_path / "a")
+
+
+def test_a_header_of_more_bytes_than_a_reader_expects_is_not_read(tmp_path):
+    """A sample's own file has a few tensors; reading a header takes ten times its bytes of memory."""
+    path = damaged(tmp_path / "a", b'{"x":{"y":[' + b"1," * (4 << 20) + b"1]}}")
+    with pytest.raises(OSError, match="no header"):
+        FlatTensors.map(path, SAMPLE_HEADER)
+    path = damaged(tmp_path / "b", b'{"__metadata__":' + b'{"":' * (20 << 20))
+    assert survives(lambda: FlatTensors.map(path), refusals=(OSError,)) is False
+
+
+def read_all(path: Path) -> None:
+    flat = FlatTensors.map(path)
+    for name in flat:
+        flat[name].float().sum()
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path, fuzz):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a"
+    write_flat(path, TENSORS, sync=False)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    for content in fuzz.bytes([whole], 300):
+        path.unlink()
+        path.write_bytes(content)
+        survives(lambda: read_all(path), outside=tmp_path / "out", refusals=(OSError,))
+    for value in fuzz.values([header], 300):
+        path.unlink()
+        damaged(path, value, 0).open("ab").write(data)
+        survives(lambda: read_all(path), outside=tmp_path / "out", refusals=(OSError,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from threading import Barrier
 
 import pytest
@@ -168,3 +169,41 @@ def test_a_damaged_sample_stops_the_run_or_is_left_out_by_policy(folder, monkeyp
     assert sorted(sum(names(stream), ())) == sorted(r.sample_id for r in folder.refs if r.sample_id != bad)
     assert list(stream.quarantined) == [bad]
     assert folder.store.stat().leases == 0
+
+
+def test_a_position_among_other_features_is_refused_and_one_that_does_not_say_is_taken(folder):
+    """Checkpoints of the first version do not say which features were trained on."""
+    state = loader(folder).state_dict()
+    assert (state["dtype"], state["encoding"]) == ("float32", "raw")
+    for key in ("dtype", "encoding"):
+        with pytest.raises(UserError, match=rf"{key} \(other, now .*changed since the checkpoint"):
+            loader(folder).load_state_dict({**state, key: "other"})
+    loader(folder).load_state_dict({k: v for k, v in state.items() if k not in ("dtype", "encoding")})
+
+
+def test_features_that_disagree_are_refused_by_name(folder):
+    """In what they hold, in width, in dtype; before any of them is read."""
+    first, second, *rest = folder.refs
+    for change, words in (
+        (lambda f: [x for x in f if x.name != "input_ids"], "lack input_ids"),
+        (lambda f: [replace(x, dtype="float16") for x in f], "capture them again"),
+        (lambda f: [replace(x, shape=(*x.shape, 2)) for x in f], "capture them again"),
+    ):
+        other = replace(second, features=tuple(change(second.features)))
+        with pytest.raises(UserError, match=f"sample {second.sample_id} .*{words}"):
+            FeatureDataLoader([first, other, *rest], folder.store, SPEC, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"batch_size": None, "max_tokens": -5},
+        {"prefetch": -3},
+        {"pad_to": 0},
+    ],
+)
+def test_numbers_that_would_hang_or_train_nothing_are_refused(folder, options):
+    with pytest.raises(UserError, match="batches: "):
+        next(iter(loader(folder, **options)))

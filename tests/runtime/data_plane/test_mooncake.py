@@ -66,11 +66,19 @@ def test_an_address_is_read_and_written(text):
         "mooncake://h?metrics=x",
         "mooncake://h?protocol=carrier-pigeon",
         "mooncake://h?a=1",
+        "mooncake://h?host=x",
+        "mooncake://h?metrics=99999",
+        "mooncake://h?metrics=",
+        "mooncake://h:99999",
+        "mooncake://h/path",
+        "mooncake://user@h",
+        "mooncake://[::1",
     ],
 )
 def test_a_wrong_address_is_refused(text):
-    with pytest.raises(UserError, match="store mooncake://"):
+    with pytest.raises(UserError, match="store mooncake://") as found:
         MooncakeBackend(text)
+    assert "__init__" not in str(found.value)
 
 
 @needs_mooncake
@@ -246,6 +254,16 @@ def test_samples_go_through_registered_buffers_where_the_transport_wants_that(ad
     for seed, ref in enumerate(refs):
         with store.get(ref) as tensors:
             assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
+    close(store)
+
+
+@needs_mooncake
+def test_no_memory_is_taken_for_the_size_that_a_tampered_name_says(address):
+    store = FeatureStore(MooncakeBackend(address))
+    ref = put(store, "a")
+    huge = replace(ref, uri=ref.uri.rpartition("-")[0] + "-999999999999")
+    with pytest.raises(BadSampleError, match="not in a"):
+        store._read("a.1", huge)
     close(store)
 
 

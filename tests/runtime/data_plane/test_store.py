@@ -24,6 +24,7 @@ from specforge.runtime.data_plane.local import MemoryBackend, ShardBackend
 from specforge.runtime.data_plane.mooncake import MooncakeBackend
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from tests.fuzz import survives
 from tests.runtime.data_plane.mooncake_store import absent, mooncake_store
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1, 3)), "float32")
@@ -193,6 +194,63 @@ def test_a_uri_is_only_good_for_its_own_sample(tmp_path):
     store.adopt([swapped])
     with pytest.raises(BadSampleError, match=r"is not the name of a file of b\.1"):
         store.get(swapped)
+
+
+def test_nothing_is_read_written_or_deleted_through_a_link_out_of_the_store(tmp_path, caplog):
+    """Neither by the name of a sample nor when orphans are removed."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    ref = put(FeatureStore(SharedDirBackend(inside)))
+    (inside / "a.").rename(outside)
+    (inside / "a.").symlink_to(outside)
+    before = {path: path.read_bytes() for path in outside.iterdir()}
+    store = FeatureStore(SharedDirBackend(inside))
+    store.adopt([ref])
+    assert store.backend.stored() == []
+    assert store.remove_orphans([]) == 0
+    assert not store.holds(ref)
+    with pytest.raises(BadSampleError, match="leads out of the store by a link"):
+        store.get(ref)
+    store.discard(ref)
+    assert "could not be deleted" in caplog.text
+    with pytest.raises(UserError, match="leads out of the store by a link"):
+        put(store)
+    assert {path: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_a_sample_that_is_a_link_is_not_read_and_only_the_link_deleted(tmp_path):
+    ref = put(FeatureStore(SharedDirBackend(tmp_path / "inside")))
+    path = the_file(tmp_path / "inside")
+    path.rename(tmp_path / "secret")
+    path.symlink_to(tmp_path / "secret")
+    store = FeatureStore(SharedDirBackend(tmp_path / "inside"))
+    store.adopt([ref])
+    with pytest.raises(BadSampleError, match="leads out of the store by a link"):
+        store.get(ref)
+    store.remove_orphans([])
+    assert (tmp_path / "secret").exists()
+
+
+def test_a_store_is_only_made_by_those_who_write(tmp_path):
+    with pytest.raises(OSError, match="no such folder"):
+        SharedDirBackend(tmp_path / "mistyped", create=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["raw", "float8_e4m3fn"])
+def test_damaged_samples_are_refused_in_one_line(on_disk, tmp_path, fuzz, encoding):
+    """With the checksum and without it, for whoever damages a file may know how to write its checksum."""
+    provenance = replace(PROVENANCE, encoding=encoding)
+    store = FeatureStore(on_disk(tmp_path / "in"))
+    ref = store.put("a", sample(), num_supervised=2, source="", provenance=provenance)
+    store.flush()
+    path = the_file(tmp_path)
+    for data in fuzz.bytes([path.read_bytes()], 60):
+        path.unlink()  # who has it mapped keeps it
+        path.write_bytes(data)
+        for verify in (True, False):
+            again = FeatureStore(on_disk(tmp_path / "in"), verify=verify)
+            again.adopt([ref])
+            survives(lambda s=again: s.get(ref), outside=tmp_path / "out", refusals=(BadSampleError,))
 
 
 def test_adopting_twice_keeps_the_bytes(backend):
@@ -403,3 +461,12 @@ def test_float8_is_within_half_a_step_of_its_scale():
     bound = torch.maximum(tensors["x"].abs() * 2**-4, largest / 448 * 2**-10)
     assert bool(((back["x"] - tensors["x"]).abs() <= bound * 1.001).all())
     assert stored["x"].nbytes * 4 == tensors["x"].nbytes
+
+
+def test_a_scale_of_another_shape_is_refused_before_anything_is_multiplied():
+    stored = encode({"x": torch.ones(5, 4)}, "float8_e4m3fn")
+    for scale in (torch.ones(5, 1, 1), torch.ones(1, 1), torch.ones(1000, 1, 1), torch.ones(5)):
+        with pytest.raises(ValueError, match="has a scale of shape"):
+            decode(stored | {"x.scale": scale}, {"x": "float32"})
+    with pytest.raises(ValueError, match="has a scale"):
+        decode(stored, {})
