@@ -10,8 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    PositiveInt = NonNegativeInt = Port = int
-    PositiveFloat = NonNegativeFloat = Share = PositiveShare = float
+    PositiveInt = int
+    NonNegativeInt = int
+    Port = int
+    PositiveFloat = float
+    NonNegativeFloat = float
+    Share = float
+    PositiveShare = float
 else:
     from jsonargparse.typing import restricted_number_type
 
