@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -13,6 +14,8 @@ from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
+from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,9 +23,18 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import datamodules  # noqa: F401 - makes the built-in classes known by name
 import lightning_modules
+from specforge import stopping
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
-from specforge.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from specforge.callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    DraftCheckpoint,
+    LastCheckpoint,
+    check_folder,
+    find_checkpoint,
+)
 from specforge.callbacks.ledger import SampleLedger
+from specforge.callbacks.loop import FitLoop
 from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.report import RunReport
@@ -31,6 +43,7 @@ from specforge.callbacks.strategies import register_strategies
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.host import keep_freed_memory
+from specforge.refusals import bound_yaml, lightning_refusal
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/run",
@@ -40,16 +53,46 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
+BAREBONES = (
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+    "enable_model_summary",
+)  # which are not to be given then
 
 
 class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's folder."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet: a start that is refused changes nothing."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file; a resumed run writes it again."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write ``config.yaml``; a resumed run writes it again."""
-        if stage == "fit":
-            text = self.parser.dump(self.config, skip_none=False)
-            write_file(Path(trainer.default_root_dir) / "config.yaml", text)
+        """Write ``config.yaml``."""
+        text = self.parser.dump(self.config, skip_none=False)
+        write_file(Path(trainer.default_root_dir) / "config.yaml", text)
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's, which has no files before there is something to log: a start that is refused leaves none."""
+
+    def __init__(self, folder: str, at_once: bool) -> None:
+        super().__init__(folder, name="tensorboard", version="")
+        self._opened = at_once
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; before the first metrics something that does nothing."""
+        return super().experiment if self._opened else _DummyExperiment()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write metrics."""
+        self._opened = True
+        super().log_metrics(metrics, step)
 
 
 class TrainingCLI(LightningCLI):
@@ -79,6 +122,22 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration as given: Lightning would let the checkpoint's override it."""
 
+    def before_instantiate_classes(self) -> None:
+        """Look at the run's folder and the checkpoint before anything is built."""
+        config = self._get(self.config, "trainer")
+        config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
+        run, given = Path(config["default_root_dir"]), self._get(self.config, "ckpt_path")
+        requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
+        if given not in (None, "hpc"):
+            found = find_checkpoint(given, run)
+            given = None if found is None else str(found)
+        self._checkpoint = given
+        if self.command == "fit" and not config["fast_dev_run"]:
+            check_folder(run, resumes=given is not None or requeued)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self._checkpoint}
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the checkpoint writer and, unless another is configured, the TensorBoard logger."""
         config = self._get(self.config_init, "trainer", default={})
@@ -87,11 +146,21 @@ class TrainingCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs["plugins"] = plugins
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="tensorboard", version="")
-        if config.get("enable_progress_bar") is not False:
+        if config["barebones"]:
+            kwargs |= {key: None for key in BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
+        elif config.get("logger") in (None, True):
+            kwargs["logger"] = RunLogger(config["default_root_dir"], at_once=self.command != "fit")
+        if config.get("enable_progress_bar") is not False and not config["barebones"]:
             kwargs["callbacks"] = [*(config.get("callbacks") or []), ProgressBar(refresh_rate=20)]
-        return super().instantiate_trainer(**kwargs)
+        if config["barebones"] or config["enable_checkpointing"] is False:
+            self._parser(self.subcommand).callback_keys.clear()  # of LastCheckpoint and BestCheckpoint
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.fit_loop = FitLoop(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, DraftCheckpoint):
+                given = self._get(self.config, "ckpt_path")
+                callback.named = None if given in ("last", "best") else given
+        return trainer
 
 
 class ProgressBar(RichProgressBar):
@@ -173,28 +242,32 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 143 after a signal, else 0.
     """
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda r: "litlogger" not in r.getMessage()
-    )
+    bound_yaml(argv)
+    _quiet()
     keep_freed_memory()
     register_strategies()
     preemption = Preemption()
+    try:
+        with stopping.signals_stop():
+            _run(argv, preemption)
+            return 0
+    except stopping.Stopped:
+        return preemption.end()
+    except SystemExit as end:
+        if stopping.interrupted():  # Lightning makes an exit of it
+            raise KeyboardInterrupt from end
+        raise
+    except Exception as error:
+        line = lightning_refusal(error, inspect.signature(pl.Trainer).parameters, stopping.began())
+        if line is None or isinstance(error, UserError):
+            raise
+        raise UserError(line) from error
+
+
+def _run(argv: list[str], preemption: Preemption) -> None:
     always = [
-        ExactResume(),
-        SampleLedger(),
-        AcceptanceLengthEvaluation(),
-        TrainingMetrics(),
-        preemption,
-        RunReport(preemption),
-    ]
+        ExactResume(), SampleLedger(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport(),
+    ]  # fmt: skip
     command = type("Command", (TrainingCLI,), {"command": argv[0]})
     sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
     command(
@@ -210,4 +283,21 @@ def main(argv: list[str]) -> int:
         load_from_checkpoint_support=False,
         parser_kwargs={"prog": "specforge", "default_env": True, "env_prefix": "SPECFORGE"},
     )
-    return 143 if preemption.stopped else 0
+
+
+def _quiet() -> None:
+    """Silence what Lightning says of things that are as they should be."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*GPU available but not used.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*exists and is not empty.*",
+        r".*add the following callbacks: \[.(?:Last|Best)Checkpoint.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: "litlogger" not in r.getMessage()
+    )

@@ -3,28 +3,38 @@
 Lightning's own saving writes into TMPDIR and moves the file, which is not atomic across file systems, and
 replaces its links by removing them first. Here a checkpoint is written beside its final name, synced and
 renamed, and links are replaced by a rename too. A checkpoint never holds pickled objects.
+
+Which checkpoints there are, and how good, only the files say: a state inside of a checkpoint is older than the
+files that were written behind it. A checkpoint of :class:`BestCheckpoint` holds what its own validation measured.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from specforge import stopping
 from specforge.callbacks.ledger import SampleLedger
+from specforge.callbacks.resume import ExactResume
 from specforge.errors import UserError
-from specforge.export.checkpoint import read_checkpoint
+from specforge.export.checkpoint import checkpoint_bytes, read_checkpoint
 from specforge.files import write_file
+from specforge.options import NonNegativeInt, PositiveInt
 
 FOLDER = "checkpoints"
-_STEP = re.compile(r"(?:step|best)-(\d+)\.ckpt")
+_MEASURED = "specforge_validation"
+_STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
+_LEFTOVER = re.compile(  # of write_file and replace_link, cut off by a kill
+    r"\.(?:(?:step|best)-\d{8,}\.ckpt\.[a-z0-9_]{8}|(?:last|best)\.ckpt\.\d+)"
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,9 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: the disk is full or not writable.
         """
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_file(Path(path), buffer.getbuffer())
+        write_file(Path(path), checkpoint_bytes(checkpoint))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -52,7 +60,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class DraftCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose state survives a crash between two files and a move of the folder."""
+    """ModelCheckpoint that believes the files alone, and saves the position behind the last optimizer step.
+
+    Attributes:
+        named: the checkpoint that the user named to resume from, which is not removed.
+    """
+
+    named: str | None = None
 
     def __init__(self, monitor: str, keep: int, name: str, every_n_train_steps: int | None = None) -> None:
         super().__init__(
@@ -60,94 +74,128 @@ class DraftCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False, enable_version_counter=False,
             every_n_train_steps=every_n_train_steps, save_on_train_epoch_end=False,
         )  # fmt: skip
+        self.prefix = name
+        self._writes = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save under the run's folder."""
-        self._place(trainer)
+        self.dirpath = os.path.realpath(os.path.join(trainer.default_root_dir, FOLDER))
         super().setup(trainer, pl_module, stage)
 
-    def _place(self, trainer: pl.Trainer) -> None:
-        if self.dirpath is None:  # type: ignore[has-type]
-            self.dirpath = os.path.realpath(os.path.join(trainer.default_root_dir, FOLDER))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore scores; files are looked for in the present folder, wherever they were written."""
-
-        def here(path: str) -> str:
-            return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
-
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        best = {path: score for path, score in best.items() if os.path.exists(path)}
-        moved = {**state_dict, "dirpath": self.dirpath, "best_k_models": best}
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            moved[key] = here(state_dict.get(key, ""))
-        if best:
-            moved["kth_best_model_path"] = min(best, key=lambda path: float(best[path]))
-            moved["kth_value"] = best[moved["kth_best_model_path"]]
-        super().load_state_dict(moved)
+        """Nothing: the files say what there is."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove files that a crash left between writing the new and removing the old."""
+        """Remove what a kill left half-written."""
         super().on_train_start(trainer, pl_module)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        if trainer.ckpt_path is None:
-            self._refuse_an_old_run()
-            return
-        mine = str(self.filename).split("-", 1)[0]
-        for path in Path(str(self.dirpath)).glob(f"{mine}-*.ckpt"):
-            match = _STEP.fullmatch(path.name)
-            stale = match is not None and int(match.group(1)) <= trainer.global_step
-            if stale and str(path) not in self.best_k_models and str(path) != str(trainer.ckpt_path):
-                path.unlink()
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            for path in self.folder.glob(".*.ckpt.*"):
+                if _LEFTOVER.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
-    def _refuse_an_old_run(self) -> None:
-        old = sorted(path.name for path in Path(str(self.dirpath)).glob("*.ckpt"))
-        if old:
-            raise UserError(
-                f"{self.dirpath}: holds {old[-1]} of an earlier run; resume it with --ckpt_path last, or choose "
-                "another trainer.default_root_dir"
-            )
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return Path(str(self.dirpath))
 
-    @staticmethod
-    def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-        if trainer.is_global_zero:
-            replace_link(Path(linkpath), Path(filepath))
-        trainer.strategy.barrier()
+    def files(self) -> list[Path]:
+        """This callback's checkpoints, in the order of their steps."""
+        found = [path for path in self.folder.glob(f"{self.prefix}-*.ckpt") if _STEP.fullmatch(path.name)]
+        return sorted(found, key=step_of)
+
+    def path_of(self, trainer: pl.Trainer) -> Path:
+        """Where a checkpoint of the present step belongs."""
+        return Path(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
+
+    def write(self, trainer: pl.Trainer, path: Path) -> None:
+        """Write a checkpoint of the last finished optimizer step."""
+        self._writes = True
+        try:
+            with exact_resume(trainer).at_last_step():
+                self._save_checkpoint(trainer, str(path))
+        finally:
+            self._writes = False
+
+    def point(self, trainer: pl.Trainer, link: str, target: Path) -> None:
+        """Let a link point to one of the checkpoints."""
+        if trainer.is_global_zero and Path(os.path.realpath(self.folder / link)) != target:
+            replace_link(self.folder / link, target)
+
+    def remove(self, trainer: pl.Trainer, paths: Iterable[Path]) -> None:
+        """Remove checkpoints, but not the one that the user named."""
+        for path in paths:
+            if trainer.is_global_zero and str(path) != os.path.realpath(self.named or ""):
+                path.unlink(missing_ok=True)
+
+    # What Lightning would do on its own.
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Nothing by default."""
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Nothing."""
+
+    def on_validation_end(self, *_: Any) -> None:
+        """Nothing by default."""
+
+    def on_train_end(self, *_: Any) -> None:
+        """Nothing."""
 
 
 class LastCheckpoint(DraftCheckpoint):
     """Every so many optimizer steps, and at the end; ``last.ckpt`` is a link to the newest.
 
     Args:
-        every_n_train_steps: how often.
-        keep: how many of the newest to keep.
+        every_n_train_steps: how often; 0 for the end alone.
+        keep: how many of the newest to keep; -1 for all.
     """
 
-    def __init__(self, every_n_train_steps: int = 200, keep: int = 2) -> None:
+    def __init__(
+        self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2
+    ) -> None:
         super().__init__("step", keep, "step", every_n_train_steps)
-        self.save_last = "link"
+        self._seen = 0
 
-    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        self._place(trainer)  # Lightning asks before setup
-        return super()._find_last_checkpoints(trainer)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish what a kill interrupted: the link, and the removal of old checkpoints."""
+        super().on_train_start(trainer, pl_module)
+        self._seen = trainer.global_step
+        path = self.path_of(trainer)
+        if trainer.strategy.broadcast(path.exists()) and not trainer.fast_dev_run:
+            self._last_global_step_saved = trainer.global_step
+            if not (self.folder / "last.ckpt").exists():
+                self.point(trainer, "last.ckpt", path)
+            self._rotate(trainer)
 
-    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        super()._save_last_checkpoint(trainer, monitor_candidates)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SampleLedger):
-                callback.saved(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step."""
-        self.save_now(trainer)
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+        """Keep the position of a finished step, and save it if it is time."""
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        exact_resume(trainer).finished_step(trainer)
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Save the present step unless it is saved already."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        """Save the last finished step unless it is saved already."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        path = self.path_of(trainer)
+        self.last_model_path = self.best_model_path = str(path)
+        with stopping.finishing():
+            self.write(trainer, path)
+            self.point(trainer, "last.ckpt", path)
+            trainer.strategy.barrier("the checkpoint is complete")
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleLedger):
+                    callback.saved(trainer)
+            self._rotate(trainer)
+
+    def _rotate(self, trainer: pl.Trainer) -> None:
+        if self.save_top_k > 0:
+            # Later ones are of a run that went on from here before; they are replaced when it is their turn.
+            past = [path for path in self.files() if step_of(path) <= trainer.global_step]
+            self.remove(trainer, past[: -self.save_top_k])
 
 
 class BestCheckpoint(DraftCheckpoint):
@@ -155,20 +203,158 @@ class BestCheckpoint(DraftCheckpoint):
 
     Args:
         monitor: what to maximise.
-        keep: how many of the best to keep.
+        keep: how many of the best to keep; -1 for all, 0 for none.
     """
 
-    def __init__(self, monitor: str = "val/tau", keep: int = 1) -> None:
+    def __init__(self, monitor: str = "val/tau", keep: NonNegativeInt | Literal[-1] = 1) -> None:
         super().__init__(monitor, keep, "best")
+        self._scores: dict[Path, float] = {}
+        self._warned = False
 
-    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if self.monitor in monitor_candidates:  # nothing is held out otherwise
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Learn from the files which drafts are the best."""
+        super().on_train_start(trainer, pl_module)
+        if self.save_top_k == 0 or trainer.fast_dev_run:
+            return
+        found = {path: self._score(path) for path in self.files()} if trainer.is_global_zero else {}
+        scores = {path: score for path, score in found.items() if score is not None}
+        self._scores = trainer.strategy.broadcast(scores)
+        self._settle(trainer)
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        if self.best_model_path:
-            self._link_checkpoint(trainer, self.best_model_path, os.path.join(str(self.dirpath), "best.ckpt"))
+    def _score(self, path: Path) -> float | None:
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            pl.utilities.rank_zero_warn(f"{error}; it does not count among the best")
+            return None
+        measured = checkpoint.get(_MEASURED)
+        if measured is None:  # as earlier versions wrote it
+            states = [x for key, x in checkpoint["callbacks"].items() if key.startswith(type(self).__name__)]
+            measured = {state["monitor"]: float(state["current_score"]) for state in states}
+        return float(measured.get(self.monitor, float("-inf")))
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+        """Save the draft if it is among the best."""
+        if self._should_skip_saving_checkpoint(trainer) or self.save_top_k == 0:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            self._warn(trainer)
+            return
+        score = float(trainer.callback_metrics[self.monitor])
+        score = float("-inf") if score != score else score
+        path = self.path_of(trainer)
+        others = [x for other, x in self._scores.items() if other != path]
+        better = path not in self._scores or score > self._scores[path]
+        better &= self.save_top_k == -1 or len(others) < self.save_top_k or score > min(others)
+        if not trainer.strategy.reduce_boolean_decision(better):
+            return
+        self._scores.pop(path, None)
+        self._scores[path] = score
+        self.current_score = torch.tensor(score)
+        self._note()
+        with stopping.finishing():
+            self.write(trainer, path)
+            self._settle(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what the validation measured."""
+        if self._writes:
+            checkpoint[_MEASURED] = {name: float(x) for name, x in trainer.callback_metrics.items()}
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Point the link to the best, and remove those that are no longer among the best."""
+        if not self._scores:
+            return
+        present = Path(os.path.realpath(self.folder / "best.ckpt"))
+        # Of those whose score is unknown, measured by another monitor, the present best comes first.
+        ranking = sorted(self._scores, key=lambda path: (-self._scores[path], path != present))
+        self.point(trainer, "best.ckpt", ranking[0])
+        if self.save_top_k > 0:
+            for path in ranking[self.save_top_k :]:
+                del self._scores[path]
+            self.remove(trainer, ranking[self.save_top_k :])
+        self._note()
+
+    def _note(self) -> None:
+        """Fill in what loggers and Lightning ask of a ModelCheckpoint."""
+        self.best_k_models = {str(path): torch.tensor(score) for path, score in self._scores.items()}
+        self.best_model_path = max(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
+        self.best_model_score = self.best_k_models[self.best_model_path]
+
+    def _warn(self, trainer: pl.Trainer) -> None:
+        measured = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if measured and not self._warned:
+            self._warned = True
+            pl.utilities.rank_zero_warn(
+                f"best_checkpoint.monitor: a validation measures no {self.monitor}, so there is no best.ckpt; it "
+                f"measures {', '.join(measured)}"
+            )
+
+
+def find_checkpoint(name: str, run: Path) -> Path | None:
+    """The file behind ``--ckpt_path``.
+
+    Args:
+        name: a path; or ``last`` or ``best``, of the run in the folder.
+        run: the run's folder.
+
+    Returns:
+        The file; None where the last one is asked for and there is none to go on from.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name not in ("last", "best"):
+        if not Path(name).is_file():
+            raise UserError(f"--ckpt_path {name}: no such checkpoint")
+        return Path(name)
+    folder = run / FOLDER
+    found = folder / f"{name}.ckpt"
+    if found.exists():
+        return found
+    files = [path for path in folder.glob("*.ckpt") if _STEP.fullmatch(path.name) and path.exists()]
+    newest = max(files, key=lambda path: (step_of(path), path.name), default=None)
+    if name == "best":
+        hint = "" if newest is None else f"; the newest is {newest}"
+        raise UserError(f"--ckpt_path best: {found}: no such checkpoint{hint}")
+    return newest  # where there is no link yet, or it was lost when the folder was copied
+
+
+def check_folder(run: Path, resumes: bool) -> None:
+    """Refuse a run's folder that cannot be written to, or holds another run.
+
+    Raises:
+        UserError: says which.
+    """
+    for path in (run / FOLDER, *(run / FOLDER).absolute().parents):
+        if path.exists() or path.is_symlink():
+            if not path.is_dir():
+                raise UserError(f"trainer.default_root_dir {run}: {path} is not a folder")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise UserError(f"trainer.default_root_dir {run}: {path} is not writable")
+            break
+    old = sorted(path.name for path in (run / FOLDER).glob("*.ckpt") if path.exists())
+    if old and not resumes:
+        name = "last" if find_checkpoint("last", run) else str(run / FOLDER / old[-1])
+        raise UserError(
+            f"{run / FOLDER}: holds {old[-1]} of an earlier run; resume it with --ckpt_path {name}, or choose another "
+            "trainer.default_root_dir"
+        )
+
+
+def exact_resume(trainer: Any) -> ExactResume:
+    """The callback that knows the position of the last finished step."""
+    (found,) = [callback for callback in trainer.callbacks if isinstance(callback, ExactResume)]
+    return found
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    match = _STEP.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
 
 
 def replace_link(link: Path, target: Path) -> None:

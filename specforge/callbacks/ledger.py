@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
+from specforge.callbacks.metrics import is_time_to_log
 from specforge.contracts import TrainBatch
 
 
@@ -69,7 +70,7 @@ class SampleLedger(pl.Callback):
         for epoch, sample_ids in self._window:
             self._ledger.trained(epoch, sample_ids, self._step)
         self._window = []
-        if self._step % trainer.log_every_n_steps == 0:
+        if is_time_to_log(trainer):
             self._log(pl_module, self._ledger.flow())
         self._since = time.perf_counter()
 

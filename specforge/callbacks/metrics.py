@@ -25,7 +25,10 @@ class TrainingMetrics(pl.Callback):
     """Logs loss and accuracy by position, learning rate, gradient norm and tokens/s.
 
     ``metrics.jsonl`` in the run's folder keeps every logged row, training and validation, for the report; a
-    resumed run drops the rows behind its checkpoint.
+    resumed run drops the rows behind its checkpoint. What is summed but not logged yet is part of a checkpoint.
+
+    Attributes:
+        validated_step: the optimizer step of the last complete validation, -1 before there is one.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,7 @@ class TrainingMetrics(pl.Callback):
         self._logged_step = -1
         self._elapsed = 0.0
         self._path: Path | None = None
+        self.validated_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
@@ -44,14 +48,38 @@ class TrainingMetrics(pl.Callback):
         """Go on counting."""
         self._elapsed = float(state_dict["elapsed"])
 
+    @property
+    def rank_state(self) -> tuple[Tensor | None, int, int]:
+        """What this rank has summed since the last row; nobody writes into the tensor."""
+        return self._sums, self._tokens, self._supervised
+
+    @rank_state.setter
+    def rank_state(self, state: tuple[Tensor | None, int, int]) -> None:
+        self._sums, self._tokens, self._supervised = state
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the history; forget what a resumed run will do again."""
         self._clock.start()
         self._logged_step = trainer.global_step
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        self._path = Path(trainer.default_root_dir) / FILE
-        rows = [row for row in read_history(self._path) if row["step"] <= trainer.global_step]
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._path = Path(trainer.default_root_dir) / FILE
+            self._forget(trainer)
+        self.validated_step = trainer.strategy.broadcast(self.validated_step)
+
+    def _forget(self, trainer: pl.Trainer) -> None:
+        """Drop what lies behind the position that training starts from, where it will be done again."""
+        assert self._path is not None
+        step, batches = trainer.global_step, trainer.fit_loop.total_batch_idx + 1
+        repeats = getattr(trainer.fit_loop, "validation_due", False)
+
+        def stays(row: dict[str, Any]) -> bool:
+            if row["step"] != step or not _is_validation(row):
+                return bool(row["step"] <= step)
+            # A step that is accumulated may be validated more than once, while the next one is.
+            return not repeats and row.get("batches", 0) <= batches
+
+        rows = [row for row in read_history(self._path) if trainer.ckpt_path is not None and stays(row)]
+        self.validated_step = max((row["step"] for row in rows if _is_validation(row)), default=-1)
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_train_batch_end(
@@ -60,11 +88,11 @@ class TrainingMetrics(pl.Callback):
         """Add the batch; on a step that logs, log."""
         output = outputs["output"]
         row = torch.stack([output.losses.float(), output.hits.float(), output.rows.float()])
-        self._sums = row if self._sums is None else self._sums + row
+        self._sums = row if self._sums is None else self._sums.to(row.device) + row
         self._tokens += sum(batch.lengths)
         self._supervised += output.count
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 and step != self._logged_step:
+        if is_time_to_log(trainer) and step != self._logged_step:
             self._logged_step = step
             self._log(trainer, pl_module)
 
@@ -92,16 +120,18 @@ class TrainingMetrics(pl.Callback):
         self._append(trainer, values)
         self._sums, self._tokens, self._supervised = None, 0, 0
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Keep the validation's values; their time does not count as training."""
+    def validated(self, trainer: pl.Trainer) -> None:
+        """Keep a validation's values, when all that belongs to it is done: the row says that it is."""
+        self.validated_step = trainer.global_step
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if trainer.state.fn == "fit" and values and self._path is not None:
+        if values and self._path is not None:
             self._append(trainer, values)
+        if "val/tau" in values:
             interval = f"[{values['val/tau_low']:.2f}, {values['val/tau_high']:.2f}]"
             trainer.print(f"step {trainer.global_step}: held-out tau {values['val/tau']:.3f} {interval}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock: a validation's time does not count as training."""
         self._clock.stop()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -113,6 +143,7 @@ class TrainingMetrics(pl.Callback):
             row = {
                 "step": trainer.global_step,
                 "epoch": trainer.current_epoch,
+                "batches": trainer.fit_loop.total_batch_idx + 1,
                 "seconds": self._elapsed,
                 **values,
             }
@@ -143,12 +174,24 @@ class _Clock:
         return seconds
 
 
+def is_time_to_log(trainer: pl.Trainer) -> bool:
+    """Whether the present step is one of ``trainer.log_every_n_steps``; with 0, none is."""
+    every: int = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
+
+
+def _is_validation(row: dict[str, Any]) -> bool:
+    return any(name.startswith("val/") for name in row)
+
+
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a history file; a last line that a crash cut off is left out."""
+    """Rows of a history file; a line that a crash cut off, or anything else that is no row, is left out."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows

@@ -13,21 +13,13 @@ import lightning.pytorch as pl
 import torch
 
 from specforge.callbacks.metrics import FILE
-from specforge.callbacks.preemption import Preemption
 from specforge.eval.evaluate import versions
 from specforge.eval.report import PROVENANCE, write_report
 from specforge.files import write_file
 
 
 class RunReport(pl.Callback):
-    """Writes ``provenance.json`` when training starts and ``report.html`` when it is done.
-
-    Args:
-        preemption: a run that a signal ended has no report yet.
-    """
-
-    def __init__(self, preemption: Preemption) -> None:
-        self.preemption = preemption
+    """Writes ``provenance.json`` when training starts and ``report.html`` when it is done."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write down what is about to run, where, and on what."""
@@ -53,7 +45,7 @@ class RunReport(pl.Callback):
         write_file(Path(trainer.default_root_dir) / PROVENANCE, json.dumps(content, indent=2) + "\n")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the report, unless the run goes on later."""
+        """Write the report."""
         run = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and not self.preemption.stopped and (run / FILE).exists():
+        if trainer.is_global_zero and not trainer.fast_dev_run and (run / FILE).exists():
             trainer.print(f"wrote {write_report(run)}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer import call
 
+from specforge.callbacks.metrics import TrainingMetrics
 from specforge.errors import UserError
 
 _KEY = "specforge_rng"
+# What a checkpoint says of its step beside the weights and the loops.
+_POSITION = ("epoch", "global_step", "callbacks")
 
 
 class ExactResume(pl.Callback):
@@ -20,10 +26,15 @@ class ExactResume(pl.Callback):
     It must acknowledge here, not in the module's hook: ModelCheckpoint saves before the module's hook runs, so
     the checkpoint would hold the position before the batch it was trained on. Random states are restored
     when training starts, after Lightning has created the loader's iterator (which draws from them).
+
+    It also keeps the position of the last optimizer step: weights change only there, so that a checkpoint of that
+    position can be written at any moment, such as in the middle of a window or of a validation.
     """
 
     def __init__(self) -> None:
         self._saved: list[dict[str, Any]] | None = None
+        self._position: dict[str, Any] | None = None
+        self._wanted = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -35,11 +46,35 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Gather the random states of all ranks."""
-        states: list[Any] = [rng_state()]
+        states: list[Any] = [_rank_state(trainer)]
+        if self._wanted and self._position is not None:
+            checkpoint.update({key: self._position[key] for key in _POSITION})
+            checkpoint["loops"]["fit_loop"] = self._position["fit_loop"]
+            states = [self._position[_KEY]]
+        states = [_on_cpu(states[0])]
         if trainer.world_size > 1:
             mine, states = states[0], [None] * trainer.world_size
             torch.distributed.all_gather_object(states, mine)
         checkpoint[_KEY] = states
+
+    def finished_step(self, trainer: pl.Trainer) -> None:
+        """Keep the position behind an optimizer step; called when all that belongs to the step is done."""
+        self._position = {
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            "fit_loop": trainer.fit_loop.state_dict(),
+            "callbacks": _copy(call._call_callbacks_state_dict(trainer)),
+            _KEY: _rank_state(trainer),
+        }
+
+    @contextmanager
+    def at_last_step(self) -> Iterator[None]:
+        """Checkpoints that are written within the block are of the position behind the last optimizer step."""
+        self._wanted = True
+        try:
+            yield
+        finally:
+            self._wanted = False
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -55,12 +90,44 @@ class ExactResume(pl.Callback):
                 f"the checkpoint was made on {len(self._saved)} ranks, this run has {trainer.world_size}; resume on "
                 "as many, or start a new run from the weights alone (model.init_from)"
             )
+        if self._saved is not None:
+            self._position = {key: _copy(checkpoint[key]) for key in _POSITION}
+            self._position["fit_loop"] = _copy(checkpoint["loops"]["fit_loop"])
+            self._position[_KEY] = self._saved[trainer.global_rank]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore this rank's."""
+        """Restore what is this rank's own."""
         if self._saved is not None:
-            restore_rng(self._saved[trainer.global_rank])
+            state = self._saved[trainer.global_rank]
+            restore_rng(state)
+            for callback, sums in zip(_metrics(trainer), state.get("metrics", []), strict=False):
+                callback.rank_state = sums
             self._saved = None
+
+
+def _copy(value: Any) -> Any:
+    """The same value in containers of its own; tensors are shared, as nobody writes into those of a state."""
+    if isinstance(value, dict):
+        return {key: _copy(x) for key, x in value.items()}
+    return [_copy(x) for x in value] if isinstance(value, list) else value
+
+
+def _on_cpu(value: Any) -> Any:
+    """A state whose tensors can be sent to another rank."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(x) for x in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _metrics(trainer: Any) -> list[TrainingMetrics]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, TrainingMetrics)]
+
+
+def _rank_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """What is this rank's own: its random states, and what it has measured since the last row of the history."""
+    return {**rng_state(), "metrics": [callback.rank_state for callback in _metrics(trainer)]}
 
 
 def rng_state() -> dict[str, Any]:

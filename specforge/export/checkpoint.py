@@ -1,15 +1,46 @@
-"""Reading SpecForge's training checkpoints, without ever unpickling code."""
+"""The file of a training checkpoint: written with a checksum over all its bytes, read without ever unpickling code.
+
+It is what ``torch.save`` writes, a zip archive, with the checksum in the archive's comment, where other readers ignore
+it. Archives without one, as earlier versions wrote them, are checked against their own CRC of each record.
+"""
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import xxhash
+from torch import Tensor
 
 from specforge.errors import UserError
+
+_LABEL = b"specforge xxh3-128:"
+_COMMENT = re.compile(re.escape(_LABEL) + rb"[0-9a-f]{32}")
+_COMMENT_SIZE = len(_LABEL) + 32
+_END, _END_SIZE = (
+    b"PK\5\6",
+    22,
+)  # a zip archive's last record, whose last two bytes are the length of the comment
+# What a checkpoint says of its draft, for whoever reads it without the module that wrote it.
+_FIELDS = {"algorithm": str, "draft_config": Mapping, "target": str, "target_fingerprint": str}
+
+
+def checkpoint_bytes(checkpoint: Mapping[str, Any]) -> memoryview:
+    """The file of a checkpoint, with its checksum."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(struct.pack("<H", _COMMENT_SIZE) + _LABEL)
+    buffer.write(xxhash.xxh3_128_hexdigest(buffer.getbuffer()).encode())
+    return buffer.getbuffer()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -19,16 +50,67 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged, holds pickled objects, or is not a SpecForge checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: {_missing(path)}")
     try:
+        _verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds pickled objects, which SpecForge never loads; a draft to start from is a folder with "
             "config.json and model.safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict) or "specforge" not in content or "state_dict" not in content:
+    except Exception as error:  # a file may be damaged, or made, in more ways than its parser foresees
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from error
+    saved = content.get("specforge") if isinstance(content, dict) else None
+    if not isinstance(saved, dict) or not _is_tensors(content.get("state_dict")):
         raise UserError(f"{path}: not a checkpoint of SpecForge's")
+    for name, kind in _FIELDS.items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint of SpecForge's ({name} is missing or of another kind)")
     return content
+
+
+def _verify(path: Path) -> None:
+    """Compare the file's bytes with their checksum, or an older file's records with the archive's own."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":
+            raise pickle.UnpicklingError
+        file.seek(-min(size, _COMMENT_SIZE), io.SEEK_END)
+        tail = file.read()
+        if _COMMENT.fullmatch(tail):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+                intact = xxhash.xxh3_128_hexdigest(view[: size - 32]).encode() == tail[-32:]
+        elif tail[-_END_SIZE:].startswith(_END) and tail.endswith(b"\0\0"):
+            intact = _records_are_intact(path)
+        else:
+            raise UserError(f"{path}: truncated or damaged, or not a checkpoint of SpecForge's")
+    if not intact:
+        raise UserError(
+            f"{path}: its checksum does not match, so the file is damaged; use another checkpoint"
+        )
+
+
+def _records_are_intact(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise UserError(
+                f"{path}: not a checkpoint of SpecForge's"
+            )  # and it might not end when it is unpacked
+        return archive.testzip() is None
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return "a folder, not a checkpoint"
+    last = path.with_name("last.ckpt")
+    if path.name == "best.ckpt" and last.exists():
+        return f"no such checkpoint, as there is none before the first validation; the newest is {last}"
+    return "no such checkpoint"
+
+
+def _is_tensors(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())

@@ -6,9 +6,11 @@ name the target and its dtype, so whatever answers after a restart is the same t
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import socket
 import ssl
 import threading
 import time
@@ -22,6 +24,7 @@ import xxhash
 from safetensors.torch import load
 from torch import Tensor
 
+from specforge import stopping
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.files import read_secret
@@ -148,7 +151,8 @@ class HTTPTargetEngine:
         fresh = self._connection.sock is None
         while True:
             try:
-                return self._post(body, limit)
+                with stopping.waking(self._hang_up):
+                    return self._post(body, limit)
             except _NoAnswerError as error:
                 self._connection.close()
                 if time.monotonic() + pause > deadline:
@@ -161,9 +165,16 @@ class HTTPTargetEngine:
                     logger.warning(
                         "server %s: no answer (%s); trying for another %.0f s", self.url, error, left
                     )
-                    time.sleep(pause)
+                    stopping.pause(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 fresh = True
+
+    def _hang_up(self) -> None:
+        """End a wait for the server in another thread."""
+        sock = self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def _post(self, body: bytes, limit: int) -> dict[str, Tensor]:
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}

@@ -89,11 +89,15 @@ class TrainerClaim:
         return self._metadata.claim(self._holder, now, now + self._seconds, instead_of)
 
     def _keep(self) -> None:
+        failed = False
         while self._taken_by is None and not self._done.wait(self._seconds / 3):
             try:
                 self.renew()
+                failed = False
             except UserError as error:
-                logger.warning("the trainer's claim could not be renewed: %s", error)
+                if not failed:
+                    logger.warning("the trainer's claim could not be renewed: %s", error)
+                failed = True
 
 
 def _read(holder: str) -> dict[str, Any]:

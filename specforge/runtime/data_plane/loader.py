@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge import stopping
 from specforge.contracts import (
     AUX_HIDDEN_STATES,
     INPUT_IDS,
@@ -165,22 +166,26 @@ class FeatureDataLoader:
                 yield self._load(refs, cursor)
             return
         pending: deque[tuple[list[SampleRef], Future[TrainBatch]]] = deque()
-        with ThreadPoolExecutor(self.store.readers, "features", initializer=_stay_single_threaded) as pool:
-            try:
-                while work or pending:
-                    while work and len(pending) <= self.prefetch:
-                        # The batch that is wanted now is fetched even where there is no room: it may never come.
-                        if not self.store.reserve(work[0][0]) and pending:
-                            break
-                        refs, cursor = work.popleft()
-                        pending.append((refs, pool.submit(self._load, refs, cursor)))
-                    yield pending.popleft()[1].result()
-            finally:
-                if pending:
-                    self.store.interrupt()
-                pool.shutdown(wait=True, cancel_futures=True)
-                for refs, _ in pending:
-                    self.store.free([ref.sample_id for ref in refs])
+        pool = ThreadPoolExecutor(self.store.readers, "features", initializer=_stay_single_threaded)
+        try:
+            while work or pending:
+                while work and len(pending) <= self.prefetch:
+                    # The batch that is wanted now is fetched even where there is no room: it may never come.
+                    if not self.store.reserve(work[0][0]) and pending:
+                        break
+                    refs, cursor = work.popleft()
+                    pending.append((refs, pool.submit(self._load, refs, cursor)))
+                batch = pending[0][
+                    1
+                ].result()  # it stays pending, so that whoever ends this wait interrupts it
+                pending.popleft()
+                yield batch
+        finally:
+            if pending:
+                self.store.interrupt()
+            pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
+            for refs, _ in pending:
+                self.store.free([ref.sample_id for ref in refs])
 
     def _load(self, refs: Iterable[SampleRef], cursor: dict[str, int]) -> TrainBatch:
         samples: list[dict[str, Tensor]] = []
