@@ -30,6 +30,10 @@ class DFlashFormat(DraftFormat):
                 f"export: draft_vocab_size is {config['draft_vocab_size']}; SGLang drafts from all "
                 f"{target.vocab_size} tokens of the target's head"
             )
+        if target.lm_head_bias() is not None:
+            raise UserError(
+                f"export: the head of {target.name} has a bias, which SGLang leaves out when it drafts; use --to hf"
+            )
         if "partial_rotary_factor" in config["rope_parameters"]:
             raise UserError("export: partial_rotary_factor is set; SGLang's DFlash rotates whole heads")
         if config.get("qk_norm") is False:

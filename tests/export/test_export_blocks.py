@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from lightning_modules import algorithms
 from specforge.commands import load_module
 from specforge.errors import UserError
+from tests.families import write_family
 
 
-def trained(name: str, target, **config):
+def trained(name: str, target, layer_ids=(1, 3, 4), **config):
     """A draft that looks trained: no weight as it was initialised."""
     torch.manual_seed(0)
     module = algorithms()[name](
-        str(target), layer_ids=[1, 3, 4], draft_config={"num_hidden_layers": 2, **config}
+        str(target), layer_ids=list(layer_ids), draft_config={"num_hidden_layers": 2, **config}
     )
     with torch.no_grad():
         for parameter in module.draft.parameters():
@@ -84,6 +85,13 @@ def test_what_the_server_would_misread_is_refused(target, tmp_path):
         module = trained("dflash", target, **config)
         with pytest.raises(UserError, match=words):
             module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark", "domino"])
+def test_a_bias_of_the_targets_head_which_the_server_leaves_out_is_refused(name, tmp_path):
+    module = trained(name, write_family("phi", tmp_path / "target"), layer_ids=[0, 1])
+    with pytest.raises(UserError, match="target has a bias, which SGLang leaves out"):
+        module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
 
 
 @pytest.mark.parametrize("name", ["dflash", "dspark"])
