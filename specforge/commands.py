@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -389,6 +390,7 @@ def evaluate(
     baselines: list[str] | None = None,
     suffix_corpus: Path | None = None,
     json: Path | None = None,
+    algorithm: str | None = None,
 ) -> None:
     """Decode held-out prompts speculatively and measure what the draft earns.
 
@@ -413,6 +415,7 @@ def evaluate(
         baselines: rows beside the draft's (none, ngram, suffix); all by default.
         suffix_corpus: a prompt set (such as .../prompts/train) whose answers suffix decoding may draft from as well.
         json: write the table there.
+        algorithm: the draft's, by name or by class path of your own module; by default the built-in one it is of.
     """
     from specforge.data.prompts import PromptSet
     from specforge.data.templates import ChatTemplate
@@ -422,7 +425,7 @@ def evaluate(
 
     if json is not None:
         check_json(json, "run", "methods")
-    module = load_module(draft, target)
+    module = load_module(draft, target, algorithm)
     files = module.target
     place = pick_device(device)
     module.to(place).eval()
@@ -471,7 +474,7 @@ def _write_results(path: Path, content: dict[str, Any]) -> None:
 
 def export(
     draft: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", algorithm: str | None = None,
 ) -> None:  # fmt: skip
     """Write a trained draft in the form that servers load.
 
@@ -481,8 +484,9 @@ def export(
         to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
         target: folder or hub name; by default the one the draft was trained on.
         dtype: dtype of the written tensors.
+        algorithm: the draft's, by name or by class path of your own module; by default the built-in one it is of.
     """
-    module = load_module(draft, target)
+    module = load_module(draft, target, algorithm)
     form = module.export_format
     {"sglang": form.to_sglang, "hf": form.to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
@@ -495,53 +499,66 @@ def export(
 
 
 def find_algorithm(name: str) -> Any:
-    """A draft module by its algorithm's name, or by class path.
+    """A draft module by its algorithm's name, or by class path, which runs the code of the module that it names.
+
+    Args:
+        name: from the user, never from a file.
 
     Raises:
         UserError: there is none.
     """
     from lightning_modules import DraftModule, algorithms
 
-    if "." in name:
-        from importlib import import_module
+    if "." not in name:
+        known = algorithms()
+        if name not in known:
+            raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
+        return known[name]
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"algorithm {name}: is not a class path such as my_module.MyModule")
+    module, _, cls = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, DraftModule) and hasattr(found, "algorithm")):
+        raise UserError(f"algorithm {name}: is not a DraftModule with a name (`algorithm`)")
+    return found
 
-        module, _, cls = name.rpartition(".")
-        try:
-            found = getattr(import_module(module), cls)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, DraftModule)):
-            raise UserError(f"algorithm {name}: is not a DraftModule")
-        return found
-    known = algorithms()
-    if name not in known:
-        raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
-    return known[name]
 
-
-def load_module(draft: Path, target: str | None) -> Any:
+def load_module(draft: Path, target: str | None, algorithm: str | None = None) -> Any:
     """The module of a trained draft, from a checkpoint or a draft's folder.
 
+    Args:
+        draft: checkpoint or folder; no code that it names is run.
+        target: what it drafts for; by default what a checkpoint was trained on.
+        algorithm: name or class path of its algorithm; by default the built-in one that the draft is of.
+
     Raises:
-        UserError: it is neither, or the target is not known or not the one it was trained on.
+        UserError: it is neither, or the target or the algorithm is not known or not the one it was trained with.
     """
     from lightning_modules.base import saved_config
     from specforge.export.checkpoint import read_checkpoint
     from specforge.modeling.draft import read_draft
 
+    named = None if algorithm is None else find_algorithm(algorithm)  # which makes its networks known, too
     if draft.is_dir():
         config, _ = read_draft(draft)
         if target is None:
             raise UserError(f"{draft}: say which --target it drafts for")
-        name, fingerprint = _algorithm_of(config, draft), None
+        cls, fingerprint = named or _of_folder(config, draft), None
+        is_its = bool(set(cls.architectures) & set(config.get("architectures") or []))
     else:
         saved = read_checkpoint(draft)["specforge"]
         config, fingerprint = saved_config(saved, str(draft)), saved["target_fingerprint"]
-        name = saved.get("class_path", saved["algorithm"])
         target = target or saved["target"]
-    module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
+        cls = named or _of_checkpoint(saved, draft)
+        is_its = cls.algorithm == saved["algorithm"]
+    if not is_its:
+        raise UserError(f"{draft}: is not a draft of {cls.algorithm}, which --algorithm names")
+    module = cls(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
         raise UserError(
             f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})"
@@ -549,13 +566,30 @@ def load_module(draft: Path, target: str | None) -> Any:
     return module
 
 
-def _algorithm_of(config: dict[str, Any], draft: Path) -> str:
+def _of_folder(config: dict[str, Any], draft: Path) -> Any:
+    """The built-in algorithm of a draft in the field's own form."""
     from lightning_modules import algorithms
 
-    for name, cls in algorithms().items():
+    for cls in algorithms().values():
         if set(cls.architectures) & set(config.get("architectures") or []):
-            return name
-    raise UserError(f"{draft}: no algorithm has the architecture {config.get('architectures')}")
+            return cls
+    raise UserError(
+        f"{draft}: no algorithm of SpecForge's has the architecture {str(config.get('architectures'))[:200]}; "
+        "name your own with --algorithm my_module.MyModule"
+    )
+
+
+def _of_checkpoint(saved: dict[str, Any], draft: Path) -> Any:
+    """The built-in algorithm of a checkpoint. A class of others is named, not imported: it may be anything."""
+    from lightning_modules import algorithms
+
+    path, name = str(saved.get("class_path", "lightning_modules")), saved["algorithm"]
+    if path.split(".")[0] == "lightning_modules" and name in algorithms():
+        return algorithms()[name]
+    raise UserError(
+        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not SpecForge's; if you trust "
+        "that code, name it: --algorithm my_module.MyModule"
+    )
 
 
 def _with_prompt(tasks: list[Any], folder: Path) -> list[Any]:
