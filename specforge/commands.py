@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specforge.contracts import Provenance
-from specforge.errors import UserError
+from specforge.errors import UserError, escaped
 from specforge.files import check_json, write_file
 from specforge.host import keep_freed_memory, pick_device
 from specforge.options import (
+    Dtype,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -176,8 +177,8 @@ def prepare(
 
 
 def _say(text: str) -> None:
-    """Print text that is not ours: no markup, no emoji, no line breaks of our own."""
-    _console.print(text, markup=False, emoji=False, soft_wrap=True)
+    """Print text that is not ours: no markup, no emoji, no control characters, no line breaks of our own."""
+    _console.print(escaped(text), markup=False, emoji=False, soft_wrap=True)
 
 
 def regenerate(
@@ -189,7 +190,7 @@ def regenerate(
     temperature: NonNegativeFloat = 0.0,
     top_p: PositiveShare = 1.0,
     seed: Seed = 0,
-    dtype: str = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: str = "auto",
     chat_template: Path | None = None,
 ) -> None:
@@ -213,6 +214,7 @@ def regenerate(
     from specforge.inference.regenerate import RegenerateOptions, Regeneration
     from specforge.inference.target_engine import HFTargetEngine
 
+    place = pick_device(device)
     paths = [data] if isinstance(data, str) else data
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
@@ -224,7 +226,7 @@ def regenerate(
         task = bar.add_task(
             "regenerate", total=len(records), completed=len(records) - len(work.todo), rate=""
         )
-        for count, new in work.run(lambda: HFTargetEngine(files, dtype, pick_device(device))):
+        for count, new in work.run(lambda: HFTargetEngine(files, dtype, place)):
             tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
     _say(f"{output}: {len(work.todo):,} conversations answered now, {len(records) - len(work.todo):,} before")
@@ -238,7 +240,7 @@ def capture(
     output: Path,
     algorithm: str = "eagle3",
     layer_ids: list[NonNegativeInt] | None = None,
-    dtype: str = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: str = "auto",
     batch_tokens: PositiveInt | None = None,
     encoding: Literal["raw", "float8_e4m3fn"] = "raw",
@@ -263,7 +265,7 @@ def capture(
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.runtime.data_plane.features import FeatureFolder
 
-    files = TargetFiles.find(target)
+    place, files = pick_device(device), TargetFiles.find(target)
     policy = find_algorithm(algorithm).capture_policy(files, layer_ids)
     sets, made = load_splits(prompts), {}
     _check_lengths(files, sets)
@@ -273,7 +275,6 @@ def capture(
         )
         FeatureFolder.check(output / name, made[name], prompt_set.counts, identity(sets))
     FeatureFolder.check_splits(output, sets)
-    place = pick_device(device)
     engine = HFTargetEngine(files, dtype, place)
     engine.check(policy)
     for name, prompt_set in sets.items():
@@ -381,8 +382,8 @@ def evaluate(
     top_k: NonNegativeInt = 0,
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic",
     seed: Seed = 0,
-    dtype: str = "float32",
-    speed_dtype: str = "bfloat16",
+    dtype: Dtype = "float32",
+    speed_dtype: Dtype = "bfloat16",
     speed_prompts: NonNegativeInt = 8,
     batch_size: PositiveInt = 32,
     device: str = "auto",
@@ -425,9 +426,8 @@ def evaluate(
 
     if json is not None:
         check_json(json, "run", "methods")
-    module = load_module(draft, target, algorithm)
+    place, module = pick_device(device), load_module(draft, target, algorithm)
     files = module.target
-    place = pick_device(device)
     module.to(place).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
     tasks = _with_prompt(PromptSet.load(folder).tasks, folder)[:num_prompts]

@@ -47,7 +47,15 @@ def lightning_refusal(error: BaseException, keys: Iterable[str], set_up: bool) -
         return None
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     words = " ".join(str(message).split()) or type(error).__name__
-    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {words}"[:600]
+    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {_reason(str(message)) or words}"[
+        :600
+    ]
+
+
+def _reason(message: str) -> str:
+    """The one of jsonargparse's reasons why a value is of none of the types it may have that is not about types."""
+    reasons = re.split(r"^\s*- ", message, flags=re.MULTILINE)[1:]
+    return next((" ".join(reason.split()) for reason in reasons if not reason.startswith("Expected ")), "")
 
 
 def _is_foreign(frame: FrameType, name: str) -> bool:
