@@ -39,8 +39,10 @@ _console = Console(highlight=False)
 
 def run(argv: list[str]) -> int:
     """Parse and run one of the functions below."""
+    from specforge.refusals import bound_yaml
     from specforge.training import explain
 
+    bound_yaml(argv)
     function: Callable[..., Any] = _FUNCTIONS[argv[0]]
     parser = jsonargparse.ArgumentParser(
         prog=f"specforge {argv[0]}", exit_on_error=False, default_env=True,
