@@ -11,7 +11,15 @@ from specforge.contracts import Provenance, SampleRef, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, plan_batches
-from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, PositiveShare, Seconds, Seed
+from specforge.options import (
+    Dtype,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveSeconds,
+    PositiveShare,
+    Seconds,
+    Seed,
+)
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED
@@ -59,7 +67,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         metadata: str,
         batch_size: PositiveInt | None = None,
         max_tokens: PositiveInt | None = None,
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         encoding: Literal["raw", "float8_e4m3fn"] = "raw",
         max_bytes: PositiveInt = 4 << 30,
         max_samples: PositiveInt = 4096,

@@ -16,9 +16,10 @@ from datamodules.base import FeatureDataModule
 from specforge.contracts import PromptTask, Provenance, SampleRef, TokenCounts
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
+from specforge.host import pick_device
 from specforge.inference.rollout_worker import RolloutWorker, expect, plan_batches
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
-from specforge.options import NonNegativeInt, PositiveInt, Seed
+from specforge.options import Dtype, NonNegativeInt, PositiveInt, Seed
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.produced import ProducedSamples
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
@@ -54,7 +55,7 @@ class OnlineDataModule(FeatureDataModule):
         prompts: str,
         batch_size: PositiveInt | None = None,
         max_tokens: PositiveInt | None = None,
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         device: str = "auto",
         max_bytes: PositiveInt = 4 << 30,
         keep_bytes: NonNegativeInt = 0,
@@ -72,7 +73,7 @@ class OnlineDataModule(FeatureDataModule):
             batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
         )
         self.folder = Path(prompts)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, device if device == "auto" else pick_device(device)
         self.max_bytes, self.keep_bytes = max_bytes, keep_bytes
         if server is None and encoding != "raw":
             raise UserError(

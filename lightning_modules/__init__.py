@@ -10,13 +10,13 @@ for _module in iter_modules(__path__):
 
 
 def algorithms() -> dict[str, type[DraftModule]]:
-    """Every known algorithm's module by the algorithm's name, those of the user's own code included."""
+    """Every built-in algorithm's module by the algorithm's name, whatever names the user's own modules have."""
     found: dict[str, type[DraftModule]] = {}
     pending: list[type[DraftModule]] = [DraftModule]  # type: ignore[type-abstract]
     while pending:
         for cls in pending.pop().__subclasses__():
             pending.append(cls)
-            if "algorithm" in vars(cls):
+            if "algorithm" in vars(cls) and cls.__module__.startswith(f"{__name__}."):
                 found[cls.algorithm] = cls
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
 
 from specforge import __version__
-from specforge.errors import UserError
+from specforge.errors import UserError, escaped, mistake_behind
 
 # Name: ("module:function", what it does). A function takes its own name and arguments and returns the exit status.
 COMMANDS = {
@@ -60,24 +62,28 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"specforge {__version__}")
         return 0
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about its own interface
+    if logging.lastResort is not None:  # which shows our warnings
+        logging.lastResort.setFormatter(_Escaping())
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        mistake = _mistake(error)
+        mistake = mistake_behind(error)
         if mistake is None:
             raise
-        print(f"specforge: {mistake}", file=sys.stderr)
+        print(f"specforge: {' '.join(escaped(str(mistake)).split(chr(10)))}", file=sys.stderr)
         return 2
 
 
-def _mistake(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an error; jsonargparse wraps what a class raises when it is built."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+class _Escaping(logging.Formatter):
+    """Shows log messages, which quote files and other processes, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message as a terminal may show it."""
+        return escaped(super().format(record))
 
 
 def _dispatch(argv: list[str]) -> int:

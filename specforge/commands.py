@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specforge.contracts import Provenance
-from specforge.errors import UserError
+from specforge.errors import UserError, escaped
 from specforge.files import check_json, write_file
 from specforge.host import keep_freed_memory, pick_device
 from specforge.options import (
+    Dtype,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -37,8 +39,10 @@ _console = Console(highlight=False)
 
 def run(argv: list[str]) -> int:
     """Parse and run one of the functions below."""
+    from specforge.refusals import bound_yaml
     from specforge.training import explain
 
+    bound_yaml(argv)
     function: Callable[..., Any] = _FUNCTIONS[argv[0]]
     parser = jsonargparse.ArgumentParser(
         prog=f"specforge {argv[0]}", exit_on_error=False, default_env=True,
@@ -175,8 +179,8 @@ def prepare(
 
 
 def _say(text: str) -> None:
-    """Print text that is not ours: no markup, no emoji, no line breaks of our own."""
-    _console.print(text, markup=False, emoji=False, soft_wrap=True)
+    """Print text that is not ours: no markup, no emoji, no control characters, no line breaks of our own."""
+    _console.print(escaped(text), markup=False, emoji=False, soft_wrap=True)
 
 
 def regenerate(
@@ -188,7 +192,7 @@ def regenerate(
     temperature: NonNegativeFloat = 0.0,
     top_p: PositiveShare = 1.0,
     seed: Seed = 0,
-    dtype: str = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: str = "auto",
     chat_template: Path | None = None,
 ) -> None:
@@ -212,6 +216,7 @@ def regenerate(
     from specforge.inference.regenerate import RegenerateOptions, Regeneration
     from specforge.inference.target_engine import HFTargetEngine
 
+    place = pick_device(device)
     paths = [data] if isinstance(data, str) else data
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
@@ -223,7 +228,7 @@ def regenerate(
         task = bar.add_task(
             "regenerate", total=len(records), completed=len(records) - len(work.todo), rate=""
         )
-        for count, new in work.run(lambda: HFTargetEngine(files, dtype, pick_device(device))):
+        for count, new in work.run(lambda: HFTargetEngine(files, dtype, place)):
             tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
     _say(f"{output}: {len(work.todo):,} conversations answered now, {len(records) - len(work.todo):,} before")
@@ -237,7 +242,7 @@ def capture(
     output: Path,
     algorithm: str = "eagle3",
     layer_ids: list[NonNegativeInt] | None = None,
-    dtype: str = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: str = "auto",
     batch_tokens: PositiveInt | None = None,
     encoding: Literal["raw", "float8_e4m3fn"] = "raw",
@@ -262,7 +267,7 @@ def capture(
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.runtime.data_plane.features import FeatureFolder
 
-    files = TargetFiles.find(target)
+    place, files = pick_device(device), TargetFiles.find(target)
     policy = find_algorithm(algorithm).capture_policy(files, layer_ids)
     sets, made = load_splits(prompts), {}
     _check_lengths(files, sets)
@@ -272,7 +277,6 @@ def capture(
         )
         FeatureFolder.check(output / name, made[name], prompt_set.counts, identity(sets))
     FeatureFolder.check_splits(output, sets)
-    place = pick_device(device)
     engine = HFTargetEngine(files, dtype, place)
     engine.check(policy)
     for name, prompt_set in sets.items():
@@ -380,8 +384,8 @@ def evaluate(
     top_k: NonNegativeInt = 0,
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic",
     seed: Seed = 0,
-    dtype: str = "float32",
-    speed_dtype: str = "bfloat16",
+    dtype: Dtype = "float32",
+    speed_dtype: Dtype = "bfloat16",
     speed_prompts: NonNegativeInt = 8,
     batch_size: PositiveInt = 32,
     device: str = "auto",
@@ -389,6 +393,7 @@ def evaluate(
     baselines: list[str] | None = None,
     suffix_corpus: Path | None = None,
     json: Path | None = None,
+    algorithm: str | None = None,
 ) -> None:
     """Decode held-out prompts speculatively and measure what the draft earns.
 
@@ -413,6 +418,7 @@ def evaluate(
         baselines: rows beside the draft's (none, ngram, suffix); all by default.
         suffix_corpus: a prompt set (such as .../prompts/train) whose answers suffix decoding may draft from as well.
         json: write the table there.
+        algorithm: the draft's, by name or by class path of your own module; by default the built-in one it is of.
     """
     from specforge.data.prompts import PromptSet
     from specforge.data.templates import ChatTemplate
@@ -422,9 +428,8 @@ def evaluate(
 
     if json is not None:
         check_json(json, "run", "methods")
-    module = load_module(draft, target)
+    place, module = pick_device(device), load_module(draft, target, algorithm)
     files = module.target
-    place = pick_device(device)
     module.to(place).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
     tasks = _with_prompt(PromptSet.load(folder).tasks, folder)[:num_prompts]
@@ -471,7 +476,7 @@ def _write_results(path: Path, content: dict[str, Any]) -> None:
 
 def export(
     draft: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", algorithm: str | None = None,
 ) -> None:  # fmt: skip
     """Write a trained draft in the form that servers load.
 
@@ -481,8 +486,9 @@ def export(
         to: ``sglang``, or ``hf`` (the field's own form, with the target's embedding; vLLM loads it).
         target: folder or hub name; by default the one the draft was trained on.
         dtype: dtype of the written tensors.
+        algorithm: the draft's, by name or by class path of your own module; by default the built-in one it is of.
     """
-    module = load_module(draft, target)
+    module = load_module(draft, target, algorithm)
     form = module.export_format
     {"sglang": form.to_sglang, "hf": form.to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
@@ -495,53 +501,66 @@ def export(
 
 
 def find_algorithm(name: str) -> Any:
-    """A draft module by its algorithm's name, or by class path.
+    """A draft module by its algorithm's name, or by class path, which runs the code of the module that it names.
+
+    Args:
+        name: from the user, never from a file.
 
     Raises:
         UserError: there is none.
     """
     from lightning_modules import DraftModule, algorithms
 
-    if "." in name:
-        from importlib import import_module
+    if "." not in name:
+        known = algorithms()
+        if name not in known:
+            raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
+        return known[name]
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"algorithm {name}: is not a class path such as my_module.MyModule")
+    module, _, cls = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, DraftModule) and hasattr(found, "algorithm")):
+        raise UserError(f"algorithm {name}: is not a DraftModule with a name (`algorithm`)")
+    return found
 
-        module, _, cls = name.rpartition(".")
-        try:
-            found = getattr(import_module(module), cls)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"algorithm {name}: cannot be imported ({error}); it must be installed or on PYTHONPATH"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, DraftModule)):
-            raise UserError(f"algorithm {name}: is not a DraftModule")
-        return found
-    known = algorithms()
-    if name not in known:
-        raise UserError(f"algorithm {name}: use one of {', '.join(sorted(known))}, or a class path")
-    return known[name]
 
-
-def load_module(draft: Path, target: str | None) -> Any:
+def load_module(draft: Path, target: str | None, algorithm: str | None = None) -> Any:
     """The module of a trained draft, from a checkpoint or a draft's folder.
 
+    Args:
+        draft: checkpoint or folder; no code that it names is run.
+        target: what it drafts for; by default what a checkpoint was trained on.
+        algorithm: name or class path of its algorithm; by default the built-in one that the draft is of.
+
     Raises:
-        UserError: it is neither, or the target is not known or not the one it was trained on.
+        UserError: it is neither, or the target or the algorithm is not known or not the one it was trained with.
     """
     from lightning_modules.base import saved_config
     from specforge.export.checkpoint import read_checkpoint
     from specforge.modeling.draft import read_draft
 
+    named = None if algorithm is None else find_algorithm(algorithm)  # which makes its networks known, too
     if draft.is_dir():
         config, _ = read_draft(draft)
         if target is None:
             raise UserError(f"{draft}: say which --target it drafts for")
-        name, fingerprint = _algorithm_of(config, draft), None
+        cls, fingerprint = named or _of_folder(config, draft), None
+        is_its = bool(set(cls.architectures) & set(config.get("architectures") or []))
     else:
         saved = read_checkpoint(draft)["specforge"]
         config, fingerprint = saved_config(saved, str(draft)), saved["target_fingerprint"]
-        name = saved.get("class_path", saved["algorithm"])
         target = target or saved["target"]
-    module = find_algorithm(name)(target=target, draft_config=dict(config), init_from=str(draft))
+        cls = named or _of_checkpoint(saved, draft)
+        is_its = cls.algorithm == saved["algorithm"]
+    if not is_its:
+        raise UserError(f"{draft}: is not a draft of {cls.algorithm}, which --algorithm names")
+    module = cls(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
         raise UserError(
             f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})"
@@ -549,13 +568,30 @@ def load_module(draft: Path, target: str | None) -> Any:
     return module
 
 
-def _algorithm_of(config: dict[str, Any], draft: Path) -> str:
+def _of_folder(config: dict[str, Any], draft: Path) -> Any:
+    """The built-in algorithm of a draft in the field's own form."""
     from lightning_modules import algorithms
 
-    for name, cls in algorithms().items():
+    for cls in algorithms().values():
         if set(cls.architectures) & set(config.get("architectures") or []):
-            return name
-    raise UserError(f"{draft}: no algorithm has the architecture {config.get('architectures')}")
+            return cls
+    raise UserError(
+        f"{draft}: no algorithm of SpecForge's has the architecture {str(config.get('architectures'))[:200]}; "
+        "name your own with --algorithm my_module.MyModule"
+    )
+
+
+def _of_checkpoint(saved: dict[str, Any], draft: Path) -> Any:
+    """The built-in algorithm of a checkpoint. A class of others is named, not imported: it may be anything."""
+    from lightning_modules import algorithms
+
+    path, name = str(saved.get("class_path", "lightning_modules")), saved["algorithm"]
+    if path.split(".")[0] == "lightning_modules" and name in algorithms():
+        return algorithms()[name]
+    raise UserError(
+        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not SpecForge's; if you trust "
+        "that code, name it: --algorithm my_module.MyModule"
+    )
 
 
 def _with_prompt(tasks: list[Any], folder: Path) -> list[Any]:

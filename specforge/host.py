@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from specforge.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
@@ -30,12 +32,25 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device by name; ``auto`` takes an accelerator where there is one."""
-    if name != "auto":
-        return name
+    """A device by name; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        UserError: there is no such device, or not on this machine.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"device {name!r}: use cpu, cuda, cuda:1, ... or auto") from error
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found is not None and found.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        has = f"{count} of {device.type}" if count else f"no {device.type} device that PyTorch can use"
+        raise UserError(f"device {name!r}: this machine has {has}")
+    return name
 
 
 def interrupt_on_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""Types of numeric options: each holds its bounds, so that a value out of range is refused where it is parsed.
+"""Types of options. Numeric ones: each holds its bounds, so that a value out of range is refused where it is parsed.
 
 A command's or a module's signature names the type (``batch_size: PositiveInt = 32``); jsonargparse then refuses what is
 out of range, on the command line, in a YAML file and in the environment alike, and `specforge` says it in one line.
@@ -7,7 +7,9 @@ Whoever calls the function from Python passes ordinary numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # that a target computes in
 
 if TYPE_CHECKING:
     # One line each: mypy takes a chain of assignments for a variable.

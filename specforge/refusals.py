@@ -20,6 +20,7 @@ _OURS = ("specforge", "lightning_modules", "datamodules")
 _THROUGH = ("specforge.training", "specforge.callbacks.loop", "specforge.callbacks.strategies")
 _LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")
 _ROOMS = {"loggers": "logger", "callbacks": "callbacks", "profilers": "profiler", "strategies": "strategy"}
+_FUNCTIONS = {"seed_everything": "seed_everything", "_configure_timer_callback": "trainer.max_time"}
 _YAML_VALUES, _YAML_DEPTH = 100_000, 50
 
 
@@ -47,7 +48,15 @@ def lightning_refusal(error: BaseException, keys: Iterable[str], set_up: bool) -
         return None
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     words = " ".join(str(message).split()) or type(error).__name__
-    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {words}"[:600]
+    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {_reason(str(message)) or words}"[
+        :600
+    ]
+
+
+def _reason(message: str) -> str:
+    """The one of jsonargparse's reasons why a value is of none of the types it may have that is not about types."""
+    reasons = re.split(r"^\s*- ", message, flags=re.MULTILINE)[1:]
+    return next((" ".join(reason.split()) for reason in reasons if not reason.startswith("Expected ")), "")
 
 
 def _is_foreign(frame: FrameType, name: str) -> bool:
@@ -63,8 +72,8 @@ def _is_foreign(frame: FrameType, name: str) -> bool:
 def _key(words: str, frames: list[FrameType], modules: list[str], keys: list[str]) -> str:
     """The option that an error is about: the first that it names, or the part of Lightning that raised it."""
     for frame in reversed(frames):
-        if frame.f_code.co_name == "seed_everything":
-            return "seed_everything"
+        if frame.f_code.co_name in _FUNCTIONS:
+            return _FUNCTIONS[frame.f_code.co_name]
     found = re.search(rf"\b({'|'.join(map(re.escape, keys))})\b", words)
     if found:
         return "--ckpt_path" if found[1] == "ckpt_path" else f"trainer.{found[1]}"
@@ -93,7 +102,7 @@ def bound_yaml(argv: Sequence[str]) -> None:
         _check_yaml(text)
         return load(text)
 
-    jsonargparse.set_loader("yaml", bounded)
+    jsonargparse.set_loader("yaml", bounded, (yaml.YAMLError,))
 
 
 def _check_file(path: Path) -> None:

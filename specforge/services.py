@@ -13,7 +13,7 @@ from typing import Literal
 
 from specforge.errors import UserError
 from specforge.host import end_with_parent, interrupt_on_sigterm, pick_device
-from specforge.options import Port, PositiveInt
+from specforge.options import Dtype, Port, PositiveInt
 from specforge.target_files import TargetFiles
 
 
@@ -22,7 +22,7 @@ def serve_target(
     port: Port = 8010,
     host: str = "127.0.0.1",
     token_file: Path = Path("runs/target.token"),
-    dtype: str = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: str = "auto",
     max_tokens: PositiveInt = 65536,
 ) -> None:
@@ -40,9 +40,9 @@ def serve_target(
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.inference.target_server import TargetServer, make_token
 
-    files = TargetFiles.find(target)
+    place, files = pick_device(device), TargetFiles.find(target)
     token = make_token(token_file)
-    engine = HFTargetEngine(files, dtype, pick_device(device))
+    engine = HFTargetEngine(files, dtype, place)
     interrupt_on_sigterm()
     with TargetServer(engine, files, token, host, port, max_tokens=max_tokens) as server:
         print(

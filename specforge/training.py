@@ -40,7 +40,7 @@ from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.report import RunReport
 from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
-from specforge.errors import UserError
+from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.host import keep_freed_memory
 from specforge.refusals import bound_yaml, lightning_refusal
@@ -58,6 +58,10 @@ BAREBONES = (
     "num_sanity_val_steps",
     "enable_model_summary",
 )  # which are not to be given then
+
+# Options of the trainer that Lightning takes as they are, whatever follows from them.
+AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0,
+            "num_sanity_val_steps": -1}  # fmt: skip
 
 
 class RunConfig(SaveConfigCallback):
@@ -125,6 +129,13 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look at the run's folder and the checkpoint before anything is built."""
         config = self._get(self.config, "trainer")
+        for name, least in AT_LEAST.items():
+            if config[name] is not None and config[name] < least:
+                raise UserError(f"trainer.{name}: must be at least {least}, not {config[name]}")
+        if config["val_check_interval"] == 0:
+            raise UserError(
+                "trainer.val_check_interval: must be above 0; limit_val_batches: 0 validates nothing"
+            )
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
         run, given = Path(config["default_root_dir"]), self._get(self.config, "ckpt_path")
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
@@ -155,6 +166,10 @@ class TrainingCLI(LightningCLI):
         if config["barebones"] or config["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.clear()  # of LastCheckpoint and BestCheckpoint
         trainer = super().instantiate_trainer(**kwargs)
+        if (
+            getattr(trainer.strategy.launcher, "_start_method", None) == "spawn"
+        ):  # which needs to pickle the trainer
+            raise UserError(f"trainer.strategy: {config['strategy']} is not supported; use ddp")
         trainer.fit_loop = FitLoop(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, DraftCheckpoint):
@@ -206,7 +221,7 @@ def explain(message: str, keys: list[str]) -> str:
         names = [
             c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)
         ]
-        close = get_close_matches(unknown.group(1), names, 1, 0.4)
+        close = get_close_matches(unknown.group(1), names, 1, 0.5)
         return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
     places = [
         (i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))
@@ -223,6 +238,9 @@ def explain(message: str, keys: list[str]) -> str:
             )
             return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
         detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
+        choices = re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", detail)
+        if choices:
+            detail = f"must be one of {choices[1]}, not {choices[2]}"
         return f"{key}: {detail}"[:400]
     return text[:400]
 
@@ -258,8 +276,9 @@ def main(argv: list[str]) -> int:
             raise KeyboardInterrupt from end
         raise
     except Exception as error:
-        line = lightning_refusal(error, inspect.signature(pl.Trainer).parameters, stopping.began())
-        if line is None or isinstance(error, UserError):
+        keys = inspect.signature(pl.Trainer).parameters
+        line = None if mistake_behind(error) else lightning_refusal(error, keys, stopping.began())
+        if line is None:
             raise
         raise UserError(line) from error
 

@@ -40,7 +40,7 @@ def specforge(folder: Path, *commands: tuple[object, ...]) -> None:
 
 
 def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prompts):
-    checkpoint = "runs/toy/checkpoints/last.ckpt"
+    checkpoint, named = "runs/toy/checkpoints/last.ckpt", ("--algorithm", "toy.ToyModule")
     specforge(
         folder,
         ("capture", "--algorithm", "toy.ToyModule", "--target", target, "--prompts", prompts, "--output", "features",
@@ -52,8 +52,9 @@ def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prom
     specforge(
         folder,
         ("evaluate", "--draft", checkpoint, "--prompts", prompts, "--json", "e.json", "--max_new_tokens", 20,
-         "--speed_prompts", 0),
-        ("export", "--draft", checkpoint, "--output", "exported", "--dtype", "float32"),
+         "--speed_prompts", 0, *named),
+        ("export", "--draft", checkpoint, "--output", "exported", "--dtype", "float32", *named),
+        ("export", "--draft", "exported", "--output", "again", "--dtype", "float32", "--target", target, *named),
     )  # fmt: skip
     rows = {row["method"]: row for row in json.loads((folder / "e.json").read_text())["methods"]}
     assert rows["toy"]["lossless"] is True
@@ -68,6 +69,12 @@ def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prom
         ("toy.NoModule", "algorithm toy.NoModule: cannot be imported"),
         ("no_such_file.ToyModule", "algorithm no_such_file.ToyModule: cannot be imported"),
         ("pathlib.Path", "algorithm pathlib.Path: is not a DraftModule"),
+        (
+            "lightning_modules.DraftModule",
+            "algorithm lightning_modules.DraftModule: is not a DraftModule",
+        ),
+        ("..", r"algorithm \.\.: is not a class path"),
+        ("toy.", r"algorithm toy\.: is not a class path"),
     ],
 )
 def test_a_class_path_that_is_no_algorithm_is_refused_by_name(name, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from specforge.cli import main
+import specforge.callbacks.report
+from lightning_modules.eagle3 import Eagle3Module
+from specforge.cli import COMMANDS, main
+from specforge.errors import UserError
 from tests.tiny import conversation, recipe, write_target
 
 
@@ -77,6 +82,160 @@ def test_value_of_the_wrong_type(refused, target, features, tmp_path):
 
 def test_no_such_recipe_with_the_nearest_one(refused):
     assert "eagle3.yaml" in refused("fit", "--config", "eagle.yaml")
+
+
+# The trainer's settings, as given on the command line.
+
+BAD_SETTINGS = {
+    "trainer.max_steps": (0, -5, 1.5, "many"),
+    "trainer.max_epochs": (-5,),
+    "trainer.max_time": ("soon",),
+    "trainer.accumulate_grad_batches": (0, -1, 1.5),
+    "trainer.gradient_clip_val": (-1, "nan"),
+    "trainer.gradient_clip_algorithm": ("nonsense",),
+    "trainer.log_every_n_steps": (-1,),
+    "trainer.num_sanity_val_steps": (-2,),
+    "trainer.val_check_interval": (0, 0.0, -1, 1.5, 1000, "soon"),
+    "trainer.check_val_every_n_epoch": (0, -1),
+    "trainer.limit_train_batches": (-1, 1.5, 0.01),
+    "trainer.limit_val_batches": (-1, 1.5, 0.001),
+    "trainer.overfit_batches": (-1, 1.5),
+    "trainer.fast_dev_run": (-1, 1.5),
+    "trainer.barebones": ("true",),  # together with log_every_n_steps, which the recipe has
+    "trainer.accelerator": ("nonsense", "cuda", "tpu", "mps"),
+    "trainer.devices": (0, -3, 2.5, "nonsense", "[]"),
+    "trainer.num_nodes": (0, -1),
+    "trainer.strategy": ("nonsense", "deepspeed", "fsdp", "ddp_spawn"),
+    "trainer.precision": ("nonsense", 8, "transformer-engine"),
+    "trainer.deterministic": ("nonsense",),
+    "trainer.profiler": ("nonsense",),
+    "trainer.logger": ("nonsense", "WandbLogger"),
+    "trainer.plugins": ("nonsense",),
+    "trainer.callbacks": (
+        "nonsense",
+        '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x", "mode": "y"}}]',
+    ),
+    "trainer.reload_dataloaders_every_n_epochs": (-1,),
+    "trainer.enable_checkpointing": ("nonsense",),
+    "seed_everything": (-1, 2**70),
+    "ckpt_path": ("best", "hpc", "registry:x", "none.ckpt", "/", ""),
+    "checkpoint.keep": (0, -2),
+    "checkpoint.every_n_train_steps": (-1,),
+    "model.init_from": ("nonsense", ""),
+    "model.target": ("/nowhere",),
+    "model.draft_config": ("{", "[1", "{a: &a [*a]}", 7),
+}
+
+
+@pytest.mark.parametrize("key", BAD_SETTINGS)
+def test_a_bad_setting_is_one_line_and_changes_nothing(key, refused, target, features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(target, features, tmp_path)
+    for value in BAD_SETTINGS[key]:
+        line = refused("fit", "--config", path, f"--{key}", value)
+        named = (
+            key.rpartition(".")[2],
+            "specforge: trainer: ",
+            "no class",
+            "YAML",
+            f"{value}:",
+            "config.json",
+        )
+        assert any(name in line for name in named), line
+        assert not (tmp_path / "run").exists(), value
+
+
+GOOD_SETTINGS = (
+    {"enable_checkpointing": False}, {"barebones": True, "log_every_n_steps": None}, {"fast_dev_run": True},
+    {"val_check_interval": 0.5}, {"val_check_interval": 3, "check_val_every_n_epoch": None}, {"log_every_n_steps": 0},
+    {"limit_val_batches": 0}, {"num_sanity_val_steps": -1}, {"logger": False}, {"gradient_clip_val": None},
+    {"max_time": "00:01:00:00"}, {"precision": "bf16-true"}, {"overfit_batches": 2}, {"strategy": "ddp"},
+    {"detect_anomaly": True, "deterministic": True}, {"callbacks": [{"class_path": "ModelCheckpoint"}]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", GOOD_SETTINGS, ids=str)
+def test_a_valid_setting_trains(settings, target, features, tmp_path, monkeypatch):
+    monkeypatch.setattr(specforge.callbacks.report, "write_report", str)
+    trained = []
+    monkeypatch.setattr(Eagle3Module, "on_train_batch_end", lambda *_: trained.append(1), raising=False)
+    path = recipe(target, features, tmp_path, trainer__max_steps=3)
+    config = yaml.safe_load(path.read_text())
+    config["trainer"] |= settings
+    config["trainer"] = {
+        key: x for key, x in config["trainer"].items() if x is not None or key != "log_every_n_steps"
+    }
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(path)]) == 0
+    assert len(trained) == (1 if "fast_dev_run" in settings else 3)
+
+
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "compute", "on_save_checkpoint"])
+def test_a_fault_of_an_algorithm_keeps_its_stack_trace(hook, target, features, tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(Eagle3Module, hook, broken)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        main(["fit", "--config", str(recipe(target, features, tmp_path, trainer__max_steps=2))])
+
+
+def fails_while_it_refuses(argv: list[str]) -> int:
+    """A command with a fault."""
+    try:
+        raise UserError("a mistake")
+    except UserError:
+        return {}["a bug of ours"]
+
+
+def test_a_fault_while_a_mistake_is_handled_keeps_its_stack_trace(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "doctor", (f"{__name__}:fails_while_it_refuses", ""))
+    with pytest.raises(KeyError, match="a bug of ours"):
+        main(["doctor"])
+
+
+# Devices and dtypes.
+
+NEED_A_DEVICE = {
+    "regenerate": ("--data", "c.jsonl", "--target", "{target}", "--output", "out"),
+    "capture": ("--prompts", "{prompts}", "--target", "{target}", "--output", "out"),
+    "evaluate": ("--prompts", "{prompts}", "--draft", "draft"),
+    "target serve": ("--target", "{target}", "--token_file", "out"),
+    "produce": ("--target", "{target}", "--store", "out", "--metadata", "out.sqlite"),
+    "fit": ("--config", "online.yaml"),
+}
+
+
+@pytest.mark.parametrize("command", NEED_A_DEVICE)
+def test_a_device_or_dtype_that_does_not_exist(command, refused, target, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"class_path": "OnlineDataModule", "init_args": {"prompts": str(prompts), "batch_size": 4}}
+    recipe(target, prompts, tmp_path, data=data).rename("online.yaml")
+    words = [word.format(target=target, prompts=prompts) for word in NEED_A_DEVICE[command]]
+    before, prefix = sorted(tmp_path.iterdir()), "data." if command == "fit" else ""
+    for device in ("nonsense", "cuda:99", "meta", "cpu:x", ""):
+        line = refused(*command.split(), *words, f"--{prefix}device", device)
+        assert f"device {device!r}: " in line
+    for dtype in ("nonsense", "int8", "float8_e4m3fn", "float"):
+        if command != "produce":  # the trainer says which
+            line = refused(*command.split(), *words, f"--{prefix}dtype", dtype)
+            assert line.startswith(f"specforge: {prefix}dtype: must be one of 'float32'")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# The terminal.
+
+
+def test_foreign_text_does_not_control_the_terminal(refused, target, prompts, tmp_path):
+    evil = "a\x1b]0;title\x07\x1b[2J\x9b31m\r\u202eb\nc"
+    for words in (
+        prepare(tmp_path / evil, target, tmp_path / "out"), [evil], ["fit", "--config", evil],
+        ["capture", "--target", evil, "--prompts", prompts, "--output", tmp_path / "out"],
+        ["evaluate", "--draft", tmp_path / evil, "--prompts", prompts],
+    ):  # fmt: skip
+        assert refused(*words).isprintable()
+    record = logging.LogRecord("specforge", logging.WARNING, "", 0, "left out %s", (evil,), None)
+    assert logging.lastResort.format(record).replace("\n", "").isprintable()
 
 
 # Conversations.
@@ -247,6 +406,7 @@ def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, fie
     line = refused(
         "fit", "--config", recipe(target, features, tmp_path, model__init_args__draft_config={field: value})
     )
+    assert line.startswith("specforge: model.draft_config: ")
     assert field in line
     assert str(value) in line
 

@@ -35,7 +35,7 @@ def write_report(run: Path) -> Path:
     Returns:
         The page. The plots lie beside it in ``report/``.
     """
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.strip()]
+    rows = _history(run / "metrics.jsonl")
     images = [(plot, _png(plot, rows)) for plot in PLOTS]
     for plot, image in images:
         if image is not None:
@@ -43,6 +43,27 @@ def write_report(run: Path) -> Path:
     page = _page(run, [(plot.title, image) for plot, image in images if image is not None], rows)
     write_file(run / "report.html", page)
     return run / "report.html"
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history that are whole: a crash may have cut one off, and the file may be damaged."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict) or not all(map(_is_number, row.values())):
+            continue
+        if {"step", "seconds"} <= row.keys() and (
+            "val/tau" not in row or {"val/tau_low", "val/tau_high"} <= row.keys()
+        ):
+            rows.append(row)
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -133,7 +154,10 @@ def _png(plot: Plot, rows: list[dict[str, Any]]) -> bytes | None:
 def _page(run: Path, images: Sequence[tuple[str, bytes]], rows: Sequence[dict[str, Any]]) -> str:
     parts = [f"<h1>{html.escape(run.resolve().name)}</h1>", _summary(rows)]
     if (run / "evaluation.json").exists():
-        parts.append(_evaluation(json.loads((run / "evaluation.json").read_text())))
+        try:
+            parts.append(_evaluation(json.loads((run / "evaluation.json").read_text())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            parts.append("<p>evaluation.json is damaged.</p>")
     for title, image in images:
         data = base64.b64encode(image).decode()
         parts.append(f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></figure>')
