@@ -99,8 +99,10 @@ def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
         place = folder.resolve()
         if folder.is_symlink():
             reason = f"is a link to {place}; name that folder itself, or a new one"
-        elif not place.exists():
+        elif not place.exists() and (".." not in folder.parts or folder.parent.exists()):
             return place
+        elif not place.exists():
+            reason = f"leads through {folder.parent}, which does not exist"
         elif not place.is_dir():
             reason = "is a file; name a new or an empty folder"
         elif Path.cwd().is_relative_to(place):

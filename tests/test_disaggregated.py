@@ -197,7 +197,7 @@ def test_status_makes_nothing(target, tmp_path, capsys):
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"store", "metadata.db"}
 
 
-def test_status_reads_over_damaged_records(tmp_path, capsys):
+def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
     where = places(tmp_path)
     controller = control(where, max_tries=1)
     controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
@@ -207,6 +207,8 @@ def test_status_reads_over_damaged_records(tmp_path, capsys):
     words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
     assert main(["status", *words]) == 0
     assert "2 committed" in capsys.readouterr().out
+    assert "'s0@0' in the metadata store is damaged (it is not three lines)" in caplog.text
+    assert "'s1@0' in the metadata store is damaged (its first line is not a list of 8)" in caplog.text
 
 
 def test_the_bottleneck_is_named():

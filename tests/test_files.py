@@ -53,6 +53,7 @@ IN_THE_WAY: dict[str, Callable[[Path], Path]] = {
     "the current folder": lambda p: Path(),
     "a folder that holds the current one": lambda p: Path(".."),
     "the root": lambda p: Path("/"),
+    "a place beside one that is missing": lambda p: p / "missing" / ".." / "out",
 }
 
 
@@ -67,7 +68,7 @@ def test_anything_else_is_refused_and_stays(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path / "parent" / "current")
     folder = IN_THE_WAY[name](tmp_path)
     before = content(tmp_path)
-    with pytest.raises(UserError, match=r"holds|is a file|is a link|current folder") as found:
+    with pytest.raises(UserError, match=r"holds|is a file|is a link|current folder|does not exist") as found:
         write_folder(folder, NEW)
     assert str(found.value).startswith(f"{folder}: ")
     assert content(tmp_path) == before

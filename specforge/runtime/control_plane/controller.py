@@ -459,10 +459,13 @@ def load_ref(text: str) -> SampleRef:
     Raises:
         ValueError: it is not the text of one.
     """
-    own, features, provenance = text.split("\n")
+    lines = text.split("\n")
+    if len(lines) != 3:
+        raise ValueError("it is not three lines")
+    own, features, provenance = lines
     values = parse_json(own)
-    if not isinstance(values, list):
-        raise ValueError("the first line is not a list")
+    if not (isinstance(values, list) and len(values) == len(_OWN_FIELDS)):
+        raise ValueError(f"its first line is not a list of {len(_OWN_FIELDS)}")
     ref = SampleRef(
         **dict(zip(_OWN_FIELDS, values, strict=True)), features=_load_features(features),
         provenance=_load_provenance(provenance),

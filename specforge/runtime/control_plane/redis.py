@@ -460,5 +460,10 @@ def _meaning(error: Exception) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
         return f"its address has an option that is not known: {unknown.group(1)}"
-    meaning = _MEANINGS.get(type(error).__name__)
+    kind = (
+        "NoPermissionError"
+        if text.startswith("The user executing the script can't")
+        else type(error).__name__
+    )
+    meaning = _MEANINGS.get(kind)
     return f"{meaning} ({text})" if meaning else text

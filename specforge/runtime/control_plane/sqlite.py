@@ -70,7 +70,9 @@ class SQLiteMetadataStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA synchronous=NORMAL")
-            if self._is_new() and create:
+            if self._is_new():
+                if not create:
+                    raise UserError(f"metadata {path}: holds no run; one writes to it when it starts")
                 self._db.execute("PRAGMA journal_mode=WAL")
             if create:
                 with self._transaction() as db:

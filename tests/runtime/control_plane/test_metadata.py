@@ -414,6 +414,10 @@ def test_who_only_reads_makes_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
     filled(SQLiteMetadataStore(tmp_path / "m.db"))
     assert SQLiteMetadataStore(tmp_path / "m.db", create=False).counts()[QUEUED] == 4
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match=r"empty: holds no run"):
+        SQLiteMetadataStore(tmp_path / "empty", create=False)
+    assert not (tmp_path / "empty").stat().st_size
 
 
 def test_a_file_of_the_first_version_is_gone_on_with(tmp_path):
