@@ -61,8 +61,9 @@ def _reason(message: str) -> str:
 
 def _is_foreign(frame: FrameType, name: str) -> bool:
     """Whether a frame is of an algorithm, a callback of ours, or the user's own code."""
-    if name.split(".")[0] in _OURS:
-        return name not in _THROUGH
+    package = name.split(".")[0]
+    if package in (*_OURS, *_LIGHTNING):
+        return package in _OURS and name not in _THROUGH
     path = frame.f_code.co_filename
     return not path.startswith(
         ("<", *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")))

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ BAD_SETTINGS = {
     "trainer.overfit_batches": (-1, 1.5),
     "trainer.fast_dev_run": (-1, 1.5),
     "trainer.barebones": ("true",),  # together with log_every_n_steps, which the recipe has
-    "trainer.accelerator": ("nonsense", "cuda", "tpu", "mps"),
+    "trainer.accelerator": ("nonsense", "tpu", "mps", *([] if torch.cuda.is_available() else ["cuda"])),
     "trainer.devices": (0, -3, 2.5, "nonsense", "[]"),
     "trainer.num_nodes": (0, -1),
     "trainer.strategy": ("nonsense", "deepspeed", "fsdp", "ddp_spawn"),
@@ -143,6 +144,20 @@ def test_a_bad_setting_is_one_line_and_changes_nothing(key, refused, target, fea
         )
         assert any(name in line for name in named), line
         assert not (tmp_path / "run").exists(), value
+
+
+def test_a_library_outside_of_site_packages_is_not_the_users_code(
+    refused, target, features, tmp_path, monkeypatch
+):
+    """Such as those that `pip --target` installs."""
+    get_path = sysconfig.get_path
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda kind: get_path(kind) if kind == "stdlib" else "/nowhere"
+    )
+    logger = "lightning.pytorch.loggers.WandbLogger"
+    assert "wandb" in refused(
+        "fit", "--config", recipe(target, features, tmp_path), "--trainer.logger", logger
+    )
 
 
 GOOD_SETTINGS = (

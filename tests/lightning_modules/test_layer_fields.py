@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_modules.base import layer_fields
 from lightning_modules.dflash import DFlashModule
@@ -39,6 +40,8 @@ def target_of(
     folder: Path, kind: str, fields: dict[str, Any], dropped: tuple[str, ...] = (), **written: Any
 ) -> TargetFiles:
     """A target's config alone."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     AutoConfig.for_model(kind, **fields).save_pretrained(folder)
     path = folder / "config.json"
     saved = {key: value for key, value in json.loads(path.read_text()).items() if key not in dropped}
