@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from specforge.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
@@ -30,12 +32,29 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device by name; ``auto`` takes an accelerator where there is one."""
-    if name != "auto":
-        return name
+    """A device by name; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        UserError: it is no name of a device, or this machine has no such device.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    kind = getattr(
+        torch, device.type, None
+    )  # asked without starting it, which a process that forks must not do
+    count = kind.device_count() if kind is not None and kind.is_available() else 0
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"device {name}: this machine has {count or 'no'} {device.type} device{'s' * (count != 1)} that PyTorch "
+            "can use; use auto or cpu"
+        )
+    return name
 
 
 def interrupt_on_sigterm() -> None:

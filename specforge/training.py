@@ -40,7 +40,7 @@ from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.report import RunReport
 from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
-from specforge.errors import UserError
+from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.host import keep_freed_memory
 from specforge.refusals import bound_yaml, lightning_refusal
@@ -258,8 +258,10 @@ def main(argv: list[str]) -> int:
             raise KeyboardInterrupt from end
         raise
     except Exception as error:
+        if mistake_behind(error) is not None:  # our own line says more than the library's about it
+            raise
         line = lightning_refusal(error, inspect.signature(pl.Trainer).parameters, stopping.began())
-        if line is None or isinstance(error, UserError):
+        if line is None:
             raise
         raise UserError(line) from error
 

@@ -251,6 +251,29 @@ def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, fie
     assert str(value) in line
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"init_from": "/nowhere/draft"}, "specforge: /nowhere/draft: no such checkpoint"),
+        ({"layer_ids": [0, 1, 99]}, "specforge: layer 99: "),
+        ({"draft_config": {"draft_vocab_sise": 1}}, "specforge: model.draft_config: draft_vocab_sise is 1, which "),
+        ({"target": "/nowhere/target"}, "specforge: target '/nowhere/target': no such folder"),
+    ],
+)  # fmt: skip
+def test_what_a_module_refuses_is_said_in_its_own_words(refused, target, features, tmp_path, options, wanted):
+    changes = {f"model__init_args__{key}": value for key, value in options.items()}
+    line = refused("fit", "--config", recipe(target, features, tmp_path, **changes))
+    assert line.startswith(wanted)
+    assert "<class" not in line
+
+
+@pytest.mark.parametrize("device", ["abc", "1", "nan", "cuda:99", "cpu:3", "meta"])
+def test_a_device_that_this_machine_does_not_have(refused, target, prompts, tmp_path, device):
+    capture = ["capture", "--target", target, "--prompts", prompts, "--output", tmp_path / "out"]
+    assert device in refused(*capture, "--device", device)
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoint_of_another_algorithm(refused, target, features, tmp_path):
     path = recipe(target, features, tmp_path, trainer__max_steps=1)
     assert main(["fit", "--config", str(path)]) == 0
