@@ -75,6 +75,23 @@ def test_value_of_the_wrong_type(refused, target, features, tmp_path):
     assert "steps" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--layer_ids", "5", "layer_ids: must be a list, such as [1, 2]"),
+        ("--encoding", "zip", "encoding: must be one of 'raw', 'float8_e4m3fn', not zip"),
+    ],
+)
+def test_what_an_option_takes_is_said_in_words(refused, target, prompts, tmp_path, option, value, words):
+    capture = ["capture", "--target", target, "--prompts", prompts, "--output", tmp_path / "out"]
+    assert refused(*capture, option, value) == f"specforge: {words}"
+
+
+def test_a_switch_is_true_or_false(refused, target, tmp_path):
+    line = refused(*prepare(tmp_path, target, tmp_path), "--last_turn_only", "maybe")
+    assert line == "specforge: last_turn_only: must be true or false, not maybe"
+
+
 def test_no_such_recipe_with_the_nearest_one(refused):
     assert "eagle3.yaml" in refused("fit", "--config", "eagle.yaml")
 
