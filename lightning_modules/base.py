@@ -41,6 +41,7 @@ from specforge.modeling.draft import (
     read_draft,
 )  # fmt: skip
 from specforge.modeling.draft.fields import draft_rope, quoted
+from specforge.modeling.draft.standalone import spread
 from specforge.modeling.target_head import TargetHead
 from specforge.recipes import find_draft_config
 from specforge.target_files import TargetFiles
@@ -520,6 +521,17 @@ def initialise_layers(module: torch.nn.Module) -> None:
     initialise(module)
     if isinstance(module, torch.nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
+
+
+def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
+    """An algorithm's choice of layers; for a target of so few that some of them coincide, as many as there are.
+
+    The last layer is left out, because servers capture what enters the layer above.
+    """
+    if min(chosen) >= 0 and len(set(chosen)) == len(chosen):
+        return chosen
+    below = max(1, num_layers - 1)
+    return spread(min(len(chosen), below), below)
 
 
 def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:

@@ -22,6 +22,7 @@ from lightning_modules.base import (
     LogitTile,
     SavedDraft,
     StepOutput,
+    distinct_layers,
     draft_config_for,
     initialise,
     layer_fields,
@@ -142,7 +143,7 @@ class DFlashModule(DraftModule):
     @classmethod
     def default_layers(cls, num_layers: int) -> list[int]:
         """Outputs of five layers, evenly from the second to the third from the end."""
-        return np.linspace(1, num_layers - 3, 5).round().astype(int).tolist()  # type: ignore[no-any-return]
+        return distinct_layers(np.linspace(1, num_layers - 3, 5).round().astype(int).tolist(), num_layers)
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:

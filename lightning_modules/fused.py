@@ -8,6 +8,7 @@ import torch
 
 from lightning_modules.base import (
     SavedDraft,
+    distinct_layers,
     draft_config_for,
     initialise_layers,
     layer_fields,
@@ -63,7 +64,7 @@ class FusedModule(DistilledModule):
     @classmethod
     def default_layers(cls, num_layers: int) -> list[int]:
         """Outputs of layers 1, L/2 - 1 and L - 4: the inputs of layers 2, L/2 and L - 3 of the EAGLE-3 code."""
-        return [1, num_layers // 2 - 1, num_layers - 4]
+        return distinct_layers([1, num_layers // 2 - 1, num_layers - 4], num_layers)
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:

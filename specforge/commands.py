@@ -621,9 +621,9 @@ def print_table(results: list[Any], run: dict[str, Any]) -> None:
     for column in ("method", "tau", "95 % interval", "offline tau", "tok/s", "speed-up", "lossless"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for r in results:
-        low, high = r.tau_ci95
         table.add_row(
-            r.method, f"{r.tau:.3f}", f"{low:.2f} - {high:.2f}", f"{r.offline_tau:.3f}",
+            r.method, f"{r.tau:.3f}", "{:.2f} - {:.2f}".format(*r.tau_ci95) if r.tau_ci95 else "-",
+            f"{r.offline_tau:.3f}",
             "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
             "-" if r.speedup is None else f"{r.speedup:.2f}x",
             "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" +{r.ties} ties" if r.ties else ""),

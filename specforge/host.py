@@ -35,7 +35,7 @@ def pick_device(name: str) -> str:
     """A device by name; ``auto`` takes an accelerator where there is one.
 
     Raises:
-        UserError: there is no such device, or not on this machine.
+        UserError: it is no name of a device, or this machine has no such device.
     """
     import torch
 
@@ -43,13 +43,16 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"device {name!r}: use cpu, cuda, cuda:1, ... or auto") from error
-    found = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if found is not None and found.type == device.type else 0
-    if device.type != "cpu" and (device.index or 0) >= count:
-        has = f"{count} of {device.type}" if count else f"no {device.type} device that PyTorch can use"
-        raise UserError(f"device {name!r}: this machine has {has}")
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    # Asked without starting it, which a process that forks must not do.
+    kind = getattr(torch, device.type, None)
+    count = kind.device_count() if kind is not None and kind.is_available() else 0
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"device {name!r}: this machine has {count or 'no'} {device.type} device{'s' * (count != 1)} that PyTorch "
+            "can use; use auto or cpu"
+        )
     return name
 
 

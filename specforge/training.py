@@ -238,11 +238,28 @@ def explain(message: str, keys: list[str]) -> str:
             )
             return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
         detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
-        choices = re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", detail)
-        if choices:
-            detail = f"must be one of {choices[1]}, not {choices[2]}"
-        return f"{key}: {detail}"[:400]
+        return f"{key}: {_in_words(detail)}"[:400]
     return text[:400]
+
+
+_KINDS = {
+    "list": "a list, such as [1, 2]",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "dict": "fields with values",
+}
+
+
+def _in_words(detail: str) -> str:
+    """What the parser expected, without Python's names for it."""
+    detail = re.sub(r"\. Got value: (.*)", r", not \1", detail)
+    detail = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"must be one of \1", detail)
+    kind = re.match(r"Expected an? <class '(\w+)'>", detail)
+    if kind is None or kind[1] not in _KINDS:
+        return detail
+    return f"must be {_KINDS[kind[1]]}{detail[kind.end() :]}"
 
 
 def _nearest(name: str, keys: list[str]) -> str:

@@ -81,6 +81,23 @@ def test_value_of_the_wrong_type(refused, target, features, tmp_path):
     assert "steps" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--layer_ids", "5", "layer_ids: must be a list, such as [1, 2]"),
+        ("--encoding", "zip", "encoding: must be one of 'raw', 'float8_e4m3fn', not zip"),
+    ],
+)
+def test_what_an_option_takes_is_said_in_words(refused, target, prompts, tmp_path, option, value, words):
+    capture = ["capture", "--target", target, "--prompts", prompts, "--output", tmp_path / "out"]
+    assert refused(*capture, option, value) == f"specforge: {words}"
+
+
+def test_a_switch_is_true_or_false(refused, target, tmp_path):
+    line = refused(*prepare(tmp_path, target, tmp_path), "--last_turn_only", "maybe")
+    assert line == "specforge: last_turn_only: must be true or false, not maybe"
+
+
 def test_no_such_recipe_with_the_nearest_one(refused):
     assert "eagle3.yaml" in refused("fit", "--config", "eagle.yaml")
 
@@ -228,7 +245,7 @@ def test_a_device_or_dtype_that_does_not_exist(command, refused, target, prompts
     recipe(target, prompts, tmp_path, data=data).rename("online.yaml")
     words = [word.format(target=target, prompts=prompts) for word in NEED_A_DEVICE[command]]
     before, prefix = sorted(tmp_path.iterdir()), "data." if command == "fit" else ""
-    for device in ("nonsense", "cuda:99", "meta", "cpu:x", ""):
+    for device in ("nonsense", "cuda:99", "meta", "cpu:x", "cpu:3", "1", ""):
         line = refused(*command.split(), *words, f"--{prefix}device", device)
         assert f"device {device!r}: " in line
     for dtype in ("nonsense", "int8", "float8_e4m3fn", "float"):
@@ -424,6 +441,22 @@ def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, fie
     assert line.startswith("specforge: model.draft_config: ")
     assert field in line
     assert str(value) in line
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"init_from": "/nowhere/draft"}, "specforge: /nowhere/draft: no such checkpoint"),
+        ({"layer_ids": [0, 1, 99]}, "specforge: layer 99: "),
+        ({"draft_config": {"draft_vocab_sise": 1}}, "specforge: model.draft_config: draft_vocab_sise is 1, which "),
+        ({"target": "/nowhere/target"}, "specforge: target '/nowhere/target': no such folder"),
+    ],
+)  # fmt: skip
+def test_what_a_module_refuses_is_said_in_its_own_words(refused, target, features, tmp_path, options, wanted):
+    changes = {f"model__init_args__{key}": value for key, value in options.items()}
+    line = refused("fit", "--config", recipe(target, features, tmp_path, **changes))
+    assert line.startswith(wanted)
+    assert "<class" not in line
 
 
 def test_checkpoint_of_another_algorithm(refused, target, features, tmp_path):

@@ -85,7 +85,7 @@ class Renderer:
         else:
             opened, answer = self._answer_elsewhere(before, message, tools, asked, answered)
         self._check_answer(before, message, tools, answered, opened + answer)
-        return Asked(asked, answer)
+        return Asked(asked, answer, words=_words(message, answer))
 
     def _check_header(self, before: Messages, tools: Tools, asked: str) -> None:
         """Refuse a template that asks for nothing, but writes a header before an answer."""
@@ -112,8 +112,12 @@ class Renderer:
         prompt = self._generation_prompt(before, tools, asked)
         known, rest = answered.startswith(header), answered[len(header) :]
         own = header[len(_common([asked, header])) :]
-        if known and prompt.strip() and (header.endswith(prompt) or (own and asked.endswith(own))):
-            return "", rest  # earlier messages are shown otherwise once they are answered
+        if known and prompt.strip():  # earlier messages are shown otherwise once they are answered
+            _, asks, space = header.rpartition(prompt)
+            if asks and not space.strip():
+                return "", space + rest  # some templates put a space before an answer
+            if own and asked.endswith(own):
+                return "", rest
         opened = asked[len(header) :] if asked.startswith(header) else ""
         if opened.strip() and message["content"].startswith(opened):
             return opened, message["content"][len(opened) :] + tail
@@ -214,6 +218,13 @@ def _printed(arguments: Any, text: str) -> bool:
     """Whether a text has a mapping or a list as Python prints it, ``{'a': 1}``, rather than as JSON."""
     printed = str(arguments)
     return isinstance(arguments, (dict, list)) and printed in text and printed != json.dumps(arguments)
+
+
+def _words(message: dict[str, Any], answer: str) -> int | None:
+    """Where in the template's text for an answer its words end; None where calls follow, or it shows other words."""
+    words = message["content"].strip()
+    start = -1 if "tool_calls" in message else answer.rfind(words) if words else 0
+    return None if start < 0 else start + len(words)
 
 
 def _says(text: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        end_ids: ids that end a turn; what the template puts behind the last one is not learnt.
+        end_ids: ids that end an answer; what the template puts behind one is not learnt.
         last_turn_only: supervise only the last answer of a conversation.
         vocab_size: rows of the target's embedding; ids beyond it are refused.
 

@@ -30,15 +30,17 @@ class Asked:
 
     Attributes:
         prompt: what asks for it.
-        answer: what is learnt, up to its last end token if there is one.
+        answer: what is learnt, up to the first end token behind its words, else to its last one if there is one.
         tail: what stands behind it.
         cut_off: whether the answer reached a length limit, so that its end token is not the target's.
+        words: characters of the answer up to the end of what the assistant said; None where that is not known.
     """
 
     prompt: str
     answer: str
     tail: str = ""
     cut_off: bool = False
+    words: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class TurnTokenizer:
             count = sum(stop <= len(a.answer) for stop in stops)
             ends = [i for i in range(count) if ids[i] in self.end_ids]
             if ends:
-                count = ends[-1] if a.cut_off else ends[-1] + 1
+                words = len(a.answer) if a.words is None else a.words
+                end = next((i for i in ends if stops[i] > words), ends[-1])
+                count = end if a.cut_off else end + 1
             turns.append(Turn(prompt, ids[:count], ids[count:]))
         return turns
 

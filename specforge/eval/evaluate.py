@@ -79,7 +79,7 @@ class MethodResult:
     tokens: int
     rounds: int
     tau: float
-    tau_ci95: list[float]
+    tau_ci95: list[float] | None
     offline_tau: float
     acceptance_per_position: list[float]
     tokens_per_second: float | None
@@ -259,7 +259,7 @@ class Evaluation:
             tokens=int(sum(r.tokens for r in rounds)),
             rounds=int(sum(r.rounds for r in rounds)),
             tau=tau.value,
-            tau_ci95=[tau.low, tau.high],
+            tau_ci95=[tau.low, tau.high] if tau.low == tau.low else None,  # NaN: one prompt has none
             offline_tau=pooled_tau([method.offline(r) for r in references]).value,
             acceptance_per_position=[float(a / max(1, d)) for a, d in zip(accepted, drafted, strict=True)],
             tokens_per_second=speed[0] if speed else None,

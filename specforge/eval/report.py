@@ -203,9 +203,10 @@ def _evaluation(content: dict[str, Any]) -> str:
     )
     body = []
     for row in content["methods"]:
-        low, high = row["tau_ci95"]
+        interval = row["tau_ci95"]
         body.append((
-            row["method"], f"{row['tau']:.3f}", f"{low:.2f} – {high:.2f}", f"{row['offline_tau']:.3f}",
+            row["method"], f"{row['tau']:.3f}", "{:.2f} – {:.2f}".format(*interval) if interval else "–",
+            f"{row['offline_tau']:.3f}",
             " ".join(f"{a:.2f}" for a in row["acceptance_per_position"]) or "–",
             _or_dash(row["tokens_per_second"], "{:.1f}"), _or_dash(row["speedup"], "{:.2f}x"),
             "–" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",

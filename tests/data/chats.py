@@ -98,6 +98,12 @@ TEMPLATES = {
         "{% for m in rest %}{% if m.role == 'user' %}[INST]{{ system if loop.last else '' }}{{ m.content }}[/INST]"
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     ),
+    "ends a text once more": (
+        "{% for m in messages %}"
+        + _SAYS
+        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% else %}<|im_end|>{% endif %}"
+    ),
     "tool results closed otherwise when answered": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ '\n' if m.role == 'tool' and not loop.last else '' }}<|im_end|>\n{% endfor %}" + _ASKS
@@ -115,6 +121,11 @@ TEMPLATES = {
     + "{% endfor %}"
     + _ASKS,
 }
+
+
+TEMPLATES["system prompt before the last question, space before the answer"] = TEMPLATES[
+    "system prompt before the last question"
+].replace("{% else %}{{ m.content", "{% else %} {{ m.content")
 
 
 def tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:

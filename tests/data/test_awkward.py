@@ -92,6 +92,23 @@ CASES: dict[str, tuple[str, dict, str]] = {
         messages(says("system", "S"), user("1"), assistant("one"), user("2"), assistant("two")),
         f"[INST]S 1[/INST]«one{END}»¦[INST]1[/INST]one{END}[INST]S 2[/INST]«two{END}»",
     ),
+    "the same with a space before the answer": (
+        "system prompt before the last question, space before the answer",
+        messages(says("system", "S"), user("1"), assistant("one"), user("2"), assistant("two")),
+        f"[INST]S 1[/INST]« one{END}»¦[INST]1[/INST] one{END}[INST]S 2[/INST]« two{END}»",
+    ),
+    "nothing is learnt behind the token that ends an answer": (
+        "ends a text once more", talk("1", "one", "2", "two"),
+        f"{U}1{END}\n{A}«one{END}»\n{U}2{END}\n{A}«two{END}»\n{END}",
+    ),
+    "whatever the answer's words are": (
+        "ends a text once more", talk("1", f"one{END}two ", "2", ""),
+        f"{U}1{END}\n{A}«one{END}two {END}»\n{U}2{END}\n{A}«{END}»\n{END}",
+    ),
+    "of an answer that was cut off, not even that token": (
+        "ends a text once more", messages(user(), assistant("one", finish_reason="length")),
+        f"{U}Hi{END}\n{A}«one»{END}\n{END}",
+    ),
     "a tool result that is closed otherwise once it is answered": (
         "tool results closed otherwise when answered", messages(user(), assistant("?"), says("tool", "2"), assistant("a")),
         f"{U}Hi{END}\n{A}«?{END}»\n<|im_start|>tool\n2{END}\n{A}«a{END}»\n",

@@ -12,6 +12,7 @@ from specforge.cli import main
 from specforge.contracts import CapturePolicy
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import EvalCache, EvalKey, Reference
+from specforge.eval.report import _evaluation
 from tests.tiny import recipe
 
 FIELDS = [
@@ -51,6 +52,13 @@ def test_the_table(run, prompts, tmp_path):
     assert result["methods"][0]["tau"] == 1.0
     for key in ("target", "draft", "prompts", "gamma", "temperature", "dtype", "seed", "versions"):
         assert key in result["run"]
+
+
+def test_one_prompt_has_no_interval(run, prompts, tmp_path, capsys):
+    result = evaluate(run, prompts, tmp_path / "e.json", "--num_prompts", 1, "--speed_prompts", 0)
+    assert [row["tau_ci95"] for row in result["methods"][1:]] == [None] * 3
+    assert "nan" not in capsys.readouterr().out
+    assert "nan" not in _evaluation(result)
 
 
 def test_sampled_evaluation(run, prompts, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from specforge.cli import main
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
+from specforge.float8_blocks import quantise
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.target_files import TargetFiles
 from tests.families import write_family
@@ -53,6 +54,31 @@ def test_features_come_in_the_dtype_of_the_target(target):
     engine = HFTargetEngine(TargetFiles.find(str(target)), "bfloat16")
     (found,) = engine.capture([[1, 2, 3]], POLICY)
     assert {x.dtype for x in found.values()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers computes in float8 there")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_target_in_float8_computes_in_the_dtype_that_is_asked_for(target, tmp_path, dtype):
+    folder, block = shutil.copytree(target, tmp_path / "float8"), (128, 128)
+    tensors = {}
+    for name, x in load_file(target / "model.safetensors").items():
+        tensors[name] = x.bfloat16()
+        if "_proj" in name:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(x, block)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+    }
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+
+    engine = HFTargetEngine(TargetFiles.find(str(folder)), dtype)
+    engine.check(POLICY)
+    (found,) = engine.capture([[1, 2, 3]], POLICY)
+    assert {str(x.dtype) for x in found.values()} == {f"torch.{dtype}"}
 
 
 @pytest.mark.parametrize(("layers", "words"), [((1, 99), "99"), ((-1, 2), "-1"), ((2, 2), "twice")])

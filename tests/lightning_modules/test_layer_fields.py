@@ -19,6 +19,7 @@ from specforge.errors import UserError
 from specforge.modeling.draft import build_draft
 from specforge.target_files import TargetFiles
 from tests.families import BASE, FAMILIES, LLAMA3, YARN
+from tests.tiny import write_target
 
 CPU = torch.device("cpu")
 PLAIN = {"rope_type": "default", "rope_theta": 5e5}
@@ -125,3 +126,25 @@ def test_a_target_without_attention_heads_is_refused_in_one_line(tmp_path):
     fields = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 8}
     with pytest.raises(UserError, match="its config has no num_attention_heads"):
         layer_fields(target_of(tmp_path, "mamba", fields))
+
+
+@pytest.mark.parametrize("module", [Eagle3Module, PEagleModule, DFlashModule])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6, 7, 8, 80])
+def test_the_default_layers_of_every_target_are_layers_that_it_has_and_servers_can_capture(
+    tmp_path: Path, module: Any, layers: int
+) -> None:
+    write_target(tmp_path, layers=layers, hidden=8)
+    target = TargetFiles.find(str(tmp_path))
+    chosen = module.capture_policy(target).layer_ids
+    assert list(chosen) == sorted(set(chosen))
+    assert chosen[-1] < max(1, layers - 1)
+    assert len(chosen) == min(layers - 1 or 1, 5 if module is DFlashModule else 3)
+    module(str(tmp_path), draft_config={"draft_vocab_size": 64})  # the draft reads what was captured
+
+
+@pytest.mark.parametrize(("layers", "eagle3", "dflash"), [(30, [1, 14, 26], [1, 8, 14, 20, 27])])
+def test_the_default_layers_of_a_usual_target_are_those_of_the_published_code(
+    layers: int, eagle3: list[int], dflash: list[int]
+) -> None:
+    assert Eagle3Module.default_layers(layers) == eagle3
+    assert DFlashModule.default_layers(layers) == dflash

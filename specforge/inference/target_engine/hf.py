@@ -288,6 +288,12 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
             f"{target.folder}: its files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}, "
             "which would be drawn at random"
         )
+    if (
+        getattr(model, "hf_quantizer", None) is None
+    ):  # where transformers dequantises, it leaves the rest in bf16
+        for weight in model.parameters():
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                weight.data = weight.data.to(dtype)
     return model
 
 
