@@ -31,6 +31,7 @@ _ROLES = {
     "function": "tool", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("weight", "train")  # OpenAI's name, Axolotl's
 _TEXT_PARTS = ("text", "input_text", "output_text")
 REGENERATED = "regenerated"
 
@@ -343,12 +344,13 @@ def _message(source: str, where: str, message: Any) -> dict[str, Any]:
         parsed["reasoning_content"] = _text(source, f"{where}.reasoning_content", reasoning)
     if calls:
         parsed["tool_calls"] = calls
-    if role == "assistant" and "weight" in message:
-        if message["weight"] not in (0, 1):
+    weight = next((key for key in _WEIGHTS if key in message), None)
+    if role == "assistant" and weight is not None:
+        if message[weight] not in (0, 1):
             raise RecordError(
-                source, f"{where}.weight is {short(message['weight'])}; use 0 (not learnt) or 1"
+                source, f"{where}.{weight} is {short(message[weight])}; use 0 (not learnt) or 1"
             )
-        parsed["weight"] = int(message["weight"])
+        parsed["weight"] = int(message[weight])
     return parsed | {key: message[key] for key in ("name", "tool_call_id", "finish_reason") if key in message}
 
 

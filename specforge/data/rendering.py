@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from typing import Any
 
@@ -86,6 +87,17 @@ class Renderer:
             opened, answer = self._answer_elsewhere(before, message, tools, asked, answered)
         self._check_answer(before, message, tools, answered, opened + answer)
         return Asked(asked, answer, words=_words(message, answer))
+
+    def note_left_out(self, messages: Messages, tools: Tools, asked: str) -> None:
+        """Note messages that the template does not show when it asks, such as those of a role that it does not know."""
+        for i, message in enumerate(messages):
+            text = message["content"].strip()
+            if message["role"] == "assistant" or not text or text in asked:
+                continue
+            other = [*messages[:i], {**message, "content": "0"}, *messages[i + 1 :]]
+            with suppress(Refusal):
+                if self.render(other, tools, generate=True) == asked:
+                    self.notes[f"{message['role']} messages that the chat template leaves out"] += 1
 
     def _check_header(self, before: Messages, tools: Tools, asked: str) -> None:
         """Refuse a template that asks for nothing, but writes a header before an answer."""

@@ -160,6 +160,8 @@ class ChatTemplate:
             )
             for i in others
         ]
+        if others:
+            self._renderer.note_left_out(messages[: others[-1]], conversation.tools, asked[-1].prompt)
         turns = dict(zip(others, self._tokens.turns(asked), strict=True))
         return [turns[i] if i in turns else Turn(kept[i].prompt_ids, kept[i].answer_ids) for i in wanted]
 

@@ -223,6 +223,10 @@ CASES: dict[str, tuple[str, dict, str]] = {
         "chatml", messages(user("1"), assistant("one", weight=0), user("2"), assistant("two", weight=1.0)),
         f"{U}1{END}\n{A}one{END}\n{U}2{END}\n{A}«two{END}»\n",
     ),
+    "train false is context": (
+        "chatml", messages(user("1"), assistant("one", train=False), user("2"), assistant("two", train=True)),
+        f"{U}1{END}\n{A}one{END}\n{U}2{END}\n{A}«two{END}»\n",
+    ),
     "weight 0 everywhere": ("chatml", messages(user(), assistant("a", weight=0)), "nothing in it is an answer to be learnt"),
     "another weight": ("chatml", messages(user(), assistant("a", weight=0.5)), "messages[1].weight is 0.5"),
     "null in every column": (

@@ -11,7 +11,7 @@ from specforge.data.conversations import parse_record
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.target_files import TargetFiles
-from tests.data.chats import chat, talk, tokenizer
+from tests.data.chats import chat, says, talk, tokenizer
 from tests.data.chats import learnt as marked
 from tests.tiny import write_target
 
@@ -231,6 +231,17 @@ def test_users_are_told_what_a_template_makes_of_their_data(template, words):
     assert [(note.startswith(words), count) for note, count in used.notes.items()] == (
         [(True, 2)] if words else []
     )
+
+
+def test_messages_that_the_template_does_not_show_are_counted():
+    used = chat(
+        "{% for m in messages if m.role != 'developer' %}{{ m.role }}: {{ m.content|tojson }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = {"messages": [says("developer", "Be \"brief\"."), says("system", '"So"'), user("Hi"), assistant("a"),
+                        user("Hi"), assistant("b")]}  # fmt: skip
+    used.encode(parse_record("a", row))
+    assert used.notes == {"developer messages that the chat template leaves out": 1}
 
 
 # What a target's folder may hold.
