@@ -47,8 +47,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Every command takes --config FILE (YAML) and --print_config. Start with `make quickstart`, or with",
-            "`specforge recipes`.",
+            "Every command takes --config FILE (YAML) and --print_config. Start with `specforge recipes`, or in a",
+            "checkout with `make quickstart`.",
         ]
     )
 

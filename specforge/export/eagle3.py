@@ -50,7 +50,10 @@ class Eagle3Format(DraftFormat):
             )
         width = config.get("target_hidden_size", config["hidden_size"]) * len(layers)
         if width == config["hidden_size"]:
-            raise UserError("export: features as wide as the draft's states; SGLang would skip fc")
+            raise UserError(
+                "export: the captured features are as wide as the draft's states, so SGLang would skip fc; train on "
+                "more layers (model.layer_ids)"
+            )
         if config.get("draft_vocab_size") is None:
             raise UserError(
                 "export: the draft config has no draft_vocab_size; the server would use the target's lm_head"

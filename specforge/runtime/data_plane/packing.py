@@ -46,7 +46,10 @@ class BatchPlan:
         if (batch_size or max_tokens or 0) < 1:
             raise ValueError("batch_size and max_tokens must be at least 1")
         if max_tokens is not None and max(lengths, default=0) > max_tokens:
-            raise ValueError(f"a sample has {max(lengths)} tokens, more than max_tokens {max_tokens}")
+            raise ValueError(
+                f"a sample has {max(lengths)} tokens, more than max_tokens {max_tokens}; raise it, or prepare the data "
+                "with a smaller --max_length"
+            )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         grain = 1 if max_tokens is None else max(1, max_tokens // _GRAINS)
