@@ -181,7 +181,7 @@ GOOD_SETTINGS = (
     {"enable_checkpointing": False}, {"barebones": True, "log_every_n_steps": None}, {"fast_dev_run": True},
     {"val_check_interval": 0.5}, {"val_check_interval": 3, "check_val_every_n_epoch": None}, {"log_every_n_steps": 0},
     {"limit_val_batches": 0}, {"num_sanity_val_steps": -1}, {"logger": False}, {"gradient_clip_val": None},
-    {"max_time": "00:01:00:00"}, {"precision": "bf16-true"}, {"overfit_batches": 2}, {"strategy": "ddp"},
+    {"max_time": "00:01:00:00"}, {"precision": "bf16-true"}, {"overfit_batches": 2},
     {"detect_anomaly": True, "deterministic": True}, {"callbacks": [{"class_path": "ModelCheckpoint"}]},
 )  # fmt: skip
 
