@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import specforge.callbacks.report
 from specforge.cli import main
 from tests.fuzz import Fuzz
 from tests.tiny import write_conversations, write_target
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup() -> None:
     """Sums depend on the number of threads; set before the fixtures of a test, those that outlive it too."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most runs of the suite draw no plots, which take a third of a second; those of wider fixtures do."""
+    monkeypatch.setattr(specforge.callbacks.report, "write_report", str)
 
 
 @pytest.fixture

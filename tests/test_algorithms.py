@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-import specforge.callbacks.report
 from specforge.callbacks.metrics import read_history
 from specforge.cli import main
 from specforge.recipes import recipe_folder
@@ -139,13 +138,12 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
-def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_path, monkeypatch):
+def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_path):
     """Windows of four documents, the last of one: on one rank, or in two micro-batches of one document on each of two.
 
     A rank meets documents without a block, and at the end no document at all. The sharded run, resumed from its
     middle, ends with its own weights: on CPUs bit for bit.
     """
-    monkeypatch.setattr(specforge.callbacks.report, "write_report", str)
     jobs = {}
     on = {"--trainer.accelerator": accelerator}
     two = {**on, "--trainer.devices": 2, "--data.batch_size": 1, "--trainer.accumulate_grad_batches": 2}

@@ -45,7 +45,7 @@ def call(*words: object) -> None:
 def evaluate(run: Path, prompts: Path, output: Path, batch_size: int) -> list[dict[str, Any]]:
     call(
         "evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--json", output,
-        "--cache", output.parent / "cache", "--max_new_tokens", 24, "--gamma", 2, "--speed_prompts", 0,
+        "--cache", output.parent / "cache", "--max_new_tokens", 16, "--gamma", 2, "--speed_prompts", 0,
         "--baselines", "[ngram]", "--batch_size", batch_size,
     )  # fmt: skip
     return json.loads(output.read_text())["methods"]

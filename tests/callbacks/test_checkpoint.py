@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-import specforge.callbacks.report
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.cli import main
@@ -56,7 +55,6 @@ class Run:
         monkeypatch.setattr(
             AcceptanceLengthEvaluation, "on_validation_epoch_end", lambda _, *x: self.measure(*x)
         )
-        monkeypatch.setattr(specforge.callbacks.report, "write_report", str)
 
     def counted(self, act: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **options: Any) -> Any:

@@ -277,6 +277,8 @@ def test_while_several_ranks_wait(target, prompts, tmp_path, which):
         assert process.returncode == 143, output
         assert "resume with --ckpt_path last" in output
         assert time.monotonic() - sent < 15  # both processes end, on a busy machine
+        if which == "first":
+            return  # one resume shows that nothing is lost
         paused.clear()
         process = start(path, "--ckpt_path", "last")
         output, _ = process.communicate(timeout=120)
