@@ -37,7 +37,9 @@ quickstart: install
 	  --max_new_tokens 80 --batch_size 64 --speed_prompts 0 --json $(RUN)/evaluation-unseen.json
 
 test: install
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal # it compares runs to the bit, on CPUs
+	$(if $(GPU),$(VENV)/bin/python -m pytest tests/test_gpu.py tests/modeling/layers/test_flex_attention.py \
+	  tests/test_algorithms.py::test_two_ranks_are_one_whole_or_sharded)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -109,8 +109,8 @@ def fetch_target(
     """
     from specforge.fetch import fetch
 
-    folder = fetch(name, output, source, _console.print)
-    _console.print(f"{folder} ({TargetFiles.find(str(folder)).fingerprint[:8]})")
+    folder = fetch(name, output, source, _say)
+    _say(f"{folder} ({TargetFiles.find(str(folder)).fingerprint[:8]})")
 
 
 def prepare(
@@ -151,14 +151,8 @@ def prepare(
     data_prompts.check_output(output)
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template, last_turn_only)
-    options = data_prompts.PrepareOptions(
-        min(max_length, files.learnt_positions or max_length),
-        min_supervised,
-        bad_samples,
-        long_samples,
-        holdout,
-        seed,
-    )
+    longest = min(max_length, files.learnt_positions or max_length)
+    options = data_prompts.PrepareOptions(longest, min_supervised, bad_samples, long_samples, holdout, seed)
     paths = [data] if isinstance(data, str) else data
     with _progress("records") as bar:
         task = bar.add_task("prepare", total=None, rate="")
@@ -166,6 +160,13 @@ def prepare(
             paths, template, files.vocab_size, options, split, subset, lambda: bar.advance(task)
         )
     data_prompts.save_splits(output, sets)
+    _describe_prompts(output, sets, report, template)
+
+
+def _describe_prompts(output: Path, sets: dict[str, Any], report: Any, template: Any) -> None:
+    """Say what `prepare` made: the first sample as text, sizes, and what was left out."""
+    from specforge.data import prompts as data_prompts
+
     shown = next(iter(sets.values())).tasks[0]
     _say(f"the first sample ({shown.source}); what is learnt stands between « and »:")
     _say(data_prompts.preview(shown, template).rstrip())
@@ -263,7 +264,6 @@ def capture(
         limit_samples: capture only the first so many training samples.
     """
     from specforge.data.prompts import identity, load_splits
-    from specforge.inference.rollout_worker import RolloutWorker
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.runtime.data_plane.features import FeatureFolder
 
@@ -280,31 +280,38 @@ def capture(
     engine = HFTargetEngine(files, dtype, place)
     engine.check(policy)
     for name, prompt_set in sets.items():
-        provenance = made[name]
-        folder = FeatureFolder.create(output / name, provenance, prompt_set.counts, identity(sets))
+        folder = FeatureFolder.create(output / name, made[name], prompt_set.counts, identity(sets))
         tasks = prompt_set.tasks[: limit_samples if name == "train" else None]
-        tokens, start = 0, time.perf_counter()
-        with _progress("samples") as bar, ThreadPoolExecutor(1, "store") as background:
-            worker = RolloutWorker(
-                engine, folder.store, folder.manifest.append, provenance, background=background
-            )
-            task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
-            for step in worker.produce(tasks, batch_tokens or (2048 if place == "cpu" else 65536)):
-                tokens += step.tokens
-                rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
-                bar.update(task, advance=step.samples + step.resumed, rate=rate)
-        size = folder.store.stat().nbytes
-        _console.print(
-            f"{output / name}: {folder.store.stat().samples:,} samples, {size / 1e9:.2f} GB ({tokens:,} tokens now)"
+        tokens = _capture_split(
+            name, tasks, engine, folder, made[name], batch_tokens or (2048 if place == "cpu" else 65536)
         )
+        held = folder.store.stat()
+        _say(f"{output / name}: {held.samples:,} samples, {held.nbytes / 1e9:.2f} GB ({tokens:,} tokens now)")
+
+
+def _capture_split(
+    name: str, tasks: list[Any], engine: Any, folder: Any, provenance: Provenance, batch_tokens: int
+) -> int:
+    """Capture what a folder lacks of some prompts; returns how many tokens the target has read."""
+    from specforge.inference.rollout_worker import RolloutWorker
+
+    tokens, start = 0, time.perf_counter()
+    with _progress("samples") as bar, ThreadPoolExecutor(1, "store") as background:
+        worker = RolloutWorker(
+            engine, folder.store, folder.manifest.append, provenance, background=background
+        )
+        task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
+        for step in worker.produce(tasks, batch_tokens):
+            tokens += step.tokens
+            rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
+            bar.update(task, advance=step.samples + step.resumed, rate=rate)
+    return tokens
 
 
 def _check_lengths(files: TargetFiles, sets: dict[str, Any]) -> None:
     """Refuse prompts that are longer than the target's positions reach, before any of them is captured."""
-    longest, limit = (
-        max((t for x in sets.values() for t in x.tasks), key=lambda t: len(t.input_ids)),
-        files.learnt_positions,
-    )
+    longest = max((task for x in sets.values() for task in x.tasks), key=lambda task: len(task.input_ids))
+    limit = files.learnt_positions
     if limit is not None and len(longest.input_ids) > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens, but {files.name} has {limit} positions; prepare the "
@@ -353,9 +360,9 @@ def produce(
         max_tries, idle_seconds,
     )  # fmt: skip
     if plan:
-        _console.print("\n".join(describe_plan(options)), soft_wrap=True, markup=False)
+        _say("\n".join(describe_plan(options)))
     else:
-        run_producers(options, lambda text: _console.print(text, soft_wrap=True, markup=False))
+        run_producers(options, _say)
 
 
 def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
@@ -369,7 +376,7 @@ def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = Fal
     """
     from specforge.inference.producing import describe_status
 
-    _console.print("\n".join(describe_status(store, metadata, seconds, revive)), soft_wrap=True, markup=False)
+    _say("\n".join(describe_status(store, metadata, seconds, revive)))
 
 
 def evaluate(
@@ -441,9 +448,7 @@ def evaluate(
         draft_sampling, corpus, baselines,
     )  # fmt: skip
     ends = sorted(template.end_ids)
-    evaluation = Evaluation(
-        files, module, ends, template.fingerprint, EvalCache(cache), options, _console.print
-    )
+    evaluation = Evaluation(files, module, ends, template.fingerprint, EvalCache(cache), options, _say)
     results = evaluation.run([_prompt(task) for task in tasks])
     run = _run_fields(module, draft, folder, len(tasks), options)
     run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
@@ -467,11 +472,11 @@ def _run_fields(module: Any, draft: Path, prompts: Path, count: int, options: An
 
 def _write_results(path: Path, content: dict[str, Any]) -> None:
     write_json(path, content)
-    _console.print(f"wrote {path}")
+    _say(f"wrote {path}")
     from specforge.eval.report import write_report
 
     if (path.parent / "metrics.jsonl").exists():
-        _console.print(f"wrote {write_report(path.parent)}")
+        _say(f"wrote {write_report(path.parent)}")
 
 
 def export(
@@ -492,12 +497,10 @@ def export(
     form = module.export_format
     {"sglang": form.to_sglang, "hf": form.to_hf}[to](module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
-    _console.print(
-        f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}"
-    )
+    _say(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
     command = form.serve(module.target.name, output)
     if to == "sglang" and command:
-        _console.print(f"serve it: {command}", soft_wrap=True)
+        _say(f"serve it: {command}")
 
 
 def find_algorithm(name: str) -> Any:
@@ -632,7 +635,7 @@ def print_table(results: list[Any], run: dict[str, Any]) -> None:
     for r in results:
         if r.acceptance_per_position:
             rates = " ".join(f"{a:.2f}" for a in r.acceptance_per_position)
-            _console.print(f"{r.method}: acceptance by position {rates}")
+            _say(f"{r.method}: acceptance by position {rates}")
     timed = [r for r in results if r.speed_identical is not None]
     if timed and run["temperature"] == 0:
         same = ", ".join(

@@ -162,9 +162,8 @@ def _take_place(staging: Path, place: Path) -> None:
         staging.rename(place)
     elif not _exchange(staging, place):
         retired = staging.with_suffix(_RETIRED)
-        place.rename(
-            retired
-        )  # a kill behind this line leaves it there, and the next call gives it its name again
+        # A kill behind the next line leaves it there, and the next call gives it its name again.
+        place.rename(retired)
         try:
             staging.rename(place)
         except BaseException:
@@ -309,7 +308,6 @@ def parse_json(text: bytes | str) -> Any:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line of at most 200 characters; its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(
-        lines[: 2 if lines and lines[0].endswith(":") else 1]
-    )  # the first may announce the second
+    count = 2 if lines and lines[0].endswith(":") else 1  # the first may announce the second
+    said = " ".join(lines[:count])
     return "".join(c if c.isprintable() else "\ufffd" for c in said[:200]) or type(error).__name__

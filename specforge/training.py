@@ -53,11 +53,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-BAREBONES = (
-    "log_every_n_steps",
-    "num_sanity_val_steps",
-    "enable_model_summary",
-)  # which are not to be given then
+# Which are not to be given with trainer.barebones.
+BAREBONES = ("log_every_n_steps", "num_sanity_val_steps", "enable_model_summary")
 
 # Options of the trainer that Lightning takes as they are, whatever follows from them.
 AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0,

@@ -25,10 +25,8 @@ from specforge.errors import UserError
 _LABEL = b"specforge xxh3-128:"
 _COMMENT = re.compile(re.escape(_LABEL) + rb"[0-9a-f]{32}")
 _COMMENT_SIZE = len(_LABEL) + 32
-_END, _END_SIZE = (
-    b"PK\5\6",
-    22,
-)  # a zip archive's last record, whose last two bytes are the length of the comment
+# A zip archive's last record, whose last two bytes are the length of the comment.
+_END, _END_SIZE = b"PK\5\6", 22
 # What a checkpoint says of its draft, for whoever reads it without the module that wrote it.
 _FIELDS = {"algorithm": str, "draft_config": Mapping, "target": str, "target_fingerprint": str}
 
@@ -96,10 +94,9 @@ def _verify(path: Path) -> None:
 
 def _records_are_intact(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
+        # Ours are not compressed; what is might fill the memory when it is unpacked.
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise UserError(
-                f"{path}: not a checkpoint of SpecForge's"
-            )  # and it might not end when it is unpacked
+            raise UserError(f"{path}: not a checkpoint of SpecForge's")
         return archive.testzip() is None
 
 

@@ -134,10 +134,8 @@ class LastLayer:
         Raises:
             UserError: says which tensor the network lacks, or how much the results differ.
         """
-        layer, hint = (
-            f"{self.target.name}: its last layer",
-            f"so {what} cannot start from it; leave init_from out",
-        )
+        layer = f"{self.target.name}: its last layer"
+        hint = f"so {what} cannot start from it; leave init_from out"
         split = {fused for fused, _, _ in self._split.values()}
         unused = sorted(self.names - split - set(names))
         if unused:

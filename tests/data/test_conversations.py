@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,9 @@ def test_deep_nesting_is_read_or_refused_in_one_line_wherever_it_stands(depth):
         *({"messages": [says("user", "Hi"), says("assistant", "", tool_calls=c)]} for c in calls),
     ]  # fmt: skip
     template = chat("arguments as JSON")
-    for row in rows:
-        survives(lambda row=row: template.encode(parse_record("d.jsonl, line 1", row)))
+    taken = [survives(lambda row=row: template.encode(parse_record("d.jsonl, line 1", row))) for row in rows]
+    # From 3.12 on, Python reads and writes JSON of this depth.
+    assert depth < 1000 or sys.version_info >= (3, 12) or not any(taken)
 
 
 @pytest.mark.parametrize("ids", [[1, True], [1, 2.0], [1, -2], [1, "2"], [1, None], [[1], 2], 4, {"a": 1}])

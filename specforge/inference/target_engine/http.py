@@ -184,9 +184,8 @@ class HTTPTargetEngine:
                 if answer.status != http.client.OK:
                     self._refused(answer)
                 size = int(answer.headers.get("Content-Length", "-1"))
-                data = (
-                    answer.read() if 0 <= size <= limit else answer.read(limit + 1)
-                )  # a proxy may leave it out
+                # A proxy may leave the length out.
+                data = answer.read() if 0 <= size <= limit else answer.read(limit + 1)
         except ssl.SSLCertVerificationError as error:
             raise UserError(
                 f"server {self.url}: its certificate is not trusted ({error.verify_message})"

@@ -75,10 +75,8 @@ class StandaloneDraft(Draft):
         Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
         of a batch.
         """
-        table, words = (
-            getattr(self.config, "max_position_embeddings", None),
-            self.model.get_input_embeddings(),
-        )
+        table = getattr(self.config, "max_position_embeddings", None)
+        words = self.model.get_input_embeddings()
         learnt = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
         # Some classes keep two rows of the table for padding.
         if table and any(m.num_embeddings - table in (0, 2) for m in learnt):
