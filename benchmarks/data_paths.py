@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.results import CLOCK, ROOT, specforge
 from specforge.data.prompts import PromptSet
-from specforge.runtime.data_plane.features import FeatureFolder
+from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
 
 def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
@@ -66,7 +66,15 @@ def seconds_per_step(path: str, options: argparse.Namespace) -> float:
         words = [word for key, value in places(folder).items() for word in (f"--{key}", value)]
         producer = None
         if path == "disaggregated":
-            command = [sys.executable, "-m", "specforge.cli", "produce", "--target", options.target, *words]
+            command = [
+                sys.executable,
+                "-m",
+                "specforge.cli.main",
+                "produce",
+                "--target",
+                options.target,
+                *words,
+            ]
             producer = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
         try:
             specforge(

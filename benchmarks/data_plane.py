@@ -32,9 +32,9 @@ from torch import Tensor
 
 from benchmarks.feature_store import PROVENANCE, make_samples
 from specforge.contracts import SampleRef
-from specforge.runtime.control_plane.stream import StreamedSamples
-from specforge.runtime.data_plane.flat import chunks
+from specforge.runtime.control_plane.streamed import StreamedSamples
 from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend, connect
+from specforge.runtime.data_plane.safetensors_io import chunks
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import FeatureStore
 
@@ -135,7 +135,7 @@ def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
         probe.close()
     words = ["store", "up", "--size", str(size), "--port", str(port), "--metrics_port", str(metrics)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli", *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "specforge.cli.main", *words], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     return process, process.stdout.readline().split(": ")[0]

@@ -33,8 +33,8 @@ from lightning_modules import algorithms
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, TokenCounts
 from specforge.inference.rollout_worker import RolloutWorker
 from specforge.inference.target_engine.base import feature_widths
-from specforge.runtime.data_plane.features import FeatureFolder
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
+from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,

@@ -25,7 +25,7 @@ from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.resume import ExactResume
 from specforge.contracts import TrainBatch
-from specforge.host import keep_freed_memory
+from specforge.system import keep_freed_memory
 
 
 class Replay(pl.LightningDataModule):

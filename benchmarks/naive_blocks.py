@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.naive_eagle3 import plain_norm
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch
-from specforge.modeling.draft.dflash import DFlash
+from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.layers.rope import apply_rope
 
 

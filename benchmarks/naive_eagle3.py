@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch
-from specforge.modeling.draft.llama_eagle3 import LlamaEagle3
+from specforge.modeling.draft.eagle3.llama import LlamaEagle3
 from specforge.modeling.layers.rope import apply_rope
 
 

@@ -29,7 +29,7 @@ from benchmarks.producer import write_model
 from benchmarks.results import ROOT, specforge
 from specforge.contracts import TokenCounts
 from specforge.data.prompts import PromptSet
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 
 
 def write_recipe(options: argparse.Namespace, folder: Path, target: Path, store: str) -> Path:
@@ -60,7 +60,15 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, target: Path) 
         words = ["--target", target, "--store", store, "--metadata", folder / "metadata.db"]
         words += ["--batch_tokens", options.batch_tokens, "--max_prompts", options.max_prompts]
         for device in options.devices:
-            command = [sys.executable, "-m", "specforge.cli", "produce", *map(str, words), "--device", device]
+            command = [
+                sys.executable,
+                "-m",
+                "specforge.cli.main",
+                "produce",
+                *map(str, words),
+                "--device",
+                device,
+            ]
             producer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(producer.wait)
             stack.callback(producer.terminate)

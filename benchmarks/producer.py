@@ -32,13 +32,13 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import RolloutWorker, plan_batches, sample_id
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_files import TargetFiles
+from specforge.runtime.addresses import open_backend
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import ShardBackend
 from specforge.runtime.data_plane.store import FeatureBackend, FeatureStore
-from specforge.runtime.places import open_backend
-from specforge.target_files import TargetFiles
 
 HELD = 64  # prompts in hand
 

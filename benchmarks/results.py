@@ -119,7 +119,7 @@ def find_recipes(configs: Path) -> dict[str, Path]:
 
 def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None = None) -> int:
     """Optimizer steps of a recipe, at its own batch by default, that see about ``tokens`` supervised tokens."""
-    from specforge.runtime.data_plane.features import FeatureFolder
+    from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
     refs = FeatureFolder.open(features / "train").refs
     config = yaml.safe_load(recipe.read_text())
@@ -137,7 +137,7 @@ def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None 
 def specforge(*words: object) -> None:
     """Run a command of SpecForge in a process of its own."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "specforge.cli", *map(str, words)]
+    command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
 

@@ -27,12 +27,12 @@ from benchmarks.large import RandomEngine, random_tasks
 from specforge.contracts import CapturePolicy, Provenance, StrategySpec
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import expect, sample_id
+from specforge.runtime.addresses import open_backend
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
-from specforge.runtime.control_plane.stream import Room, StreamedSamples
+from specforge.runtime.control_plane.streamed import Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.runtime.places import open_backend
 
 Retain = Literal["until_durable", "until_trained"]
 HIDDEN, SKIP = 4096, 6

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
-from specforge.host import keep_freed_memory
-from specforge.modeling.target_head import TargetHead
+from specforge.inference.target_head import TargetHead
+from specforge.system import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from specforge.options import (
     Seconds,
     Seed,
 )
+from specforge.runtime.addresses import open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED
-from specforge.runtime.control_plane.stream import KEPT, Room, StreamedSamples
+from specforge.runtime.control_plane.streamed import KEPT, Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
-from specforge.runtime.places import open_backend, open_metadata, shown
 
 
 class DisaggregatedDataModule(FeatureDataModule):

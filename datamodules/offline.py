@@ -10,7 +10,7 @@ from datamodules.base import FeatureDataModule
 from specforge.contracts import SampleRef, TokenCounts
 from specforge.errors import UserError
 from specforge.options import NonNegativeInt, PositiveInt, Seed
-from specforge.runtime.data_plane.features import FeatureFolder
+from specforge.runtime.data_plane.feature_folder import FeatureFolder
 from specforge.runtime.data_plane.store import SampleStore
 
 

@@ -16,13 +16,13 @@ from datamodules.base import FeatureDataModule
 from specforge.contracts import PromptTask, Provenance, SampleRef, TokenCounts
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
-from specforge.host import pick_device
 from specforge.inference.rollout_worker import RolloutWorker, expect, plan_batches
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
 from specforge.options import Dtype, NonNegativeInt, PositiveInt, Seed
 from specforge.runtime.data_plane.local import MemoryBackend
-from specforge.runtime.data_plane.produced import ProducedSamples
+from specforge.runtime.data_plane.on_demand import ProducedSamples
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
+from specforge.system import pick_device
 
 
 class OnlineDataModule(FeatureDataModule):

@@ -26,11 +26,11 @@ from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
 from specforge.eval.tau import chains
-from specforge.export import DraftFormat
 from specforge.export.checkpoint import read_checkpoint
-from specforge.export.checks import check_stored
 from specforge.files import read_json
 from specforge.inference.target_engine.base import check_layers
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.modeling.draft import (
     Draft,
     as_trained,
@@ -40,11 +40,11 @@ from specforge.modeling.draft import (
     draft_class,
     read_draft,
 )  # fmt: skip
+from specforge.modeling.draft.checks import check_stored
 from specforge.modeling.draft.fields import draft_rope, quoted
-from specforge.modeling.draft.standalone import spread
-from specforge.modeling.target_head import TargetHead
-from specforge.recipes import find_draft_config
-from specforge.target_files import TargetFiles
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.registry import find_draft_config
+from specforge.modeling.draft.standalone.network import spread
 
 CHECKPOINT_KEY = "specforge"
 # Checkpoints without it were written before drafts refused fields that they do not read.

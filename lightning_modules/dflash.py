@@ -30,17 +30,17 @@ from lightning_modules.base import (
 )
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
-from specforge.decoding.block import BlockDrafter, Corrector
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.dflash import DFlashFormat
 from specforge.inference.target_engine.base import check_layers
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses.blocks import BlockLoss, Correction, DPace, block_loss
-from specforge.modeling.draft.blocks import BlockPlan, plan_blocks, sample_anchors, starts
-from specforge.modeling.draft.dflash import DFlash
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.dflash.drafter import BlockDrafter, Corrector
+from specforge.modeling.draft.dflash.export import DFlashFormat
+from specforge.modeling.draft.dflash.network import DFlash
+from specforge.modeling.draft.dflash.plan import BlockPlan, plan_blocks, sample_anchors, starts
+from specforge.modeling.draft.format import DraftFormat
 from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
-from specforge.target_files import TargetFiles
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
 

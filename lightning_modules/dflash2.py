@@ -1,8 +1,8 @@
 """DFlash-2: DFlash whose slots read their neighbours, and whose tokens are chosen in view of the one before.
 
-The network is that of the published checkpoints (see :mod:`specforge.modeling.draft.dflash2`). How they were trained
-is not published; the objective is another public implementation's: Σ w (CE of the base logits + α CE among the K
-likeliest tokens with the selector's scores, given the true token before) / (supervised drafts of the optimizer
+The network is that of the published checkpoints (see :mod:`specforge.modeling.draft.dflash.dflash2`). How they were
+trained is not published; the objective is another public implementation's: Σ w (CE of the base logits + α CE among
+the K likeliest tokens with the selector's scores, given the true token before) / (supervised drafts of the optimizer
 window), w = exp(-(k-1)/γ). A label that is not among the K replaces the last of them.
 """
 
@@ -17,13 +17,13 @@ from lightning_modules.base import initialise
 from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
-from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dflash2 import DFlash2, DynamicConv, SelectingCorrector
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.dflash.dflash2 import DFlash2, DynamicConv, SelectingCorrector
+from specforge.modeling.draft.dflash.plan import BlockPlan
 from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt
-from specforge.target_files import TargetFiles
 
 
 class DFlash2Module(DFlashModule):

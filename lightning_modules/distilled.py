@@ -18,12 +18,12 @@ from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
 from specforge.errors import UserError
 from specforge.eval.tau import chains
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.losses import TeacherRows, chunked_distillation, feature_distance
 from specforge.losses.objectives import Objective
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.unroll import UnrollPlan
-from specforge.modeling.target_head import OutputHead, TargetHead
-from specforge.target_files import TargetFiles
 
 
 @dataclass(frozen=True)

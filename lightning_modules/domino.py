@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
-from specforge.export import DraftFormat
-from specforge.export.dflash import DominoFormat
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses.blocks import BlockLoss, Correction, block_loss
-from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.domino import Domino, DominoCorrector
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.dflash.domino import Domino, DominoCorrector
+from specforge.modeling.draft.dflash.export import DominoFormat
+from specforge.modeling.draft.dflash.plan import BlockPlan
+from specforge.modeling.draft.format import DraftFormat
 from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
-from specforge.target_files import TargetFiles
 
 
 class DominoModule(DFlashModule):

@@ -18,14 +18,14 @@ from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.dflash import DSparkFormat
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
-from specforge.modeling.draft.blocks import BlockPlan
-from specforge.modeling.draft.dspark import DSpark, MarkovCorrector
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.dflash.dspark import DSpark, MarkovCorrector
+from specforge.modeling.draft.dflash.export import DSparkFormat
+from specforge.modeling.draft.dflash.plan import BlockPlan
+from specforge.modeling.draft.format import DraftFormat
 from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from specforge.target_files import TargetFiles
 
 
 class DSparkModule(DFlashModule):

@@ -17,12 +17,12 @@ from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
-from specforge.export import DraftFormat
-from specforge.export.eagle3 import Eagle3Format
+from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.losses import make_objective
-from specforge.modeling.draft.eagle3 import Eagle3Draft
+from specforge.modeling.draft.eagle3.export import Eagle3Format
+from specforge.modeling.draft.eagle3.network import Eagle3Draft
+from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.unroll import plan_unroll
-from specforge.modeling.target_head import OutputHead, TargetHead
 from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 

@@ -17,8 +17,8 @@ from lightning_modules.base import (
 from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
 from specforge.inference.target_engine.base import check_layers
-from specforge.modeling.draft.fused import FusedDraft
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft.eagle3.family import FusedDraft
 
 
 class FusedModule(DistilledModule):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_modules.medusa import MedusaModule
-from specforge.export import DraftFormat
-from specforge.export.heads import HeadsFormat
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.heads.export import HeadsFormat
 
 
 class HydraModule(MedusaModule):

@@ -23,14 +23,14 @@ from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
-from specforge.export import DraftFormat
-from specforge.export.mtp import MTPFormat, mtp_family, mtp_tensors, require_mtp
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
-from specforge.modeling.draft.mtp import MTPDraft
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
+from specforge.modeling.draft.mtp.network import MTPDraft
 from specforge.modeling.draft.unroll import plan_unroll
-from specforge.modeling.target_head import TargetHead
 from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
-from specforge.target_files import TargetFiles
 
 
 class MTPModule(DistilledModule):

@@ -18,16 +18,16 @@ from lightning_modules.distilled import Students
 from lightning_modules.fused import FusedModule
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch, content_id
-from specforge.decoding.parallel import ParallelDrafter
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.peagle import PEagleFormat
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
-from specforge.modeling.draft.parallel import DepthSampling, plan_parallel
-from specforge.modeling.draft.peagle import PEagleDraft
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.peagle.drafter import ParallelDrafter
+from specforge.modeling.draft.peagle.export import PEagleFormat
+from specforge.modeling.draft.peagle.network import PEagleDraft
+from specforge.modeling.draft.peagle.plan import DepthSampling, plan_parallel
 from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Share
-from specforge.target_files import TargetFiles
 
 
 class PEagleModule(FusedModule):

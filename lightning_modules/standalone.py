@@ -22,19 +22,19 @@ from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import SampleRef, TrainBatch
 from specforge.data.templates import ChatTemplate
-from specforge.decoding.standalone import StandaloneDrafter
 from specforge.errors import UserError
-from specforge.export import DraftFormat
-from specforge.export.standalone import StandaloneFormat
 from specforge.files import read_json
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
 from specforge.modeling.draft import canonical
 from specforge.modeling.draft.fields import quoted
-from specforge.modeling.draft.standalone import StandaloneDraft, changes_of, config_like
-from specforge.modeling.target_head import TargetHead
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.registry import find_draft_config
+from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
+from specforge.modeling.draft.standalone.export import StandaloneFormat
+from specforge.modeling.draft.standalone.network import StandaloneDraft, changes_of, config_like
 from specforge.options import NonNegativeFloat, PositiveInt
-from specforge.recipes import find_draft_config
-from specforge.target_files import TargetFiles
 
 
 class StandaloneModule(DistilledModule):

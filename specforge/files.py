@@ -311,3 +311,19 @@ def first_line(error: BaseException) -> str:
     count = 2 if lines and lines[0].endswith(":") else 1  # the first may announce the second
     said = " ".join(lines[:count])
     return "".join(c if c.isprintable() else "\ufffd" for c in said[:200]) or type(error).__name__
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file for reading on the CPU.
+
+    Raises:
+        UserError: the file is missing or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error

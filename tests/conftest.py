@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import specforge.callbacks.report
-from specforge.cli import main
+from specforge.cli.main import main
 from tests.fuzz import Fuzz
 from tests.tiny import write_conversations, write_target
 

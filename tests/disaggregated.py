@@ -11,11 +11,11 @@ import torch
 
 from specforge.inference.producer import Producer
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_files import TargetFiles
+from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import DURABLE, STATES
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.runtime.places import open_backend, open_metadata
-from specforge.target_files import TargetFiles
 from tests.tiny import recipe
 
 STEPS = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 import specforge.callbacks.report
-from specforge.cli import main
+from specforge.cli.main import main
 
 END = "finished "
 

@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 def specforge(folder: Path, *commands: tuple[object, ...]) -> None:
     """Run some commands in one fresh process that finds the reader's folder on its path."""
     lines = [[str(word) for word in words] for words in commands]
-    code = f"from specforge.cli import main\nfor words in {lines!r}: assert main(words) == 0, words"
+    code = f"from specforge.cli.main import main\nfor words in {lines!r}: assert main(words) == 0, words"
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{PAGE.parents[1]}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -78,7 +78,7 @@ def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prom
     ],
 )
 def test_a_class_path_that_is_no_algorithm_is_refused_by_name(name, message):
-    from specforge.commands import find_algorithm
+    from lightning_modules.loading import find_algorithm
     from specforge.errors import UserError
 
     with pytest.raises(UserError, match=message):

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from specforge.callbacks.metrics import read_history
-from specforge.cli import main
-from specforge.recipes import recipe_folder
+from specforge.cli.main import main
+from specforge.cli.recipes import recipe_folder
 from tests.ranks import train_on_ranks
 from tests.tiny import TINY_OPTIONS, conversation
 

@@ -16,10 +16,11 @@ import torch
 
 from datamodules import DisaggregatedDataModule
 from lightning_modules.eagle3 import Eagle3Module
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_files import TargetFiles
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
@@ -30,10 +31,9 @@ from specforge.runtime.control_plane.metadata import (
     TRAINED,
     Entry,
 )
-from specforge.runtime.control_plane.stream import StreamedSamples, bottleneck
+from specforge.runtime.control_plane.streamed import StreamedSamples, bottleneck
 from specforge.runtime.data_plane import loader as loader_module
 from specforge.runtime.data_plane.loader import FeatureDataLoader
-from specforge.target_files import TargetFiles
 from tests.disaggregated import (
     STEPS,
     assert_nothing_is_left,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specforge.cli import COMMANDS, main
-from specforge.recipes import recipes
+from specforge.cli.main import COMMANDS, main
+from specforge.cli.recipes import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *recipes().values(), ROOT / "Makefile"]

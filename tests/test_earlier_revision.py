@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specforge.cli import main
+from specforge.cli.main import main
 from tests.disaggregated import assert_nothing_is_left, control, producers
 from tests.test_training import fit, losses, weights
 

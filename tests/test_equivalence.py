@@ -16,9 +16,9 @@ import torch
 import xxhash
 
 from lightning_modules.eagle3 import Eagle3Module
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.contracts import TrainBatch
-from specforge.runtime.data_plane.features import FeatureFolder
+from specforge.runtime.data_plane.feature_folder import FeatureFolder
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, producers
 from tests.runtime.control_plane.redis_server import PASSWORD, redis_server
 from tests.runtime.data_plane.mooncake_store import mooncake_store, needs_mooncake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specforge.cli import main
+from specforge.cli.main import main
 from tests.inference.test_target_server import free_port
 from tests.inference.test_target_server import start as serve
 from tests.test_equivalence import (  # noqa: F401

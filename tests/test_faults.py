@@ -45,10 +45,10 @@ from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
+from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.runtime.places import open_backend, open_metadata
 from tests.disaggregated import places, stored_bytes
 
 pytestmark = pytest.mark.faults

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import redis
 
+from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.metadata import DURABLE, STATES
-from specforge.runtime.places import open_metadata
 from tests.runtime.control_plane.redis_server import redis_server
 from tests.test_faults import World, dying, expected  # noqa: F401 - fixtures
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.eagle3 import Eagle3Module
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.errors import UserError
 from specforge.runtime.control_plane import redis as redis_store
 from specforge.runtime.control_plane.redis import RedisMetadataStore
@@ -173,7 +173,7 @@ class MooncakeServer:
         self.start()
 
     def start(self) -> None:
-        code = "from specforge.services import store_up; store_up(1 << 24, '127.0.0.1', {}, {})"
+        code = "from specforge.cli.serve import store_up; store_up(1 << 24, '127.0.0.1', {}, {})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code.format(*self.ports)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )  # fmt: skip

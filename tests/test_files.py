@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from specforge import files
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.errors import UserError
 from specforge.files import check_json, staged_folder, write_file, write_folder
 from specforge.modeling.draft import save_draft

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.eagle3 import Eagle3Module
+from lightning_modules.loading import load_module
 from specforge.callbacks.metrics import read_history
-from specforge.commands import load_module
+from specforge.cli.fit import main
 from specforge.errors import mistake_behind
 from specforge.eval.report import write_report
-from specforge.training import main
 from tests.fuzz import survives
 from tests.tiny import recipe
 

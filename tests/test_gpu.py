@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from specforge.cli import main
+from specforge.cli.main import main
+from specforge.cli.recipes import recipe_folder
 from specforge.contracts import CapturePolicy
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.recipes import recipe_folder
+from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.local import MemoryBackend
-from specforge.target_files import TargetFiles
 from tests.disaggregated import places, producers
 from tests.tiny import TINY_OPTIONS
 

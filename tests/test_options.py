@@ -9,8 +9,9 @@ import jsonargparse
 import pytest
 
 from datamodules import DisaggregatedDataModule, OfflineDataModule, OnlineDataModule
-from specforge.cli import main
-from specforge.commands import _FUNCTIONS
+from specforge.cli.commands import _FUNCTIONS
+from specforge.cli.fit import explain
+from specforge.cli.main import main
 from specforge.options import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,7 +24,6 @@ from specforge.options import (
     Seed,
     Share,
 )
-from specforge.training import explain
 
 KINDS = {
     "count": (PositiveInt, ("0", "-1", "2.5", "x", "nan", "9" * 19), ("1", "64")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specforge.cli import main
+from specforge.cli.main import main
 
 TARGET = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[1] / "configs" / "quickstart" / "conversations.jsonl"

@@ -125,7 +125,7 @@ def test_a_host_that_is_cut_off_only_costs_time(target, prompts, tmp_path, offli
     redis = (
         f"redis-server --bind {network.address(SERVERS)} --protected-mode no --appendonly no --dir".split()
     )
-    command = [sys.executable, "-m", "specforge.cli"]
+    command = [sys.executable, "-m", "specforge.cli.main"]
     with ExitStack() as stack:
 
         def start(host: str, *words: object) -> subprocess.Popen[str]:

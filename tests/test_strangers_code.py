@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specforge.cli import main
-from specforge.commands import load_module
+from lightning_modules.loading import load_module
+from specforge.cli.main import main
 from specforge.errors import UserError
 from specforge.export.checkpoint import checkpoint_bytes
 from tests.tiny import recipe

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.decoding.runners import runs_in_lockstep
 from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
+from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import build_draft
-from specforge.target_files import TargetFiles
 from tests.families import FAMILIES, write_family
 from tests.tiny import recipe, write_conversations
 

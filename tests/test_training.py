@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from specforge.cli import main
+from specforge.cli.main import main
 from tests.tiny import recipe
 
 FIT = [str(Path(sys.executable).with_name("specforge")), "fit"]
@@ -218,7 +218,7 @@ def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
     code = (
         "import sys, torch.distributed as d\n"
         "from torch.nn.parallel import DistributedDataParallel as D\n"
-        "import specforge.training\n"
+        "import specforge.cli.fit\n"
         "count = 0\n"
         "def hook(state, bucket):\n"
         "    global count; count += bucket.is_last()\n"
@@ -227,7 +227,7 @@ def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
         "original = D.__init__\n"
         "def init(self, *a, **k): original(self, *a, **k); self.register_comm_hook(None, hook)\n"
         "D.__init__ = init\n"
-        "from specforge.cli import main\n"
+        "from specforge.cli.main import main\n"
         "status = main(sys.argv[1:])\n"
         "print('reductions', count)\n"
         "sys.exit(status)\n"

@@ -99,7 +99,7 @@ class PromptSet:
 
     @classmethod
     def _read(cls, folder: Path, meta: dict[str, Any]) -> PromptSet:
-        from specforge.target_files import open_safetensors
+        from specforge.files import open_safetensors
 
         with open_safetensors(folder / _TENSORS) as file:
             tensors = {name: file.get_tensor(name) for name in _NAMES}

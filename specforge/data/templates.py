@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from specforge.contracts import content_id
 from specforge.data.conversations import (
@@ -25,7 +25,18 @@ from specforge.data.rendering import Renderer
 from specforge.data.turns import Asked, Refusal, TokenSample, Turn, TurnTokenizer, join
 from specforge.errors import UserError
 from specforge.files import first_line, read_json
-from specforge.target_files import TargetFiles
+
+
+class TokenizerFolder(Protocol):
+    """A target, as far as its tokenizer goes."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the tokenizer's files."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's embedding."""
 
 
 class ChatTemplate:
@@ -59,7 +70,7 @@ class ChatTemplate:
 
     @classmethod
     def load(
-        cls, target: TargetFiles, chat_template: Path | None = None, last_turn_only: bool = False
+        cls, target: TokenizerFolder, chat_template: Path | None = None, last_turn_only: bool = False
     ) -> ChatTemplate:
         """The tokenizer of a target.
 

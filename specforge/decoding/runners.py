@@ -19,7 +19,7 @@ from torch import Tensor
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import Features
 from specforge.inference.target_engine.hf import FeatureTap, can_take_back, takes_positions
-from specforge.modeling.target_layers import backbone
+from specforge.inference.target_layers import backbone
 
 Outputs = list[tuple[Tensor, Features]]
 

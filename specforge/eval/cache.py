@@ -21,8 +21,7 @@ from torch import Tensor
 
 from specforge.contracts import CapturePolicy, TrainBatch, content_id, mask_spans
 from specforge.decoding.verify import Sampling
-from specforge.files import disk_error
-from specforge.target_files import open_safetensors
+from specforge.files import disk_error, open_safetensors
 
 FORMAT = 2
 

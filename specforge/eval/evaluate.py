@@ -28,8 +28,8 @@ from specforge.eval.cache import EvalCache, EvalKey, Reference
 from specforge.eval.offline import draft_rounds, text_rounds
 from specforge.eval.tau import Rounds, Tau, pooled_tau
 from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
-from specforge.modeling.target_head import TargetHead
-from specforge.target_files import TargetFiles, torch_dtype
+from specforge.inference.target_files import TargetFiles, torch_dtype
+from specforge.inference.target_head import TargetHead
 
 # Two logits closer than this, relative to their size, are a tie in fp32: which is larger depends on the shape
 # of the matrix product that computed them.

@@ -13,7 +13,7 @@ from specforge.decoding.drafters import Drafter
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import Reference
 from specforge.eval.tau import Rounds, chains, expected_rounds, jump
-from specforge.modeling.target_head import TargetHead
+from specforge.inference.target_head import TargetHead
 
 
 @torch.inference_mode()

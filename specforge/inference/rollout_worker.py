@@ -27,9 +27,9 @@ from specforge.contracts import (
     content_id,
 )
 from specforge.inference.target_engine import TargetEngine
+from specforge.inference.target_files import torch_dtype
 from specforge.runtime.data_plane.encoding import stored_width
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
-from specforge.target_files import torch_dtype
 
 
 def sample_id(task: PromptTask, provenance: Provenance) -> str:

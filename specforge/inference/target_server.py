@@ -36,8 +36,8 @@ from specforge.inference.target_engine.http import (
     printable,
     read_token,
 )
+from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
-from specforge.target_files import TargetFiles
 
 _BYTES_PER_TOKEN = 12  # of a token id in JSON
 _CONNECTIONS, _STRANGERS = 64, 64  # most that have shown the token, and that have not

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specforge.inference.target_head import OutputHead
 from specforge.losses.chunked import add_product, default_chunk
-from specforge.modeling.target_head import OutputHead
 
 # Tiles that end where a block does are padded to a multiple of this (see specforge.modeling.draft.unroll.ROUND).
 _ROUND = 32

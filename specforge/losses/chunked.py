@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specforge.inference.target_head import OutputHead
 from specforge.losses.objectives import Objective, Student, Teacher
-from specforge.modeling.target_head import OutputHead
 
 _TILE_BYTES = {"cpu": 4 << 20}
 _TILE_BYTES_ACCELERATOR = 512 << 20

@@ -21,7 +21,7 @@ import torch
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.export.checkpoint import read_checkpoint
 from tests.tiny import recipe
 

@@ -20,10 +20,10 @@ import pytest
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge import stopping
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
-from specforge.target_files import TargetFiles
 from tests.disaggregated import disaggregated, places, producers
 from tests.inference.test_target_server import serving
 from tests.test_disaggregated import RANKS, second_rank

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import specforge.files
-from specforge.cli import main
-from specforge.commands import _with_prompt
+from specforge.cli.commands import _with_prompt
+from specforge.cli.main import main
 from specforge.data.prompts import PromptSet, identity, load_splits
 from specforge.errors import UserError
 from tests.data.chats import TEMPLATES, says, talk

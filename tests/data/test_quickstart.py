@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.data.prompts import identity, load_splits
 
 ROOT = Path(__file__).parents[2]

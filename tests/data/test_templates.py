@@ -10,7 +10,7 @@ import pytest
 from specforge.data.conversations import parse_record
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 from tests.data.chats import chat, says, talk, tokenizer
 from tests.data.chats import learnt as marked
 from tests.tiny import write_target

@@ -15,7 +15,7 @@ from specforge.decoding.decoder import decode
 from specforge.decoding.drafters import NGramDrafter, NoDrafter
 from specforge.decoding.verify import Proposal, Sampling, verify
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from specforge.decoding.runners import (
     runs_in_lockstep,
 )
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 from tests.families import write_family
 
 POLICY = CapturePolicy((1, 4), last_hidden_states=True)

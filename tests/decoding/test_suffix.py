@@ -12,7 +12,7 @@ from specforge.eval.baselines import baselines
 from specforge.eval.cache import Reference
 from specforge.eval.offline import text_rounds
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 
 END = None  # what follows the end of a corpus' text
 

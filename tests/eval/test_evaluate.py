@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 import torch
 
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.contracts import CapturePolicy
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import EvalCache, EvalKey, Reference

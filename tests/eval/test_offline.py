@@ -11,7 +11,7 @@ from specforge.decoding.verify import Sampling
 from specforge.eval.cache import Reference
 from specforge.eval.offline import draft_rounds
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3])

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
-from specforge.float8_blocks import quantise
+from specforge.inference.float8_blocks import quantise
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
 from tests.families import write_family
 
 POLICY = CapturePolicy((1, 3, 4))

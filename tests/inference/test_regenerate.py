@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.data.conversations import parse_record
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError

@@ -25,8 +25,8 @@ from specforge.errors import UserError
 from specforge.inference import target_server
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
+from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
-from specforge.target_files import TargetFiles
 from tests.fuzz import survives
 from tests.runtime.control_plane.redis_server import make_certificates
 
@@ -541,7 +541,7 @@ def start(target: Path, token_file: Path, port: int = 0) -> subprocess.Popen:
         token_file,
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "specforge.cli.main", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specforge.contracts import TrainBatch
-from specforge.modeling.target_head import TargetHead
+from specforge.inference.target_head import TargetHead
 from tests.lightning_modules.test_eagle3 import make_documents, make_head, pack, run, same
 
 

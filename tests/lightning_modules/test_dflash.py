@@ -11,7 +11,7 @@ import torch
 from lightning_modules.dflash import DFlashModule
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
-from specforge.modeling.draft.blocks import plan_blocks, sample_anchors
+from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
 from tests.lightning_modules.block_reference import BlockReference, dflash_document
 from tests.lightning_modules.checks import (
     assert_bf16_gradients_are_close,

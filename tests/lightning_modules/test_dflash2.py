@@ -13,7 +13,7 @@ from lightning_modules.dflash import DFlashModule
 from lightning_modules.dflash2 import DFlash2Module
 from specforge.contracts import AUX_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
-from specforge.modeling.target_head import TargetHead
+from specforge.inference.target_head import TargetHead
 from tests.lightning_modules.block_reference import BlockReference
 from tests.lightning_modules.checks import (
     assert_bf16_gradients_are_close,

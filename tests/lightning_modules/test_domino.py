@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lightning_modules.domino
 from lightning_modules.domino import DominoModule
-from specforge.cli import main
+from specforge.cli.main import main
 from specforge.contracts import AUX_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
 from tests.lightning_modules.block_reference import BlockReference

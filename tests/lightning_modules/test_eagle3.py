@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
+from specforge.inference.target_head import TargetHead
 from specforge.modeling.layers.attention import Segment, ttt_attention
-from specforge.modeling.target_head import TargetHead
 from tests.lightning_modules.eagle3_reference import LatentReference, Reference
 from tests.tiny import write_target
 

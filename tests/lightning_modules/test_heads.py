@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.hydra import HydraModule
+from lightning_modules.loading import load_module
 from lightning_modules.medusa import MedusaModule
-from specforge.commands import load_module
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
 from tests.lightning_modules.heads_reference import HeadsReference

@@ -16,8 +16,8 @@ from lightning_modules.dflash import DFlashModule
 from lightning_modules.eagle3 import Eagle3Module
 from lightning_modules.peagle import PEagleModule
 from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import build_draft
-from specforge.target_files import TargetFiles
 from tests.families import BASE, FAMILIES, LLAMA3, YARN
 from tests.tiny import write_target
 

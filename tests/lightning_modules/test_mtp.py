@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from lightning_modules.mtp import MTPModule
 from specforge.contracts import LAST_HIDDEN_STATES, mask_spans
 from specforge.errors import UserError
-from specforge.export.mtp import mtp_tensors
-from specforge.modeling.target_head import TargetHead
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
+from specforge.modeling.draft.mtp.export import mtp_tensors
 from tests.lightning_modules.mtp_reference import LatentMTPReference, MTPReference
 from tests.lightning_modules.test_eagle3 import V, make_head, pack, run, same, small_target
 from tests.lightning_modules.test_heads import documents_of, mask_prompts

@@ -18,8 +18,8 @@ from specforge.contracts import TrainBatch
 from specforge.decoding.decoder import decode
 from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.modeling.target_head import OutputHead
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import OutputHead
 from tests.decoding.test_decoding import plain
 from tests.tiny import write_tokenizer
 

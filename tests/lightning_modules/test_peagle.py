@@ -14,7 +14,7 @@ import torch
 from lightning_modules.peagle import PEagleModule
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
-from specforge.modeling.draft.parallel import DepthSampling, ParallelPlan, plan_parallel
+from specforge.modeling.draft.peagle.plan import DepthSampling, ParallelPlan, plan_parallel
 from tests.lightning_modules.peagle_reference import Reference
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import write_target
@@ -128,7 +128,7 @@ def test_padding_chunks_and_order_change_nothing(small_target, monkeypatch):
     same(run(make_module(small_target), head, [join(documents[::-1])]), expected)
     same(run(make_module(small_target, chunk=1), head, [join(documents)]), expected)
     for size in (1, 4, 7):  # elements of an attention product; an anchor's are never parted
-        monkeypatch.setattr("specforge.modeling.draft.parallel._CHUNK", size)
+        monkeypatch.setattr("specforge.modeling.draft.peagle.plan._CHUNK", size)
         same(run(make_module(small_target), head, [join(documents)]), expected)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from specforge.cli import main
-from specforge.target_files import TargetFiles
+from specforge.cli.main import main
+from specforge.inference.target_files import TargetFiles
 from tests.tiny import recipe
 
 MODEL = {

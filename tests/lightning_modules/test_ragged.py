@@ -11,7 +11,7 @@ import torch
 
 import lightning_modules
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
-from specforge.modeling.target_head import TargetHead
+from specforge.inference.target_head import TargetHead
 from tests.lightning_modules.test_eagle3 import run, same
 from tests.tiny import write_target
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.loading import load_module
 from lightning_modules.standalone import StandaloneModule
-from specforge.cli import main
-from specforge.commands import load_module
+from specforge.cli.main import main
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.decoder import decode
 from specforge.decoding.verify import Sampling
@@ -21,8 +21,8 @@ from specforge.eval.cache import Reference
 from specforge.eval.offline import draft_rounds
 from specforge.eval.tau import jump
 from specforge.inference.target_engine import HFTargetEngine
-from specforge.modeling.target_head import TargetHead
-from specforge.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_head import TargetHead
 from tests.families import BASE, LONGROPE, write_family
 from tests.lightning_modules.test_eagle3 import make_documents, make_head, pack, same
 from tests.tiny import recipe, write_target

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightning_modules
-from specforge.cli import main
-from specforge.commands import load_module
+from lightning_modules.loading import load_module
+from specforge.cli.main import main
 from specforge.errors import UserError
 from tests.fuzz import survives
 from tests.tiny import recipe, write_target

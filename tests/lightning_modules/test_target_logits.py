@@ -14,7 +14,7 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import Reference as Answer
 from specforge.eval.offline import draft_rounds
-from specforge.modeling.target_head import OutputHead, TargetHead
+from specforge.inference.target_head import OutputHead, TargetHead
 from tests.lightning_modules import test_dflash2, test_domino, test_dspark
 from tests.lightning_modules.block_reference import BlockReference, dflash_document
 from tests.lightning_modules.eagle3_reference import Reference

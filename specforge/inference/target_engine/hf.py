@@ -15,9 +15,9 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePo
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_engine.base import check_layers, feature_widths
-from specforge.modeling.target_head import TargetHead, distance
-from specforge.modeling.target_layers import backbone, decoder_layers
-from specforge.target_files import TargetFiles, torch_dtype
+from specforge.inference.target_files import TargetFiles, torch_dtype
+from specforge.inference.target_head import TargetHead, distance
+from specforge.inference.target_layers import backbone, decoder_layers
 
 
 class FeatureTap:

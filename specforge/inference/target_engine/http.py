@@ -29,9 +29,9 @@ from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.files import read_secret
 from specforge.inference.target_engine.base import check_layers, feature_widths
+from specforge.inference.target_files import TargetFiles, torch_dtype
+from specforge.runtime.addresses import shown
 from specforge.runtime.data_plane.encoding import decode, encode
-from specforge.runtime.places import shown
-from specforge.target_files import TargetFiles, torch_dtype
 
 PATH = "/v1/features"
 CHECKSUM = "X-Checksum"

@@ -1,7 +1,7 @@
-"""Draft networks. Importing the package registers every file in it."""
+"""Draft networks, a folder for each family. Importing the package registers every network in it."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 from specforge.modeling.draft.registry import (
     Draft,
@@ -15,8 +15,8 @@ from specforge.modeling.draft.registry import (
     save_draft,
 )
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+for _module in walk_packages(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 __all__ = [
     "Draft", "as_trained", "build_draft", "canonical", "config_fields", "draft_class", "read_draft",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Container, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import first_line, parse_json, read_json, write_folder
-from specforge.host import available_memory
 from specforge.modeling.draft.fields import (
     ANYTHING,
     Fields,
@@ -31,6 +31,7 @@ from specforge.modeling.draft.fields import (
     rope_fields,
     without_what_was_ignored,
 )  # fmt: skip
+from specforge.system import available_memory
 
 
 class Draft(nn.Module):
@@ -323,6 +324,19 @@ def config_fields(draft: Draft) -> dict[str, Any]:
     """The fields of the draft's ``config.json``."""
     fields: dict[str, Any] = json.loads(draft.config.to_json_string(use_diff=False))
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def find_draft_config(name: str) -> Path:
+    """A draft config by path or, where there is no such file, by the name of a shipped one.
+
+    Raises:
+        UserError: there is neither.
+    """
+    folder = Path(str(files("specforge.configs"))) / "draft"
+    shipped = {path.name: path for path in sorted(folder.glob("*.json"))}
+    if not Path(name).exists() and name not in shipped:
+        raise UserError(f"{name}: no such file, and no such draft config (there are {', '.join(shipped)})")
+    return Path(name) if Path(name).exists() else shipped[name]
 
 
 def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:

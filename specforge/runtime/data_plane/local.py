@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specforge.files import disk_error, sync_folder
-from specforge.runtime.data_plane.flat import FlatTensors, write_flat
+from specforge.runtime.data_plane.safetensors_io import FlatTensors, write_flat
 
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 

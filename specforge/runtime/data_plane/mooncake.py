@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.runtime.data_plane.flat import SAMPLE_HEADER, FlatTensors, lay_out
+from specforge.runtime.data_plane.safetensors_io import SAMPLE_HEADER, FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)

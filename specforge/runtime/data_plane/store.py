@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef
 from specforge.runtime.data_plane.encoding import decode, encode
-from specforge.runtime.data_plane.flat import bytes_of
+from specforge.runtime.data_plane.safetensors_io import bytes_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from specforge.cli.recipes import recipe_folder
 from specforge.errors import UserError
 from specforge.modeling.draft import build_draft, canonical, registry
-from specforge.recipes import recipe_folder
 from tests.fuzz import survives
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_modules import algorithms
 from specforge.errors import UserError
 from specforge.modeling.draft import build_draft, config_fields
-from specforge.modeling.draft.blocks import plan_blocks, sample_anchors
-from specforge.modeling.draft.parallel import plan_parallel
+from specforge.modeling.draft.dflash.attention import block_attention
+from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
+from specforge.modeling.draft.peagle.attention import deep_attention
+from specforge.modeling.draft.peagle.plan import plan_parallel
 from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.block_attention import block_attention
 from specforge.modeling.layers.flex_attention import Sight, attend
-from specforge.modeling.layers.parallel_attention import deep_attention
 
 LENGTHS, PADDED = (90, 3, 170, 41), 320
 SPANS = [(10, 60), (70, 88), (100, 240), (270, 304)]

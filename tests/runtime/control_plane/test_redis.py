@@ -11,12 +11,12 @@ import redis
 
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
+from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED, STATES, StateError
 from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.runtime.places import open_metadata
 from tests.fuzz import survives
 from tests.runtime.control_plane.redis_server import redis_server
 from tests.runtime.control_plane.test_metadata import advance, filled, no_server, states

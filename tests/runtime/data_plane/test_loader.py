@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec
 from specforge.errors import UserError
-from specforge.runtime.data_plane.features import FeatureFolder
+from specforge.runtime.data_plane.feature_folder import FeatureFolder
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.packing import BatchPlan
 from specforge.runtime.data_plane.store import BadSampleError

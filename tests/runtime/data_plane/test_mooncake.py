@@ -18,10 +18,10 @@ from threading import Event
 import pytest
 import torch
 
+from specforge.cli.serve import mooncake_master
 from specforge.errors import UserError
 from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend, connect
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
-from specforge.services import mooncake_master
 from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
 from tests.runtime.data_plane.test_store import PROVENANCE, SampleRef, put, sample
 

@@ -1,0 +1,157 @@
+"""The commands that run until they are stopped. On the loopback, unless they are told otherwise."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
+from specforge.options import Dtype, Port, PositiveInt
+from specforge.system import end_with_parent, interrupt_on_sigterm, pick_device
+
+
+def serve_target(
+    target: str,
+    port: Port = 8010,
+    host: str = "127.0.0.1",
+    token_file: Path = Path("runs/target.token"),
+    dtype: Dtype = "bfloat16",
+    device: str = "auto",
+    max_tokens: PositiveInt = 65536,
+) -> None:
+    """Serve a target's features over HTTP until SIGTERM or Ctrl-C; nothing is stored.
+
+    Args:
+        target: folder or hub name of the target.
+        port: to listen on.
+        host: address to listen on; others than the loopback are reached from other hosts, by whoever has the token.
+        token_file: holds the token that requests must carry; made if it does not exist.
+        dtype: compute dtype, and that of the features.
+        device: cpu, cuda, ... or auto.
+        max_tokens: most tokens of a request, padding included.
+    """
+    from specforge.inference.target_engine import HFTargetEngine
+    from specforge.inference.target_server import TargetServer, make_token
+
+    place, files = pick_device(device), TargetFiles.find(target)
+    token = make_token(token_file)
+    engine = HFTargetEngine(files, dtype, place)
+    interrupt_on_sigterm()
+    with TargetServer(engine, files, token, host, port, max_tokens=max_tokens) as server:
+        print(
+            f"{server.url}: features of {files.name} ({files.fingerprint[:8]}) in {dtype}; token in {token_file}\n"
+            f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {server.url} "
+            f"--data.token_file {token_file}",
+            flush=True,
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+
+
+@contextmanager
+def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A Mooncake master that evicts nothing; it ends with the block, or with this process.
+
+    Args:
+        host: address that it listens on.
+        port: of its RPC.
+        metrics_port: of its HTTP.
+
+    Raises:
+        UserError: Mooncake is not installed, a port is taken, or the master ends at once.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("mooncake")
+    if spec is None or spec.origin is None:
+        raise UserError("store: Mooncake is not installed; pip install 'specforge[mooncake]'")
+    for number in (port, metrics_port):
+        _check_free(host, number)
+    command = [
+        str(Path(spec.origin).with_name("mooncake_master")), f"--rpc_address={host}", f"--rpc_port={port}",
+        f"--metrics_host={host}", f"--metrics_port={metrics_port}", "--default_kv_lease_ttl=60s",
+        "--eviction_high_watermark_ratio=1.0", "--eviction_ratio=0", "--client_ttl=10",
+        "--put_start_discard_timeout_sec=30", "--put_start_release_timeout_sec=60",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=end_with_parent(os.getpid())
+    )
+    try:
+        for _ in range(1000):
+            with socket.socket() as probe:
+                if probe.connect_ex((host, port)) == 0:
+                    break
+            if process.poll() is not None:
+                raise UserError(
+                    f"{command[0]}: ended with status {process.returncode}; run it by hand to see why"
+                )
+            time.sleep(0.01)  # there is nothing to wait on but the port
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
+
+
+def store_up(
+    size: PositiveInt = 4 << 30,
+    host: str = "127.0.0.1",
+    port: Port = 50051,
+    metrics_port: Port = 9003,
+    protocol: Literal["tcp", "rdma"] = "tcp",
+    devices: str = "",
+) -> None:
+    """Run a Mooncake store in this host's memory until SIGTERM or Ctrl-C; what it holds ends with it.
+
+    Args:
+        size: bytes of memory to lend.
+        host: address of this host that the master listens on; others than the loopback are open to the network.
+        port: of the master.
+        metrics_port: of the master's HTTP, which lists what is stored.
+        protocol: tcp or rdma.
+        devices: RDMA devices, with commas; empty for all.
+    """
+    from specforge.runtime.data_plane.mooncake import MooncakeAddress, connect
+
+    address = MooncakeAddress(host, port, metrics_port, protocol, devices)
+    interrupt_on_sigterm()
+    with mooncake_master(host, port, metrics_port) as master:
+        owner = connect(address, size)
+        try:
+            interrupt_on_sigterm()  # again: Mooncake has handlers of its own
+            print(
+                f"{address}: {size / 2**30:.1f} GiB; put it into the configuration: --data.store '{address}', and "
+                f"--store '{address}' of `specforge produce`\n"
+                "Mooncake has no authentication, and its clients listen on all addresses: use a trusted network",
+                flush=True,
+            )
+            raise UserError(f"{address}: the master ended with status {_wait(master)}")
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+        finally:
+            owner.close()
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:  # a signal that one of Mooncake's threads took is only seen between two system calls
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            continue

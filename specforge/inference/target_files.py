@@ -1,0 +1,388 @@
+"""A frozen target as files: where it is, what its config says, single tensors, and its fingerprint.
+
+What the files mean is asked of transformers, whose classes run the target: fields that config.json leaves at the
+class's default, which tensors are the embedding and the head, whether the two are one, and what the class does to the
+head's product before it calls it logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.files import first_line, open_safetensors, read_json
+from specforge.inference.float8_blocks import FLOAT8, SCALE, Block, dequantise
+
+_SAMPLE = 1 << 16
+_SAMPLES_PER_FILE = 64
+# Names that checkpoints may have where the class has others: transformers renames such tensors when it loads them.
+_OTHER_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+# What classes multiply (1) or divide (-1) the head's product by; HyperCLOVA X alone multiplies by its logits_scaling.
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target model's folder.
+
+    Attributes:
+        name: what the user called it.
+        folder: local folder with config.json and safetensors.
+    """
+
+    name: str
+    folder: Path
+
+    @classmethod
+    def find(cls, name: str, what: str = "target") -> TargetFiles:
+        """Locate a target by folder or hub name.
+
+        Args:
+            name: folder or hub name.
+            what: what to call it in an error message.
+
+        Raises:
+            UserError: no such folder, and the hub has no such model or does not answer.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            folder = _from_hub(name, what)
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: no config.json, so this is not a model folder")
+        return cls(name, folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of the config as transformers reads it, defaults of its class included; a copy of one's own.
+
+        It is the text part's where the model has several modalities. Fields that the class has under a name of its own
+        (GPT-2's ``n_embd``) are there under the common name too.
+        """
+        config = self._parsed
+        return {**config.to_dict(), **{name: getattr(config, name) for name in config.attribute_map}}
+
+    @cached_property
+    def _parsed(self) -> Any:
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = self._raw.get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            code = "; the code that comes with it (auto_map) is never run" if "auto_map" in self._raw else ""
+            raise UserError(
+                f"{self.folder / 'config.json'}: transformers has no model_type {kind!r}{code}"[:400]
+            )
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(
+                decoder=True
+            )
+        except Exception as error:  # whatever a class makes of a user's file
+            raise UserError(f"{self.folder / 'config.json'}: {first_line(error)}") from error
+
+    @cached_property
+    def _raw(self) -> dict[str, Any]:
+        whole = read_json(self.folder / "config.json")
+        if not isinstance(whole, dict):
+            raise UserError(f"{self.folder / 'config.json'}: not a JSON object")
+        return whole
+
+    def model_config(self) -> Any:
+        """A copy of the transformers config."""
+        return copy.deepcopy(self._parsed)
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        """The model of the target's class, without weights: it says what its parts are called."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self._parsed, trust_remote_code=False)
+        except Exception as error:  # whatever a class makes of a user's file
+            raise UserError(f"{self.folder}: transformers cannot build it ({first_line(error)})") from error
+
+    @cached_property
+    def weight_block(self) -> Block | None:
+        """Rows and columns of a block of 8-bit weights with one scale each; None where the config has no such."""
+        form = self._raw.get("quantization_config") or self.config.get("quantization_config") or {}
+        block: list[int] = form.get("weight_block_size") or []
+        return (int(block[0]), int(block[1])) if len(block) == 2 else None
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self._count("hidden_size")
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self._count("num_hidden_layers")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self._count("vocab_size")
+
+    def _count(self, key: str) -> int:
+        value = self.config.get(key)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{self.folder / 'config.json'}: {key} is {value}, not a whole number of at least 1"
+            )
+        return value
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text that the target is made for; None where its config does not say."""
+        found = self.config.get("max_position_embeddings")
+        if type(found) is not int or found < 1:
+            return None
+        factors = [
+            part.get("factor") or 1
+            for part in self._rope_parts
+            if part.get("rope_type") in ("linear", "dynamic", "yarn")
+            and not part.get("original_max_position_embeddings")
+        ]
+        return int(found * max(factors, default=1))
+
+    @cached_property
+    def learnt_positions(self) -> int | None:
+        """Tokens of the longest text that the target can read, because it learnt its positions; None: no such limit."""
+        table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
+        found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+        # Some classes keep two rows of the table for padding.
+        return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
+
+    @cached_property
+    def positions_change_at(self) -> int | None:
+        """Tokens of a text beyond which the target's rotary positions are others, for all of its tokens; None: never.
+
+        The types ``longrope`` and ``dynamic`` of transformers: what a token is then depends on how long the text is,
+        and on what it is read together with.
+        """
+        limits = [
+            (part.get("original_max_position_embeddings") if kind == "longrope" else None)
+            or self.config.get("max_position_embeddings")
+            for part in self._rope_parts
+            if (kind := part.get("rope_type")) in ("longrope", "dynamic")
+        ]
+        return min((limit for limit in limits if type(limit) is int and limit > 0), default=None)
+
+    @property
+    def _rope_parts(self) -> list[dict[str, Any]]:
+        """Parameters of the rotary positions, of each kind of layer where those differ."""
+        rope = self.config.get("rope_parameters") or {}
+        return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+    @cached_property
+    def weight_files(self) -> dict[str, Path]:
+        """Tensor name to the safetensors file that holds it; a single file before an index, as transformers has it."""
+        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if single.exists():
+            with open_safetensors(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if index.exists():
+            return _indexed(index)
+        pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which SpecForge never loads" if pickles else ""
+        raise UserError(f"{self.folder}: no model.safetensors{hint}")
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor; 8-bit weights with one scale a block become fp32.
+
+        Raises:
+            UserError: it is quantised otherwise.
+        """
+        tensor = self._stored(name)
+        if tensor.dtype.itemsize > 1:
+            return tensor
+        scales = name + SCALE
+        if tensor.dtype != FLOAT8 or self.weight_block is None or scales not in self.weight_files:
+            raise UserError(
+                f"{self.name}: {name} is quantised to {str(tensor.dtype).removeprefix('torch.')}, of which only "
+                "float8_e4m3fn with one scale a block is read; use a bfloat16 copy"
+            )
+        try:
+            return dequantise(tensor, self._stored(scales), self.weight_block)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {name}: {error}") from error
+
+    def _stored(self, name: str) -> Tensor:
+        with open_safetensors(self.weight_files[name]) as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def embedding(self) -> Tensor:
+        """The token embedding, ``[V, H]``.
+
+        Raises:
+            UserError: there is none, or it has another shape.
+        """
+        found = self._module_tensor(self._skeleton.get_input_embeddings(), "weight", "token embedding")
+        if found.shape != (self.vocab_size, self.hidden_size):
+            raise UserError(
+                f"{self.name}: its embedding is {tuple(found.shape)}, not {(self.vocab_size, self.hidden_size)}; "
+                "drafts read embeddings beside states of the same width"
+            )
+        return found
+
+    def lm_head(self) -> Tensor:
+        """The output matrix ``[V, H]``, times what the class multiplies the logits by.
+
+        It is the embedding where config and files tie them: as in transformers, a head of its own in the files wins.
+        """
+        found, scale = self._head_or_none("weight"), self.logit_scale
+        if found is None:
+            if not self.config.get("tie_word_embeddings"):
+                raise UserError(f"{self.folder}: no lm_head among its tensors, and its config ties none")
+            found = self.embedding()
+        return found if scale == 1.0 else (found.float() * scale).to(found.dtype)
+
+    def has_own_head(self) -> bool:
+        """Whether :meth:`lm_head` is another tensor than :meth:`embedding`."""
+        return self._head_name("weight") is not None or self.logit_scale != 1.0
+
+    def lm_head_bias(self) -> Tensor | None:
+        """What the class adds to the head's product, ``[V]``; None where it adds nothing."""
+        if getattr(self._skeleton.get_output_embeddings(), "bias", None) is None:
+            return None
+        bias = self._head_or_none("bias")
+        if bias is None:
+            raise UserError(f"{self.folder}: its head has a bias, which is not among its tensors")
+        return bias if self.logit_scale == 1.0 else bias * self.logit_scale
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the class multiplies the head's product by."""
+        config = self.config
+        powers = _SCALES | ({"logits_scaling": 1} if config["model_type"] == "hyperclovax" else {})
+        factors = [
+            float(value) ** power
+            for key, power in powers.items()
+            if (value := getattr(self._parsed, key, None))
+        ]
+        return float(math.prod(factors))
+
+    @cached_property
+    def softcap(self) -> float | None:
+        """C where the class calls ``c tanh(z / c)`` of the head's product z its logits, else None."""
+        caps = (self.config.get(key) for key in _CAPS)
+        return next((float(cap) for cap in caps if cap), None)
+
+    def _head_name(self, part: str) -> str | None:
+        return self._stored_name(
+            self._skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ()
+        )
+
+    def _head_or_none(self, part: str) -> Tensor | None:
+        name = self._head_name(part)
+        return None if name is None else self.tensor(name)
+
+    def _module_tensor(self, module: Any, part: str, what: str) -> Tensor:
+        name = self._stored_name(module, part)
+        if name is None:
+            raise UserError(f"{self.folder}: no {what} among its tensors")
+        return self.tensor(name)
+
+    def _stored_name(self, module: Any, part: str, others: tuple[str, ...] = ()) -> str | None:
+        """Name of a module's tensor in the files, which may have more or less in front than the class."""
+        path = next((name for name, x in self._skeleton.named_modules() if x is module), None)
+        if path is None:
+            return None
+        words = f"{path}.{part}".split(".")
+        for name in (*(".".join(words[i:]) for i in range(len(words) - 1)), *others):
+            ends = [n for n in self._own_names if n == name or n.endswith(f".{name}")]
+            if ends:
+                return min(ends, key=len)
+        return None
+
+    @property
+    def _own_names(self) -> list[str]:
+        """Names of the tensors but for MTP modules, which have norms and sometimes embeddings of their own."""
+        return [n for n in self.weight_files if not n.startswith("mtp.")]
+
+    def final_norm(self) -> Tensor:
+        """Weight of the norm before ``lm_head``, ``[H]``."""
+        return self._first(("norm.weight",), "final norm")
+
+    def layer_tensor(self, layer: int, name: str) -> Tensor:
+        """A tensor of a decoder layer, such as ``mlp.up_proj.weight``."""
+        return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
+
+    def _first(self, names: tuple[str, ...], what: str) -> Tensor:
+        ends = [n for n in self._own_names if any(n == x or n.endswith("." + x) for x in names)]
+        if not ends:
+            raise UserError(f"{self.folder}: no {what} among its tensors (looked for {', '.join(names)})")
+        return self.tensor(min(ends, key=len))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config and of the weights: tensor names, shapes, and 64 samples of 64 KiB of each file."""
+        digest = xxhash.xxh3_128()
+        volatile = ("transformers_version", "_name_or_path")
+        text = self._raw.get("text_config") or self._raw
+        config = {k: v for k, v in text.items() if k not in volatile}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for path in sorted(set(self.weight_files.values())):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE))
+                for i in range(1, _SAMPLES_PER_FILE + 1):
+                    file.seek(max(0, (size - _SAMPLE) * i // _SAMPLES_PER_FILE))
+                    digest.update(file.read(_SAMPLE))
+        return digest.hexdigest()
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """Tensor name to file, by the index of a model in several files.
+
+    Raises:
+        UserError: it is not one, or names a file that is not beside it.
+    """
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files")
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise UserError(f"{index}: names {file!r}, which is no file beside it")
+    return {name: index.parent / file for name, file in names.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch dtype of a name such as ``bfloat16``.
+
+    Raises:
+        UserError: there is no such floating-point dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype {name!r}: use float32, bfloat16 or float16")
+    return dtype
+
+
+def _from_hub(name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{what} {name!r}: no such folder, and not a model hub name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{what} {name!r}: no such folder, and not found on the model hub ({reason})"
+        ) from error

@@ -1,0 +1,1 @@
+"""Block drafts: DFlash, DFlash-2, Domino and DSpark."""

@@ -1,0 +1,1 @@
+"""Multi-token prediction modules, as targets such as DeepSeek-V3 carry them."""

@@ -1,0 +1,184 @@
+"""MTP weights in targets' checkpoints: read from there, and stitched back in under the family's names.
+
+Servers read an MTP module from the target's own folder, so the form that SGLang serves is a copy of the target with
+the trained module in the place of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.files import staged_folder
+from specforge.inference.float8_blocks import SCALE, quantise
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft import Draft
+from specforge.modeling.draft.checks import check_tensors
+from specforge.modeling.draft.format import DTYPES, DraftFormat
+from specforge.modeling.draft.mtp.network import MTPDraft
+
+
+@dataclass(frozen=True)
+class MTPFamily:
+    """How a family of targets names its first MTP module.
+
+    Attributes:
+        name: for messages.
+        prefix: beginning of its tensors' names.
+        names: SpecForge's name of each tensor outside the decoder layer, by the family's (without the prefix).
+        layer: beginning of the layer's tensors after the prefix.
+        hidden_first: whether the projection reads the hidden state before the embedding.
+        skipped: copies of the embedding and the head.
+        mask_first: whether the first row reads no embedding.
+        served: whether SGLang has a module of this form: Qwen's have experts there, or gated attention.
+    """
+
+    name: str
+    prefix: str
+    names: Mapping[str, str]
+    layer: str = ""
+    hidden_first: bool = False
+    skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
+    mask_first: bool = False
+    served: bool = True
+
+
+def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
+    def parts(embed: str, hidden: str, proj: str, norm: str) -> dict[str, str]:
+        mine = ("embed_norm.weight", "hidden_norm.weight", "proj.weight", "norm.weight")
+        return {f"{n}.weight": m for n, m in zip((embed, hidden, proj, norm), mine, strict=True)}
+
+    deepseek = parts("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    qwen = parts("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+    return (
+        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
+        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0.", served=False),
+        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True, mask_first=True),
+    )
+
+
+def mtp_family(target: TargetFiles) -> MTPFamily | None:
+    """The family whose names the target's MTP weights have; None if it has none."""
+    for family in _families(target):
+        if all(family.prefix + name in target.weight_files for name in family.names):
+            return family
+    return None
+
+
+def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
+    """The target's MTP module under SpecForge's names.
+
+    Raises:
+        UserError: the target has none, or has it quantised in a form that is not read.
+    """
+    family = require_mtp(target)
+    found: dict[str, Tensor] = {}
+    for full in target.weight_files:
+        name = full.removeprefix(family.prefix)
+        if name == full or name in family.skipped or name.endswith(SCALE):
+            continue
+        mine = family.names.get(name) or f"layer.{name.removeprefix(family.layer)}"
+        found[mine] = (
+            _swap(target.tensor(full))
+            if family.hidden_first and mine == "proj.weight"
+            else target.tensor(full)
+        )
+    return found
+
+
+def require_mtp(target: TargetFiles) -> MTPFamily:
+    """The target's family.
+
+    Raises:
+        UserError: the target has no MTP weights.
+    """
+    family = mtp_family(target)
+    if family is None:
+        looked = ", ".join(f"{f.prefix}{next(iter(f.names))}" for f in _families(target))
+        raise UserError(f"{target.name} has no MTP weights of its own (looked for {looked})")
+    return family
+
+
+def _named_as_theirs(family: MTPFamily, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SpecForge's tensors of a module as the family has them."""
+    theirs = {mine: family.prefix + name for name, mine in family.names.items()}
+    return {
+        theirs.get(n) or family.prefix + family.layer + n.removeprefix("layer."): (
+            _swap(x) if family.hidden_first and n == "proj.weight" else x
+        )
+        for n, x in state.items()
+    }
+
+
+def _swap(proj: Tensor) -> Tensor:
+    first, second = proj.chunk(2, dim=1)
+    return torch.cat([second, first], dim=1)
+
+
+class MTPFormat(DraftFormat):
+    """``hf`` is the module under SpecForge's names; ``sglang`` the target with the module in it."""
+
+    def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
+
+        What the target keeps as 8-bit blocks is written as such.
+
+        Raises:
+            UserError: the target has no MTP weights or none of some tensor's name, SGLang has no
+                such module or would feed back another state, the draft is not trained or damaged, or the folder is not
+                empty.
+        """
+        assert isinstance(draft, MTPDraft)
+        family = require_mtp(target)
+        if not family.served:
+            raise UserError(
+                f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
+            )
+        if not draft.norm_output:
+            raise UserError(
+                "export: norm_output is off; SGLang feeds the normed output back, of every family's module"
+            )
+        if draft.mask_first != family.mask_first:
+            raise UserError(
+                f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}"
+            )
+        check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}", draft.trained)
+        renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
+        unknown = sorted(set(renamed) - set(target.weight_files))
+        if unknown:
+            raise UserError(
+                f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently"
+            )
+        if target.weight_block is not None:
+            wide = _named_as_theirs(family, draft.module_tensors(torch.float32))
+            for name in [n for n in renamed if n + SCALE in target.weight_files]:
+                renamed[name], renamed[name + SCALE] = quantise(wide[name], target.weight_block)
+        _copy_target(target, folder, renamed)
+
+    def serve(self, target: str, folder: Path) -> str:
+        """SGLang's NEXTN, which loads the module from the stitched target."""
+        return (
+            f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm NEXTN "
+            "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+        )
+
+
+def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tensor]) -> None:
+    """Copy the target's folder file by file, with some tensors replaced; the folder appears whole or not at all."""
+    rewritten = {target.weight_files[name].name for name in replaced}
+    with staged_folder(folder) as staging:
+        for path in sorted(p for p in target.folder.iterdir() if p.is_file()):
+            if path.name not in rewritten:
+                shutil.copyfile(path, staging / path.name)
+                continue
+            tensors = load_file(path)
+            tensors |= {n: x.contiguous() for n, x in replaced.items() if n in tensors}
+            save_file(tensors, staging / path.name, metadata={"format": "pt"})

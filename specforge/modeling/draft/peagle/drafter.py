@@ -1,0 +1,54 @@
+"""A drafter that proposes all tokens of a round in one pass of its network.
+
+The tokens of a round are drawn independently of each other: the network has seen none of them. Verification is
+lossless all the same, because each was sampled from the distribution that is reported for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specforge.contracts import CapturePolicy
+from specforge.decoding.drafters import TrainedDrafter
+from specforge.decoding.verify import Proposal, Sampling
+from specforge.modeling.draft.peagle.network import PEagleDecoder
+
+
+class ParallelDrafter(TrainedDrafter):
+    """Drafts γ tokens with one pass.
+
+    Args:
+        decoder: the network.
+        embedding: ``[V, H]`` the target's.
+        target_ids: ``[D]`` target id of every draft id.
+        vocab_size: V.
+        capture: features that the network reads.
+        deterministic: whether the likeliest tokens are drafted when sampling too.
+    """
+
+    def __init__(
+        self,
+        decoder: PEagleDecoder,
+        embedding: Tensor,
+        target_ids: Tensor,
+        vocab_size: int,
+        capture: CapturePolicy,
+        deterministic: bool = False,
+    ) -> None:
+        self.decoder, self.embedding = decoder, embedding
+        super().__init__(target_ids, vocab_size, capture, deterministic)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        super().reset()
+        self.decoder.reset()
+
+    @torch.inference_mode()
+    def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
+        """Extend the cache by what was committed, and draft ``count`` tokens behind it."""
+        if count == 0:
+            return Proposal(())
+        features, following = self.take()
+        logits = self.decoder.draft_logits(features, following, self.embedding, count)
+        return self.choose(logits, sampling, generator)

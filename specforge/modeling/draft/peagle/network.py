@@ -1,0 +1,273 @@
+"""The P-EAGLE draft: all tokens of a round in one pass (arXiv 2602.01469).
+
+EAGLE-3's first layer and Llama layers above it. A drafted token beyond the first reads the embedding of a mask token
+and, where the first reads the target's features, one learnt vector (``mask_hidden``, as wide as the features).
+Names are those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
+
+Shape legend: N tokens, R tokens whose state the head reads, E deep elements, H hidden size, A captured layers x
+target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c drafted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft.eagle3.family import Angles, Eagle3Layer, FusedDraft, LayerWeights
+from specforge.modeling.draft.eagle3.llama import LlamaEagle3, LlamaEagle3Attention
+from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
+from specforge.modeling.draft.peagle.attention import deep_attention
+from specforge.modeling.draft.peagle.plan import ParallelPlan
+from specforge.modeling.draft.registry import register_draft
+from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.decode_cache import DecodeCache, attend
+from specforge.modeling.layers.functional import compute_dtype
+
+_MASKS = ("ptd_token_id", "pard_token")
+
+
+@register_draft("PEagleDraftModel", config_class=LlamaConfig)
+class PEagleDraft(FusedDraft):
+    """P-EAGLE draft.
+
+    Args:
+        config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.family.FusedDraft`,
+            ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad``: the draft has an embedding
+            of its own, which is trained.
+
+    Attributes:
+        mask_hidden: ``[1, 1, A]`` features of a token that is not there yet.
+        embed_tokens: the draft's own embedding, or None: the target's, frozen.
+
+    Raises:
+        ValueError: the mask token is outside the vocabulary.
+    """
+
+    fields: ClassVar[Fields] = {
+        **FusedDraft.fields, "attention_bias": FLAG, "mask_token_id": required(TOKEN), "embed_requires_grad": FLAG,
+        "parallel_drafting": only(True),
+    }  # fmt: skip
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.mask_token_id = config.mask_token_id
+        if self.mask_token_id >= config.vocab_size:
+            raise ValueError(
+                f"mask_token_id is {self.mask_token_id}, but the target has {config.vocab_size} tokens"
+            )
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
+        own = getattr(config, "embed_requires_grad", False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own else None
+
+    @classmethod
+    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+        """VLLM names the architecture of EAGLE-3 and adds a mask token."""
+        named = LlamaEagle3.architecture in config.get("architectures", ())
+        return named and any(config.get(name) is not None for name in _MASKS)
+
+    @staticmethod
+    def spell(config: dict[str, Any]) -> None:
+        """As for EAGLE-3; vLLM has other names for the mask token."""
+        FusedDraft.spell(config)
+        for name in _MASKS:
+            mask = config.pop(name, config.get("mask_token_id"))
+            if mask is not None and config.setdefault("mask_token_id", mask) != mask:
+                raise ValueError(
+                    f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}"
+                )
+
+    def build_layers(self, config: LlamaConfig) -> None:
+        """A layer over [embedding, features], then Llama layers."""
+        size = config.hidden_size
+        self.layers = nn.ModuleList(
+            Eagle3Layer(config, LlamaEagle3Attention(config, size if i else 2 * size))
+            for i in range(config.num_hidden_layers)
+        )
+
+    @property
+    def entry(self) -> Eagle3Layer:
+        """The first layer."""
+        return self.stack[0]
+
+    @property
+    def stack(self) -> list[Eagle3Layer]:
+        """The layers, the first one at the bottom."""
+        return cast("list[Eagle3Layer]", list(self.layers))
+
+    @torch.no_grad()
+    def start_from_target(self, target: TargetFiles) -> None:
+        """As an EAGLE-3 draft does; upper layers begin as the identity, an own embedding as the target's."""
+        super().start_from_target(target)
+        self.start_embedding(target)
+        for layer in self.stack[1:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
+    @torch.no_grad()
+    def start_embedding(self, target: TargetFiles) -> None:
+        """An embedding of the draft's own begins as the target's."""
+        if self.embed_tokens is not None:
+            self.embed_tokens.weight.copy_(target.embedding())
+
+    def embed(self, input_ids: Tensor, embedding: Tensor) -> Tensor:
+        """Embeddings ``[n, H]`` of ``input_ids [n]``: the draft's own, or the target's ``embedding [V, H]``."""
+        return F.embedding(input_ids, embedding if self.embed_tokens is None else self.embed_tokens.weight)
+
+    def forward(
+        self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: ParallelPlan
+    ) -> Tensor:
+        """Run all depths at once.
+
+        Args:
+            aux_hidden_states: ``[N, A]`` captured layers, concatenated.
+            input_ids: ``[N]`` tokens.
+            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
+            plan: which elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_parallel`.
+
+        Returns:
+            ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``,
+            then of the deep elements.
+        """
+        dtype = compute_dtype(self.fc.weight)
+        # Every product below names its dtype; autocast would also narrow the reductions.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            weights = [layer.weights(dtype) for layer in self.stack]
+            tokens = len(input_ids)
+            position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
+            cos, sin = (
+                x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device)
+            )
+            embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
+            hidden, product = self.first(aux_hidden_states, embeds, plan.next_tokens, weights[0])
+            hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
+            product = torch.cat([product[:-1], product[-1:].expand(len(plan.anchors), -1)])
+            last = len(weights) - 1
+            for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
+                if i > 0:
+                    product = layer.carry(hidden, w)
+                heads = project(layer, product, (cos, sin), w)
+                attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
+                if i == last:
+                    hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
+                hidden = layer.finish(hidden, attention, w)
+            return self.norm(hidden)
+
+    def first(
+        self, aux_hidden_states: Tensor, embeds: Tensor, next_tokens: Tensor, w: LayerWeights
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the first layer, of n tokens and of one mask.
+
+        All masks enter it alike; only their positions, which come later, differ.
+
+        Args:
+            aux_hidden_states: ``[n, A]``.
+            embeds: ``[m, H]`` embeddings, the mask token's last.
+            next_tokens: ``[n]`` which of them each token reads.
+            w: the first layer's weights.
+
+        Returns:
+            States ``[n + 1, H]`` and the products of the attention's input projections, the mask's last.
+        """
+        layer, dtype = self.entry, w.out.dtype
+        features = torch.cat([aux_hidden_states.to(dtype), self.mask_hidden[0].to(dtype)])
+        hidden = self.fuse(features, dtype)
+        embed = layer.read(embeds.to(dtype), w)
+        embed = torch.cat([embed[next_tokens], embed[-1:]])
+        return hidden, layer.state_norm.linear(hidden, w.hidden) + embed
+
+    def decoder(self, dtype: torch.dtype) -> PEagleDecoder:
+        """A snapshot of the draft for decoding in ``dtype``."""
+        return PEagleDecoder(self, dtype)
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def project(layer: Eagle3Layer, product: Tensor, angles: Angles, w: LayerWeights) -> Heads:
+    """Rotated queries, rotated keys, and values of an attention's input products."""
+    attn = layer.self_attn
+    query = attn.queries(product[:, : attn.query_width], angles, w.more)
+    return query, *attn.keys_values(product[:, attn.query_width :], angles, w.more)
+
+
+def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool) -> Tensor:
+    """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
+    query, key, value = heads
+    segments = plan.documents if rows is None else plan.segments
+    shallow = query[:tokens] if rows is None else query[rows]
+    key, own_key = key[:tokens], key[tokens:]
+    value, own_value = value[:tokens], value[tokens:]
+    return torch.cat([
+        ttt_attention(shallow, key, value, segments, [], flex=flex),
+        deep_attention(
+            query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks, flex=flex
+        ),
+    ])  # fmt: skip
+
+
+class PEagleDecoder:
+    """Runs the draft with a key/value cache of the committed tokens; a snapshot of its weights.
+
+    Args:
+        draft: the network.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
+        self.draft, self.dtype = draft, dtype
+        self.device = draft.fc.weight.device
+        self._weights = [layer.weights(dtype) for layer in draft.stack]
+        self._lm_head = draft.lm_head.weight.to(dtype)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.rows = 0
+        attentions = [layer.self_attn for layer in self.draft.stack]
+        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def draft_logits(
+        self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int
+    ) -> Tensor:
+        """Append committed rows, and draft behind the last of them.
+
+        Args:
+            aux_hidden_states: ``[n, A]`` captured layers of tokens that the target has processed, at least one.
+            following: ``[n]`` the token after each.
+            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
+            count: c.
+
+        Returns:
+            ``[c, D]`` logits of the next tokens.
+        """
+        draft, new = self.draft, len(following)
+        order = torch.arange(new, device=self.device)
+        ids = torch.cat([following, following.new_tensor([draft.mask_token_id])])
+        hidden, product = draft.first(aux_hidden_states, draft.embed(ids, embedding), order, self._weights[0])
+        rows = torch.cat([order, order.new_full((count - 1,), new)])
+        hidden, product = hidden[rows], product[rows]
+        end = self.rows + len(rows)
+        self._cache.reserve(end)
+        angles = self._cache.angles(self.rows, end)
+        # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
+        seen = (
+            torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
+        )
+        for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
+            if i > 0:
+                product = layer.carry(hidden, w)
+            query, key, value = project(layer, product, angles, w)
+            # The masks' rows are written again by the next call.
+            keys, values = self._cache.write(i, self.rows, key, value)
+            if i == len(self._weights) - 1:
+                query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
+            hidden = layer.finish(hidden, attend(query, keys, values, seen), w)
+        self.rows += new
+        return F.linear(draft.norm(hidden), self._lm_head)

@@ -1,0 +1,166 @@
+"""Which elements a parallel draft computes: anchors at several depths, planned on the host.
+
+Element (a, d) stands at anchor a, d tokens ahead: it takes position a+d and predicts token a+d+2. At depth 0 it
+reads the anchor's features and the embedding of token a+1; deeper ones read a mask token. It sees the
+depth-0 elements of its document up to a, and the elements of its own anchor up to depth d (P-EAGLE, arXiv
+2602.01469). Deep elements may be dropped at random in training, never leaving a hole in an anchor's depths.
+
+Shape legend: N tokens of the packed batch, R tokens whose depth-0 state the head reads, E deep elements,
+M labels (supervised tokens), T depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specforge.modeling.draft.peagle.attention import Chunk
+from specforge.modeling.draft.unroll import ROUND, Plan, plan_unroll
+from specforge.modeling.layers.attention import Segment
+
+# Deep elements of one attention product: enough to fill a fused kernel; a mask is as wide as its document.
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class DepthSampling:
+    """How many deep elements training keeps: a share ``max(ratio ** d, least)`` of a document's labels at depth d.
+
+    Args:
+        ratio: r; 1 keeps all.
+        least: the share that the deepest keep.
+    """
+
+    ratio: float = 0.8
+    least: float = 0.2
+
+    def size(self, labels: int, depth: int) -> int:
+        """Elements kept at a depth of a document with so many supervised tokens, where there are that many."""
+        return int(max(0, labels - depth) * max(self.ratio**depth, self.least))
+
+
+@dataclass(frozen=True)
+class ParallelPlan(Plan):
+    """Index tensors of one packed batch.
+
+    Attributes:
+        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.unroll.ROUND`.
+        rows: ``[R]`` flat token of each depth-0 element that predicts a label.
+        segments: those rows as runs of consecutive tokens.
+        documents: the documents, as runs too.
+        positions: ``[N]`` position of each token in its document.
+        next_tokens: ``[N]`` the token whose embedding a depth-0 element reads (clamped to its document).
+        anchors: ``[E]`` flat token of each deep element's anchor, ascending but for padding.
+        depths: ``[E]`` its depth, 1 and up; 0 for padding.
+        chunks: the deep elements in pieces of one document.
+        labels: ``[M]`` flat token that the M-th group of students predicts.
+        students: ``[M, T]`` its student at each depth, among R + E states; 0 where there is none.
+        valid: ``[M, T]`` whether that student exists.
+        longest: tokens of the longest document.
+    """
+
+    count: int
+    rows: Tensor
+    segments: tuple[Segment, ...]
+    documents: tuple[Segment, ...]
+    positions: Tensor
+    next_tokens: Tensor
+    anchors: Tensor
+    depths: Tensor
+    chunks: tuple[Chunk, ...]
+    labels: Tensor
+    students: Tensor
+    valid: Tensor
+    longest: int
+
+
+def plan_parallel(
+    lengths: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    depths: int,
+    tokens: int | None = None,
+    sampling: DepthSampling | None = None,
+    seeds: Sequence[int] = (),
+) -> ParallelPlan:
+    """Plan T depths over packed documents.
+
+    Args:
+        lengths: tokens of each document, in order; what lies behind them is padding.
+        spans: supervised tokens as flat ``(start, stop)`` runs, sorted, none crossing a document's border.
+        depths: T.
+        tokens: N when the batch is padded; the sum of ``lengths`` when not given.
+        sampling: which deep elements to keep; all when not given.
+        seeds: of each document's sampling.
+    """
+    first = plan_unroll(lengths, spans, 1, tokens)
+    labels = first.labels[: first.count].numpy()
+    ends = np.cumsum(lengths, dtype=np.int64)
+    documents = [
+        Segment(row=int(end - n), start=int(end - n), stop=int(end), document=int(end - n))
+        for n, end in zip(lengths, ends, strict=True)
+    ]
+    anchors, deep, chunks = [], [], []
+    offset = 0
+    for number, (_, begin, end, _) in enumerate(documents):
+        own = labels[(labels >= begin) & (labels < end)]
+        rng = np.random.default_rng(seeds[number]) if sampling else None
+        a, d = _elements(own, begin, depths, sampling, rng)
+        anchors.append(a)
+        deep.append(d)
+        chunks += _chunks(a, begin, offset)
+        offset += len(a)
+    flat_anchors, flat_depths = (np.concatenate([*x, np.zeros(0, np.int64)]) for x in (anchors, deep))
+
+    students = np.zeros((len(first.labels), depths), dtype=np.int64)
+    valid = np.zeros((len(first.labels), depths), dtype=bool)
+    students[:, 0], valid[:, 0] = first.students[:, 0], first.valid[:, 0]
+    of = np.searchsorted(labels, flat_anchors + flat_depths + 2)
+    students[of, flat_depths] = len(first.rows) + np.arange(offset)
+    valid[of, flat_depths] = True
+    pad = (0, -offset % ROUND)
+    return ParallelPlan(
+        count=first.count, rows=first.rows, segments=first.segments, documents=tuple(documents),
+        positions=first.positions, next_tokens=first.next_tokens,
+        anchors=torch.from_numpy(np.pad(flat_anchors, pad)), depths=torch.from_numpy(np.pad(flat_depths, pad)),
+        chunks=tuple(chunks), labels=first.labels, students=torch.from_numpy(students),
+        valid=torch.from_numpy(valid), longest=first.longest,
+    )  # fmt: skip
+
+
+def _elements(
+    labels: np.ndarray, begin: int, depths: int, sampling: DepthSampling | None,
+    rng: np.random.Generator | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Anchors and depths of one document's deep elements, by anchor and then by depth."""
+    anchors, found = [labels[:0]], [labels[:0]]
+    candidates = labels
+    for depth in range(1, depths):
+        kept = candidates[candidates - 2 - depth >= begin]
+        if sampling is not None and rng is not None:
+            size = min(sampling.size(len(labels), depth), len(kept))
+            kept = np.sort(rng.choice(kept, size, replace=False))
+        if not len(kept):
+            break
+        anchors.append(kept - 2 - depth)
+        found.append(np.full(len(kept), depth, dtype=np.int64))
+        candidates = np.intersect1d(kept + 1, labels, assume_unique=True)
+    flat, deep = np.concatenate(anchors), np.concatenate(found)
+    order = np.lexsort((deep, flat))
+    return flat[order], deep[order]
+
+
+def _chunks(anchors: np.ndarray, begin: int, offset: int) -> list[Chunk]:
+    """Pieces of a document's deep elements that do not part an anchor's."""
+    chunks = []
+    start = 0
+    borders = np.flatnonzero(np.diff(anchors, append=np.iinfo(np.int64).max)) + 1
+    while start < len(anchors):
+        fitting = borders[(borders > start) & (borders <= start + _CHUNK)]
+        stop = int(fitting[-1]) if len(fitting) else int(borders[borders > start][0])
+        chunks.append(Chunk(offset + start, offset + stop, begin, int(anchors[stop - 1]) + 1))
+        start = stop
+    return chunks

@@ -1,0 +1,1 @@
+"""Drafts that are small language models of their own."""

@@ -1,0 +1,59 @@
+"""Stand-alone drafts: the ordinary folder of a transformers causal LM, which SGLang serves as STANDALONE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft import Draft
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.standalone.network import StandaloneDraft
+
+
+class StandaloneFormat(DraftFormat):
+    """Names without ``model.``, a tied head left out, no vocabulary maps."""
+
+    server, chain = "STANDALONE", 4
+
+    def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
+        """See :meth:`DraftFormat.build`."""
+        return StandaloneDraft(config, where)
+
+    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
+        """See :meth:`DraftFormat.check`."""
+        if config["vocab_size"] != target.vocab_size:
+            raise UserError(
+                f"export: the draft has {config['vocab_size']} tokens, {target.name} has {target.vocab_size}"
+            )
+
+    def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """See :meth:`DraftFormat.config`.
+
+        Raises:
+            UserError: the draft's head covers a part of the vocabulary, which no server's causal LM can have.
+        """
+        size = config.get("draft_vocab_size") or config["vocab_size"]
+        if size != config["vocab_size"]:
+            raise UserError(
+                f"export: draft_vocab_size is {size} of {config['vocab_size']} tokens; a stand-alone draft is "
+                "served with the whole vocabulary, so train it without draft_vocab_size"
+            )
+        return super().config({k: v for k, v in config.items() if k != "draft_vocab_size"}, dtype)
+
+    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`DraftFormat.tensors`."""
+        return {n.removeprefix("model."): x for n, x in state.items() if n not in ("d2t", "t2d")}
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """See :meth:`DraftFormat.read`."""
+        tied = config.get("tie_word_embeddings")
+        named = {
+            f"model.{name}": x
+            for name, x in tensors.items()
+            if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
+        }
+        return super().read(config, named, where)
