@@ -30,9 +30,7 @@ Pass = Callable[[bool], Tensor]
 
 
 def _tensors(*sizes: tuple[int, int]) -> list[Tensor]:
-    return [
-        torch.randn(*size, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for size in sizes
-    ]
+    return [torch.randn(*size, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
 
 
 def _spans(lengths: list[int]) -> list[tuple[int, int]]:
@@ -67,14 +65,10 @@ def blocks(lengths: list[int]) -> Pass:
 def parallel(lengths: list[int]) -> Pass:
     """P-EAGLE, eight depths, four fifths of each depth's rows in the next."""
     seeds = range(len(lengths))
-    plan = plan_parallel(lengths, _spans(lengths), 8, None, DepthSampling(0.8), seeds).to(
-        torch.device("cuda")
-    )
+    plan = plan_parallel(lengths, _spans(lengths), 8, None, DepthSampling(0.8), seeds).to(torch.device("cuda"))
     rows, tokens = len(plan.anchors), sum(lengths)
     q, k, v, *own = _tensors((rows, HEADS), *[(tokens, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2)
-    return lambda flex: deep_attention(
-        q, k, v, (own[0], own[1]), plan.anchors, plan.depths, plan.chunks, flex=flex
-    )
+    return lambda flex: deep_attention(q, k, v, (own[0], own[1]), plan.anchors, plan.depths, plan.chunks, flex=flex)
 
 
 def measure(run: Pass, repeats: int) -> dict[str, float]:
@@ -93,16 +87,17 @@ def measure(run: Pass, repeats: int) -> dict[str, float]:
                 peaks[flex] = (torch.cuda.max_memory_allocated() - before) / 2**20
     fused, flexed = (statistics.median(times[x]) for x in (False, True))
     return {
-        "fused_ms": fused, "flex_ms": flexed, "ratio": fused / flexed, "fused_mib": peaks[False],
+        "fused_ms": fused,
+        "flex_ms": flexed,
+        "ratio": fused / flexed,
+        "fused_mib": peaks[False],
         "flex_mib": peaks[True],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     """Print one line a case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -33,10 +33,12 @@ PROVENANCE = Provenance("random", "f" * 32, "t" * 32, CapturePolicy((2, 16, 29))
 SPECS = tuple(
     FeatureSpec(name, dtype, (512, *rest))
     for name, dtype, rest in (
-        ("aux_hidden_states", "bfloat16", (12288,)), ("input_ids", "int32", ()),
-        ("last_hidden_states", "bfloat16", (4096,)), ("loss_mask", "uint8", ()),
+        ("aux_hidden_states", "bfloat16", (12288,)),
+        ("input_ids", "int32", ()),
+        ("last_hidden_states", "bfloat16", (4096,)),
+        ("loss_mask", "uint8", ()),
     )
-)  # fmt: skip
+)
 
 
 class Tensorless(MemoryBackend):
@@ -132,20 +134,14 @@ def main() -> None:
         for kind in ("memory", "sqlite", "redis"):
             with tempfile.TemporaryDirectory() as folder, opened(kind, Path(folder)) as store:
                 runs.setdefault(kind, []).append(throughput(store, options.samples, options.batch, clock))
-    result: dict[str, object] = {
-        "samples": options.samples,
-        "batch": options.batch,
-        "null step, ms": null_step(),
-    }
+    result: dict[str, object] = {"samples": options.samples, "batch": options.batch, "null step, ms": null_step()}
     for kind, found in runs.items():
         rates = {stage: statistics.median(r[stage] for r, _ in found) for stage in found[0][0]}
         step = {name: statistics.median(s[name] for _, s in found) for name in found[0][1]}
         result[kind] = {"samples a second": rates, "step, ms": step}
         line = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items())
         share = step["median"] / 50
-        print(
-            f"{kind}: samples/s: {line}; step of 8: {step['median']:.2f} ms, {share:.2%} of 50 ms", flush=True
-        )
+        print(f"{kind}: samples/s: {line}; step of 8: {step['median']:.2f} ms, {share:.2%} of 50 ms", flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

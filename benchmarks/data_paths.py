@@ -28,18 +28,26 @@ def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
     """The recipe of one path."""
     content = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     content["trainer"] |= {
-        "max_steps": options.steps, "limit_val_batches": 0, "default_root_dir": str(folder), "devices": 1,
-        "accelerator": "cpu", "enable_progress_bar": False,
-    }  # fmt: skip
+        "max_steps": options.steps,
+        "limit_val_batches": 0,
+        "default_root_dir": str(folder),
+        "devices": 1,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+    }
     content["model"]["init_args"] |= {"steps": options.unroll, "target": str(options.target)}
     prompts = write_prompts(options.quickstart, folder / "prompts")
     content["data"] = {
-        "offline": {"class_path": "OfflineDataModule", "init_args": {
-            "batch_size": 4, "features": str(options.quickstart / "features")}},
+        "offline": {
+            "class_path": "OfflineDataModule",
+            "init_args": {"batch_size": 4, "features": str(options.quickstart / "features")},
+        },
         "online": {"class_path": "OnlineDataModule", "init_args": {"batch_size": 4, "prompts": prompts}},
-        "disaggregated": {"class_path": "DisaggregatedDataModule", "init_args": {
-            "batch_size": 4, "prompts": prompts, **places(folder)}},
-    }[path]  # fmt: skip
+        "disaggregated": {
+            "class_path": "DisaggregatedDataModule",
+            "init_args": {"batch_size": 4, "prompts": prompts, **places(folder)},
+        },
+    }[path]
     written = folder / "recipe.yaml"
     written.write_text(yaml.safe_dump(content))
     return written
@@ -66,22 +74,17 @@ def seconds_per_step(path: str, options: argparse.Namespace) -> float:
         words = [word for key, value in places(folder).items() for word in (f"--{key}", value)]
         producer = None
         if path == "disaggregated":
-            command = [
-                sys.executable,
-                "-m",
-                "specforge.cli.main",
-                "produce",
-                "--target",
-                options.target,
-                *words,
-            ]
+            command = [sys.executable, "-m", "specforge.cli.main", "produce", "--target", options.target, *words]
             producer = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
         try:
             specforge(
-                "fit", "--config", config(path, folder, options),
+                "fit",
+                "--config",
+                config(path, folder, options),
                 "--trainer.callbacks+=benchmarks.results.StepClock",
-                "--trainer.callbacks.skip", options.skip,
-            )  # fmt: skip
+                "--trainer.callbacks.skip",
+                options.skip,
+            )
             return float(json.loads((folder / CLOCK).read_text())["seconds_per_step"])
         finally:
             if producer is not None:
@@ -91,9 +94,7 @@ def seconds_per_step(path: str, options: argparse.Namespace) -> float:
 
 def main() -> None:
     """Measure in turn and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--steps", type=int, default=40)

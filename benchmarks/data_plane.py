@@ -42,10 +42,7 @@ Times = dict[str, list[float]]
 
 
 def put_all(store: FeatureStore, samples: list[dict[str, Tensor]]) -> list[SampleRef]:
-    refs = [
-        store.put(f"s{i}", x, num_supervised=1, source="", provenance=PROVENANCE)
-        for i, x in enumerate(samples)
-    ]
+    refs = [store.put(f"s{i}", x, num_supervised=1, source="", provenance=PROVENANCE) for i, x in enumerate(samples)]
     store.flush()
     return refs
 
@@ -134,9 +131,7 @@ def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
     for probe in probes:
         probe.close()
     words = ["store", "up", "--size", str(size), "--port", str(port), "--metrics_port", str(metrics)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli.main", *words], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-m", "specforge.cli.main", *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, process.stdout.readline().split(": ")[0]
 
@@ -160,9 +155,7 @@ def mooncake_round(samples: list[dict[str, Tensor]], total: int, repeat: int, ti
 
 def main() -> None:
     """Measure in turn, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
@@ -183,12 +176,17 @@ def main() -> None:
         for _ in range(options.rounds):
             mooncake_round(samples, total, -(-options.repeat // options.rounds), times)
     rates = {name: total / statistics.median(found) / 1e9 for name, found in times.items()}
-    pairs = [("shared_dir put", "copy of files"), ("shared_dir get", "reads of files"),
-             ("mooncake put", "raw put_from"), ("mooncake get", "raw get_into")]  # fmt: skip
+    pairs = [
+        ("shared_dir put", "copy of files"),
+        ("shared_dir get", "reads of files"),
+        ("mooncake put", "raw put_from"),
+        ("mooncake get", "raw get_into"),
+    ]
     ratios = {
         f"{a} / {b}": statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
-        for a, b in pairs if a in times
-    }  # fmt: skip
+        for a, b in pairs
+        if a in times
+    }
     result = {"gigabytes": total / 1e9, "gigabytes_per_second": rates, "ratios": ratios}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

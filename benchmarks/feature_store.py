@@ -113,9 +113,7 @@ def measure(
 
 def main() -> None:
     """Measure in turn, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=576)

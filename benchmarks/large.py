@@ -37,19 +37,41 @@ from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
 LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 32, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
 QWEN3_8B = {
-    **LLAMA_8B, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 12288,
-    "num_hidden_layers": 36, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    **LLAMA_8B,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
-}  # fmt: skip
+}
 DEEPSEEK = {
-    **LLAMA_8B, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168,
-    "num_attention_heads": 128, "num_key_value_heads": 128, "num_hidden_layers": 61, "vocab_size": 129280,
-}  # fmt: skip
+    **LLAMA_8B,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "num_hidden_layers": 61,
+    "vocab_size": 129280,
+}
 TARGETS = {
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
     "Qwen/Qwen3-8B": QWEN3_8B,
@@ -83,9 +105,7 @@ class StepTimes(pl.Callback):
         synchronize()
         self._waits.append(time.perf_counter() - self._end)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is done."""
         synchronize()
         now = time.perf_counter()
@@ -98,10 +118,13 @@ class StepTimes(pl.Callback):
         steps, waits, tokens = (x[SKIP:] for x in (self._steps, self._waits, self._tokens))
         low, _, high = statistics.quantiles(steps)
         result = {
-            "step_ms": 1000 * statistics.median(steps), "quartiles_ms": [1000 * low, 1000 * high],
-            "wait_ms": 1000 * statistics.median(waits), "longest_wait_ms": 1000 * max(waits),
-            "tokens_per_second": sum(tokens) / sum(steps), "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }  # fmt: skip
+            "step_ms": 1000 * statistics.median(steps),
+            "quartiles_ms": [1000 * low, 1000 * high],
+            "wait_ms": 1000 * statistics.median(waits),
+            "longest_wait_ms": 1000 * max(waits),
+            "tokens_per_second": sum(tokens) / sum(steps),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
         self.path.write_text(json.dumps(result))
 
 
@@ -121,8 +144,7 @@ class RandomEngine:
         """Slices of one random tensor."""
         widths = feature_widths(policy, self.hidden_size)
         return [
-            {name: self._pool[: len(ids), :width].contiguous() for name, width in widths.items()}
-            for ids in input_ids
+            {name: self._pool[: len(ids), :width].contiguous() for name, width in widths.items()} for ids in input_ids
         ]
 
 
@@ -156,9 +178,7 @@ def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folde
     counts = TokenCounts(*(torch.ones(files.vocab_size, dtype=torch.int64) for _ in range(2)))
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
     features = FeatureFolder.create(folder / "train", provenance, counts)
-    worker = RolloutWorker(
-        RandomEngine(files.hidden_size), features.store, features.manifest.append, provenance
-    )
+    worker = RolloutWorker(RandomEngine(files.hidden_size), features.store, features.manifest.append, provenance)
     for _ in worker.run(tasks, 16384):
         pass
 
@@ -183,16 +203,31 @@ class Bench:
         files = self._prepare_target(init["target"])
         module = {cls.__name__: cls for cls in algorithms().values()}[config["model"]["class_path"]]
         policy = module.capture_policy(files, init.get("layer_ids"))
-        features = self._prepare_features(
-            files, policy, self.steps * config["data"]["init_args"]["max_tokens"]
-        )
+        features = self._prepare_features(files, policy, self.steps * config["data"]["init_args"]["max_tokens"])
         times = self.folder / "times.json"
         specforge(
-            "fit", "--config", recipe, "--model.target", files.folder, "--data.features", features,
-            "--trainer.fast_dev_run", self.steps, "--trainer.default_root_dir", self.folder / "run",
-            "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.enable_progress_bar", "false",
-            "--trainer.callbacks+=benchmarks.large.StepTimes", "--trainer.callbacks.path", times, *options,
-        )  # fmt: skip
+            "fit",
+            "--config",
+            recipe,
+            "--model.target",
+            files.folder,
+            "--data.features",
+            features,
+            "--trainer.fast_dev_run",
+            self.steps,
+            "--trainer.default_root_dir",
+            self.folder / "run",
+            "--trainer.devices",
+            1,
+            "--trainer.strategy",
+            "auto",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.callbacks+=benchmarks.large.StepTimes",
+            "--trainer.callbacks.path",
+            times,
+            *options,
+        )
         result: dict[str, Any] = json.loads(times.read_text())
         return result
 
@@ -220,9 +255,7 @@ class Bench:
 
 def main() -> None:
     """Print a line for each recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--options", default="", help="further options of `specforge fit`")

@@ -72,11 +72,18 @@ def fit(module: DraftModule, batch: TrainBatch, steps: int) -> None:
     """`specforge fit` without the command line."""
     with tempfile.TemporaryDirectory() as folder:
         pl.Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, gradient_clip_val=0.5, log_every_n_steps=10,
-            default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, logger=False,
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            gradient_clip_val=0.5,
+            log_every_n_steps=10,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
             plugins=[AtomicCheckpointIO()],
             callbacks=[ExactResume(), TrainingMetrics(), Preemption(), LastCheckpoint(10**6)],
-        ).fit(module, datamodule=Replay(batch, steps))  # fmt: skip
+        ).fit(module, datamodule=Replay(batch, steps))
 
 
 def cpu_seconds(run, steps: int) -> float:
@@ -98,9 +105,7 @@ def main() -> None:
         for name, run in (("bare", bare), ("fit", fit)):
             found[name].append((cpu_seconds(run, long) - cpu_seconds(run, short)) / (long - short))
     step = {name: statistics.median(values[1:]) for name, values in found.items()}
-    print(
-        f"bare {step['bare']:.4f} CPU-s a step, fit {step['fit']:.4f}: {step['fit'] / step['bare'] - 1:+.1%}"
-    )
+    print(f"bare {step['bare']:.4f} CPU-s a step, fit {step['fit']:.4f}: {step['fit'] / step['bare'] - 1:+.1%}")
 
 
 if __name__ == "__main__":

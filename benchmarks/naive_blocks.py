@@ -79,9 +79,9 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
     )
     if module.algorithm == "domino":
         logits = logits + _domino(draft, F.embedding(batch.input_ids[labels - 1], embedding), states)
-        final = F.cross_entropy(
-            logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none"
-        ).view(labels.shape)
+        final = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[labels].flatten(), reduction="none").view(
+            labels.shape
+        )
         entropy = torch.lerp(final, entropy, module.base_share)
     if module.weights == "dpace":
         smooth = torch.where(valid, (1 - module.alpha) * (-entropy.detach()).exp() + module.alpha, 1.0)
@@ -99,13 +99,7 @@ def _domino(draft: Any, embeds: Tensor, states: Tensor) -> Tensor:
 
 
 def _dspark(
-    module: Any,
-    batch: TrainBatch,
-    states: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    lm_head: Tensor,
+    module: Any, batch: TrainBatch, states: Tensor, logits: Tensor, labels: Tensor, weights: Tensor, lm_head: Tensor
 ) -> Tensor:
     draft = module.draft
     before = draft.markov_head.markov_w1(batch.input_ids[labels - 1])

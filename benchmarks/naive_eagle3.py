@@ -17,14 +17,7 @@ def shift(x: Tensor, by: int) -> Tensor:
 
 
 def naive_loss(
-    draft: LlamaEagle3,
-    batch: TrainBatch,
-    embedding: Tensor,
-    lm_head: Tensor,
-    *,
-    steps: int,
-    length: int,
-    decay: float,
+    draft: LlamaEagle3, batch: TrainBatch, embedding: Tensor, lm_head: Tensor, *, steps: int, length: int, decay: float
 ) -> Tensor:
     """Sum of the weighted KL losses of equally long documents; label `data`, teacher on the draft vocabulary."""
     dtype = draft.fc.weight.dtype
@@ -45,17 +38,19 @@ def naive_loss(
         x = torch.cat([plain_norm(layer.input_layernorm, embeds), plain_norm(layer.hidden_norm, hidden)], -1)
         angles = cos[rows + step], sin[rows + step]
         query, key, value = (
-            proj(x).view(documents, length, -1, attn.head_dim)
-            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+            proj(x).view(documents, length, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         query, key = (torch.stack([apply_rope(y, *angles) for y in z]) for z in (query, key))
         keys.append(key)
         values.append(value)
         masks.append(causal if step == 0 else torch.eye(length, dtype=torch.bool))
         attention = F.scaled_dot_product_attention(
-            query.transpose(1, 2), torch.cat(keys, 1).transpose(1, 2), torch.cat(values, 1).transpose(1, 2),
-            attn_mask=torch.cat(masks, 1), enable_gqa=True,
-        )  # fmt: skip
+            query.transpose(1, 2),
+            torch.cat(keys, 1).transpose(1, 2),
+            torch.cat(values, 1).transpose(1, 2),
+            attn_mask=torch.cat(masks, 1),
+            enable_gqa=True,
+        )
         hidden = hidden + attn.o_proj(attention.transpose(1, 2).flatten(2))
         y = plain_norm(layer.post_attention_layernorm, hidden)
         hidden = hidden + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y))

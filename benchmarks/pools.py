@@ -39,10 +39,14 @@ def write_recipe(options: argparse.Namespace, folder: Path, target: Path, store:
     recipe["data"] = {
         "class_path": "DisaggregatedDataModule",
         "init_args": {
-            "prompts": str(folder / "prompts"), "store": store, "metadata": str(folder / "metadata.db"),
-            "max_tokens": options.max_tokens, "max_bytes": options.max_bytes, "retain": "until_trained",
+            "prompts": str(folder / "prompts"),
+            "store": store,
+            "metadata": str(folder / "metadata.db"),
+            "max_tokens": options.max_tokens,
+            "max_bytes": options.max_bytes,
+            "retain": "until_trained",
         },
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -60,24 +64,28 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, target: Path) 
         words = ["--target", target, "--store", store, "--metadata", folder / "metadata.db"]
         words += ["--batch_tokens", options.batch_tokens, "--max_prompts", options.max_prompts]
         for device in options.devices:
-            command = [
-                sys.executable,
-                "-m",
-                "specforge.cli.main",
-                "produce",
-                *map(str, words),
-                "--device",
-                device,
-            ]
+            command = [sys.executable, "-m", "specforge.cli.main", "produce", *map(str, words), "--device", device]
             producer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(producer.wait)
             stack.callback(producer.terminate)
         specforge(
-            "fit", "--config", write_recipe(options, folder, target, store),
-            "--trainer.fast_dev_run", options.steps, "--trainer.default_root_dir", folder / "run",
-            "--trainer.devices", 1, "--trainer.strategy", "auto", "--trainer.enable_progress_bar", "false",
-            "--trainer.callbacks+=benchmarks.large.StepTimes", "--trainer.callbacks.path", folder / "times.json",
-        )  # fmt: skip
+            "fit",
+            "--config",
+            write_recipe(options, folder, target, store),
+            "--trainer.fast_dev_run",
+            options.steps,
+            "--trainer.default_root_dir",
+            folder / "run",
+            "--trainer.devices",
+            1,
+            "--trainer.strategy",
+            "auto",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.callbacks+=benchmarks.large.StepTimes",
+            "--trainer.callbacks.path",
+            folder / "times.json",
+        )
     (folder / "metadata.db").unlink()
     result: dict[str, Any] = json.loads((folder / "times.json").read_text())
     return result
@@ -85,14 +93,10 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, target: Path) 
 
 def main() -> None:
     """Print a line for each store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="eagle3-llama3.1-8b.yaml")
     parser.add_argument("--target", type=Path, help="a folder, instead of random weights")
-    parser.add_argument(
-        "--intermediate_size", type=int, default=14336, help="of the random target; a small is fast"
-    )
+    parser.add_argument("--intermediate_size", type=int, default=14336, help="of the random target; a small is fast")
     parser.add_argument("--devices", nargs="+", default=["cuda:1"], help="of the producers")
     parser.add_argument("--stores", nargs="+", default=["mooncake", "shared_dir"])
     parser.add_argument("--steps", type=int, default=60)

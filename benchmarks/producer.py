@@ -55,9 +55,10 @@ def write_model(config: dict[str, Any], folder: Path, device: str) -> None:
     for name, x in shapes.items():
         part = "-".join(word for word in name.split(".") if word.isdigit()) or "rest"
         files.setdefault(f"model-{part}.safetensors", {})[name] = (
-            torch.ones(x.shape, dtype=torch.bfloat16) if x.ndim == 1
+            torch.ones(x.shape, dtype=torch.bfloat16)
+            if x.ndim == 1
             else torch.empty(x.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02).cpu()
-        )  # fmt: skip
+        )
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {key: name for name, tensors in files.items() for key in tensors}}
@@ -102,9 +103,13 @@ def produce(
         controller = DataFlowController(metadata, FeatureStore(backend))
         controller.ingest({sample_id(task, provenance): task for task in tasks}, 0, provenance)
         producer = Producer(
-            controller, lambda _: engine, provenance.target_fingerprint, "producer", max_prompts=HELD,
+            controller,
+            lambda _: engine,
+            provenance.target_fingerprint,
+            "producer",
+            max_prompts=HELD,
             batch_tokens=batch_tokens,
-        )  # fmt: skip
+        )
         commit, ends = controller.commit, [0.0]
 
         def timed_commit(refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
@@ -124,11 +129,7 @@ def produce(
 
 
 def capture_to_disk(
-    engine: HFTargetEngine,
-    tasks: Sequence[PromptTask],
-    provenance: Provenance,
-    folder: Path,
-    batch_tokens: int,
+    engine: HFTargetEngine, tasks: Sequence[PromptTask], provenance: Provenance, folder: Path, batch_tokens: int
 ) -> float:
     """Seconds of `specforge capture`, which sees all prompts at once; what it wrote is deleted afterwards."""
     store = FeatureStore(ShardBackend(folder))
@@ -159,9 +160,7 @@ def measure(sides: dict[str, Callable[[], float]], repeat: int) -> dict[str, flo
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, help="a folder, instead of random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=200_000)
@@ -196,9 +195,7 @@ def main() -> None:
             sides: dict[str, Callable[[], float]] = {
                 "pass": lambda work=work: timed(lambda: passes(engine, work)),
                 "capture": lambda work=work: timed(lambda: captures(engine, work, policy)),
-                "shards": lambda size=size: capture_to_disk(
-                    engine, tasks, provenance, folder / "shards", size
-                ),
+                "shards": lambda size=size: capture_to_disk(engine, tasks, provenance, folder / "shards", size),
                 **{
                     name: lambda b=backend, size=size: produce(engine, tasks, provenance, b, size)
                     for name, backend in backends.items()

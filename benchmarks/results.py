@@ -60,9 +60,7 @@ class StepClock(pl.Callback):
     def _mark(self, step: int) -> None:
         self._since, self._start, self._wall = step, time.process_time(), time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch."""
         self._supervised += int(batch.loss_mask.sum())
         step = trainer.global_step
@@ -126,9 +124,7 @@ def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None 
     data = config["data"]["init_args"]
     supervised = sum(r.num_supervised for r in refs) / len(refs)
     documents = (
-        batch_size
-        or data.get("batch_size")
-        or data["max_tokens"] / (sum(r.num_tokens for r in refs) / len(refs))
+        batch_size or data.get("batch_size") or data["max_tokens"] / (sum(r.num_tokens for r in refs) / len(refs))
     )
     documents *= config["trainer"].get("accumulate_grad_batches") or 1
     return max(1, round(tokens / (documents * supervised)))
@@ -150,25 +146,36 @@ def train(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
         entry.evaluation.unlink(missing_ok=True)
         # The same data and seed for all, and no validation while training.
         replaced = {
-            "--seed_everything": options.seed, "--model.target": options.target, "--data.features": options.features,
-            "--trainer.max_steps": entry.steps, "--trainer.max_epochs": -1, "--trainer.limit_val_batches": 0,
-            "--trainer.default_root_dir": entry.folder, "--trainer.enable_progress_bar": "false",
-        }  # fmt: skip
+            "--seed_everything": options.seed,
+            "--model.target": options.target,
+            "--data.features": options.features,
+            "--trainer.max_steps": entry.steps,
+            "--trainer.max_epochs": -1,
+            "--trainer.limit_val_batches": 0,
+            "--trainer.default_root_dir": entry.folder,
+            "--trainer.enable_progress_bar": "false",
+        }
         specforge(
-            "fit", "--config", entry.recipe, *(word for pair in replaced.items() for word in pair),
+            "fit",
+            "--config",
+            entry.recipe,
+            *(word for pair in replaced.items() for word in pair),
             "--trainer.callbacks+=benchmarks.results.StepClock",
             *(("--data.batch_size", options.batch_size) if options.batch_size else ()),
             *(("--ckpt_path", entry.checkpoint) if entry.checkpoint.exists() else ()),
-        )  # fmt: skip
+        )
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 def evaluate(entry: Entry, options: argparse.Namespace, baselines: bool) -> dict[str, Any]:
     """The content of `specforge evaluate --json`; evaluated only if this is not done yet."""
     settings = {
-        "gamma": options.gamma, "seed": options.seed, "max_new_tokens": options.max_new_tokens,
-        "num_prompts": options.num_prompts, "speed_prompts": options.speed_prompts,
-    }  # fmt: skip
+        "gamma": options.gamma,
+        "seed": options.seed,
+        "max_new_tokens": options.max_new_tokens,
+        "num_prompts": options.num_prompts,
+        "speed_prompts": options.speed_prompts,
+    }
     if entry.evaluation.exists():
         found = json.loads(entry.evaluation.read_text())
         if found["settings"] == settings and (len(found["methods"]) > 2) >= baselines:
@@ -176,10 +183,18 @@ def evaluate(entry: Entry, options: argparse.Namespace, baselines: bool) -> dict
     written = entry.folder / "evaluation.json"
     given = {f"--{name}": value for name, value in settings.items() if value is not None}
     specforge(
-        "evaluate", "--draft", entry.checkpoint, "--prompts", options.prompts, "--json", written,
-        "--cache", options.runs / "eval-cache", *(word for pair in given.items() for word in pair),
+        "evaluate",
+        "--draft",
+        entry.checkpoint,
+        "--prompts",
+        options.prompts,
+        "--json",
+        written,
+        "--cache",
+        options.runs / "eval-cache",
+        *(word for pair in given.items() for word in pair),
         *(() if baselines else ("--baselines", "[none]")),
-    )  # fmt: skip
+    )
     content = {**json.loads(written.read_text()), "settings": settings}
     entry.evaluation.write_text(json.dumps(content, indent=2) + "\n")
     return content
@@ -226,60 +241,83 @@ def page(content: dict[str, Any], command: str, note: str = "") -> str:
     gpu = any("peak_gpu_mib" in cost for cost in training.values())
     costs = ("s a step", "peak GPU, MiB") if gpu else ("CPU-s a step", "peak RSS, MiB")
     head = (
-        "method", "parameters", "trained tokens", "steps", *costs, "τ", "95 %",
-        "offline τ", "acceptance by position", "tok/s", "speed-up", "lossless",
-    )  # fmt: skip
+        "method",
+        "parameters",
+        "trained tokens",
+        "steps",
+        *costs,
+        "τ",
+        "95 %",
+        "offline τ",
+        "acceptance by position",
+        "tok/s",
+        "speed-up",
+        "lossless",
+    )
     sampling = "greedy" if run["temperature"] == 0 else f"temperature {run['temperature']}"
     how = _HOW + (_SPEED if run["speed_prompts"] else "") + note
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
-        "# Results", "",
-        textwrap.fill(" ".join(how.split()).format(**run, name=Path(run["target"]).name, sampling=sampling), 120), "",
-        f"Made by `{command}`.", "",
-        "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows), "",
-        "Recipes: " + ", ".join(f"`{t['recipe']}` ({name})" for name, t in training.items()) + ".", "",
+        "# Results",
+        "",
+        textwrap.fill(" ".join(how.split()).format(**run, name=Path(run["target"]).name, sampling=sampling), 120),
+        "",
+        f"Made by `{command}`.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "Recipes: " + ", ".join(f"`{t['recipe']}` ({name})" for name, t in training.items()) + ".",
+        "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()) + ".",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _row(method: dict[str, Any], cost: dict[str, Any] | None) -> list[str]:
     low, high = method["tau_ci95"]
-    spent = ["–"] * 5 if cost is None else [
-        f"{cost['parameters'] / 1e6:.1f} M" + (
-            "" if cost["trained_parameters"] == cost["parameters"]
-            else f" ({cost['trained_parameters'] / 1e6:.1f} M trained)"
-        ),
-        f"{cost['supervised_tokens']:,}", f"{cost['steps']:,}",
-        f"{cost['seconds_per_step' if 'peak_gpu_mib' in cost else 'cpu_seconds_per_step']:.2f}",
-        f"{cost.get('peak_gpu_mib', cost['peak_rss_mib']):,.0f}",
-    ]  # fmt: skip
+    spent = (
+        ["–"] * 5
+        if cost is None
+        else [
+            f"{cost['parameters'] / 1e6:.1f} M"
+            + (
+                ""
+                if cost["trained_parameters"] == cost["parameters"]
+                else f" ({cost['trained_parameters'] / 1e6:.1f} M trained)"
+            ),
+            f"{cost['supervised_tokens']:,}",
+            f"{cost['steps']:,}",
+            f"{cost['seconds_per_step' if 'peak_gpu_mib' in cost else 'cpu_seconds_per_step']:.2f}",
+            f"{cost.get('peak_gpu_mib', cost['peak_rss_mib']):,.0f}",
+        ]
+    )
     lossless = method["lossless"]
     ties = f" + {method['ties']} ties" if method["ties"] else ""
     return [
-        method["method"], *spent, f"{method['tau']:.3f}", f"{low:.2f} – {high:.2f}", f"{method['offline_tau']:.3f}",
+        method["method"],
+        *spent,
+        f"{method['tau']:.3f}",
+        f"{low:.2f} – {high:.2f}",
+        f"{method['offline_tau']:.3f}",
         " ".join(f"{a:.2f}" for a in method["acceptance_per_position"]) or "–",
         "–" if method["tokens_per_second"] is None else f"{method['tokens_per_second']:.1f}",
         "–" if method["speedup"] is None else f"{method['speedup']:.2f}x",
         "–" if lossless is None else f"{method['identical']}/{method['prompts']}{ties}{'' if lossless else ' **NO**'}",
-    ]  # fmt: skip
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, evaluate, write; returns 1 if an algorithm failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=400_000, help="supervised tokens to train each for")
     parser.add_argument("--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--features", type=Path, default=Path("runs/quickstart/features"))
     parser.add_argument("--prompts", type=Path, default=Path("runs/quickstart/prompts"))
     parser.add_argument("--configs", type=Path, default=ROOT / "configs")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="where they are trained")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs", help="folder of the page and its figures"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page and its figures")
     parser.add_argument("--name", default="results", help="name of the page, without .md")
     parser.add_argument("--note", default="", help="what else the page should say")
     parser.add_argument("--batch_size", type=int, help="documents a step, in place of the recipes'")
@@ -292,10 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     entries = [
         Entry(
-            name,
-            recipe,
-            options.runs / name,
-            steps_for(recipe, options.features, options.tokens, options.batch_size),
+            name, recipe, options.runs / name, steps_for(recipe, options.features, options.tokens, options.batch_size)
         )
         for name, recipe in find_recipes(options.configs).items()
         if options.only is None or name in options.only

@@ -87,9 +87,7 @@ def waits(folder: Path, store: str, retain: Retain, options: argparse.Namespace)
 
 def main() -> None:
     """Print a line for each store and each way to retain."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stores", nargs="+", default=["shared_dir", "mooncake"])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--step_seconds", type=float, default=0.8)
@@ -107,9 +105,7 @@ def main() -> None:
                 if kind == "mooncake":
                     server, store = start_store(options.max_bytes + (1 << 30))
                 recording, waiting = waits(folder, store, retain, options)
-                print(
-                    f"{kind}, {retain}: recorded in {recording:.1f} ms, waited {waiting:.1f} ms", flush=True
-                )
+                print(f"{kind}, {retain}: recorded in {recording:.1f} ms, waited {waiting:.1f} ms", flush=True)
             finally:
                 if server is not None:
                     server.terminate()

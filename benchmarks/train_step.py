@@ -59,15 +59,19 @@ SHAPES = {
 def write_target(shape: Shape, folder: Path) -> str:
     """Config, embedding and head of a target of random weights; a draft reads nothing else."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
-        "intermediate_size": shape.mlp, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "num_hidden_layers": 16, "vocab_size": shape.vocab, "max_position_embeddings": 2048,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": 16,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 2048,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    save_file(
-        {name: torch.randn(shape.vocab, shape.hidden) * 0.05 for name in names}, folder / "model.safetensors"
-    )
+    save_file({name: torch.randn(shape.vocab, shape.hidden) * 0.05 for name in names}, folder / "model.safetensors")
     return str(folder)
 
 
@@ -86,9 +90,11 @@ def make_batch(shape: Shape) -> TrainBatch:
 
 
 BLOCKS: dict[str, tuple[str, dict[str, str | float]]] = {
-    "dflash": ("dflash", {}), "dpace": ("dflash", {"weights": "dpace"}), "dspark": ("dspark", {}),
+    "dflash": ("dflash", {}),
+    "dpace": ("dflash", {"weights": "dpace"}),
+    "dspark": ("dspark", {}),
     "domino": ("domino", {"base_start": 0.5}),
-}  # fmt: skip
+}
 
 
 def make_module(algorithm: str, shape: Shape):
@@ -103,9 +109,7 @@ def make_module(algorithm: str, shape: Shape):
             config: dict[str, object] = {"num_hidden_layers": 1, "block_size": 16}
             if name == "domino":
                 config["dflash_config"] = {"gru_hidden_dim": 64, "emb_dim": 64}
-            module = algorithms()[name](
-                target, draft_config=config, layer_ids=[1, 7, 12], anchors=64, **options
-            )
+            module = algorithms()[name](target, draft_config=config, layer_ids=[1, 7, 12], anchors=64, **options)
             if name == "domino":
                 module.horizon = 1.0  # λ is base_start, as at a run's first step
         else:
@@ -163,9 +167,7 @@ def gradients(algorithm: str, variant: str, shape: Shape, precision: str) -> Ten
     """Gradients of one step, end to end, in fp64."""
     step, draft = {"fast": fast_step, "naive": naive_step}[variant](algorithm, shape, precision)
     step()
-    return torch.cat(
-        [p.grad.double().flatten() for _, p in sorted(draft.named_parameters()) if p.grad is not None]
-    )
+    return torch.cat([p.grad.double().flatten() for _, p in sorted(draft.named_parameters()) if p.grad is not None])
 
 
 def measure(algorithm: str, variant: str, shape: Shape, precision: str, count: int) -> dict[str, float]:
@@ -195,15 +197,11 @@ def in_a_process(*arguments: object) -> dict[str, float]:
 
 def main() -> None:
     """Parse, measure each variant, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", choices=["eagle3", *BLOCKS], default="eagle3")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the headline figures"
-    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the headline figures")
     parser.add_argument("--steps", type=int, default=9, help="timed steps")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs=2, metavar=("VARIANT", "PRECISION"), help=argparse.SUPPRESS)
@@ -220,18 +218,22 @@ def main() -> None:
         print(
             json.dumps(
                 {
-                    " ".join(f): float(
-                        (gradients(options.algorithm, f[0], shape, f[1]) - exact).norm() / exact.norm()
-                    )
+                    " ".join(f): float((gradients(options.algorithm, f[0], shape, f[1]) - exact).norm() / exact.norm())
                     for f in forms
                 }
             )
         )
         return
     common = (
-        "--algorithm", options.algorithm, "--shape", options.shape, "--threads", options.threads,
-        "--steps", options.steps,
-    )  # fmt: skip
+        "--algorithm",
+        options.algorithm,
+        "--shape",
+        options.shape,
+        "--threads",
+        options.threads,
+        "--steps",
+        options.steps,
+    )
     variants = {
         f"{variant} {precision}": in_a_process(*common, "--only", variant, precision)
         for variant, precision in (("fast", "fp32"), ("fast", "bf16"), ("naive", "fp32"))
@@ -239,9 +241,13 @@ def main() -> None:
     for name, error in in_a_process(*common, "--error").items():
         variants[name]["gradient_error"] = error
     result = {
-        "algorithm": options.algorithm, "shape": options.shape, "threads": options.threads,
-        "precision": options.precision, **variants[f"fast {options.precision}"], "variants": variants,
-    }  # fmt: skip
+        "algorithm": options.algorithm,
+        "shape": options.shape,
+        "threads": options.threads,
+        "precision": options.precision,
+        **variants[f"fast {options.precision}"],
+        "variants": variants,
+    }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'variant':<12} {'CPU-s/step':>10} {'min':>7} {'peak MiB':>9} {'gradient error':>15}")

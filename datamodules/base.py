@@ -31,9 +31,16 @@ class FeatureDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self, batch_size: int | None, max_tokens: int | None, limit_samples: int | None, seed: int, prefetch: int,
-        bad_samples: str, pad_to: int, val_batch_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        batch_size: int | None,
+        max_tokens: int | None,
+        limit_samples: int | None,
+        seed: int,
+        prefetch: int,
+        bad_samples: str,
+        pad_to: int,
+        val_batch_size: int,
+    ) -> None:
         super().__init__()
         if (batch_size is None) == (max_tokens is None):
             raise UserError("data: give either batch_size or max_tokens")
@@ -82,7 +89,15 @@ class FeatureDataModule(pl.LightningDataModule):
     def _loader(self, refs: Sequence[SampleRef], store: SampleStore, **options: Any) -> FeatureDataLoader:
         trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
         return FeatureDataLoader(
-            refs, store, module.spec, seed=self.seed, rank=trainer.global_rank, world_size=trainer.world_size,
-            prefetch=self.prefetch, bad_samples=self.bad_samples, pad_to=self.pad_to,
-            pin_memory=torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda", **options,
-        )  # fmt: skip
+            refs,
+            store,
+            module.spec,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            prefetch=self.prefetch,
+            bad_samples=self.bad_samples,
+            pad_to=self.pad_to,
+            pin_memory=torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda",
+            **options,
+        )

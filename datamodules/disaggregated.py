@@ -11,15 +11,7 @@ from specforge.contracts import Provenance, SampleRef, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, plan_batches
-from specforge.options import (
-    Dtype,
-    NonNegativeInt,
-    PositiveInt,
-    PositiveSeconds,
-    PositiveShare,
-    Seconds,
-    Seed,
-)
+from specforge.options import Dtype, NonNegativeInt, PositiveInt, PositiveSeconds, PositiveShare, Seconds, Seed
 from specforge.runtime.addresses import open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController
@@ -84,9 +76,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         pad_to: PositiveInt = 64,
         val_batch_size: PositiveInt = 8,
     ) -> None:
-        super().__init__(
-            batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
-        )
+        super().__init__(batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size)
         self.folder, self.store, self.metadata = Path(prompts), store, metadata
         self.dtype, self.encoding = dtype, encoding
         self.max_bytes, self.max_samples, self.low_water = max_bytes, max_samples, low_water
@@ -105,9 +95,12 @@ class DisaggregatedDataModule(FeatureDataModule):
         """
         if self._controller is None:
             controller = DataFlowController(
-                open_metadata(self.metadata), FeatureStore(open_backend(self.store)), retain=self.retain,
-                lease_seconds=self.lease_seconds, max_tries=self.max_tries,
-            )  # fmt: skip
+                open_metadata(self.metadata),
+                FeatureStore(open_backend(self.store)),
+                retain=self.retain,
+                lease_seconds=self.lease_seconds,
+                max_tries=self.max_tries,
+            )
             self._claim = self._claimed(controller)
             self._controller = controller
         heldout = self.folder / "heldout"
@@ -218,9 +211,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         for rank in range(trainer.world_size):
             wanted.update(stream.room.window(self._ahead(loader, rank), stream.stamp))
         waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
-        self._controller.forget(
-            [x.key for x in waiting if x.key not in (kept if x.state == QUEUED else wanted)]
-        )
+        self._controller.forget([x.key for x in waiting if x.key not in (kept if x.state == QUEUED else wanted)])
 
     def trained(self, epoch: int, sample_ids: tuple[str, ...], step: int) -> None:
         """Record what a step used.
@@ -265,21 +256,31 @@ class DisaggregatedDataModule(FeatureDataModule):
         module = self.trainer.lightning_module  # type: ignore[union-attr]
         assert self._controller is not None
         provenance = Provenance(
-            module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype,
+            module.target.name,
+            module.target.fingerprint,
+            prompts.tokenizer,
+            module.spec.capture,
+            self.dtype,
             encoding=self.encoding,
-        )  # fmt: skip
+        )
         tasks = [x for batch in plan_batches(prompts.tasks, 1) for x in batch]  # in the order of capture
         refs = expect(tasks, provenance, module.target.hidden_size)
         kept, _ = self._splits.get("heldout", ([], None))
         room = Room(
-            self._share(self.max_bytes, sum(ref.nbytes for ref in kept)), self._share(self.max_samples, len(kept)),
+            self._share(self.max_bytes, sum(ref.nbytes for ref in kept)),
+            self._share(self.max_samples, len(kept)),
             self.low_water,
-        )  # fmt: skip
+        )
         stream = StreamedSamples(
-            self._controller, dict(zip((ref.sample_id for ref in refs), tasks, strict=True)), provenance, room,
-            stamp=self._stamp(refs if plan else ()), stall_seconds=self.stall_seconds,
-            wait_seconds=self.wait_seconds, probe=self._probe,
-        )  # fmt: skip
+            self._controller,
+            dict(zip((ref.sample_id for ref in refs), tasks, strict=True)),
+            provenance,
+            room,
+            stamp=self._stamp(refs if plan else ()),
+            stall_seconds=self.stall_seconds,
+            wait_seconds=self.wait_seconds,
+            probe=self._probe,
+        )
         return refs, stream
 
     def _stamp(self, planned: Sequence[SampleRef]) -> str:
@@ -293,13 +294,7 @@ class DisaggregatedDataModule(FeatureDataModule):
         """
         trainer = self.trainer
         assert trainer is not None
-        plan = [
-            self.limits,
-            self.limit_samples,
-            self.seed,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-        ]
+        plan = [self.limits, self.limit_samples, self.seed, trainer.world_size, trainer.accumulate_grad_batches]
         names = "".join(ref.sample_id for ref in planned).encode()
         return content_id(self.dtype, self.encoding, *([names, plan] if planned else ()))[:16]
 

@@ -41,9 +41,7 @@ class OfflineDataModule(FeatureDataModule):
         pad_to: PositiveInt = 64,
         val_batch_size: PositiveInt = 8,
     ) -> None:
-        super().__init__(
-            batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
-        )
+        super().__init__(batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size)
         self.folder = Path(features)
         self.train_features: FeatureFolder | None = None
         self.val_features: FeatureFolder | None = None
@@ -55,9 +53,7 @@ class OfflineDataModule(FeatureDataModule):
         if self.val_features is None and (self.folder / "heldout").exists():
             self.val_features = FeatureFolder.open(self.folder / "heldout")
         if stage != "fit" and self.val_features is None:
-            raise UserError(
-                f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on"
-            )
+            raise UserError(f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on")
 
     def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
         """References and tensors of ``train`` or ``heldout``."""

@@ -69,9 +69,7 @@ class OnlineDataModule(FeatureDataModule):
         token_file: str = "runs/target.token",
         encoding: Literal["raw", "float8_e4m3fn"] = "raw",
     ) -> None:
-        super().__init__(
-            batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size
-        )
+        super().__init__(batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size)
         self.folder = Path(prompts)
         self.dtype, self.device = dtype, device if device == "auto" else pick_device(device)
         self.max_bytes, self.keep_bytes = max_bytes, keep_bytes
@@ -97,9 +95,7 @@ class OnlineDataModule(FeatureDataModule):
             self._splits["heldout"] = self._produced(PromptSet.load(self.folder / "heldout"), until_read=True)
             self._check_room(self._splits["heldout"][0], 0, self.val_batch_size, None)
         if stage != "fit" and "heldout" not in self._splits:
-            raise UserError(
-                f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on"
-            )
+            raise UserError(f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on")
 
     def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
         """References and tensors of ``train`` or ``heldout``."""
@@ -116,9 +112,7 @@ class OnlineDataModule(FeatureDataModule):
             self._engine = (
                 HFTargetEngine(module.target, self.dtype, device)
                 if self.server is None
-                else HTTPTargetEngine(
-                    self.server, self.token_file, module.target, self.dtype, encoding=self.encoding
-                )
+                else HTTPTargetEngine(self.server, self.token_file, module.target, self.dtype, encoding=self.encoding)
             )
         provenance = Provenance(
             module.target.name, module.target.fingerprint, prompts.tokenizer, module.spec.capture, self.dtype
@@ -126,14 +120,10 @@ class OnlineDataModule(FeatureDataModule):
         store = FeatureStore(MemoryBackend(), max_bytes=self.max_bytes)
         committed: list[SampleRef] = []
         worker = RolloutWorker(self._engine, store, committed.extend, provenance)
-        tasks = [
-            task for batch in plan_batches(prompts.tasks, 1) for task in batch
-        ]  # in the order of capture
+        tasks = [task for batch in plan_batches(prompts.tasks, 1) for task in batch]  # in the order of capture
         self._engine.check(provenance.capture)
         travelled = replace(provenance, encoding=self.encoding)  # which a resumed run must not change
-        refs = [
-            replace(ref, provenance=travelled) for ref in expect(tasks, provenance, module.target.hidden_size)
-        ]
+        refs = [replace(ref, provenance=travelled) for ref in expect(tasks, provenance, module.target.hidden_size)]
         by_name = dict(zip((ref.sample_id for ref in refs), tasks, strict=True))
 
         def produce(name: str) -> SampleRef:
@@ -143,9 +133,7 @@ class OnlineDataModule(FeatureDataModule):
         keep = 0 if until_read else self.keep_bytes
         return refs, ProducedSamples(store, produce, keep_bytes=keep, until_read=until_read)
 
-    def _check_room(
-        self, refs: Sequence[SampleRef], keep: int, batch_size: int | None, max_tokens: int | None
-    ) -> None:
+    def _check_room(self, refs: Sequence[SampleRef], keep: int, batch_size: int | None, max_tokens: int | None) -> None:
         sizes = sorted((ref.nbytes for ref in refs), reverse=True)
         per_token = max(ref.nbytes / ref.num_tokens for ref in refs)
         batch = sum(sizes[:batch_size]) if max_tokens is None else int(max_tokens * per_token)

@@ -31,15 +31,7 @@ from specforge.files import read_json
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.modeling.draft import (
-    Draft,
-    as_trained,
-    build_draft,
-    canonical,
-    config_fields,
-    draft_class,
-    read_draft,
-)  # fmt: skip
+from specforge.modeling.draft import Draft, as_trained, build_draft, canonical, config_fields, draft_class, read_draft
 from specforge.modeling.draft.checks import check_stored
 from specforge.modeling.draft.fields import draft_rope, quoted
 from specforge.modeling.draft.format import DraftFormat
@@ -110,9 +102,15 @@ class DraftModule(pl.LightningModule):
     reads_layers: ClassVar[bool] = True
 
     def __init__(
-        self, target: TargetFiles, draft: Draft, spec: StrategySpec, *, has_vocabulary: bool,
-        optimizer: OptimizerOptions, gamma: int,
-    ) -> None:  # fmt: skip
+        self,
+        target: TargetFiles,
+        draft: Draft,
+        spec: StrategySpec,
+        *,
+        has_vocabulary: bool,
+        optimizer: OptimizerOptions,
+        gamma: int,
+    ) -> None:
         super().__init__()
         self.target, self.draft, self.spec = target, draft, spec
         self.optimizer_options, self.gamma = optimizer, gamma
@@ -231,9 +229,7 @@ class DraftModule(pl.LightningModule):
         """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
-    def empty_output(
-        self, positions: int, states: Tensor, spans: Sequence[tuple[int, int]] = ()
-    ) -> StepOutput:
+    def empty_output(self, positions: int, states: Tensor, spans: Sequence[tuple[int, int]] = ()) -> StepOutput:
         """Output of a batch without supervised rows: zero, but with the draft's states and parameters in its graph.
 
         A rank whose part of the data ran out has to take part in the reductions of the others.
@@ -249,10 +245,7 @@ class DraftModule(pl.LightningModule):
         return StepOutput(torch.as_tensor(loss), 0, zeros, zeros.long(), zeros.long(), missed)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Turn the summed gradients into those of the mean over the optimizer window and all ranks, then clip.
 
@@ -269,9 +262,7 @@ class DraftModule(pl.LightningModule):
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) * scale
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch._foreach_mul_(grads, scale)
-            torch.nn.utils.clip_grad_value_(
-                [p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val
-            )
+            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
         else:
             clip = 1.0 if not gradient_clip_val else torch.clamp(gradient_clip_val / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(grads, scale * clip)
@@ -398,9 +389,11 @@ def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def draft_config_for(
-    target: TargetFiles, given: str | Mapping[str, Any] | None, defaults: Mapping[str, Any],
+    target: TargetFiles,
+    given: str | Mapping[str, Any] | None,
+    defaults: Mapping[str, Any],
     source: SavedDraft | None = None,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
+) -> tuple[dict[str, Any], str]:
     """The draft config of a run.
 
     Args:
@@ -423,18 +416,13 @@ def draft_config_for(
         base, where = defaults if source is None else source.config, "model.draft_config"
         config = _merged(canonical(base, where), given or {}, where)
     _name_layers(config, defaults)
-    fits = {
-        "vocab_size": target.vocab_size,
-        "target_hidden_size": target.hidden_size,
-    }
+    fits = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
     for key, value in fits.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
     size = config.get("draft_vocab_size")
     if isinstance(size, int) and size > target.vocab_size:
-        raise UserError(
-            f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens"
-        )
+        raise UserError(f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens")
     if config.get("hidden_size") != target.hidden_size:
         raise UserError(
             f"{where}: hidden_size is {config.get('hidden_size')}, but the draft reads the embedding of "
@@ -476,9 +464,7 @@ def layer_fields(target: TargetFiles) -> dict[str, Any]:
     config, hidden = target.config, target.hidden_size
     heads = _first(config, ("num_attention_heads",))
     if heads is None:
-        raise UserError(
-            f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file"
-        )
+        raise UserError(f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file")
     kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
     head_dim = _first(config, ("head_dim",)) or hidden // heads
     # LlamaConfig accepts only numbers of heads that divide the hidden size.

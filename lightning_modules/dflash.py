@@ -113,28 +113,23 @@ class DFlashModule(DraftModule):
         draft.apply(self._initialise)
         if source is not None:
             load_weights(draft, source, self.export_format)
-        features = (
-            (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
-        )
-        spec = StrategySpec(
-            self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2
-        )
+        features = (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
+        spec = StrategySpec(self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2)
         gamma = gamma or min(4, draft.drafts)
-        super().__init__(
-            files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma
-        )
+        super().__init__(files, draft, spec, has_vocabulary=init_from is not None, optimizer=optimizer, gamma=gamma)
         self._check_positions(gamma)
         self.anchors, self.weights, self.alpha, self.label = anchors, weights, alpha, label
-        self.decay = decay or next(
-            g for size, g in ((16, 7.0), (10, 5.0), (0, 4.0)) if draft.block_size >= size
-        )
+        self.decay = decay or next(g for size, g in ((16, 7.0), (10, 5.0), (0, 4.0)) if draft.block_size >= size)
         self.anchor_seed, self.chunk = anchor_seed, chunk
 
     @classmethod
     def _build(
-        cls, files: TargetFiles, given: str | dict[str, Any] | None, layer_ids: list[int] | None,
+        cls,
+        files: TargetFiles,
+        given: str | dict[str, Any] | None,
+        layer_ids: list[int] | None,
         source: SavedDraft | None,
-    ) -> DFlash:  # fmt: skip
+    ) -> DFlash:
         config, where = draft_config_for(files, given, cls.default_draft_config(files), source)
         if layer_ids is not None:
             config["dflash_config"] = {**config.get("dflash_config", {}), "target_layer_ids": list(layer_ids)}
@@ -260,9 +255,7 @@ class DFlashModule(DraftModule):
         """Weight exp(-d/γ) of each draft, d = 0 being the first of its block."""
         return torch.exp(plan.depth / -self.decay)
 
-    def _correction(
-        self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor
-    ) -> Correction | None:
+    def _correction(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor) -> Correction | None:
         """What is added to the head's logits."""
         return None
 

@@ -69,9 +69,18 @@ class DFlash2Module(DFlashModule):
         chunk: PositiveInt | None = None,
     ) -> None:
         super().__init__(
-            target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
-            anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,
-        )  # fmt: skip
+            target,
+            draft_config,
+            layer_ids,
+            init_from,
+            anchors,
+            decay=decay,
+            label=label,
+            anchor_seed=anchor_seed,
+            gamma=gamma,
+            optimizer=optimizer,
+            chunk=chunk,
+        )
         self.selector = selector
 
     @classmethod
@@ -91,9 +100,7 @@ class DFlash2Module(DFlashModule):
         return self.draft.candidate_selector.context(states, batch.input_ids[plan.labels - 1])
 
     def _correction(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor) -> Correction:
-        return Correction(
-            self._context(batch, plan, states), self.draft.candidate_selector.successor_codebook
-        )
+        return Correction(self._context(batch, plan, states), self.draft.candidate_selector.successor_codebook)
 
     def _add_correction(self, logits: Tensor, extra: Tensor) -> Tensor:
         return self.draft.candidate_selector.choose(logits, extra)

@@ -80,11 +80,22 @@ class DistilledModule(DraftModule):
     """
 
     def __init__(
-        self, target: TargetFiles, draft: Draft, capture: CapturePolicy, *, weights: Tensor, objective: Objective,
-        label: Literal["target", "data"], chunk: int | None, has_vocabulary: bool, optimizer: OptimizerOptions,
-        gamma: int, min_tokens: int = 3, feature_weight: float = 0.0,
+        self,
+        target: TargetFiles,
+        draft: Draft,
+        capture: CapturePolicy,
+        *,
+        weights: Tensor,
+        objective: Objective,
+        label: Literal["target", "data"],
+        chunk: int | None,
+        has_vocabulary: bool,
+        optimizer: OptimizerOptions,
+        gamma: int,
+        min_tokens: int = 3,
+        feature_weight: float = 0.0,
         start: Callable[[TargetFiles], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         spec = StrategySpec(
             algorithm=self.algorithm,
             capture=capture,

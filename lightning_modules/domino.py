@@ -76,9 +76,18 @@ class DominoModule(DFlashModule):
         chunk: PositiveInt | None = None,
     ) -> None:
         super().__init__(
-            target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
-            anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,
-        )  # fmt: skip
+            target,
+            draft_config,
+            layer_ids,
+            init_from,
+            anchors,
+            decay=decay,
+            label=label,
+            anchor_seed=anchor_seed,
+            gamma=gamma,
+            optimizer=optimizer,
+            chunk=chunk,
+        )
         self.base_start, self.base_decay, self.horizon = base_start, base_decay, 0.0
 
     @classmethod
@@ -86,9 +95,12 @@ class DominoModule(DFlashModule):
         """DFlash's, with a GRU of 1,024 and a correction of 256, shifted labels and one uncorrected draft."""
         config = super().default_draft_config(target)
         fields = {
-            "projector_type": "domino", "shift_label": True, "pure_draft_prefix_len": 1, "gru_hidden_dim": 1024,
+            "projector_type": "domino",
+            "shift_label": True,
+            "pure_draft_prefix_len": 1,
+            "gru_hidden_dim": 1024,
             "emb_dim": 256,
-        }  # fmt: skip
+        }
         return {**config, "dflash_config": {**config["dflash_config"], **fields}}
 
     def on_train_start(self) -> None:
@@ -109,9 +121,7 @@ class DominoModule(DFlashModule):
         # What lies behind a block's document is read too, but by none of its drafts.
         places = (plan.anchors[: plan.blocks].unsqueeze(1) + slots).clamp(max=batch.num_tokens - 1)
         ids, tokens = batch.input_ids[places].unique(return_inverse=True)
-        real = self.draft.corrections(
-            head.embed(ids), tokens, states[:count], plan.block[:count], plan.depth[:count]
-        )
+        real = self.draft.corrections(head.embed(ids), tokens, states[:count], plan.block[:count], plan.depth[:count])
         return Correction(F.pad(real, (0, 0, 0, len(states) - count)), self.draft.matrix)
 
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> DominoCorrector:
@@ -120,6 +130,11 @@ class DominoModule(DFlashModule):
     def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
         plan, states, labels, trained = drafts
         return block_loss(
-            states, head.sliced(self.draft.target_ids), labels, self._decay(plan) * trained,
-            correction=self._correction(batch, head, plan, states), base_share=self.base_share, chunk=self.chunk,
-        )  # fmt: skip
+            states,
+            head.sliced(self.draft.target_ids),
+            labels,
+            self._decay(plan) * trained,
+            correction=self._correction(batch, head, plan, states),
+            base_share=self.base_share,
+            chunk=self.chunk,
+        )

@@ -77,9 +77,18 @@ class DSparkModule(DFlashModule):
         if ce + l1 == 0:
             raise UserError("model: ce and l1 are both 0, so nothing would be learnt; set one of them")
         super().__init__(
-            target, draft_config, layer_ids, init_from, anchors, decay=decay, label=label,
-            anchor_seed=anchor_seed, gamma=gamma, optimizer=optimizer, chunk=chunk,
-        )  # fmt: skip
+            target,
+            draft_config,
+            layer_ids,
+            init_from,
+            anchors,
+            decay=decay,
+            label=label,
+            anchor_seed=anchor_seed,
+            gamma=gamma,
+            optimizer=optimizer,
+            chunk=chunk,
+        )
         self.ce, self.l1, self.confidence = ce, l1, confidence
 
     @classmethod
@@ -127,9 +136,14 @@ class DSparkModule(DFlashModule):
         correction = self._corrected(before, plan, states)
         weights = self._decay(plan) * trained
         result = block_loss(
-            states[order], output, labels[order], weights[order],
-            correction=correction._replace(states=correction.states[order]), objective=objective, chunk=self.chunk,
-        )  # fmt: skip
+            states[order],
+            output,
+            labels[order],
+            weights[order],
+            correction=correction._replace(states=correction.states[order]),
+            objective=objective,
+            chunk=self.chunk,
+        )
         back = order.argsort()
         loss = result.loss
         logits = self.draft.confidence(before, states)

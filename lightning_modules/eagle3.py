@@ -80,10 +80,18 @@ class Eagle3Module(FusedModule):
         chunk: PositiveInt | None = None,
     ) -> None:
         super().__init__(
-            target, draft_config, layer_ids, init_from, weights=step_decay ** torch.arange(steps),
-            objective=make_objective(loss, lk_eta, topk), feature_weight=feature_weight, label=label,
-            gamma=gamma, optimizer=optimizer, chunk=chunk,
-        )  # fmt: skip
+            target,
+            draft_config,
+            layer_ids,
+            init_from,
+            weights=step_decay ** torch.arange(steps),
+            objective=make_objective(loss, lk_eta, topk),
+            feature_weight=feature_weight,
+            label=label,
+            gamma=gamma,
+            optimizer=optimizer,
+            chunk=chunk,
+        )
         self.steps, self.step_decay = steps, step_decay
 
     def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:

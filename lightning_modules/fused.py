@@ -13,7 +13,7 @@ from lightning_modules.base import (
     initialise_layers,
     layer_fields,
     load_weights,
-)  # fmt: skip
+)
 from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
 from specforge.inference.target_engine.base import check_layers
@@ -37,16 +37,18 @@ class FusedModule(DistilledModule):
     draft: FusedDraft
 
     def __init__(
-        self, target: str, draft_config: str | dict[str, Any] | None, layer_ids: list[int] | None,
-        init_from: str | None, **training: Any,
-    ) -> None:  # fmt: skip
+        self,
+        target: str,
+        draft_config: str | dict[str, Any] | None,
+        layer_ids: list[int] | None,
+        init_from: str | None,
+        **training: Any,
+    ) -> None:
         files = TargetFiles.find(target)
         source = SavedDraft.named(init_from, self.export_format, ("target",))
         config, where = draft_config_for(files, draft_config, self.default_draft_config(files), source)
         if layer_ids is not None:
-            config["eagle_config"] = {
-                **config["eagle_config"], "eagle_aux_hidden_state_layer_ids": list(layer_ids),
-            }  # fmt: skip
+            config["eagle_config"] = {**config["eagle_config"], "eagle_aux_hidden_state_layer_ids": list(layer_ids)}
         draft = self.build(config, where)
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         draft.apply(initialise_layers)
@@ -56,9 +58,13 @@ class FusedModule(DistilledModule):
             load_weights(draft, source, self.export_format)
         starts_anew = source is None
         super().__init__(
-            files, draft, CapturePolicy(draft.layer_ids), has_vocabulary=not starts_anew,
-            start=draft.start_from_target if init_from == "target" else None, **training,
-        )  # fmt: skip
+            files,
+            draft,
+            CapturePolicy(draft.layer_ids),
+            has_vocabulary=not starts_anew,
+            start=draft.start_from_target if init_from == "target" else None,
+            **training,
+        )
         self.starts_anew = starts_anew
 
     @classmethod

@@ -80,9 +80,7 @@ def load_module(draft: Path, target: str | None, algorithm: str | None = None) -
         raise UserError(f"{draft}: is not a draft of {cls.algorithm}, which --algorithm names")
     module = cls(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
-        raise UserError(
-            f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})"
-        )
+        raise UserError(f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})")
     return module
 
 

@@ -75,10 +75,18 @@ class MedusaModule(DistilledModule):
         if source is not None:
             load_weights(draft, source, self.export_format)
         super().__init__(
-            files, draft, self.capture_policy(files), weights=head_decay ** torch.arange(len(draft.heads)),
-            objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=init_from is not None,
-            optimizer=optimizer, gamma=gamma, start=draft.start_from_target if init_from is None else None,
-        )  # fmt: skip
+            files,
+            draft,
+            self.capture_policy(files),
+            weights=head_decay ** torch.arange(len(draft.heads)),
+            objective=make_objective(loss, lk_eta),
+            label=label,
+            chunk=chunk,
+            has_vocabulary=init_from is not None,
+            optimizer=optimizer,
+            gamma=gamma,
+            start=draft.start_from_target if init_from is None else None,
+        )
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
@@ -111,6 +119,4 @@ class MedusaModule(DistilledModule):
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> HeadsDrafter:
         """A drafter of one token a head with the present weights."""
         draft = self.draft
-        return HeadsDrafter(
-            draft.decoder(dtype), head.embed, draft.target_ids.clone(), self.target.vocab_size
-        )
+        return HeadsDrafter(draft.decoder(dtype), head.embed, draft.target_ids.clone(), self.target.vocab_size)

@@ -12,13 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import (
-    SavedDraft,
-    draft_config_for,
-    initialise_layers,
-    layer_fields,
-    load_weights,
-)  # fmt: skip
+from lightning_modules.base import SavedDraft, draft_config_for, initialise_layers, layer_fields, load_weights
 from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
@@ -86,10 +80,18 @@ class MTPModule(DistilledModule):
             load_weights(draft, source, self.export_format)
         decay = step_decay ** torch.arange(steps)
         super().__init__(
-            files, draft, self.capture_policy(files), weights=decay / decay.sum(),
-            objective=make_objective(loss, lk_eta), label=label, chunk=chunk, has_vocabulary=source is not None,
-            optimizer=optimizer, gamma=gamma, start=draft.check_start if init_from == "target" else None,
-        )  # fmt: skip
+            files,
+            draft,
+            self.capture_policy(files),
+            weights=decay / decay.sum(),
+            objective=make_objective(loss, lk_eta),
+            label=label,
+            chunk=chunk,
+            has_vocabulary=source is not None,
+            optimizer=optimizer,
+            gamma=gamma,
+            start=draft.check_start if init_from == "target" else None,
+        )
         self.steps = steps
 
     @staticmethod
@@ -97,10 +99,20 @@ class MTPModule(DistilledModule):
         """A layer of the target's own dimensions and form, over its whole vocabulary."""
         config, family = target.config, mtp_family(target)
         latent = (
-            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-            "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group",
-            "norm_topk_prob", "routed_scaling_factor",
-        )  # fmt: skip
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "n_group",
+            "topk_group",
+            "norm_topk_prob",
+            "routed_scaling_factor",
+        )
         is_latent = config.get("kv_lora_rank") is not None
         names = set(target.weight_files)
         prefix = family.prefix if family else f"model.layers.{target.num_layers - 1}."

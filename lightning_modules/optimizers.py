@@ -74,12 +74,14 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float,
-        betas: tuple[float, float], weight_decay: float,
-    ) -> None:  # fmt: skip
-        self._muon = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        self._muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.0)
         groups = [*self._muon.param_groups, *self._adamw.param_groups]
         super().__init__(groups, {})
@@ -103,9 +105,7 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-def build_optimizer(
-    options: OptimizerOptions, draft: nn.Module, total_steps: int
-) -> tuple[Optimizer, LambdaLR]:
+def build_optimizer(options: OptimizerOptions, draft: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
     """The optimizer of a draft's trainable parameters, and its schedule.
 
     Args:
@@ -115,9 +115,7 @@ def build_optimizer(
     """
     for name, kinds in get_type_hints(OptimizerOptions).items():
         if get_origin(kinds) is Literal and getattr(options, name) not in get_args(kinds):
-            raise UserError(
-                f"optimizer: {name} is {getattr(options, name)!r}; use {' or '.join(get_args(kinds))}"
-            )
+            raise UserError(f"optimizer: {name} is {getattr(options, name)!r}; use {' or '.join(get_args(kinds))}")
     trainable = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     matrices = [p for p in trainable.values() if p.ndim == 2]
     vectors = [p for p in trainable.values() if p.ndim != 2]
@@ -128,10 +126,7 @@ def build_optimizer(
             layers, [*tables, *vectors], options.lr, options.betas, options.weight_decay
         )
     else:
-        groups = [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         fused = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for p in trainable.values())
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=fused)
     return optimizer, LambdaLR(optimizer, lr_factor(options, total_steps))

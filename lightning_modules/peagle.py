@@ -84,9 +84,17 @@ class PEagleModule(FusedModule):
         if gamma > depths:
             raise UserError(f"model: gamma is {gamma}; want 1 to {depths}, the depths that are trained")
         super().__init__(
-            target, draft_config, layer_ids, init_from, weights=torch.ones(depths),
-            objective=make_objective(loss, lk_eta, topk), label=label, gamma=gamma, optimizer=optimizer, chunk=chunk,
-        )  # fmt: skip
+            target,
+            draft_config,
+            layer_ids,
+            init_from,
+            weights=torch.ones(depths),
+            objective=make_objective(loss, lk_eta, topk),
+            label=label,
+            gamma=gamma,
+            optimizer=optimizer,
+            chunk=chunk,
+        )
         self.depths, self.sampling = depths, DepthSampling(keep_ratio, keep_least)
 
     @classmethod

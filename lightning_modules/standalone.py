@@ -90,10 +90,19 @@ class StandaloneModule(DistilledModule):
         if source is not None:
             load_weights(network, source, self.export_format)
         super().__init__(
-            files, network, self.capture_policy(files), weights=torch.ones(1), objective=make_objective(loss, lk_eta),
-            label=label, chunk=chunk, has_vocabulary=init_from not in (None, "target"), optimizer=optimizer,
-            gamma=gamma, min_tokens=3, start=network.start_from_target if init_from == "target" else None,
-        )  # fmt: skip
+            files,
+            network,
+            self.capture_policy(files),
+            weights=torch.ones(1),
+            objective=make_objective(loss, lk_eta),
+            label=label,
+            chunk=chunk,
+            has_vocabulary=init_from not in (None, "target"),
+            optimizer=optimizer,
+            gamma=gamma,
+            min_tokens=3,
+            start=network.start_from_target if init_from == "target" else None,
+        )
 
     def setup(self, stage: str) -> None:
         """Refuse texts that are longer than the draft supports.
@@ -154,9 +163,7 @@ def _draft_config(
     return {**config_like(target, layers), **changes_of(own, target.config["model_type"], where)}, where
 
 
-def _check_vocabulary(
-    target: TargetFiles, start: TargetFiles | None, config: Mapping[str, Any], where: str
-) -> None:
+def _check_vocabulary(target: TargetFiles, start: TargetFiles | None, config: Mapping[str, Any], where: str) -> None:
     """Refuse a draft that counts tokens otherwise than the target.
 
     Raises:

@@ -126,9 +126,10 @@ class FeatureSpec(Record):
         """See :meth:`Record.fitting`."""
         shape = isinstance(self.shape, tuple) and 0 < len(self.shape) < 8
         return {
-            "name": _is_text(self.name) and bool(self.name), "dtype": _is_dtype(self.dtype),
+            "name": _is_text(self.name) and bool(self.name),
+            "dtype": _is_dtype(self.dtype),
             "shape": shape and all(map(_is_count, self.shape)) and math.prod(self.shape) <= _MOST_BYTES,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +218,12 @@ class PromptTask(Record):
         """See :meth:`Record.fitting`; what no target can read, such as an unknown token, the target will say."""
         ids, mask = _packed(_int32, self.input_ids), _packed(bytes, self.loss_mask)
         return {
-            "task_id": _is_text(self.task_id), "source": _is_text(self.source), "attempt": _is_count(self.attempt),
+            "task_id": _is_text(self.task_id),
+            "source": _is_text(self.source),
+            "attempt": _is_count(self.attempt),
             "input_ids": ids is not None,
             "loss_mask": mask is not None and len(mask) == len(ids or ()) and not mask.translate(None, b"\0\1"),
-        }  # fmt: skip
+        }
 
 
 _int32 = partial(array, "i")
@@ -278,12 +281,15 @@ class SampleRef(Record):
         tokens = self.num_tokens
         return {
             "sample_id": type(self.sample_id) is str and SAMPLE_ID.fullmatch(self.sample_id) is not None,
-            "generation": _is_count(self.generation), "num_tokens": _is_count(tokens, _MOST_TOKENS),
+            "generation": _is_count(self.generation),
+            "num_tokens": _is_count(tokens, _MOST_TOKENS),
             "features": all([feature.shape[0] == tokens for feature in self.features]),
             "num_supervised": _is_count(tokens) and _is_count(self.num_supervised, tokens),
-            "nbytes": _is_count(self.nbytes), "checksum": type(self.checksum) is str, "uri": type(self.uri) is str,
+            "nbytes": _is_count(self.nbytes),
+            "checksum": type(self.checksum) is str,
+            "uri": type(self.uri) is str,
             "source": type(self.source) is str,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,9 +263,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except ValueError as error:
-        place = (
-            f", line {error.__cause__.lineno}" if isinstance(error.__cause__, json.JSONDecodeError) else ""
-        )
+        place = f", line {error.__cause__.lineno}" if isinstance(error.__cause__, json.JSONDecodeError) else ""
         raise UserError(f"{path}{place}: {error}") from error
 
 

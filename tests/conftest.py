@@ -17,15 +17,9 @@ from tests.tiny import write_conversations, write_target
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many seeds the kills of tests/test_faults.py are drawn with."""
     parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
-    parser.addoption(
-        "--write-docs", action="store_true", help="write docs/targets.md (tests/test_targets.py)"
-    )
-    parser.addoption(
-        "--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)"
-    )
-    parser.addoption(
-        "--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang"
-    )
+    parser.addoption("--write-docs", action="store_true", help="write docs/targets.md (tests/test_targets.py)")
+    parser.addoption("--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)")
+    parser.addoption("--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,9 +56,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(tmp_path_factory: pytest.TempPathFactory, target: Path, conversations: Path) -> Path:
     """The conversations as prompt sets of the tiny target."""
     folder = tmp_path_factory.mktemp("prompts")
-    assert (
-        main(["prepare", "--data", str(conversations), "--target", str(target), "--output", str(folder)]) == 0
-    )
+    assert main(["prepare", "--data", str(conversations), "--target", str(target), "--output", str(folder)]) == 0
     return folder
 
 

@@ -19,10 +19,12 @@ from specforge.runtime.data_plane.store import FeatureStore
 from tests.tiny import recipe
 
 STEPS = {
-    "trainer__max_steps": 18, "checkpoint": {"every_n_train_steps": 4}, "trainer__check_val_every_n_epoch": None,
+    "trainer__max_steps": 18,
+    "checkpoint": {"every_n_train_steps": 4},
+    "trainer__check_val_every_n_epoch": None,
     "trainer__val_check_interval": 6,
     "model__init_args__optimizer": {"lr": 1e-3, "schedule": "constant"},
-}  # fmt: skip
+}
 
 
 def places(folder: Path) -> dict[str, str]:
@@ -32,22 +34,21 @@ def places(folder: Path) -> dict[str, str]:
 
 def disaggregated(
     target: Path, prompts: Path, folder: Path, where: dict[str, str], changes: dict | None = None, **options: object
-) -> Path:  # fmt: skip
+) -> Path:
     """A recipe of W3; ``options`` are the datamodule's."""
-    data = {
-        "prompts": str(prompts), "batch_size": 4, "dtype": "float32", "wait_seconds": 60, **where, **options,
-    }  # fmt: skip
+    data = {"prompts": str(prompts), "batch_size": 4, "dtype": "float32", "wait_seconds": 60, **where, **options}
     return recipe(
-        target, prompts, folder, **STEPS | (changes or {}),
+        target,
+        prompts,
+        folder,
+        **STEPS | (changes or {}),
         data={"class_path": "DisaggregatedDataModule", "init_args": data},
-    )  # fmt: skip
+    )
 
 
 def control(where: dict[str, str], **options: object) -> DataFlowController:
     """A controller of its own, as another process has."""
-    return DataFlowController(
-        open_metadata(where["metadata"]), FeatureStore(open_backend(where["store"])), **options
-    )
+    return DataFlowController(open_metadata(where["metadata"]), FeatureStore(open_backend(where["store"])), **options)
 
 
 @contextmanager
@@ -57,16 +58,17 @@ def producers(
     """Run producers in threads; what they raise is raised here."""
     files = TargetFiles.find(str(target))
     stop, errors = threading.Event(), []
-    engines = [
-        HFTargetEngine(files, dtype) for _ in range(count)
-    ]  # transformers loads in one thread at a time
+    engines = [HFTargetEngine(files, dtype) for _ in range(count)]  # transformers loads in one thread at a time
     made = [
         Producer(
-            control(where), lambda _, i=i: engines[i], files.fingerprint, f"producer-{i}",
+            control(where),
+            lambda _, i=i: engines[i],
+            files.fingerprint,
+            f"producer-{i}",
             **{"max_prompts": 4, **options},
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
     def work(producer: Producer) -> None:
         torch.set_num_threads(1)

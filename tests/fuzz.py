@@ -19,9 +19,22 @@ from specforge.errors import UserError
 
 _ODD_NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63), 10**12, 10**400, 0.5, float("nan"), float("inf"), 1e308)
 _ODD_VALUES: tuple[Any, ...] = (
-    *_ODD_NUMBERS, None, True, "", "x", "../../x", "/etc/passwd", "\ud83d", "\0", "é" * 40, [], {}, [[]], [None],
+    *_ODD_NUMBERS,
+    None,
+    True,
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "\ud83d",
+    "\0",
+    "é" * 40,
+    [],
+    {},
+    [[]],
+    [None],
     {"": 0},
-)  # fmt: skip
+)
 _ODD_BYTES = (b"\xff\xfe", b"\0" * 8, b"[" * 5000, b'{"a":' * 3000, b"\r\n", b"\xed\xa0\x80")
 
 
@@ -91,9 +104,12 @@ class Fuzz:
 
 
 def survives(
-    reader: Callable[[], Any], *, outside: Path | None = None, megabytes: int = 256,
+    reader: Callable[[], Any],
+    *,
+    outside: Path | None = None,
+    megabytes: int = 256,
     refusals: tuple[type[BaseException], ...] = (UserError,),
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether a reader took an input; a refusal must be one short line.
 
     Args:

@@ -32,17 +32,24 @@ def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> No
         path = Path(folder) / "jobs.json"
         path.write_text(json.dumps(list(jobs.items())))
         shared = {
-            "NODE_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(find_free_network_port()), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(find_free_network_port()),
+            "OMP_NUM_THREADS": "1",
+        }
         outputs = [Path(folder) / str(rank) for rank in range(ranks)]
         processes = []
         for rank, output in enumerate(outputs):
             with output.open("w") as file:
-                processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "tests.ranks", str(path)], stdout=file, stderr=subprocess.STDOUT,
-                    env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
-                ))  # fmt: skip
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.ranks", str(path)],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
+                    )
+                )
         deadline = time.monotonic() + timeout
         try:
             for process in processes:

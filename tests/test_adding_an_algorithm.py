@@ -43,19 +43,56 @@ def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prom
     checkpoint, named = "runs/toy/checkpoints/last.ckpt", ("--algorithm", "toy.ToyModule")
     specforge(
         folder,
-        ("capture", "--algorithm", "toy.ToyModule", "--target", target, "--prompts", prompts, "--output", "features",
-         "--dtype", "float32"),
-        ("fit", "--config", "toy.yaml", "--model.target", target, "--data.features", "features",
-         "--model.draft_config", '{"draft_vocab_size": 128}', "--trainer.accelerator", "cpu",
-         "--trainer.max_steps", 100, "--trainer.enable_progress_bar", "false"),
-    )  # fmt: skip
+        (
+            "capture",
+            "--algorithm",
+            "toy.ToyModule",
+            "--target",
+            target,
+            "--prompts",
+            prompts,
+            "--output",
+            "features",
+            "--dtype",
+            "float32",
+        ),
+        (
+            "fit",
+            "--config",
+            "toy.yaml",
+            "--model.target",
+            target,
+            "--data.features",
+            "features",
+            "--model.draft_config",
+            '{"draft_vocab_size": 128}',
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.max_steps",
+            100,
+            "--trainer.enable_progress_bar",
+            "false",
+        ),
+    )
     specforge(
         folder,
-        ("evaluate", "--draft", checkpoint, "--prompts", prompts, "--json", "e.json", "--max_new_tokens", 20,
-         "--speed_prompts", 0, *named),
+        (
+            "evaluate",
+            "--draft",
+            checkpoint,
+            "--prompts",
+            prompts,
+            "--json",
+            "e.json",
+            "--max_new_tokens",
+            20,
+            "--speed_prompts",
+            0,
+            *named,
+        ),
         ("export", "--draft", checkpoint, "--output", "exported", "--dtype", "float32", *named),
         ("export", "--draft", "exported", "--output", "again", "--dtype", "float32", "--target", target, *named),
-    )  # fmt: skip
+    )
     rows = {row["method"]: row for row in json.loads((folder / "e.json").read_text())["methods"]}
     assert rows["toy"]["lossless"] is True
     assert rows["toy"]["tau"] == rows["toy"]["offline_tau"]
@@ -69,10 +106,7 @@ def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prom
         ("toy.NoModule", "algorithm toy.NoModule: cannot be imported"),
         ("no_such_file.ToyModule", "algorithm no_such_file.ToyModule: cannot be imported"),
         ("pathlib.Path", "algorithm pathlib.Path: is not a DraftModule"),
-        (
-            "lightning_modules.DraftModule",
-            "algorithm lightning_modules.DraftModule: is not a DraftModule",
-        ),
+        ("lightning_modules.DraftModule", "algorithm lightning_modules.DraftModule: is not a DraftModule"),
         ("..", r"algorithm \.\.: is not a class path"),
         ("toy.", r"algorithm toy\.: is not a class path"),
     ],

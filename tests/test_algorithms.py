@@ -22,19 +22,23 @@ RECIPES = sorted(
 )
 
 
-def train(
-    name: str, target: Path, features: Path, folder: Path, **changes: object
-) -> dict[str, torch.Tensor]:
+def train(name: str, target: Path, features: Path, folder: Path, **changes: object) -> dict[str, torch.Tensor]:
     """Run a shipped recipe for four steps in fp32; returns the draft's weights."""
     module = yaml.safe_load((recipe_folder() / name).read_text())["model"]["class_path"]
     options = {
-        "--trainer.accelerator": "cpu", "--trainer.max_steps": 4, "--trainer.precision": "32-true",
-        "--trainer.default_root_dir": folder, "--trainer.enable_progress_bar": "false",
-        "--trainer.limit_val_batches": 0, "--checkpoint.every_n_train_steps": 2,
-        "--data.features": features, "--data.batch_size": 4, "--model.target": target,
+        "--trainer.accelerator": "cpu",
+        "--trainer.max_steps": 4,
+        "--trainer.precision": "32-true",
+        "--trainer.default_root_dir": folder,
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.limit_val_batches": 0,
+        "--checkpoint.every_n_train_steps": 2,
+        "--data.features": features,
+        "--data.batch_size": 4,
+        "--model.target": target,
         **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in TINY_OPTIONS[module].items()},
         **changes,
-    }  # fmt: skip
+    }
     assert main(["fit", "--config", name, *(str(word) for pair in options.items() for word in pair)]) == 0
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
@@ -65,29 +69,39 @@ def test_accumulating_two_batches_is_one_batch_of_both(name, target, features, t
 
 LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 EXPERTS = {
-    "moe": True, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-    "n_group": 4, "topk_group": 2, "num_key_value_heads": 4,
-}  # fmt: skip
+    "moe": True,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
+}
 # What has a network or an optimizer of its own beside the recipes: the recipe that it changes, fields of the draft
 # config, and other options of the model.
 VARIANTS: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     **{name.removesuffix("-smollm2.yaml"): (name, {}, {}) for name in RECIPES},
     "eagle3": ("eagle3_1-smollm2.yaml", {"fc_norm": False, "norm_output": False}, {"init_from": None}),
     "eagle3-mla": (
-        "eagle3_1-smollm2.yaml", {"architectures": ["Eagle3DeepseekV2ForCausalLM"], **LATENT}, {"init_from": None},
+        "eagle3_1-smollm2.yaml",
+        {"architectures": ["Eagle3DeepseekV2ForCausalLM"], **LATENT},
+        {"init_from": None},
     ),
     "mtp-nextn": (
-        "mtp-smollm2.yaml", {"architectures": ["DeepseekMTPDraft"], "model_type": "deepseek_v3", **LATENT, **EXPERTS},
+        "mtp-smollm2.yaml",
+        {"architectures": ["DeepseekMTPDraft"], "model_type": "deepseek_v3", **LATENT, **EXPERTS},
         {"init_from": None},
     ),
     "peagle-embedding": ("peagle-smollm2.yaml", {"embed_requires_grad": True}, {}),
     "standalone-embedding": ("standalone-smollm2.yaml", {}, {"train_embedding": True}),
     "dspark-rnn": ("dspark-smollm2.yaml", {"markov_head_type": "rnn", "markov_rank": 8}, {}),
     "dspark-muon": (
-        "dspark-smollm2.yaml", {"markov_head_type": "gated", "markov_rank": 8},
+        "dspark-smollm2.yaml",
+        {"markov_head_type": "gated", "markov_rank": 8},
         {"optimizer": {"name": "muon", "lr": 1e-3}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +130,23 @@ def epoch(variant: str, target: Path, features: Path, folder: Path, **changes: o
     tiny = TINY_OPTIONS[yaml.safe_load((recipe_folder() / recipe).read_text())["model"]["class_path"]]
     model = {**tiny, **more, "draft_config": {"num_hidden_layers": 1, **tiny["draft_config"], **fields}}
     options = {
-        "--trainer.accelerator": "cpu", "--trainer.max_epochs": 1, "--trainer.max_steps": -1,
-        "--trainer.precision": "32-true", "--trainer.default_root_dir": folder, "--trainer.logger": "false",
-        "--trainer.enable_progress_bar": "false", "--trainer.log_every_n_steps": 1,
-        "--trainer.check_val_every_n_epoch": 1, "--trainer.val_check_interval": 1.0, "--data.val_batch_size": 1,
-        "--data.features": features, "--model.target": target, "--checkpoint.every_n_train_steps": 2,
-        **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in model.items()}, **changes,
-    }  # fmt: skip
+        "--trainer.accelerator": "cpu",
+        "--trainer.max_epochs": 1,
+        "--trainer.max_steps": -1,
+        "--trainer.precision": "32-true",
+        "--trainer.default_root_dir": folder,
+        "--trainer.logger": "false",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.log_every_n_steps": 1,
+        "--trainer.check_val_every_n_epoch": 1,
+        "--trainer.val_check_interval": 1.0,
+        "--data.val_batch_size": 1,
+        "--data.features": features,
+        "--model.target": target,
+        "--checkpoint.every_n_train_steps": 2,
+        **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in model.items()},
+        **changes,
+    }
     return ["--config", recipe, *(str(word) for pair in options.items() for word in pair)]
 
 
@@ -155,9 +179,7 @@ def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_pat
                 variant, target, uneven, run, **two, **{"--trainer.strategy": strategy}
             )
         half = {"--trainer.strategy": "fsdp2", "--ckpt_path": run / "checkpoints" / "step-00000002.ckpt"}
-        jobs[f"{variant}, resumed"] = epoch(
-            variant, target, uneven, tmp_path / variant / "resumed", **two, **half
-        )
+        jobs[f"{variant}, resumed"] = epoch(variant, target, uneven, tmp_path / variant / "resumed", **two, **half)
         alone = epoch(variant, target, uneven, tmp_path / variant / "one", **one)
         assert main(["fit", *alone]) == 0
     train_on_ranks(jobs, 2, timeout=240)
@@ -177,9 +199,5 @@ def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_pat
         resumed, _ = finished(tmp_path / variant / "resumed")
         for name, value in found.items():
             torch.testing.assert_close(
-                resumed[name],
-                value,
-                rtol=0,
-                atol=0 if accelerator == "cpu" else atol,
-                msg=f"{variant}: {name}",
+                resumed[name], value, rtol=0, atol=0 if accelerator == "cpu" else atol, msg=f"{variant}: {name}"
             )

@@ -38,17 +38,23 @@ def refs(draw: st.DrawFn) -> SampleRef:
     features = tuple(draw(st.lists(specs, max_size=3)))
     supervised = draw(st.integers(0, tokens))
     return SampleRef(
-        draw(ids), draw(number), features, tokens, supervised, draw(number), draw(text), draw(text), draw(text),
+        draw(ids),
+        draw(number),
+        features,
+        tokens,
+        supervised,
+        draw(number),
+        draw(text),
+        draw(text),
+        draw(text),
         draw(provenances),
-    )  # fmt: skip
+    )
 
 
 @st.composite
 def tasks(draw: st.DrawFn) -> PromptTask:
     tokens = draw(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.sampled_from([0, 1]))))
-    return PromptTask(
-        draw(text), tuple(x for x, _ in tokens), tuple(m for _, m in tokens), draw(text), draw(number)
-    )
+    return PromptTask(draw(text), tuple(x for x, _ in tokens), tuple(m for _, m in tokens), draw(text), draw(number))
 
 
 @given(refs())
@@ -79,13 +85,25 @@ def test_unknown_fields_are_refused():
 
 POLICY = {"layer_ids": [1, 3], "last_hidden_states": True}
 PROVENANCE = {
-    "target": "t", "target_fingerprint": "f", "tokenizer_fingerprint": "k", "capture": POLICY, "dtype": "float32",
-}  # fmt: skip
+    "target": "t",
+    "target_fingerprint": "f",
+    "tokenizer_fingerprint": "k",
+    "capture": POLICY,
+    "dtype": "float32",
+}
 FEATURE = {"name": "x", "dtype": "float32", "shape": [3, 4]}
 REF = {
-    "sample_id": "s0", "generation": 1, "features": [FEATURE], "num_tokens": 3, "num_supervised": 2, "nbytes": 48,
-    "checksum": "c", "uri": "u", "source": "s", "provenance": PROVENANCE,
-}  # fmt: skip
+    "sample_id": "s0",
+    "generation": 1,
+    "features": [FEATURE],
+    "num_tokens": 3,
+    "num_supervised": 2,
+    "nbytes": 48,
+    "checksum": "c",
+    "uri": "u",
+    "source": "s",
+    "provenance": PROVENANCE,
+}
 TASK = {"task_id": "t", "input_ids": [1, 2], "loss_mask": [0, 1], "source": "s", "attempt": 0}
 NOT = {  # what fields of a reference and of a prompt cannot be
     "sample_id": ["../x", "", "/x", ".x", "a/b", "x" * 200, None, 3],
@@ -94,32 +112,31 @@ NOT = {  # what fields of a reference and of a prompt cannot be
     "num_tokens": [10**12, -3, float("nan"), 3.0, None, [3], True, 4],
     "num_supervised": [-1, 4, 0.5, None],
     "nbytes": [-1, 10**17, "48", float("inf")],
-    "checksum": [None, 0], "uri": [None, 1, ["u"]], "source": [None, {}],
+    "checksum": [None, 0],
+    "uri": [None, 1, ["u"]],
+    "source": [None, {}],
     "provenance": [None, [], {}, {**PROVENANCE, "dtype": "int32"}, {**PROVENANCE, "capture": None}],
-    "task_id": [None, 7], "attempt": [-1, 0.5, None, False],
+    "task_id": [None, 7],
+    "attempt": [-1, 0.5, None, False],
     "input_ids": [None, 5, "12", {}, [1.0, 2], [[1], 2], [2**31, 1], [None, 1], [1, 2, 3]],
     "loss_mask": [None, "01", [0, 2], [0, 256], [0], [[0], 1], [-1, 0]],
     "shape": [[], None, "34", [-1, 4], [3, 2**60], [2**40, 2**40], [3.0, 4], [[3], 4], [1] * 9],
-    "name": ["", None, 1], "dtype": ["", "float99", "Tensor", None, 32, "nn"],
-    "layer_ids": [None, 3, "1", [-1], [1.5], [[1]], [True]], "last_hidden_states": [None, 1, "yes"],
-    "capture": [None, [], {}, {"layers": []}], "encoding": [None, "zip", []], "target_fingerprint": [None, 0],
-}  # fmt: skip
+    "name": ["", None, 1],
+    "dtype": ["", "float99", "Tensor", None, 32, "nn"],
+    "layer_ids": [None, 3, "1", [-1], [1.5], [[1]], [True]],
+    "last_hidden_states": [None, 1, "yes"],
+    "capture": [None, [], {}, {"layers": []}],
+    "encoding": [None, "zip", []],
+    "target_fingerprint": [None, 0],
+}
 
 
 @pytest.mark.parametrize(
     ("record", "good"),
-    [
-        (SampleRef, REF),
-        (PromptTask, TASK),
-        (FeatureSpec, FEATURE),
-        (Provenance, PROVENANCE),
-        (CapturePolicy, POLICY),
-    ],
+    [(SampleRef, REF), (PromptTask, TASK), (FeatureSpec, FEATURE), (Provenance, PROVENANCE), (CapturePolicy, POLICY)],
 )
 def test_what_a_field_cannot_be_is_refused_by_name(record, good):
-    assert record.from_json(good) == record.from_json(
-        json.loads(json.dumps(record.from_json(good).to_json()))
-    )
+    assert record.from_json(good) == record.from_json(json.loads(json.dumps(record.from_json(good).to_json())))
     for name in [f.name for f in dataclasses.fields(record) if f.name in NOT]:
         for value in NOT[name]:
             with pytest.raises(ValueError, match=r"cannot be|has no field|lacks|is an object"):

@@ -22,27 +22,11 @@ from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DURABLE,
-    LEASED,
-    QUEUED,
-    STATES,
-    TRAINED,
-    Entry,
-)
+from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED, Entry
 from specforge.runtime.control_plane.streamed import StreamedSamples, bottleneck
 from specforge.runtime.data_plane import loader as loader_module
 from specforge.runtime.data_plane.loader import FeatureDataLoader
-from tests.disaggregated import (
-    STEPS,
-    assert_nothing_is_left,
-    control,
-    disaggregated,
-    places,
-    producers,
-    stored_bytes,
-)
+from tests.disaggregated import STEPS, assert_nothing_is_left, control, disaggregated, places, producers, stored_bytes
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe, write_target
 
@@ -52,16 +36,30 @@ PRODUCE = [str(Path(sys.executable).with_name("specforge")), "produce"]
 def start_producer(target: Path, where: dict[str, str], *options: object) -> subprocess.Popen:
     words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], *options]
     return subprocess.Popen(
-        [*PRODUCE, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [*PRODUCE, *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def features_alone(target, prompts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
-               "--batch_tokens", 1]  # fmt: skip
+    command = [
+        "capture",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        folder,
+        "--dtype",
+        "float32",
+        "--batch_tokens",
+        1,
+    ]
     assert main([str(word) for word in command]) == 0
     return folder
 
@@ -137,9 +135,13 @@ def test_workers_end_with_a_parent_that_was_killed_and_run_no_file_of_the_curren
     where = places(tmp_path / "stores")
     words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], "--workers", 2]
     process = subprocess.Popen(
-        [*PRODUCE, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [*PRODUCE, *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+    )
     for _ in range(2):
         line = process.stdout.readline()
         assert "waits for prompts" in line, line
@@ -186,9 +188,15 @@ def test_status_makes_nothing(target, tmp_path, capsys):
     control(where).metadata.close()
     store, metadata = where["store"], where["metadata"]
     for addresses in (
-        (tmp_path / "x", metadata), (store, tmp_path / "x.db"), (f"file://{tmp_path}/x", metadata),
-        (store, f"file://{tmp_path}/x.db"), (metadata, metadata), ("", metadata), (store, ""), (store, store),
-    ):  # fmt: skip
+        (tmp_path / "x", metadata),
+        (store, tmp_path / "x.db"),
+        (f"file://{tmp_path}/x", metadata),
+        (store, f"file://{tmp_path}/x.db"),
+        (metadata, metadata),
+        ("", metadata),
+        (store, ""),
+        (store, store),
+    ):
         words = ["--store", str(addresses[0]), "--metadata", str(addresses[1])]
         capsys.readouterr()
         assert main(["status", *words, "--seconds", "0"]) == 2, words
@@ -215,9 +223,7 @@ def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
     assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
-    assert "the store is the bottleneck, which is writing 1 sample" in bottleneck(
-        {**empty, LEASED: 2}, 1.0, 1
-    )
+    assert "the store is the bottleneck, which is writing 1 sample" in bottleneck({**empty, LEASED: 2}, 1.0, 1)
     assert "a producer is silent: " in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
     assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
@@ -236,9 +242,7 @@ def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
     where = places(tmp_path)
     other = write_target(tmp_path / "other", seed=1)
     controller = control(where)
-    provenance = Provenance(
-        "tiny", TargetFiles.find(str(target)).fingerprint, "t", CapturePolicy((1,)), "float32"
-    )
+    provenance = Provenance("tiny", TargetFiles.find(str(target)).fingerprint, "t", CapturePolicy((1,)), "float32")
     controller.ingest({"s0": PromptTask("t0", (1, 2), (0, 1))}, provenance=provenance)
     words = ["--target", str(other), "--store", where["store"], "--metadata", where["metadata"]]
     assert main(["produce", *words, "--idle_seconds", "0.1"]) == 2
@@ -281,9 +285,7 @@ def stopped_run(target: Path, prompts: Path, folder: Path, where: dict[str, str]
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_held_out_samples_come_before_what_a_stopped_run_had_queued(
-    target, prompts, tmp_path, monkeypatch, lost
-):
+def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prompts, tmp_path, monkeypatch, lost):
     """Else the first validation after a resume waits for all of that, and for what the store had and lost."""
     where = places(tmp_path)
     controller = stopped_run(target, prompts, tmp_path, where)
@@ -369,9 +371,7 @@ def test_a_resume_with_a_wrong_option_changes_nothing(target, prompts, tmp_path,
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "options", [{"dtype": "bfloat16"}, {"seed": 7, "batch_size": 3}, {"limit_samples": 9}]
-)
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"seed": 7, "batch_size": 3}, {"limit_samples": 9}])
 def test_two_runs_take_turns_in_one_store(target, prompts, tmp_path, undisturbed, monkeypatch, options):
     """Another one, with other features or another order, is begun over the stores of a stopped one, and ends midway."""
     where = places(tmp_path)
@@ -408,9 +408,10 @@ def test_what_the_first_version_left_is_gone_on_with(target, prompts, tmp_path, 
             patch.setattr(loader_module, "_LATER", ())
             state = FeatureDataLoader.state_dict
             patch.setattr(
-                FeatureDataLoader, "state_dict",
+                FeatureDataLoader,
+                "state_dict",
                 lambda self: {k: v for k, v in state(self).items() if k not in ("dtype", "encoding")},
-            )  # fmt: skip
+            )
             fit(path, "--trainer.max_steps", 9)
         db = sqlite3.connect(where["metadata"])
         db.execute("DROP TABLE trainer")
@@ -448,19 +449,23 @@ def test_a_second_trainer_is_refused_before_it_queues_anything(target, prompts, 
 
 
 RANKS = {
-    "trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": -1, "trainer__max_epochs": 2,
-    "trainer__check_val_every_n_epoch": 1, "trainer__val_check_interval": 1.0,
+    "trainer__devices": 2,
+    "trainer__strategy": "ddp",
+    "trainer__max_steps": -1,
+    "trainer__max_epochs": 2,
+    "trainer__check_val_every_n_epoch": 1,
+    "trainer__val_check_interval": 1.0,
     "checkpoint": {"every_n_train_steps": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def two_ranks_offline(target, prompts, features_alone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     data = {"features": str(features_alone), "batch_size": 5}
-    output, _ = (
-        process := start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))
-    ).communicate(timeout=180)
+    output, _ = (process := start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))).communicate(
+        timeout=180
+    )
     assert process.returncode == 0, output
     return folder / "run"
 
@@ -496,10 +501,7 @@ def second_rank(first: int) -> int:
 def test_a_run_without_checkpoints_leaves_no_features(target, prompts, tmp_path):
     where = places(tmp_path)
     with producers(target, where):
-        fit(
-            disaggregated(target, prompts, tmp_path, where, retain="until_trained"),
-            "--trainer.fast_dev_run", 3,
-        )  # fmt: skip
+        fit(disaggregated(target, prompts, tmp_path, where, retain="until_trained"), "--trainer.fast_dev_run", 3)
     controller = control(where)
     assert controller.counts()[TRAINED] > 0
     assert controller.features.backend.stored() == []
@@ -530,9 +532,7 @@ def test_a_slow_trainer_never_fills_the_store(target, prompts, tmp_path, monkeyp
                 return uri
 
             producer.controller.features.backend.write = watched
-        run = fit(
-            disaggregated(target, prompts, tmp_path, where, max_bytes=limit, retain=retain, low_water=1.0)
-        )
+        run = fit(disaggregated(target, prompts, tmp_path, where, max_bytes=limit, retain=retain, low_water=1.0))
     assert max(peaks) <= limit
     assert max(peaks) > 0.6 * limit
     assert_same_weights(run, undisturbed)

@@ -92,7 +92,4 @@ def test_its_exports_are_evaluated_and_trained_on(written):
 
 
 def test_prompts_made_again_replace_its_prompts(written):
-    assert (
-        main(["prepare", *["--data", "conversations.jsonl", "--target", "target", "--output", "prompts"]])
-        == 0
-    )
+    assert main(["prepare", *["--data", "conversations.jsonl", "--target", "target", "--output", "prompts"]]) == 0

@@ -27,8 +27,9 @@ from tests.tiny import recipe
 
 pytestmark = pytest.mark.equivalence
 needs_redis = [
-    pytest.mark.redis, pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server")
-]  # fmt: skip
+    pytest.mark.redis,
+    pytest.mark.skipif(shutil.which("redis-server") is None, reason="apt-get install redis-server"),
+]
 
 RUN = STEPS
 
@@ -37,8 +38,19 @@ RUN = STEPS
 def features_alone(target, prompts, tmp_path_factory) -> Path:
     """Features of W1, captured one prompt at a time, as the online target reads them."""
     folder = tmp_path_factory.mktemp("alone")
-    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
-               "--batch_tokens", 1]  # fmt: skip
+    command = [
+        "capture",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        folder,
+        "--dtype",
+        "float32",
+        "--batch_tokens",
+        1,
+    ]
     assert main([str(word) for word in command]) == 0
     return folder
 
@@ -47,8 +59,21 @@ def features_alone(target, prompts, tmp_path_factory) -> Path:
 def features_in_8_bits(target, prompts, tmp_path_factory) -> Path:
     """The same, stored in 8 bits."""
     folder = tmp_path_factory.mktemp("encoded")
-    command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32",
-               "--batch_tokens", 1, "--encoding", "float8_e4m3fn"]  # fmt: skip
+    command = [
+        "capture",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        folder,
+        "--dtype",
+        "float32",
+        "--batch_tokens",
+        1,
+        "--encoding",
+        "float8_e4m3fn",
+    ]
     assert main([str(word) for word in command]) == 0
     return folder
 
@@ -62,11 +87,7 @@ def online(target: Path, prompts: Path, folder: Path, **options: object) -> Path
 def digest(batch: TrainBatch) -> str:
     """Of everything in a batch."""
     hashed = xxhash.xxh3_64(repr((batch.lengths, batch.spans, batch.sample_ids, batch.cursor)).encode())
-    for tensor in (
-        batch.input_ids,
-        batch.loss_mask,
-        *(batch.features[name] for name in sorted(batch.features)),
-    ):
+    for tensor in (batch.input_ids, batch.loss_mask, *(batch.features[name] for name in sorted(batch.features))):
         hashed.update(str((tensor.dtype, tensor.shape)).encode())
         hashed.update(tensor.contiguous().view(torch.uint8).numpy())
     return hashed.hexdigest()
@@ -121,9 +142,7 @@ def test_online_is_offline_bit_for_bit(target, prompts, features_alone, tmp_path
     run = fit(online(target, prompts, tmp_path / "online", **options))
     assert len(seen) == len(offline) == 18
     assert [x[0] for x in seen] == [x[0] for x in offline]
-    for (_, threads, sockets, files), (_, threads_offline, sockets_offline, _) in zip(
-        seen, offline, strict=True
-    ):
+    for (_, threads, sockets, files), (_, threads_offline, sockets_offline, _) in zip(seen, offline, strict=True):
         assert threads <= threads_offline
         assert sockets <= sockets_offline
         assert not files
@@ -145,9 +164,7 @@ def test_online_killed_and_resumed_is_offline_undisturbed(target, prompts, tmp_p
     assert_same_weights(run, offline_run)
 
 
-def test_a_run_may_move_from_disk_to_the_target_itself(
-    target, prompts, features_alone, tmp_path, offline_run
-):
+def test_a_run_may_move_from_disk_to_the_target_itself(target, prompts, features_alone, tmp_path, offline_run):
     path = recipe(target, features_alone, tmp_path, **RUN)
     fit(path, "--trainer.max_steps", 7)
     run = fit(online(target, prompts, tmp_path), "--ckpt_path", "last")
@@ -158,9 +175,14 @@ def test_a_run_may_move_from_disk_to_the_target_itself(
 def test_two_online_ranks_are_one(target, prompts, tmp_path):
     one = fit(online(target, prompts, tmp_path / "one", batch_size=8), "--trainer.max_steps", 6)
     process = start(
-        online(target, prompts, tmp_path / "two"), "--trainer.max_steps", 6, "--trainer.devices", 2,
-        "--trainer.strategy", "ddp",
-    )  # fmt: skip
+        online(target, prompts, tmp_path / "two"),
+        "--trainer.max_steps",
+        6,
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+    )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert_same_weights(one, tmp_path / "two" / "run", rtol=1e-3, atol=1e-4)
@@ -174,12 +196,7 @@ def test_too_little_memory_for_a_batch_is_said_before_training(target, prompts, 
 
 def test_validation_alone_needs_no_training_prompts(target, prompts, tmp_path, offline_run, capsys):
     path = online(target, prompts, tmp_path)
-    assert (
-        main(
-            ["validate", "--config", str(path), "--ckpt_path", str(offline_run / "checkpoints" / "last.ckpt")]
-        )
-        == 0
-    )
+    assert main(["validate", "--config", str(path), "--ckpt_path", str(offline_run / "checkpoints" / "last.ckpt")]) == 0
     assert "val/tau" in capsys.readouterr().out
 
 
@@ -210,9 +227,7 @@ def compare_8_bits(target, prompts, features: Path, tmp_path, seen, where) -> No
     assert_nothing_is_left(where, trained=18 * 4)
 
 
-def test_8_bits_from_producers_are_those_of_disk(
-    target, prompts, features_alone, features_in_8_bits, tmp_path, seen
-):
+def test_8_bits_from_producers_are_those_of_disk(target, prompts, features_alone, features_in_8_bits, tmp_path, seen):
     whole, encoded = (
         sum(ref.nbytes for ref in FeatureFolder.open(folder / "train").refs)
         for folder in (features_alone, features_in_8_bits)
@@ -224,9 +239,7 @@ def test_8_bits_from_producers_are_those_of_disk(
 @needs_mooncake
 def test_8_bits_over_mooncake_are_those_of_disk(target, prompts, features_in_8_bits, tmp_path, seen):
     with mooncake_store() as (address, _):
-        compare_8_bits(
-            target, prompts, features_in_8_bits, tmp_path, seen, places(tmp_path) | {"store": address}
-        )
+        compare_8_bits(target, prompts, features_in_8_bits, tmp_path, seen, places(tmp_path) | {"store": address})
 
 
 def test_8_bits_without_a_store_are_refused(target, prompts, tmp_path, capsys):
@@ -248,11 +261,9 @@ def test_disaggregated_over_mooncake_is_offline_bit_for_bit(target, prompts, tmp
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {}, {"max_samples": 24, "low_water": 1.0}, {"retain": "until_trained"}, {"prefetch": 0},
-    ],
+    [{}, {"max_samples": 24, "low_water": 1.0}, {"retain": "until_trained"}, {"prefetch": 0}],
     ids=["two producers", "little room", "until trained", "no prefetch"],
-)  # fmt: skip
+)
 def test_disaggregated_is_offline_bit_for_bit(
     target, prompts, features_alone, tmp_path, offline_run, seen, where, options
 ):

@@ -1,5 +1,6 @@
 """Features inside HTTP answers train the same draft as features on disk, bit for bit, whatever dies."""
 
+# ruff: noqa: F811 - fixtures that are imported
 from __future__ import annotations
 
 import pytest
@@ -7,15 +8,7 @@ import pytest
 from specforge.cli.main import main
 from tests.inference.test_target_server import free_port
 from tests.inference.test_target_server import start as serve
-from tests.test_equivalence import (  # noqa: F401
-    RUN,
-    features_alone,
-    features_in_8_bits,
-    offline_run,
-    online,
-    seen,
-    validations,
-)
+from tests.test_equivalence import RUN, features_alone, features_in_8_bits, offline_run, online, seen, validations  # noqa: F401
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe
 
@@ -40,8 +33,8 @@ def server(target, tmp_path):
 
 
 def test_batches_losses_and_weights_are_those_of_disk(
-    target, prompts, features_alone, tmp_path, offline_run, seen, server  # noqa: F811
-):  # fmt: skip
+    target, prompts, features_alone, tmp_path, offline_run, seen, server
+):
     fit(recipe(target, features_alone, tmp_path / "offline", **RUN))
     offline, seen[:] = [row[0] for row in seen], []
     server()
@@ -53,9 +46,7 @@ def test_batches_losses_and_weights_are_those_of_disk(
     assert_same_weights(run, offline_run)
 
 
-def test_8_bits_from_a_server_are_those_of_disk(
-    target, prompts, features_in_8_bits, tmp_path, seen, server  # noqa: F811
-):  # fmt: skip
+def test_8_bits_from_a_server_are_those_of_disk(target, prompts, features_in_8_bits, tmp_path, seen, server):
     disk = fit(recipe(target, features_in_8_bits, tmp_path / "offline", **RUN))
     offline, seen[:] = [row[0] for row in seen], []
     server()
@@ -66,8 +57,8 @@ def test_8_bits_from_a_server_are_those_of_disk(
 
 
 def test_a_run_of_8_bits_goes_on_from_disk_and_not_with_other_features(
-    target, prompts, features_in_8_bits, features_alone, tmp_path, server, capsys  # noqa: F811
-):  # fmt: skip
+    target, prompts, features_in_8_bits, features_alone, tmp_path, server, capsys
+):
     disk = fit(recipe(target, features_in_8_bits, tmp_path / "offline", **RUN))
     server()
     path = online(target, prompts, tmp_path / "http", encoding="float8_e4m3fn", **server.options)
@@ -80,7 +71,7 @@ def test_a_run_of_8_bits_goes_on_from_disk_and_not_with_other_features(
     assert_same_weights(run, disk)
 
 
-def test_a_server_killed_and_started_again_loses_nothing(target, prompts, tmp_path, offline_run, server):  # noqa: F811
+def test_a_server_killed_and_started_again_loses_nothing(target, prompts, tmp_path, offline_run, server):
     first = server()
     process = start(online(target, prompts, tmp_path, **server.options))
     wait_for_steps(process, tmp_path / "run", 5)
@@ -93,7 +84,7 @@ def test_a_server_killed_and_started_again_loses_nothing(target, prompts, tmp_pa
     assert_same_weights(tmp_path / "run", offline_run)
 
 
-def test_a_trainer_killed_goes_on_with_the_same_server(target, prompts, tmp_path, offline_run, server):  # noqa: F811
+def test_a_trainer_killed_goes_on_with_the_same_server(target, prompts, tmp_path, offline_run, server):
     server()
     path = online(target, prompts, tmp_path, **server.options)
     process = start(path)

@@ -70,10 +70,7 @@ class Engine:
 
     def capture(self, input_ids, policy: CapturePolicy) -> list[dict[str, torch.Tensor]]:
         rows = [torch.tensor(ids, dtype=torch.float32) for ids in input_ids]
-        return [
-            {"last_hidden_states": torch.stack([(x * k).sin() for k in range(1, HIDDEN + 1)], 1)}
-            for x in rows
-        ]
+        return [{"last_hidden_states": torch.stack([(x * k).sin() for k in range(1, HIDDEN + 1)], 1)} for x in rows]
 
 
 def prompt(index: int) -> PromptTask:
@@ -86,9 +83,15 @@ class World:
     """A run's folder, its clock, its producers, and what is to go wrong."""
 
     def __init__(
-        self, folder: Path, seed: int = 0, max_samples: int = 8, retain: str = "until_durable",
-        max_bytes: int = 1 << 30, max_tries: int = 5, **where: str,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        seed: int = 0,
+        max_samples: int = 8,
+        retain: str = "until_durable",
+        max_bytes: int = 1 << 30,
+        max_tries: int = 5,
+        **where: str,
+    ) -> None:
         self.folder, self.random = folder, random.Random(seed)
         self.where = places(folder) | where
         self.max_bytes, self.max_tries = max_bytes, max_tries
@@ -136,9 +139,12 @@ class World:
 
     def start_producer(self, name: str) -> Producer:
         controller = DataFlowController(
-            open_metadata(self.where["metadata"]), FeatureStore(open_backend(self.where["store"])),
-            clock=lambda: self.now, lease_seconds=10.0, max_tries=self.max_tries,
-        )  # fmt: skip
+            open_metadata(self.where["metadata"]),
+            FeatureStore(open_backend(self.where["store"])),
+            clock=lambda: self.now,
+            lease_seconds=10.0,
+            max_tries=self.max_tries,
+        )
         self.hook(controller.features.backend, "write", "before put", "after put")
         self.hook(controller, "commit", "before commit", "after commit")
         self.hook(controller, "lease", "", "after lease")
@@ -208,11 +214,7 @@ class World:
                 ledger.on_train_batch_end(trainer, None, None, batch, 0)
                 self.at("step recorded")
                 if not window and trainer.global_step % EVERY == 0:
-                    state = {
-                        "step": trainer.global_step,
-                        "weights": weights.tolist(),
-                        "loader": loader.state_dict(),
-                    }
+                    state = {"step": trainer.global_step, "weights": weights.tolist(), "loader": loader.state_dict()}
                     write_file(checkpoint, json.dumps(state))
                     self.at("checkpoint complete")
                     ledger.saved(trainer)
@@ -222,18 +224,34 @@ class World:
 
     def _start(self) -> tuple[DisaggregatedDataModule, SimpleNamespace]:
         data = DisaggregatedDataModule(
-            str(self.folder / "prompts"), **self.where, batch_size=BATCH, dtype="float32", prefetch=0,
-            max_samples=self.max_samples, max_bytes=self.max_bytes, retain=self.retain, lease_seconds=10.0,
-            max_tries=self.max_tries, low_water=1.0, bad_samples=self.bad_samples,
-        )  # fmt: skip
+            str(self.folder / "prompts"),
+            **self.where,
+            batch_size=BATCH,
+            dtype="float32",
+            prefetch=0,
+            max_samples=self.max_samples,
+            max_bytes=self.max_bytes,
+            retain=self.retain,
+            lease_seconds=10.0,
+            max_tries=self.max_tries,
+            low_water=1.0,
+            bad_samples=self.bad_samples,
+        )
         spec = StrategySpec("any", CapturePolicy(()), ("last_hidden_states",), 1, 1)
         target = SimpleNamespace(name="tiny", fingerprint="f" * 8, hidden_size=HIDDEN)
         trainer = SimpleNamespace(
-            global_rank=0, world_size=1, is_global_zero=True, global_step=0, max_steps=STEPS, max_epochs=None,
-            accumulate_grad_batches=ACCUMULATE, log_every_n_steps=10**9, datamodule=data,
+            global_rank=0,
+            world_size=1,
+            is_global_zero=True,
+            global_step=0,
+            max_steps=STEPS,
+            max_epochs=None,
+            accumulate_grad_batches=ACCUMULATE,
+            log_every_n_steps=10**9,
+            datamodule=data,
             lightning_module=SimpleNamespace(spec=spec, target=target),
             strategy=SimpleNamespace(barrier=lambda name: None, root_device=torch.device("cpu")),
-        )  # fmt: skip
+        )
         data.trainer = trainer
         data.setup("fit")
         controller, stream = data._controller, data._splits["train"][1]
@@ -246,9 +264,7 @@ class World:
         self.hook(controller.features, "discard", "", "discarded")
         return data, trainer
 
-    def check(
-        self, weights: torch.Tensor, expected: torch.Tensor, durable: int | None = EPOCHS * SAMPLES
-    ) -> None:
+    def check(self, weights: torch.Tensor, expected: torch.Tensor, durable: int | None = EPOCHS * SAMPLES) -> None:
         """The weights are right, each epoch trained every sample once, and nothing is left."""
         assert torch.equal(weights, expected)
         times = Counter(key for _, key in self.history)
@@ -295,9 +311,20 @@ def dying(monkeypatch) -> list[World]:
 
 PRODUCER = ["after lease", "before put", "mid-put", "after put", "before commit", "after commit"]
 TRAINER = [
-    "delivered", "mid-step", "step done", "marked trained", "step recorded", "mid-checkpoint", "checkpoint complete",
-    "marked durable", "discarded", "checkpoint durable", "rewound", "before forgetting", "forgotten",
-]  # fmt: skip
+    "delivered",
+    "mid-step",
+    "step done",
+    "marked trained",
+    "step recorded",
+    "mid-checkpoint",
+    "checkpoint complete",
+    "marked durable",
+    "discarded",
+    "checkpoint durable",
+    "rewound",
+    "before forgetting",
+    "forgotten",
+]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -351,9 +378,7 @@ def rewrite(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(
-    "damage", [cut_off, flip_a_bit, Path.unlink], ids=["cut off", "bit flipped", "deleted"]
-)
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink], ids=["cut off", "bit flipped", "deleted"])
 def test_damaged_features_are_produced_again(tmp_path, expected, dying, damage, seed):
     world = World(tmp_path, seed)
     damaged: list[Path] = []
@@ -427,9 +452,11 @@ def test_a_put_that_takes_longer_than_a_lease_keeps_it(tmp_path):
     world = World(tmp_path)
     provenance = Provenance("tiny", "f" * 8, "t", CapturePolicy(()), "float32")
     slow, other = (
-        DataFlowController(open_metadata(world.where["metadata"]), FeatureStore(open_backend(world.where["store"])),
-                           lease_seconds=0.3) for _ in "ab"
-    )  # fmt: skip
+        DataFlowController(
+            open_metadata(world.where["metadata"]), FeatureStore(open_backend(world.where["store"])), lease_seconds=0.3
+        )
+        for _ in "ab"
+    )
     slow.ingest({sample_id(prompt(0), provenance): prompt(0)}, provenance=provenance)
     renewed, stop, found = threading.Semaphore(0), threading.Event(), []
     renew, write = slow.renew, slow.features.backend.write
@@ -453,9 +480,7 @@ def test_a_put_that_takes_longer_than_a_lease_keeps_it(tmp_path):
     assert slow.counts()[COMMITTED] == 1
 
 
-def test_producers_that_die_with_bytes_in_the_store_never_exceed_its_limit(
-    tmp_path, expected, dying, fault_seed
-):
+def test_producers_that_die_with_bytes_in_the_store_never_exceed_its_limit(tmp_path, expected, dying, fault_seed):
     """Between put and commit, again and again, started again under their own names and under others."""
     limit = 900  # six samples of the longest
     world = World(tmp_path, fault_seed, 100, ("until_durable", "until_trained")[fault_seed % 2], limit, 99)

@@ -34,9 +34,7 @@ def damage_redis(client: redis.Redis, space: str, dice: random.Random) -> None:
             case 2:
                 client.zrem(key, *client.zrange(key, 0, 0))
             case _:  # a member of two sets
-                client.zadd(
-                    f"{space}:{dice.choice(STATES)}", {m: dice.randrange(9) for m in client.zrange(key, 0, 0)}
-                )
+                client.zadd(f"{space}:{dice.choice(STATES)}", {m: dice.randrange(9) for m in client.zrange(key, 0, 0)})
         return
     match dice.randrange(4) if client.type(key) == "hash" else 0:
         case 0:
@@ -47,11 +45,7 @@ def damage_redis(client: redis.Redis, space: str, dice: random.Random) -> None:
         case 2:
             client.hdel(key, dice.choice(("state", "seq", "task", "ref", "tries", "reason", "owner", "step")))
         case _:
-            client.hset(
-                key,
-                dice.choice(("state", "seq", "task", "ref", "tries", "reason", "owner")),
-                dice.choice(ODD),
-            )
+            client.hset(key, dice.choice(("state", "seq", "task", "ref", "tries", "reason", "owner")), dice.choice(ODD))
 
 
 def damage_sqlite(db: sqlite3.Connection, dice: random.Random) -> None:

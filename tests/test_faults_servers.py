@@ -76,9 +76,7 @@ def redis_world(tmp_path: Path, server: RedisServer, seed: int) -> World:
 
 @needs_redis
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_redis_server_that_is_started_again_with_its_data_is_waited_for(
-    tmp_path, expected, dying, server, seed
-):
+def test_a_redis_server_that_is_started_again_with_its_data_is_waited_for(tmp_path, expected, dying, server, seed):
     world = redis_world(tmp_path, server, seed)
     dying.append(world)
     points = world.random.sample([*PRODUCER, *TRAINER], 8)
@@ -139,7 +137,7 @@ def test_a_redis_server_that_stays_away_is_one_line_and_loses_nothing(
 @needs_redis
 def test_a_run_whose_redis_server_dies_ends_in_one_line_and_goes_on(
     target, prompts, tmp_path, offline_run, monkeypatch, capsys, server
-):  # fmt: skip
+):
     monkeypatch.setattr(redis_store, "_RETRIES", 0)
     where = places(tmp_path) | {"metadata": f"redis://127.0.0.1:{server.port}/0"}
     path = disaggregated(target, prompts, tmp_path, where)
@@ -176,7 +174,7 @@ class MooncakeServer:
         code = "from specforge.cli.serve import store_up; store_up(1 << 24, '127.0.0.1', {}, {})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code.format(*self.ports)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )  # fmt: skip
+        )
         self.starts += 1
         line = self.process.stdout.readline()
         assert line.startswith("mooncake://"), self.process.stderr.read()
@@ -223,9 +221,7 @@ def test_kills_upon_kills_over_mooncake_change_nothing(tmp_path, expected, dying
 
 @needs_mooncake
 @pytest.mark.parametrize("point", ["delivered", "after commit", "after put"])
-def test_a_mooncake_store_that_is_started_again_in_the_middle_only_costs_work(
-    tmp_path, expected, dying, shared, point
-):
+def test_a_mooncake_store_that_is_started_again_in_the_middle_only_costs_work(tmp_path, expected, dying, shared, point):
     """Its owner is killed, the master ends with it; what they held is produced again."""
     world = World(tmp_path, store=f"{shared.address}#{tmp_path.name}")
     world.countdown, starts = {point: 5}, shared.starts
@@ -250,9 +246,7 @@ def test_a_mooncake_store_that_stays_away_is_one_line_and_loses_nothing(tmp_path
 
 
 @needs_mooncake
-def test_a_mooncake_store_that_comes_back_empty_loses_nothing(
-    target, prompts, tmp_path, offline_run, mooncake
-):
+def test_a_mooncake_store_that_comes_back_empty_loses_nothing(target, prompts, tmp_path, offline_run, mooncake):
     where = places(tmp_path) | {"store": f"{mooncake.address}#{tmp_path.name}"}
     path = disaggregated(target, prompts, tmp_path, where)
     with producers(target, where, 2):

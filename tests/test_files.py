@@ -22,9 +22,7 @@ OLD, NEW = {"a.json": b"old", "b.bin": b"old"}, {"a.json": b"new", "b.bin": b"ne
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
 def test_new_empty_and_own_folders_are_written(tmp_path):
@@ -179,9 +177,7 @@ def test_a_draft_replaces_a_draft_and_no_other_model(tmp_path):
     assert json.loads((tmp_path / "draft" / "config.json").read_text()) == other
 
 
-def test_no_command_writes_over_what_another_one_wrote(
-    target, prompts, features, conversations, tmp_path, capsys
-):
+def test_no_command_writes_over_what_another_one_wrote(target, prompts, features, conversations, tmp_path, capsys):
     """A run, a target, prompts, features and a draft, each in the place of the others' folders."""
     assert main(["fit", "--config", str(recipe(target, features, tmp_path)), "--trainer.max_steps", "1"]) == 0
     places = {name: tmp_path / name / "train" for name in ("a run", "target", "prompts", "features", "draft")}
@@ -192,10 +188,17 @@ def test_no_command_writes_over_what_another_one_wrote(
         "draft": ["export", "--draft", tmp_path / "run" / "checkpoints" / "last.ckpt", "--output", places["draft"]],
         "prompts": ["prepare", "--data", conversations, "--target", target, "--output", places["prompts"].parent],
         "features": [
-            "capture", "--target", target, "--prompts", prompts, "--dtype", "float32", "--output",
+            "capture",
+            "--target",
+            target,
+            "--prompts",
+            prompts,
+            "--dtype",
+            "float32",
+            "--output",
             places["features"].parent,
         ],
-    }  # fmt: skip
+    }
     for _ in "ab":
         for own, command in commands.items():
             assert main([str(word) for word in command]) == 0, own

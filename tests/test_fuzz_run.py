@@ -19,14 +19,7 @@ from tests.tiny import recipe
 
 HISTORY = [
     {"step": 1, "seconds": 1.5, "train/loss": 2.0, "train/lr": 1e-3},
-    {
-        "step": 2,
-        "seconds": 2.5,
-        "val/tau": 1.4,
-        "val/tau_low": 1.2,
-        "val/tau_high": 1.6,
-        "val/acceptance_1": 0.4,
-    },
+    {"step": 2, "seconds": 2.5, "val/tau": 1.4, "val/tau_low": 1.2, "val/tau_high": 1.6, "val/acceptance_1": 0.4},
 ]
 
 

@@ -26,7 +26,10 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
     config = yaml.safe_load(path.read_text())
     data = {"features": features, "prompts": prompts}
     options = {
-        "--trainer.accelerator": "gpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 3,
+        "--trainer.accelerator": "gpu",
+        "--trainer.devices": 1,
+        "--trainer.strategy": "auto",
+        "--trainer.max_steps": 3,
         "--trainer.default_root_dir": tmp_path,
         "--model.target": target,
         **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
@@ -34,16 +37,22 @@ def test_every_recipe_trains_and_decodes_on_a_gpu(path, target, features, prompt
             f"--model.{k}": v if isinstance(v, str) else json.dumps(v)
             for k, v in TINY_OPTIONS[config["model"]["class_path"]].items()
         },
-    }  # fmt: skip
+    }
     where = places(tmp_path) if "store" in config["data"]["init_args"] else {}
     options |= {f"--data.{name}": place for name, place in where.items()}
     words = [str(word) for pair in options.items() for word in pair]
     with producers(target, where, dtype="bfloat16") if where else nullcontext():
         assert main(["fit", "--config", path.name, *words]) == 0
     evaluate = {
-        "--draft": tmp_path / "checkpoints" / "last.ckpt", "--prompts": prompts, "--num_prompts": 3, "--device": "cuda",
-        "--max_new_tokens": 16, "--speed_prompts": 1, "--json": tmp_path / "evaluation.json", "--cache": tmp_path,
-    }  # fmt: skip
+        "--draft": tmp_path / "checkpoints" / "last.ckpt",
+        "--prompts": prompts,
+        "--num_prompts": 3,
+        "--device": "cuda",
+        "--max_new_tokens": 16,
+        "--speed_prompts": 1,
+        "--json": tmp_path / "evaluation.json",
+        "--cache": tmp_path,
+    }
     assert main(["evaluate", *(str(word) for pair in evaluate.items() for word in pair)]) == 0
     methods = json.loads((tmp_path / "evaluation.json").read_text())["methods"]
     assert all(m["lossless"] for m in methods)
@@ -67,19 +76,27 @@ def test_features_leave_the_gpu_through_page_locked_memory(target):
 
 
 LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
-}  # fmt: skip
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("eagle3.yaml", {"head_dim": 16}), ("eagle3.yaml", LATENT), ("mtp-smollm2.yaml", {"head_dim": 16}),
-        ("peagle-smollm2.yaml", {"head_dim": 16}), ("dflash-smollm2.yaml", {"head_dim": 16}),
+        ("eagle3.yaml", {"head_dim": 16}),
+        ("eagle3.yaml", LATENT),
+        ("mtp-smollm2.yaml", {"head_dim": 16}),
+        ("peagle-smollm2.yaml", {"head_dim": 16}),
+        ("dflash-smollm2.yaml", {"head_dim": 16}),
     ],
     ids=["eagle3", "latent", "mtp", "peagle", "dflash"],
-)  # fmt: skip
+)
 def test_flex_attention_trains_to_the_same_weights(name, fields, target, features, tmp_path):
     module = yaml.safe_load((recipe_folder() / name).read_text())["model"]["class_path"]
     weights = []
@@ -87,11 +104,16 @@ def test_flex_attention_trains_to_the_same_weights(name, fields, target, feature
         model = {**TINY_OPTIONS[module], "init_from": None}
         model["draft_config"] = {**model["draft_config"], **fields, "attn_implementation": kernel}
         options = {
-            "--trainer.accelerator": "gpu", "--trainer.devices": 1, "--trainer.precision": "32-true",
-            "--trainer.max_steps": 3, "--trainer.default_root_dir": tmp_path / kernel, "--data.features": features,
-            "--model.target": target, "--trainer.limit_val_batches": 0,
+            "--trainer.accelerator": "gpu",
+            "--trainer.devices": 1,
+            "--trainer.precision": "32-true",
+            "--trainer.max_steps": 3,
+            "--trainer.default_root_dir": tmp_path / kernel,
+            "--data.features": features,
+            "--model.target": target,
+            "--trainer.limit_val_batches": 0,
             **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in model.items()},
-        }  # fmt: skip
+        }
         assert main(["fit", "--config", name, *(str(x) for pair in options.items() for x in pair)]) == 0
         saved = torch.load(tmp_path / kernel / "checkpoints" / "last.ckpt", weights_only=True)
         weights.append(saved["state_dict"])

@@ -12,10 +12,7 @@ import lightning_modules
 
 ROOT = Path(__file__).parents[1]
 BASE = {"contracts", "errors", "files", "options", "stopping", "system", "__init__"}
-TARGET = {
-    f"specforge.inference.{name}"
-    for name in ("target_files", "target_head", "target_layers", "float8_blocks")
-}
+TARGET = {f"specforge.inference.{name}" for name in ("target_files", "target_head", "target_layers", "float8_blocks")}
 # Package -> what it may import, besides itself and the basic modules.
 ALLOWED: dict[str, set[str]] = {
     "specforge.runtime": set(),
@@ -76,9 +73,7 @@ def test_a_room_imports_only_the_rooms_it_may(module, path):
 
 def test_lightning_is_imported_only_where_training_is():
     for module, path in modules():
-        if module.startswith(
-            ("specforge.callbacks", "lightning_modules", "datamodules", "specforge.cli.fit")
-        ):
+        if module.startswith(("specforge.callbacks", "lightning_modules", "datamodules", "specforge.cli.fit")):
             continue
         if module == "specforge.eval.evaluate":  # it asks for its version
             continue

@@ -64,8 +64,7 @@ def _numbers(function: Callable[..., object]) -> dict[str, object]:
     """The options of a function that are numbers without bounds."""
     hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
     parts = {
-        name: {hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))}
-        for name, hint in hints.items()
+        name: {hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))} for name, hint in hints.items()
     }
     return {name: hints[name] for name, found in parts.items() if found & {int, float}}
 

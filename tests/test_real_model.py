@@ -31,22 +31,55 @@ def test_prepare_capture_fit_evaluate_export(tmp_path):
     data.write_text("".join([*lines[:3], *lines[49:89]]))
     run("prepare", "--data", data, "--target", TARGET, "--output", tmp_path / "prompts")
     run(
-        "capture", "--target", TARGET, "--prompts", tmp_path / "prompts", "--output", tmp_path / "features",
-        "--layer_ids", "[14, 22, 28]",
-    )  # fmt: skip
+        "capture",
+        "--target",
+        TARGET,
+        "--prompts",
+        tmp_path / "prompts",
+        "--output",
+        tmp_path / "features",
+        "--layer_ids",
+        "[14, 22, 28]",
+    )
     run(
-        "fit", "--config", "quickstart.yaml", "--model.target", TARGET, "--data.features", tmp_path / "features",
-        "--trainer.default_root_dir", tmp_path / "run", "--trainer.max_steps", 40, "--trainer.val_check_interval", 20,
-        "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
-    )  # fmt: skip
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        "--model.target",
+        TARGET,
+        "--data.features",
+        tmp_path / "features",
+        "--trainer.default_root_dir",
+        tmp_path / "run",
+        "--trainer.max_steps",
+        40,
+        "--trainer.val_check_interval",
+        20,
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.accelerator",
+        "cpu",
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[-1] < losses[0]
     run(
-        "evaluate", "--draft", tmp_path / "run" / "checkpoints" / "last.ckpt", "--prompts", tmp_path / "prompts",
-        "--json", tmp_path / "evaluation.json", "--max_new_tokens", 24, "--speed_prompts", 1,
-        "--cache", tmp_path / "cache", "--device", "cpu",
-    )  # fmt: skip
+        "evaluate",
+        "--draft",
+        tmp_path / "run" / "checkpoints" / "last.ckpt",
+        "--prompts",
+        tmp_path / "prompts",
+        "--json",
+        tmp_path / "evaluation.json",
+        "--max_new_tokens",
+        24,
+        "--speed_prompts",
+        1,
+        "--cache",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+    )
     for row in json.loads((tmp_path / "evaluation.json").read_text())["methods"]:
         assert row["lossless"] is True
         assert row["tau"] == pytest.approx(row["offline_tau"], abs=0.1)

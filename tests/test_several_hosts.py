@@ -61,9 +61,12 @@ class Network:
 
     def start(self, host: str, *words: object) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.space(host), *map(str, words)], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            ["ip", "netns", "exec", self.space(host), *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
 
     @contextmanager
     def cut(self, host: str) -> Iterator[None]:
@@ -91,10 +94,7 @@ class Network:
 def may_make_namespaces() -> bool:
     """Root on Linux may, in most containers it may not."""
     name = f"sf-probe-{os.getpid()}"
-    if (
-        shutil.which("ip") is None
-        or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode
-    ):
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
         return False
     ip(f"netns del {name}")
     return True
@@ -122,9 +122,7 @@ def test_a_host_that_is_cut_off_only_costs_time(target, prompts, tmp_path, offli
         "metadata": f"redis://{network.address(SERVERS)}:6379/0",
     }
     (tmp_path / "redis").mkdir()
-    redis = (
-        f"redis-server --bind {network.address(SERVERS)} --protected-mode no --appendonly no --dir".split()
-    )
+    redis = f"redis-server --bind {network.address(SERVERS)} --protected-mode no --appendonly no --dir".split()
     command = [sys.executable, "-m", "specforge.cli.main"]
     with ExitStack() as stack:
 

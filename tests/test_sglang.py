@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.export.test_eagle_export import LATENT
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -21,7 +22,6 @@ from lightning_modules import algorithms
 from lightning_modules.base import DraftModule
 from specforge.decoding.decoder import decode
 from specforge.inference.target_engine import HFTargetEngine
-from tests.export.test_eagle_export import LATENT
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
 from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise
 from tests.sglang_cpu import environment, serve
@@ -57,9 +57,7 @@ def python(pytestconfig: pytest.Config) -> str:
     """The interpreter of SGLang's environment."""
     path = pytestconfig.getoption("--sglang-python")
     if not path:
-        pytest.skip(
-            "SGLang is elsewhere: --sglang-python names its interpreter (docs/user-guide.md, section 5)"
-        )
+        pytest.skip("SGLang is elsewhere: --sglang-python names its interpreter (docs/user-guide.md, section 5)")
     return str(path)
 
 
@@ -94,9 +92,7 @@ def mtp_targets(small_target: Path, deepseek: Path, root: Path) -> dict[str, Pat
 
 
 @pytest.fixture(scope="module")
-def loaded(
-    python, target, small_target, deepseek, tmp_path_factory
-) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+def loaded(python, target, small_target, deepseek, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
     """Every form's exported folder and what SGLang holds after loading it."""
     root = tmp_path_factory.mktemp("loaded")
     folders: dict[str, Path] = {}
@@ -112,11 +108,7 @@ def loaded(
         as_if_trained(module).export_format.to_sglang(module.draft, module.target, folders[name], "float32")
     jobs = [f"{folder}:{folder}.loaded" for folder in folders.values()]
     done = subprocess.run(
-        [python, CPU / "load.py", target, *jobs],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        [python, CPU / "load.py", target, *jobs], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: (folder, load_file(f"{folder}.loaded")) for name, folder in folders.items()}
@@ -145,9 +137,7 @@ def test_every_tensor_reaches_a_parameter_and_no_parameter_is_left(form, loaded)
     written = load_file(folder / "model.safetensors")
     if form in PREFIXES:
         copies = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's own, as they were
-        written = {
-            n: x for n, x in written.items() if n.startswith(PREFIXES[form]) and not n.endswith(copies)
-        }
+        written = {n: x for n, x in written.items() if n.startswith(PREFIXES[form]) and not n.endswith(copies)}
     if "d2t" in written:
         assert torch.equal(held.pop("hot_token_id"), torch.arange(64) + written.pop("d2t"))
         written.pop("t2d")
@@ -165,17 +155,24 @@ def mimo(folder: Path) -> Path:
     write_tokenizer(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=256, pad_token_id=257,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     last, mine = "model.layers.3.", PREFIXES["mtp, mimo"]
     module = {
-        mine + n.removeprefix(last): x + 0.01 * torch.randn(x.shape)
-        for n, x in tensors.items()
-        if n.startswith(last)
+        mine + n.removeprefix(last): x + 0.01 * torch.randn(x.shape) for n, x in tensors.items() if n.startswith(last)
     }
     for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
         module[f"{mine}{name}.weight"] = torch.rand(32) + 0.5
@@ -212,12 +209,7 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, 
     module.eval()
     head = module.target_head(torch.device("cpu"))
     mine = decode(
-        engine.model,
-        lambda: module.drafter(head, torch.float32),
-        prompts,
-        gamma=3,
-        max_new_tokens=24,
-        end_ids=[256],
+        engine.model, lambda: module.drafter(head, torch.float32), prompts, gamma=3, max_new_tokens=24, end_ids=[256]
     )
     assert sum(d.rounds for d in mine) < 0.8 * sum(d.counted for d in mine)  # something is accepted
     folder = tmp_path / "draft"

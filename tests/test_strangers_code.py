@@ -58,8 +58,9 @@ def commands(draft: Path, target: Path, prompts: Path, features: Path, folder: P
     return [
         ["evaluate", "--draft", draft, "--prompts", prompts, "--target", target],
         ["export", "--draft", draft, "--output", folder / "out", "--target", target],
-        [*fit, "--ckpt_path", draft], [*fit, "--model.init_from", draft],
-    ]  # fmt: skip
+        [*fit, "--ckpt_path", draft],
+        [*fit, "--model.init_from", draft],
+    ]
 
 
 @pytest.mark.parametrize("algorithm", ["eagle3", "its_own", "trap.Algorithm"])
@@ -123,21 +124,31 @@ def test_a_class_of_ones_own_is_imported_when_it_is_named(checkpoint, target, tm
 def test_modules_of_the_current_folder_are_not_imported(checkpoint, target, prompts, tmp_path):
     """Under the names of packages that the commands use or look for."""
     names = (
-        "lightning_modules", "datamodules", "specforge", "torch", "transformers", "yaml", "redis", "ray", "mooncake",
-        "datasets", "gguf", "sitecustomize", "tensorboard", "matplotlib", "sglang", "accelerate", "kernels",
-    )  # fmt: skip
+        "lightning_modules",
+        "datamodules",
+        "specforge",
+        "torch",
+        "transformers",
+        "yaml",
+        "redis",
+        "ray",
+        "mooncake",
+        "datasets",
+        "gguf",
+        "sitecustomize",
+        "tensorboard",
+        "matplotlib",
+        "sglang",
+        "accelerate",
+        "kernels",
+    )
     for name in names:
         (tmp_path / f"{name}.py").write_text(TRAP)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     executable = Path(sys.executable).with_name("specforge")
     words = [executable, "export", "--draft", checkpoint, "--target", target, "--output", tmp_path / "out"]
     result = subprocess.run(
-        [str(word) for word in words],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [str(word) for word in words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.glob("*.sprung"))

@@ -24,18 +24,30 @@ from tests.tiny import recipe, write_conversations
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
 # Targets whose head or whose layers are of a kind of their own, and drafts that depend on that beside EAGLE-3's.
 OTHERS = {
-    "cohere": "mtp", "gemma2": "dflash", "phi": "dspark", "phimoe": "mtp", "minicpm3": "dflash", "granite": "medusa",
-    "lfm2": "hydra", "nanochat": "domino", "ernie4_5_moe": "dflash2", "gpt_oss": "peagle",
-}  # fmt: skip
+    "cohere": "mtp",
+    "gemma2": "dflash",
+    "phi": "dspark",
+    "phimoe": "mtp",
+    "minicpm3": "dflash",
+    "granite": "medusa",
+    "lfm2": "hydra",
+    "nanochat": "domino",
+    "ernie4_5_moe": "dflash2",
+    "gpt_oss": "peagle",
+}
 MODULES = {
-    "mtp": ("MTPModule", {}), "medusa": ("MedusaModule", {}), "hydra": ("HydraModule", {}),
+    "mtp": ("MTPModule", {}),
+    "medusa": ("MedusaModule", {}),
+    "hydra": ("HydraModule", {}),
     "dflash": ("DFlashModule", {"num_hidden_layers": 1, "block_size": 4}),
     "dspark": ("DSparkModule", {"num_hidden_layers": 1, "block_size": 4, "markov_rank": 8}),
     "dflash2": ("DFlash2Module", {"num_hidden_layers": 1, "block_size": 4, "dflash_config": {"selector_rank": 8}}),
-    "domino": ("DominoModule", {"num_hidden_layers": 1, "block_size": 4,
-                                "dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}}),
+    "domino": (
+        "DominoModule",
+        {"num_hidden_layers": 1, "block_size": 4, "dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}},
+    ),
     "peagle": ("PEagleModule", {"num_hidden_layers": 2}),
-}  # fmt: skip
+}
 
 
 def call(*words: object) -> None:
@@ -44,16 +56,43 @@ def call(*words: object) -> None:
 
 def evaluate(run: Path, prompts: Path, output: Path, batch_size: int) -> list[dict[str, Any]]:
     call(
-        "evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--json", output,
-        "--cache", output.parent / "cache", "--max_new_tokens", 16, "--gamma", 2, "--speed_prompts", 0,
-        "--baselines", "[ngram]", "--batch_size", batch_size,
-    )  # fmt: skip
+        "evaluate",
+        "--draft",
+        run / "checkpoints" / "last.ckpt",
+        "--prompts",
+        prompts,
+        "--json",
+        output,
+        "--cache",
+        output.parent / "cache",
+        "--max_new_tokens",
+        16,
+        "--gamma",
+        2,
+        "--speed_prompts",
+        0,
+        "--baselines",
+        "[ngram]",
+        "--batch_size",
+        batch_size,
+    )
     return json.loads(output.read_text())["methods"]
 
 
 def train(target: Path, prompts: Path, folder: Path, algorithm: str = "eagle3", **model: object) -> Path:
-    call("capture", "--target", target, "--prompts", prompts, "--output", folder / "features", "--dtype", "float32",
-         "--algorithm", algorithm)  # fmt: skip
+    call(
+        "capture",
+        "--target",
+        target,
+        "--prompts",
+        prompts,
+        "--output",
+        folder / "features",
+        "--dtype",
+        "float32",
+        "--algorithm",
+        algorithm,
+    )
     call("fit", "--config", recipe(target, folder / "features", folder, trainer__max_steps=4, **model))
     return folder / "run"
 
@@ -95,15 +134,7 @@ def test_other_drafts_of_unusual_families(name, tmp_path):
     algorithm = OTHERS[name]
     kind, fields = MODULES[algorithm]
     target, prompts = write_family(name, tmp_path / "target"), tmp_path / "prompts"
-    call(
-        "prepare",
-        "--data",
-        write_conversations(tmp_path / "c.jsonl", 24),
-        "--target",
-        target,
-        "--output",
-        prompts,
-    )
+    call("prepare", "--data", write_conversations(tmp_path / "c.jsonl", 24), "--target", target, "--output", prompts)
     arguments = {"target": str(target), "draft_config": {"draft_vocab_size": 64, **fields}, "gamma": 2}
     model = {"class_path": kind, "init_args": {**arguments, "optimizer": {"lr": 1e-3}}}
     run = train(target, prompts, tmp_path, algorithm, model=model)
@@ -117,16 +148,7 @@ def test_a_family_that_is_refused_by_name(name, tmp_path, capsys, request):
     conversations = write_conversations(tmp_path / "conversations.jsonl", 24)
     commands = {
         "prepare": ["--data", conversations, "--target", target, "--output", prompts],
-        "capture": [
-            "--target",
-            target,
-            "--prompts",
-            prompts,
-            "--output",
-            tmp_path / "features",
-            "--dtype",
-            "float32",
-        ],
+        "capture": ["--target", target, "--prompts", prompts, "--output", tmp_path / "features", "--dtype", "float32"],
     }
     for command, words in commands.items():
         status = main([command, *map(str, words)])
@@ -151,9 +173,7 @@ def row(name: str, target: Path, result: str) -> str:
 
 
 def _head(files: TargetFiles) -> str:
-    parts = [
-        "its own" if files.has_own_head() and not files.config["tie_word_embeddings"] else "the embedding"
-    ]
+    parts = ["its own" if files.has_own_head() and not files.config["tie_word_embeddings"] else "the embedding"]
     if files.logit_scale != 1.0:
         parts.append(f"logits x {files.logit_scale:g}")
     if files.lm_head_bias() is not None:
@@ -204,9 +224,7 @@ def compare_with_the_page(request: pytest.FixtureRequest, line: str) -> None:
         name = line.split(" | ")[0]
         kept = [old for old in lines if old.split(" | ")[0] != name]
         order = {f"| {family}": i for i, family in enumerate(FAMILIES)}
-        kept = sorted(
-            [x for x in [*kept, line] if x.split(" | ")[0] in order], key=lambda x: order[x.split(" | ")[0]]
-        )
+        kept = sorted([x for x in [*kept, line] if x.split(" | ")[0] in order], key=lambda x: order[x.split(" | ")[0]])
         PAGE.write_text(HEAD + "".join(f"{x}\n" for x in kept))
     assert PAGE.read_text().startswith(HEAD)
     assert line in PAGE.read_text().splitlines()

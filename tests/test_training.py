@@ -29,9 +29,12 @@ def fit(path: Path, *options: object) -> Path:
 def start(path: Path, *options: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [*FIT, "--config", str(path), *map(str, options)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [*FIT, "--config", str(path), *map(str, options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -91,9 +94,15 @@ def test_batch_of_4_is_accumulation_of_4(target, features, tmp_path):
 def test_ranks_of_uneven_data_finish_together(target, features, tmp_path):
     """32 samples in batches of 5 are 7 batches: the second rank's last one is empty."""
     path = recipe(
-        target, features, tmp_path, trainer__devices=2, trainer__strategy="fsdp2", data__init_args__batch_size=5,
-        trainer__max_steps=-1, trainer__max_epochs=2,
-    )  # fmt: skip
+        target,
+        features,
+        tmp_path,
+        trainer__devices=2,
+        trainer__strategy="fsdp2",
+        data__init_args__batch_size=5,
+        trainer__max_steps=-1,
+        trainer__max_epochs=2,
+    )
     process = start(path)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -193,9 +202,14 @@ def test_trap_the_checkpoint_does_not_override_the_configuration(target, feature
 
 def test_trap_the_best_checkpoint_survives_a_restart(target, features, tmp_path):
     path = recipe(
-        target, features, tmp_path, trainer__max_steps=4, trainer__check_val_every_n_epoch=None,
-        trainer__val_check_interval=2, checkpoint={"every_n_train_steps": 2},
-    )  # fmt: skip
+        target,
+        features,
+        tmp_path,
+        trainer__max_steps=4,
+        trainer__check_val_every_n_epoch=None,
+        trainer__val_check_interval=2,
+        checkpoint={"every_n_train_steps": 2},
+    )
     run = fit(path)
     best = (run / "checkpoints" / "best.ckpt").resolve()
     score = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
@@ -235,14 +249,24 @@ def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(code)
     path = recipe(
-        target, features, tmp_path, trainer__devices=2, trainer__strategy="ddp", trainer__accumulate_grad_batches=2,
-        trainer__max_steps=3, data__init_args__batch_size=2,
-    )  # fmt: skip
+        target,
+        features,
+        tmp_path,
+        trainer__devices=2,
+        trainer__strategy="ddp",
+        trainer__accumulate_grad_batches=2,
+        trainer__max_steps=3,
+        data__init_args__batch_size=2,
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     result = subprocess.run(
-        [sys.executable, str(script), "fit", "--config", str(path)], env=environment, capture_output=True, text=True,
-        timeout=180, check=False,
-    )  # fmt: skip
+        [sys.executable, str(script), "fit", "--config", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert "reductions 3" in result.stdout
 
@@ -250,9 +274,14 @@ def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
 def test_trap_another_number_of_ranks_is_refused(target, features, tmp_path, undisturbed):
     checkpoint = undisturbed / "checkpoints" / "step-00000008.ckpt"
     process = start(
-        recipe(target, features, tmp_path, **LONG), "--trainer.devices", 2, "--trainer.strategy", "ddp",
-        "--ckpt_path", checkpoint,
-    )  # fmt: skip
+        recipe(target, features, tmp_path, **LONG),
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+        "--ckpt_path",
+        checkpoint,
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "1 ranks, this run has 2" in output or "world_size" in output
@@ -295,15 +324,6 @@ def test_validate_and_test_run_on_a_checkpoint(target, features, tmp_path, undis
     path = recipe(target, features, tmp_path)
     for command in ("validate", "test"):
         assert (
-            main(
-                [
-                    command,
-                    "--config",
-                    str(path),
-                    "--ckpt_path",
-                    str(undisturbed / "checkpoints" / "last.ckpt"),
-                ]
-            )
-            == 0
+            main([command, "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
         )
         assert "val/tau" in capsys.readouterr().out

@@ -38,10 +38,7 @@ TINY_OPTIONS: dict[str, dict[str, object]] = {
     "HydraModule": {"draft_config": {"draft_vocab_size": 64}},
     "MedusaModule": {"draft_config": {"draft_vocab_size": 64}},
     "MTPModule": {"draft_config": {"draft_vocab_size": 64}, "init_from": "target"},
-    "PEagleModule": {
-        "layer_ids": [1, 3, 4],
-        "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
-    },
+    "PEagleModule": {"layer_ids": [1, 3, 4], "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2}},
     "StandaloneModule": {"draft": None, "draft_config": {"num_hidden_layers": 2}},
 }
 
@@ -53,9 +50,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>",
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
         additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
 
@@ -67,10 +66,19 @@ def write_target(
     write_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, pad_token_id=min(257, vocab_size - 1),
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=min(257, vocab_size - 1),
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -94,18 +102,25 @@ def recipe(target: Path, features: Path, folder: Path, **changes: object) -> Pat
     config: dict[str, object] = {
         "seed_everything": 1,
         "trainer": {
-            "accelerator": "cpu", "devices": 1, "max_steps": 6, "default_root_dir": str(folder / "run"),
-            "enable_progress_bar": False, "precision": "32-true", "log_every_n_steps": 1,
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 6,
+            "default_root_dir": str(folder / "run"),
+            "enable_progress_bar": False,
+            "precision": "32-true",
+            "log_every_n_steps": 1,
         },
         "model": {
             "class_path": "Eagle3Module",
             "init_args": {
-                "target": str(target), "steps": 3, "draft_config": {"draft_vocab_size": 64},
+                "target": str(target),
+                "steps": 3,
+                "draft_config": {"draft_vocab_size": 64},
                 "optimizer": {"lr": 1e-3},
             },
         },
         "data": {"class_path": "OfflineDataModule", "init_args": {"features": str(features), "batch_size": 4}},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         place: dict = config
         *parents, last = key.split("__")

@@ -273,7 +273,7 @@ FAMILIES = (
     Family("instructions", "describe", (
         "Describe {thing} in three sentences.", "Write a short description of {thing}.", "Write a short poem about {thing}.",
     ), {"thing": OBJECTS}),
-)  # fmt: skip
+)
 
 
 def main() -> None:

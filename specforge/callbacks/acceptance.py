@@ -27,9 +27,14 @@ class AcceptanceLengthEvaluation(pl.Callback):
         self._loss = torch.zeros(2, dtype=torch.float64)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int,
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: TrainBatch,
+        batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Count the answers of each document."""
         if self._metric is None:
             return
@@ -52,10 +57,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
             return
         loss = self._loss.to(dtype=torch.float32, device=pl_module.device)
         loss = trainer.strategy.reduce(loss, reduce_op="sum")
-        values = {
-            "val/tau_low": tau.low, "val/tau_high": tau.high,
-            "val/loss": float(loss[0] / loss[1].clamp(min=1)),
-        }  # fmt: skip
+        values = {"val/tau_low": tau.low, "val/tau_high": tau.high, "val/loss": float(loss[0] / loss[1].clamp(min=1))}
         values |= {f"val/acceptance_{k + 1}": a for k, a in enumerate(result["acceptance"])}
         pl_module.log_dict(values, rank_zero_only=True)
         pl_module.log("val/tau", tau.value, prog_bar=True, rank_zero_only=True)

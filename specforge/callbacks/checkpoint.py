@@ -48,9 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         write_file(Path(path), checkpoint_bytes(checkpoint))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file.
 
         Raises:
@@ -70,10 +68,15 @@ class DraftCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str, keep: int, name: str, every_n_train_steps: int | None = None) -> None:
         super().__init__(
-            monitor=monitor, mode="max", save_top_k=keep, filename=f"{name}-{{step:08d}}",
-            auto_insert_metric_name=False, enable_version_counter=False,
-            every_n_train_steps=every_n_train_steps, save_on_train_epoch_end=False,
-        )  # fmt: skip
+            monitor=monitor,
+            mode="max",
+            save_top_k=keep,
+            filename=f"{name}-{{step:08d}}",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=False,
+        )
         self.prefix = name
         self._writes = False
 
@@ -150,9 +153,7 @@ class LastCheckpoint(DraftCheckpoint):
         keep: how many of the newest to keep; -1 for all.
     """
 
-    def __init__(
-        self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2
-    ) -> None:
+    def __init__(self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2) -> None:
         super().__init__("step", keep, "step", every_n_train_steps)
         self._seen = 0
 

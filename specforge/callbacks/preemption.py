@@ -74,9 +74,7 @@ class Preemption(pl.Callback):
         """Compute the batch if no rank stops."""
         self._gate()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save, if this is a stop."""
         if not isinstance(exception, stopping.Stopped) or not stopping.began():
             return

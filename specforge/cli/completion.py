@@ -34,11 +34,7 @@ def script(shell: str) -> str:
     from specforge.cli.main import COMMANDS
     from specforge.cli.recipes import recipes
 
-    templates = {
-        "bash": _BASH,
-        "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH,
-        "fish": _FISH,
-    }
+    templates = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": _FISH}
     if shell not in templates:
         raise UserError(f"completion {shell}: use bash, zsh or fish")
     words = " ".join(dict.fromkeys(name.split()[0] for name in COMMANDS))
@@ -46,10 +42,7 @@ def script(shell: str) -> str:
     for group, _, command in (name.partition(" ") for name in COMMANDS if " " in name):
         groups.setdefault(group, []).append(command)
     bash = [f'      {g}) COMPREPLY=($(compgen -W "{" ".join(c)}" -- "$word")) ;;' for g, c in groups.items()]
-    fish = [
-        f'complete -c specforge -n "__fish_seen_subcommand_from {g}" -a "{" ".join(c)}"'
-        for g, c in groups.items()
-    ]
+    fish = [f'complete -c specforge -n "__fish_seen_subcommand_from {g}" -a "{" ".join(c)}"' for g, c in groups.items()]
     text = templates[shell].replace("@GROUPS@", "\n".join(bash)).replace("@FISH_GROUPS@", "\n".join(fish))
     text = text.replace("@WORDS@", words).replace("@RECIPES@", " ".join(recipes()))
     return text.replace("@OPTIONS@", "--config --print_config --help")

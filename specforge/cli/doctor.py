@@ -107,9 +107,7 @@ def _fitting(gib: float, gpu: bool) -> str:
     large: list[str] = []
     for name, path in recipes().items():
         needs = [line for line in describe(path) if line.startswith("Needs ")]
-        gpu_gib = next(
-            (float(w) for line in needs for w in line.split() if w.replace(".", "").isdigit()), 0.0
-        )
+        gpu_gib = next((float(w) for line in needs for w in line.split() if w.replace(".", "").isdigit()), 0.0)
         wants_gpu = any("GPU" in line for line in needs)
         (fits if gpu_gib <= gib and (gpu or not wants_gpu) else large).append(name)
     text = "can run " + ", ".join(fits)

@@ -57,8 +57,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 BAREBONES = ("log_every_n_steps", "num_sanity_val_steps", "enable_model_summary")
 
 # Options of the trainer that Lightning takes as they are, whatever follows from them.
-AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0,
-            "num_sanity_val_steps": -1}  # fmt: skip
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
 
 
 class RunConfig(SaveConfigCallback):
@@ -130,9 +135,7 @@ class TrainingCLI(LightningCLI):
             if config[name] is not None and config[name] < least:
                 raise UserError(f"trainer.{name}: must be at least {least}, not {config[name]}")
         if config["val_check_interval"] == 0:
-            raise UserError(
-                "trainer.val_check_interval: must be above 0; limit_val_batches: 0 validates nothing"
-            )
+            raise UserError("trainer.val_check_interval: must be above 0; limit_val_batches: 0 validates nothing")
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
         run, given = Path(config["default_root_dir"]), self._get(self.config, "ckpt_path")
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
@@ -163,9 +166,7 @@ class TrainingCLI(LightningCLI):
         if config["barebones"] or config["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.clear()  # of LastCheckpoint and BestCheckpoint
         trainer = super().instantiate_trainer(**kwargs)
-        if (
-            getattr(trainer.strategy.launcher, "_start_method", None) == "spawn"
-        ):  # which needs to pickle the trainer
+        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":  # which needs to pickle the trainer
             raise UserError(f"trainer.strategy: {config['strategy']} is not supported; use ddp")
         trainer.fit_loop = FitLoop(trainer)
         for callback in trainer.checkpoint_callbacks:
@@ -215,24 +216,16 @@ def explain(message: str, keys: list[str]) -> str:
                 return _nearest(match.group(1), keys)
     unknown = re.search(r"Expected a dot import path string: (\w+)", message)
     if unknown:
-        names = [
-            c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)
-        ]
+        names = [c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)]
         close = get_close_matches(unknown.group(1), names, 1, 0.5)
         return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
-    places = [
-        (i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))
-    ]
+    places = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))]
     if places:
         key, after = ".".join(name for _, name in places), lines[places[-1][0] + 1 :]
-        bounds = next(
-            (m.group(1) for line in after if (m := re.search(r"Not of type (an? .+?): ", line))), None
-        )
+        bounds = next((m.group(1) for line in after if (m := re.search(r"Not of type (an? .+?): ", line))), None)
         if bounds is not None:  # one of specforge.options
             given = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"
-            value = next(
-                (x.strip("'") for line in after for x in (re.findall(given, line) or [()])[0] if x), None
-            )
+            value = next((x.strip("'") for line in after for x in (re.findall(given, line) or [()])[0] if x), None)
             return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
         detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
         return f"{key}: {_in_words(detail)}"[:400]
@@ -298,9 +291,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], preemption: Preemption) -> None:
-    always = [
-        ExactResume(), SampleLedger(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport(),
-    ]  # fmt: skip
+    always = [ExactResume(), SampleLedger(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
     command = type("Command", (TrainingCLI,), {"command": argv[0]})
     sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
     command(
@@ -331,6 +322,4 @@ def _quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda r: "litlogger" not in r.getMessage()
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())

@@ -24,10 +24,7 @@ COMMANDS = {
     "fit": ("specforge.cli.fit:main", "Train a draft (LightningCLI)."),
     "validate": ("specforge.cli.fit:main", "Offline acceptance length of a checkpoint (LightningCLI)."),
     "test": ("specforge.cli.fit:main", "The same on the test data (LightningCLI)."),
-    "evaluate": (
-        "specforge.cli.commands:run",
-        "Decode held-out prompts speculatively: tau, speed, losslessness.",
-    ),
+    "evaluate": ("specforge.cli.commands:run", "Decode held-out prompts speculatively: tau, speed, losslessness."),
     "export": ("specforge.cli.commands:run", "Write a draft for SGLang, vLLM or transformers."),
     "doctor": ("specforge.cli.doctor:main", "Say what this machine can run."),
     "recipes": ("specforge.cli.recipes:main", "List or copy the shipped recipes."),

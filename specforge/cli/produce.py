@@ -24,14 +24,7 @@ from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DELIVERED,
-    DURABLE,
-    STATES,
-    TRAINED,
-    MetadataStore,
-)
+from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED, MetadataStore
 from specforge.runtime.control_plane.streamed import bottleneck
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
@@ -88,9 +81,11 @@ def run_producers(options: ProduceOptions, say: Callable[[str], object]) -> None
     files = TargetFiles.find(options.target)
     owner = options.name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     controller = DataFlowController(
-        open_metadata(options.metadata), FeatureStore(open_backend(options.store)),
-        lease_seconds=options.lease_seconds, max_tries=options.max_tries,
-    )  # fmt: skip
+        open_metadata(options.metadata),
+        FeatureStore(open_backend(options.store)),
+        lease_seconds=options.lease_seconds,
+        max_tries=options.max_tries,
+    )
     engines: dict[str, TargetEngine] = {}
 
     def engine(dtype: str) -> TargetEngine:
@@ -99,9 +94,14 @@ def run_producers(options: ProduceOptions, say: Callable[[str], object]) -> None
         return engines[dtype]
 
     producer = Producer(
-        controller, engine, files.fingerprint, owner, max_prompts=options.max_prompts,
-        batch_tokens=options.batch_tokens, vocab_size=files.vocab_size,
-    )  # fmt: skip
+        controller,
+        engine,
+        files.fingerprint,
+        owner,
+        max_prompts=options.max_prompts,
+        batch_tokens=options.batch_tokens,
+        vocab_size=files.vocab_size,
+    )
     stop = threading.Event()
     logging.getLogger("specforge").setLevel(logging.INFO)
     say(f"{owner}: {files.name} on {options.device} waits for prompts of {shown(options.metadata)}")
@@ -116,9 +116,7 @@ def _run_processes(options: ProduceOptions) -> None:
     for number in range(options.workers):
         name = f"{options.name}-{number}" if options.name else None
         fields = asdict(replace(options, workers=1, name=name))
-        words = [
-            word for key, value in fields.items() if value is not None for word in (f"--{key}", str(value))
-        ]
+        words = [word for key, value in fields.items() if value is not None for word in (f"--{key}", str(value))]
         # -P: a file of the current folder must not pass for a module.
         command = [sys.executable, "-P", "-m", "specforge.cli.main", "produce", *words]
         processes.append(subprocess.Popen(command, preexec_fn=end_with_parent(os.getpid())))
@@ -130,9 +128,7 @@ def _run_processes(options: ProduceOptions) -> None:
     with _stopped_by_signals(stop):
         failed = sum(process.wait() != 0 for process in processes)
     if failed:
-        raise UserError(
-            f"produce: {failed} of {options.workers} processes failed; what they held goes to others"
-        )
+        raise UserError(f"produce: {failed} of {options.workers} processes failed; what they held goes to others")
 
 
 def describe_plan(options: ProduceOptions) -> list[str]:

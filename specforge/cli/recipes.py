@@ -64,9 +64,7 @@ def main(argv: list[str]) -> int:
     """`specforge recipes [--copy NAME] [--to PATH]`."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        "specforge recipes", description="List the shipped recipes, or copy one."
-    )
+    parser = argparse.ArgumentParser("specforge recipes", description="List the shipped recipes, or copy one.")
     parser.add_argument("--copy", metavar="NAME", help="copy this recipe")
     parser.add_argument("--to", metavar="PATH", default=".", help="folder or file to copy it to")
     options = parser.parse_args(argv[1:])

@@ -48,9 +48,7 @@ def lightning_refusal(error: BaseException, keys: Iterable[str], set_up: bool) -
         return None
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     words = " ".join(str(message).split()) or type(error).__name__
-    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {_reason(str(message)) or words}"[
-        :600
-    ]
+    return f"{_key(words, inner, modules, sorted(keys, key=len, reverse=True))}: {_reason(str(message)) or words}"[:600]
 
 
 def _reason(message: str) -> str:
@@ -65,9 +63,7 @@ def _is_foreign(frame: FrameType, name: str) -> bool:
     if package in (*_OURS, *_LIGHTNING):
         return package in _OURS and name not in _THROUGH
     path = frame.f_code.co_filename
-    return not path.startswith(
-        ("<", *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")))
-    )
+    return not path.startswith(("<", *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))))
 
 
 def _key(words: str, frames: list[FrameType], modules: list[str], keys: list[str]) -> str:

@@ -77,11 +77,18 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
     for number in (port, metrics_port):
         _check_free(host, number)
     command = [
-        str(Path(spec.origin).with_name("mooncake_master")), f"--rpc_address={host}", f"--rpc_port={port}",
-        f"--metrics_host={host}", f"--metrics_port={metrics_port}", "--default_kv_lease_ttl=60s",
-        "--eviction_high_watermark_ratio=1.0", "--eviction_ratio=0", "--client_ttl=10",
-        "--put_start_discard_timeout_sec=30", "--put_start_release_timeout_sec=60",
-    ]  # fmt: skip
+        str(Path(spec.origin).with_name("mooncake_master")),
+        f"--rpc_address={host}",
+        f"--rpc_port={port}",
+        f"--metrics_host={host}",
+        f"--metrics_port={metrics_port}",
+        "--default_kv_lease_ttl=60s",
+        "--eviction_high_watermark_ratio=1.0",
+        "--eviction_ratio=0",
+        "--client_ttl=10",
+        "--put_start_discard_timeout_sec=30",
+        "--put_start_release_timeout_sec=60",
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=end_with_parent(os.getpid())
     )
@@ -91,9 +98,7 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
                 if probe.connect_ex((host, port)) == 0:
                     break
             if process.poll() is not None:
-                raise UserError(
-                    f"{command[0]}: ended with status {process.returncode}; run it by hand to see why"
-                )
+                raise UserError(f"{command[0]}: ended with status {process.returncode}; run it by hand to see why")
             time.sleep(0.01)  # there is nothing to wait on but the port
         yield process
     finally:

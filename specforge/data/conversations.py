@@ -25,11 +25,23 @@ from specforge.errors import UserError
 from specforge.files import first_line, parse_json, read_json
 
 _ROLES = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "assistant": "assistant", "bot": "assistant", "ai": "assistant",
-    "function_call": "assistant", "system": "system", "developer": "developer", "tool": "tool",
-    "function": "tool", "observation": "tool", "tool_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train")  # OpenAI's name, Axolotl's
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -88,9 +100,7 @@ class Conversation:
         """Indices of the assistant's messages that answer something and are to be learnt (``weight: 0``: are not)."""
         first = len(self.messages) if self.first_answer is None else self.first_answer
         return [
-            i
-            for i, m in enumerate(self.messages)
-            if i >= first and m["role"] == "assistant" and m.get("weight", 1)
+            i for i, m in enumerate(self.messages) if i >= first and m["role"] == "assistant" and m.get("weight", 1)
         ]
 
 
@@ -250,9 +260,7 @@ def _check_writable(source: str, content: Any) -> None:
         json.dumps(content, ensure_ascii=False, allow_nan=False, default=vars).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start : error.start + 1].encode("unicode-escape").decode()
-        raise RecordError(
-            source, f"holds {found}, half of a surrogate pair, which is no character"
-        ) from error
+        raise RecordError(source, f"holds {found}, half of a surrogate pair, which is no character") from error
     except ValueError as error:
         raise RecordError(source, "holds NaN or infinity, which JSON does not have") from error
 
@@ -267,9 +275,7 @@ def _content(source: str, row: Mapping[str, Any]) -> Conversation | Formatted | 
         return Formatted(prompt + response, ((len(prompt), len(prompt) + len(response)),))
     messages = row.get("messages", row.get("conversations"))
     if messages is None:
-        raise RecordError(
-            source, "has none of messages, conversations, prompt and response, text and spans, input_ids"
-        )
+        raise RecordError(source, "has none of messages, conversations, prompt and response, text and spans, input_ids")
     if not isinstance(messages, list) or not messages:
         raise RecordError(source, "messages is not a list with at least one message")
     parsed = [_message(source, f"messages[{i}]", m) for i, m in enumerate(messages)]
@@ -303,9 +309,7 @@ def _kept(source: str, fields: Any) -> tuple[dict[int, KeptTokens], str]:
         where = f"{REGENERATED}.answers[{i}]"
         if type(answer.get("message")) is not int:
             raise RecordError(source, f"{where}.message is not the index of a message")
-        prompt, written = (
-            _ids(source, f"{where}.{key}", answer.get(key)) for key in ("prompt_ids", "answer_ids")
-        )
+        prompt, written = (_ids(source, f"{where}.{key}", answer.get(key)) for key in ("prompt_ids", "answer_ids"))
         kept[answer["message"]] = KeptTokens(prompt, written, str(answer.get("digest")))
     return kept, str(fields.get("tokenizer"))
 
@@ -328,8 +332,7 @@ def _message(source: str, where: str, message: Any) -> dict[str, Any]:
     role = _ROLES.get(str(name).strip().lower())
     if role is None:
         raise RecordError(
-            source,
-            f"{where} has the role {short(name)}; use one of {', '.join(sorted(set(_ROLES.values())))}",
+            source, f"{where} has the role {short(name)}; use one of {', '.join(sorted(set(_ROLES.values())))}"
         )
     legacy = [message["function_call"]] if message.get("function_call") else None
     calls = _tool_calls(source, where, message.get("tool_calls") or legacy)
@@ -347,9 +350,7 @@ def _message(source: str, where: str, message: Any) -> dict[str, Any]:
     weight = next((key for key in _WEIGHTS if key in message), None)
     if role == "assistant" and weight is not None:
         if message[weight] not in (0, 1):
-            raise RecordError(
-                source, f"{where}.{weight} is {short(message[weight])}; use 0 (not learnt) or 1"
-            )
+            raise RecordError(source, f"{where}.{weight} is {short(message[weight])}; use 0 (not learnt) or 1")
         parsed["weight"] = int(message[weight])
     return parsed | {key: message[key] for key in ("name", "tool_call_id", "finish_reason") if key in message}
 

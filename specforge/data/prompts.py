@@ -55,12 +55,8 @@ class PromptSet:
 
     def files(self) -> dict[str, bytes]:
         """Its files, by name."""
-        ids = np.concatenate(
-            [np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)]
-        )
-        mask = np.concatenate(
-            [np.asarray(t.loss_mask, dtype=np.uint8) for t in self.tasks] or [np.empty(0, np.uint8)]
-        )
+        ids = np.concatenate([np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)])
+        mask = np.concatenate([np.asarray(t.loss_mask, dtype=np.uint8) for t in self.tasks] or [np.empty(0, np.uint8)])
         lengths = [len(t.input_ids) for t in self.tasks]
         tensors = {
             "input_ids": torch.from_numpy(ids),
@@ -121,11 +117,14 @@ def _check_form(ids: Tensor, mask: Tensor, offsets: Tensor, counts: TokenCounts,
     """Raise ValueError where files of the right names do not hold samples."""
     size = len(counts.supervised)
     right = (
-        ids.dtype == torch.int32 and mask.dtype == torch.uint8 and offsets.dtype == torch.int64
-        and ids.ndim == offsets.ndim == 1 and ids.shape == mask.shape
+        ids.dtype == torch.int32
+        and mask.dtype == torch.uint8
+        and offsets.dtype == torch.int64
+        and ids.ndim == offsets.ndim == 1
+        and ids.shape == mask.shape
         and counts.supervised.shape == counts.context.shape == (size,)
         and counts.supervised.dtype == counts.context.dtype == torch.int64
-    )  # fmt: skip
+    )
     if not right:
         raise ValueError("tensors of other types or shapes")
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids) or bool((offsets.diff() < 1).any()):
@@ -168,9 +167,7 @@ def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
     Raises:
         UserError: the disk is full or not writable, or the folder holds something else.
     """
-    files = {
-        f"{name}/{file}": data for name, prompts in sets.items() for file, data in prompts.files().items()
-    }
+    files = {f"{name}/{file}": data for name, prompts in sets.items() for file, data in prompts.files().items()}
     write_folder(folder, files)
 
 
@@ -204,9 +201,14 @@ class PrepareOptions:
 
 
 def prepare(
-    data: Sequence[str], template: ChatTemplate, vocab_size: int, options: PrepareOptions,
-    split: str = "train", subset: str | None = None, progress: Any = None,
-) -> tuple[dict[str, PromptSet], PrepareReport]:  # fmt: skip
+    data: Sequence[str],
+    template: ChatTemplate,
+    vocab_size: int,
+    options: PrepareOptions,
+    split: str = "train",
+    subset: str | None = None,
+    progress: Any = None,
+) -> tuple[dict[str, PromptSet], PrepareReport]:
     """Read, render and tokenise records.
 
     Args:
@@ -270,9 +272,7 @@ def _encoded(
     ]
 
 
-def _limited(
-    source: str, sample: TokenSample, options: PrepareOptions, report: PrepareReport
-) -> TokenSample | None:
+def _limited(source: str, sample: TokenSample, options: PrepareOptions, report: PrepareReport) -> TokenSample | None:
     """The sample, cut to its longest length; None where it is left out."""
     fewest, most = max(options.min_supervised, 1), options.max_length
     if len(sample.input_ids) > most and options.long_samples == "error":

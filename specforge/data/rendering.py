@@ -27,9 +27,7 @@ Tools = Sequence[dict[str, Any]]
 _DATE = date(2024, 7, 26)
 _DATE_MACRO = (
     "{% macro strftime_now(format) %}{{ format"
-    + "".join(
-        f"|replace('%{d}', '{_DATE.strftime('%' + d)}')" for d in [*"aAbBcdDeFhHIjmMpSTuUVwWxXyY", "-d", "-m"]
-    )
+    + "".join(f"|replace('%{d}', '{_DATE.strftime('%' + d)}')" for d in [*"aAbBcdDeFhHIjmMpSTuUVwWxXyY", "-d", "-m"])
     + " }}{% endmacro %}\n"
 )
 
@@ -113,9 +111,8 @@ class Renderer:
             )
 
     def _answer_elsewhere(
-        self, before: Messages, message: dict[str, Any], tools: Tools,
-        asked: str, answered: str,
-    ) -> tuple[str, str]:  # fmt: skip
+        self, before: Messages, message: dict[str, Any], tools: Tools, asked: str, answered: str
+    ) -> tuple[str, str]:
         """Where the answered text does not begin with the prompt: what the prompt has of the message, and the rest."""
         shared = len(_common([asked, answered]))
         if not asked[shared:].strip():
@@ -157,9 +154,7 @@ class Renderer:
         if prompt.strip():
             return prompt
         *first, last = before
-        texts = [
-            self.render([*first, {**last, "content": text}], tools, generate=True) for text in ("0", "1")
-        ]
+        texts = [self.render([*first, {**last, "content": text}], tools, generate=True) for text in ("0", "1")]
         return texts[0][len(_common(texts)) + 1 :]
 
     def _frame(self, before: Messages, tools: Tools) -> tuple[str, str]:
@@ -168,10 +163,7 @@ class Renderer:
         header = _common([zero, one])
         return header, zero[len(header) + 1 :]
 
-    def _check_answer(
-        self, before: Messages, message: dict[str, Any], tools: Tools,
-        answered: str, shown: str,
-    ) -> None:  # fmt: skip
+    def _check_answer(self, before: Messages, message: dict[str, Any], tools: Tools, answered: str, shown: str) -> None:
         """Refuse an answer that the template leaves out, and note one of which it leaves out a part."""
         where = f"messages[{len(before)}]"
         words = [text for key in ("content", "reasoning_content") if (text := message.get(key, "").strip())]
@@ -214,9 +206,7 @@ class Renderer:
                 messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=generate
             )
         except TemplateSyntaxError as error:
-            raise UserError(
-                f"tokenizer {name}: its chat template is not Jinja ({first_line(error)})"
-            ) from error
+            raise UserError(f"tokenizer {name}: its chat template is not Jinja ({first_line(error)})") from error
         except Exception as error:  # a template is a program; whatever it raises concerns these messages
             raise Refusal(f"the chat template refuses it ({first_line(error)})") from error
         try:

@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specforge.contracts import content_id
-from specforge.data.conversations import (
-    Conversation,
-    DataRecord,
-    Formatted,
-    KeptTokens,
-    RecordError,
-    Tokenised,
-)
+from specforge.data.conversations import Conversation, DataRecord, Formatted, KeptTokens, RecordError, Tokenised
 from specforge.data.rendering import Renderer
 from specforge.data.turns import Asked, Refusal, TokenSample, Turn, TurnTokenizer, join
 from specforge.errors import UserError
@@ -55,7 +48,7 @@ class ChatTemplate:
 
     def __init__(
         self, tokenizer: Any, end_ids: Sequence[int] = (), last_turn_only: bool = False, vocab_size: int | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer {tokenizer.name_or_path}: has no fast form, so no character offsets")
         self.tokenizer = tokenizer
@@ -117,9 +110,7 @@ class ChatTemplate:
             Refusal: the template or the tokenizer does not take the conversation.
         """
         messages = self._renderer.messages(conversation)
-        ((prompt, _),) = self._tokens.encode(
-            [self._renderer.render(messages, conversation.tools, generate=True)]
-        )
+        ((prompt, _),) = self._tokens.encode([self._renderer.render(messages, conversation.tools, generate=True)])
         if not prompt:
             raise Refusal("the chat template renders nothing of it")
         self._check(prompt)
@@ -143,9 +134,7 @@ class ChatTemplate:
         top = max(ids)
         if top >= self.vocab_size:
             name = repr(self.tokenizer.convert_ids_to_tokens(top)) if top < len(self.tokenizer) else "a token"
-            raise Refusal(
-                f"{name} has the id {top}, beyond the {self.vocab_size} tokens of the target's embedding"
-            )
+            raise Refusal(f"{name} has the id {top}, beyond the {self.vocab_size} tokens of the target's embedding")
 
     def _spans(self, content: Formatted) -> list[Turn]:
         text, spans = content.text, _merged(content.spans)
@@ -179,9 +168,7 @@ class ChatTemplate:
     def _kept(self, conversation: Conversation) -> dict[int, KeptTokens]:
         """Kept tokens that belong to this tokenizer and template, and to the text as it is now."""
         if conversation.kept and conversation.tokenizer != self.fingerprint:
-            self.notes[
-                "records with token ids of another tokenizer or chat template, learnt from their text"
-            ] += 1
+            self.notes["records with token ids of another tokenizer or chat template, learnt from their text"] += 1
             return {}
         kept = {i: k for i, k in conversation.kept.items() if k.digest == conversation.digest(i + 1)}
         if len(kept) < len(conversation.kept):

@@ -67,9 +67,7 @@ class TurnTokenizer:
         """Token ids of each text, and where in it each token ends."""
         if not texts:
             return []
-        found = self.tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [
             (tuple(ids), [stop for _, stop in offsets])
             for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
@@ -77,9 +75,7 @@ class TurnTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def turns(self, asked: Sequence[Asked]) -> list[Turn]:

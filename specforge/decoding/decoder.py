@@ -108,13 +108,7 @@ def decode(
     sampling, ends = sampling or Sampling(), frozenset(end_ids)
     if len(prompts) > 1 and not runs_in_lockstep(model):
         alone = partial(
-            decode,
-            model,
-            drafter,
-            gamma=gamma,
-            max_new_tokens=max_new_tokens,
-            end_ids=end_ids,
-            sampling=sampling,
+            decode, model, drafter, gamma=gamma, max_new_tokens=max_new_tokens, end_ids=end_ids, sampling=sampling
         )
         return [alone([prompt], seed=seed + i)[0] for i, prompt in enumerate(prompts)]
     active = [_Sequence(p, drafter(), gamma, seed + i) for i, p in enumerate(prompts)]
@@ -127,9 +121,10 @@ def decode(
             sequence.start(logits, features, sampling)
         while True:
             open_rows = [
-                i for i, s in enumerate(active)
+                i
+                for i, s in enumerate(active)
                 if len(s.result.tokens) < max_new_tokens and s.result.tokens[-1] not in ends
-            ]  # fmt: skip
+            ]
             if len(open_rows) < len(active):
                 if not open_rows:
                     break
@@ -144,16 +139,18 @@ def decode(
 
 
 def _round(
-    runner: Runner, active: Sequence[_Sequence], gamma: int, max_new_tokens: int, sampling: Sampling,
+    runner: Runner,
+    active: Sequence[_Sequence],
+    gamma: int,
+    max_new_tokens: int,
+    sampling: Sampling,
     ends: frozenset[int],
-) -> None:  # fmt: skip
+) -> None:
     proposals = []
     for sequence in active:
         room = max_new_tokens - len(sequence.result.tokens)
         proposals.append(sequence.drafter.propose(min(gamma, room - 1), sampling, sequence.generator))
-    outputs = runner.forward(
-        [[s.result.tokens[-1], *p.tokens] for s, p in zip(active, proposals, strict=True)]
-    )
+    outputs = runner.forward([[s.result.tokens[-1], *p.tokens] for s, p in zip(active, proposals, strict=True)])
     kept = [
         sequence.commit(proposal, logits, features, sampling, ends)
         for sequence, proposal, (logits, features) in zip(active, proposals, outputs, strict=True)

@@ -96,9 +96,7 @@ class _Runner:
 
     def _run(self, ids: Tensor, last_only: bool, **options: Any) -> tuple[Tensor, Features]:
         """Logits on the CPU and features of a batch ``[B, n]``."""
-        output = self.model(
-            input_ids=ids.to(self.model.device), logits_to_keep=1 if last_only else 0, **options
-        )
+        output = self.model(input_ids=ids.to(self.model.device), logits_to_keep=1 if last_only else 0, **options)
         return output.logits.cpu(), {} if self._tap is None else self._tap.features()
 
     def close(self) -> None:
@@ -191,9 +189,13 @@ class LockstepRunner(_Runner):
         kept = self._kept.to(place)
         with positions_decide(self._positions.to(place), kept):
             logits, features = self._run(
-                ids, last_only, past_key_values=self._cache, use_cache=True, attention_mask=kept.long(),
+                ids,
+                last_only,
+                past_key_values=self._cache,
+                use_cache=True,
+                attention_mask=kept.long(),
                 position_ids=positions.to(place),
-            )  # fmt: skip
+            )
         return [
             (logits[i] if last_only else logits[i, pad:], {name: x[i, pad:] for name, x in features.items()})
             for i, pad in enumerate(pads)

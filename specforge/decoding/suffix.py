@@ -123,9 +123,8 @@ class SuffixDrafter:
     deterministic = True
 
     def __init__(
-        self, corpus: SuffixAutomaton | None = None, factor: float = 4.0, threshold: float = 0.1,
-        longest: int = 64,
-    ) -> None:  # fmt: skip
+        self, corpus: SuffixAutomaton | None = None, factor: float = 4.0, threshold: float = 0.1, longest: int = 64
+    ) -> None:
         self.corpus, self.factor, self.threshold, self.longest = corpus, factor, threshold, longest
         self.reset()
 

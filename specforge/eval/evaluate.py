@@ -114,9 +114,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, target: TargetFiles, module: Any, end_ids: Sequence[int], tokenizer_fingerprint: str,
-        cache: EvalCache, options: EvaluateOptions, progress: Callable[[str], None] = lambda text: None,
-    ) -> None:  # fmt: skip
+        self,
+        target: TargetFiles,
+        module: Any,
+        end_ids: Sequence[int],
+        tokenizer_fingerprint: str,
+        cache: EvalCache,
+        options: EvaluateOptions,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.target, self.module, self.end_ids = target, module, list(end_ids)
         self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache
         self.options, self.progress = options, progress
@@ -143,9 +149,7 @@ class Evaluation:
         for prompt in prompts:
             longest = len(prompt) + room
             if limit is not None and longest > limit:
-                raise UserError(
-                    f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}"
-                )
+                raise UserError(f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}")
             if change is not None and len(prompt) <= change < longest:
                 raise UserError(
                     f"evaluate: {longest} tokens with the answer, but beyond {change} {self.target.name} has other "
@@ -172,9 +176,7 @@ class Evaluation:
 
             return make
 
-        found = [
-            text(name, make) for name, make in baselines(self.options.corpus, self.options.baselines).items()
-        ]
+        found = [text(name, make) for name, make in baselines(self.options.corpus, self.options.baselines).items()]
         return [*found, _Method(module.algorithm, trained, drafted)]
 
     def _engine(self, dtype: str) -> HFTargetEngine:
@@ -200,10 +202,17 @@ class Evaluation:
 
         options = self.options
         key = EvalKey(
-            self.target.fingerprint, self.tokenizer_fingerprint, self.module.spec.capture, options.dtype,
-            torch.device(options.device).type, (torch.__version__, transformers.__version__), tuple(self.end_ids),
-            options.max_new_tokens, options.sampling, options.seed,
-        )  # fmt: skip
+            self.target.fingerprint,
+            self.tokenizer_fingerprint,
+            self.module.spec.capture,
+            options.dtype,
+            torch.device(options.device).type,
+            (torch.__version__, transformers.__version__),
+            tuple(self.end_ids),
+            options.max_new_tokens,
+            options.sampling,
+            options.seed,
+        )
         return self.cache.get(key, prompts, lambda: self._produce(prompts, self.module.spec.capture))
 
     def _produce(self, prompts: Sequence[Sequence[int]], capture: CapturePolicy) -> list[Reference]:
@@ -213,10 +222,14 @@ class Evaluation:
 
         def answer(part: list[Sequence[int]], seed: int) -> list[Reference]:
             answers = engine.generate(
-                part, max_new_tokens=options.max_new_tokens, end_ids=self.end_ids,
-                temperature=options.sampling.temperature, top_p=options.sampling.top_p, top_k=options.sampling.top_k,
+                part,
+                max_new_tokens=options.max_new_tokens,
+                end_ids=self.end_ids,
+                temperature=options.sampling.temperature,
+                top_p=options.sampling.top_p,
+                top_k=options.sampling.top_k,
                 seed=seed,
-            )  # fmt: skip
+            )
             features = engine.capture([[*p, *a] for p, a in zip(part, answers, strict=True)], capture)
             return [Reference(list(p), a, x) for p, a, x in zip(part, answers, features, strict=True)]
 
@@ -249,7 +262,7 @@ class Evaluation:
         drafted, accepted = (
             [] if plain else np.array(counts).sum(0)
             for counts in ([d.drafted for d in decoded], [d.accepted for d in decoded])
-        )  # fmt: skip
+        )
         identical = ties = None
         if self.options.sampling.greedy:
             identical, ties = self._compare(decoded, references)
@@ -276,9 +289,15 @@ class Evaluation:
 
         def answer(part: list[Sequence[int]], seed: int) -> list[Decoded]:
             return decode(
-                engine.model, factory, part, gamma=options.gamma, max_new_tokens=options.max_new_tokens,
-                end_ids=self.end_ids, sampling=options.sampling, seed=seed,
-            )  # fmt: skip
+                engine.model,
+                factory,
+                part,
+                gamma=options.gamma,
+                max_new_tokens=options.max_new_tokens,
+                end_ids=self.end_ids,
+                sampling=options.sampling,
+                seed=seed,
+            )
 
         return self._by_length([r.prompt for r in references], answer)
 
@@ -313,8 +332,7 @@ class Evaluation:
         if not options.speed_prompts:
             return {}
         chosen = [
-            prompts[i]
-            for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)
+            prompts[i] for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)
         ]
         self.progress(f"timing {len(chosen)} prompts one at a time in {options.speed_dtype}")
         engine = self._engine(options.speed_dtype)
@@ -327,10 +345,15 @@ class Evaluation:
             for shift in range(len(names)):
                 name = names[(number + shift) % len(names)]
                 result = decode(
-                    engine.model, factories[name], [prompt], gamma=options.gamma,
-                    max_new_tokens=options.max_new_tokens if number else 8, end_ids=self.end_ids,
-                    sampling=options.sampling, seed=options.seed,
-                )[0]  # fmt: skip
+                    engine.model,
+                    factories[name],
+                    [prompt],
+                    gamma=options.gamma,
+                    max_new_tokens=options.max_new_tokens if number else 8,
+                    end_ids=self.end_ids,
+                    sampling=options.sampling,
+                    seed=options.seed,
+                )[0]
                 outputs[name] = result.tokens
                 if number:  # the first pass only warms up
                     tokens[name] += result.counted

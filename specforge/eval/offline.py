@@ -18,12 +18,7 @@ from specforge.inference.target_head import TargetHead
 
 @torch.inference_mode()
 def draft_rounds(
-    module: Any,
-    head: TargetHead,
-    reference: Reference,
-    gamma: int,
-    sampling: Sampling,
-    deterministic: bool = False,
+    module: Any, head: TargetHead, reference: Reference, gamma: int, sampling: Sampling, deterministic: bool = False
 ) -> Rounds:
     """Rounds of a trained draft over one answer, teacher-forced.
 

@@ -191,26 +191,22 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _evaluation(content: dict[str, Any]) -> str:
-    head = (
-        "method",
-        "τ",
-        "95 % interval",
-        "offline τ",
-        "acceptance by position",
-        "tok/s",
-        "speed-up",
-        "identical",
-    )
+    head = ("method", "τ", "95 % interval", "offline τ", "acceptance by position", "tok/s", "speed-up", "identical")
     body = []
     for row in content["methods"]:
         interval = row["tau_ci95"]
-        body.append((
-            row["method"], f"{row['tau']:.3f}", "{:.2f} – {:.2f}".format(*interval) if interval else "–",
-            f"{row['offline_tau']:.3f}",
-            " ".join(f"{a:.2f}" for a in row["acceptance_per_position"]) or "–",
-            _or_dash(row["tokens_per_second"], "{:.1f}"), _or_dash(row["speedup"], "{:.2f}x"),
-            "–" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
-        ))  # fmt: skip
+        body.append(
+            (
+                row["method"],
+                f"{row['tau']:.3f}",
+                "{:.2f} – {:.2f}".format(*interval) if interval else "–",
+                f"{row['offline_tau']:.3f}",
+                " ".join(f"{a:.2f}" for a in row["acceptance_per_position"]) or "–",
+                _or_dash(row["tokens_per_second"], "{:.1f}"),
+                _or_dash(row["speedup"], "{:.2f}x"),
+                "–" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
+            )
+        )
     run = content["run"]
     title = f"Speculative decoding of {run['num_prompts']} held-out prompts, γ = {run['gamma']}"
     return f"<h2>{html.escape(title)}</h2>" + _table(head, body)

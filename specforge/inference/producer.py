@@ -43,9 +43,16 @@ class Producer:
     """
 
     def __init__(
-        self, controller: DataFlowController, engine: Callable[[str], TargetEngine], fingerprint: str, owner: str, *,
-        max_prompts: int = 8, batch_tokens: int = 1, vocab_size: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        controller: DataFlowController,
+        engine: Callable[[str], TargetEngine],
+        fingerprint: str,
+        owner: str,
+        *,
+        max_prompts: int = 8,
+        batch_tokens: int = 1,
+        vocab_size: int | None = None,
+    ) -> None:
         self.controller, self.engine, self.fingerprint, self.owner = controller, engine, fingerprint, owner
         self.max_prompts, self.batch_tokens, self.vocab_size = max_prompts, batch_tokens, vocab_size
         self._background = ThreadPoolExecutor(1, "store")

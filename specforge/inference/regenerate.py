@@ -119,9 +119,14 @@ class Regeneration:
     """
 
     def __init__(
-        self, records: Sequence[DataRecord], template: ChatTemplate, output: Path, options: RegenerateOptions,
-        target: str, dtype: str,
-    ) -> None:  # fmt: skip
+        self,
+        records: Sequence[DataRecord],
+        template: ChatTemplate,
+        output: Path,
+        options: RegenerateOptions,
+        target: str,
+        dtype: str,
+    ) -> None:
         if not template.end_ids:
             raise UserError(
                 f"tokenizer {template.tokenizer.name_or_path}: neither it nor generation_config.json names an end "
@@ -134,9 +139,7 @@ class Regeneration:
         for record in records:
             if record.id in self.questions:
                 first = self.questions[record.id].record.source
-                raise UserError(
-                    f"{record.source}: has the id {short(record.id)} of {first}; give each record its own"
-                )
+                raise UserError(f"{record.source}: has the id {short(record.id)} of {first}; give each record its own")
             self.questions[record.id] = _Question.of(record)
         if not records:
             raise UserError("no conversations to answer")
@@ -181,10 +184,13 @@ class Regeneration:
         tokens, options = 0, self.options
         while asking := [dialogue for dialogue in batch if dialogue.prompt]:
             answers = engine.generate(
-                [dialogue.prompt for dialogue in asking], max_new_tokens=options.max_new_tokens,
-                end_ids=sorted(self.template.end_ids), temperature=options.temperature, top_p=options.top_p,
+                [dialogue.prompt for dialogue in asking],
+                max_new_tokens=options.max_new_tokens,
+                end_ids=sorted(self.template.end_ids),
+                temperature=options.temperature,
+                top_p=options.top_p,
                 seed=options.seed,
-            )  # fmt: skip
+            )
             for dialogue, answer in zip(asking, answers, strict=True):
                 tokens += len(answer)
                 dialogue.take(answer)
@@ -213,9 +219,7 @@ class Regeneration:
             done.add(self._checked(f"{self.output}, line {number}", line, done))
         if rest:
             if rest[: len(_START)] != _START[: len(rest)]:
-                raise UserError(
-                    f"{self.output}: was not written by `specforge regenerate`; choose another --output"
-                )
+                raise UserError(f"{self.output}: was not written by `specforge regenerate`; choose another --output")
             os.truncate(self.output, len(content) - len(rest))
         return done
 
@@ -288,13 +292,15 @@ class _Dialogue:
         """Add an answer, and ask for the next one, if there is one."""
         ended = answer[-1] in self.template.end_ids
         text = self.template.decode(answer[:-1] if ended else answer)
-        self.messages.append(
-            {"role": "assistant", "content": text, "finish_reason": "stop" if ended else "length"}
+        self.messages.append({"role": "assistant", "content": text, "finish_reason": "stop" if ended else "length"})
+        self.answers.append(
+            {
+                "message": len(self.messages) - 1,
+                "prompt_ids": self.prompt,
+                "answer_ids": answer,
+                "digest": self._conversation(self.messages).digest(len(self.messages)),
+            }
         )
-        self.answers.append({
-            "message": len(self.messages) - 1, "prompt_ids": self.prompt, "answer_ids": answer,
-            "digest": self._conversation(self.messages).digest(len(self.messages)),
-        })  # fmt: skip
         self.prompt = []
         # Where the target was cut off in mid-sentence, what the user said next does not follow from it; and some
         # templates do not take back what the target wrote.

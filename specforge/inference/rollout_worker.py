@@ -42,9 +42,7 @@ def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[Pr
     return [[task for _, task in batch] for batch in plan_named((("", task) for task in tasks), batch_tokens)]
 
 
-def plan_named(
-    tasks: Iterable[tuple[str, PromptTask]], batch_tokens: int
-) -> list[list[tuple[str, PromptTask]]]:
+def plan_named(tasks: Iterable[tuple[str, PromptTask]], batch_tokens: int) -> list[list[tuple[str, PromptTask]]]:
     """As :func:`plan_batches`, of prompts whose samples have names already."""
     batches: list[list[tuple[str, PromptTask]]] = []
     for name, task in sorted(tasks, key=lambda x: (len(x[1].input_ids), x[1].task_id)):
@@ -72,12 +70,19 @@ def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int
     token = 4 + 1 + sum(stored_width(width, size, provenance.encoding) for _, _, (width,) in states)
     return [
         SampleRef(
-            sample_id(task, provenance), 0,
+            sample_id(task, provenance),
+            0,
             tuple(FeatureSpec(name, dtype, (len(task.input_ids), *rest)) for name, dtype, rest in kinds),
-            len(task.input_ids), sum(task.loss_mask), len(task.input_ids) * token, "", "", task.source, provenance,
+            len(task.input_ids),
+            sum(task.loss_mask),
+            len(task.input_ids) * token,
+            "",
+            "",
+            task.source,
+            provenance,
         )
         for task in tasks
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)
@@ -202,9 +207,12 @@ class RolloutWorker:
             tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
             try:
                 ref = self.store.put(
-                    sample.sample_id, tensors, num_supervised=sum(task.loss_mask), source=task.source,
+                    sample.sample_id,
+                    tensors,
+                    num_supervised=sum(task.loss_mask),
+                    source=task.source,
                     provenance=self.provenance,
-                )  # fmt: skip
+                )
             except BadSampleError as error:
                 self.reject(error)
             else:

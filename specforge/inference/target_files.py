@@ -80,13 +80,9 @@ class TargetFiles:
         kind = self._raw.get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             code = "; the code that comes with it (auto_map) is never run" if "auto_map" in self._raw else ""
-            raise UserError(
-                f"{self.folder / 'config.json'}: transformers has no model_type {kind!r}{code}"[:400]
-            )
+            raise UserError(f"{self.folder / 'config.json'}: transformers has no model_type {kind!r}{code}"[:400])
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(
-                decoder=True
-            )
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(decoder=True)
         except Exception as error:  # whatever a class makes of a user's file
             raise UserError(f"{self.folder / 'config.json'}: {first_line(error)}") from error
 
@@ -137,9 +133,7 @@ class TargetFiles:
     def _count(self, key: str) -> int:
         value = self.config.get(key)
         if type(value) is not int or value < 1:
-            raise UserError(
-                f"{self.folder / 'config.json'}: {key} is {value}, not a whole number of at least 1"
-            )
+            raise UserError(f"{self.folder / 'config.json'}: {key} is {value}, not a whole number of at least 1")
         return value
 
     @cached_property
@@ -267,9 +261,7 @@ class TargetFiles:
         config = self.config
         powers = _SCALES | ({"logits_scaling": 1} if config["model_type"] == "hyperclovax" else {})
         factors = [
-            float(value) ** power
-            for key, power in powers.items()
-            if (value := getattr(self._parsed, key, None))
+            float(value) ** power for key, power in powers.items() if (value := getattr(self._parsed, key, None))
         ]
         return float(math.prod(factors))
 
@@ -280,9 +272,7 @@ class TargetFiles:
         return next((float(cap) for cap in caps if cap), None)
 
     def _head_name(self, part: str) -> str | None:
-        return self._stored_name(
-            self._skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ()
-        )
+        return self._stored_name(self._skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ())
 
     def _head_or_none(self, part: str) -> Tensor | None:
         name = self._head_name(part)
@@ -383,6 +373,4 @@ def _from_hub(name: str, what: str) -> Path:
         raise UserError(f"{what} {name!r}: no such folder, and not a model hub name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{what} {name!r}: no such folder, and not found on the model hub ({reason})"
-        ) from error
+        raise UserError(f"{what} {name!r}: no such folder, and not found on the model hub ({reason})") from error

@@ -50,9 +50,7 @@ class OutputHead:
 
     def to(self, place: torch.dtype | torch.device) -> OutputHead:
         """The head in another dtype or on another device."""
-        return OutputHead(
-            self.weight.to(place), None if self.bias is None else self.bias.to(place), self.softcap
-        )
+        return OutputHead(self.weight.to(place), None if self.bias is None else self.bias.to(place), self.softcap)
 
     def __getitem__(self, rows: Any) -> OutputHead:
         """The head of some tokens: ids ``[D]``, or a slice."""
@@ -63,9 +61,12 @@ class OutputHead:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         if function is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
             return args[1].logits(args[0])
         return NotImplemented

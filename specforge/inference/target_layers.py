@@ -120,9 +120,12 @@ class LastLayer:
 
     @torch.no_grad()
     def check(
-        self, network: Callable[[Tensor], Tensor], names: Collection[str], what: str,
+        self,
+        network: Callable[[Tensor], Tensor],
+        names: Collection[str],
+        what: str,
         shared: Mapping[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Refuse a network that does not compute what the layer computes.
 
         Args:

@@ -29,13 +29,7 @@ from specforge.contracts import ENCODINGS, CapturePolicy
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_engine.base import TargetEngine, check_layers
-from specforge.inference.target_engine.http import (
-    CHECKSUM,
-    PATH,
-    body_checksum,
-    printable,
-    read_token,
-)
+from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, printable, read_token
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
 
@@ -93,9 +87,16 @@ class TargetServer(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, engine: TargetEngine, target: TargetFiles, token: str, host: str = "127.0.0.1", port: int = 0, *,
-        max_tokens: int = 65536, idle_seconds: float = 60.0,
-    ) -> None:  # fmt: skip
+        self,
+        engine: TargetEngine,
+        target: TargetFiles,
+        token: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        max_tokens: int = 65536,
+        idle_seconds: float = 60.0,
+    ) -> None:
         self.engine, self.target, self.max_tokens = engine, target, max_tokens
         self.idle_seconds = idle_seconds
         self._authorization = f"Bearer {token}".encode()
@@ -151,8 +152,7 @@ class TargetServer(ThreadingHTTPServer):
         except Exception as error:
             logger.exception("the target failed")
             raise _RefusedError(
-                HTTPStatus.INTERNAL_SERVER_ERROR,
-                f"the target failed ({type(error).__name__}: {first_line(error)})",
+                HTTPStatus.INTERNAL_SERVER_ERROR, f"the target failed ({type(error).__name__}: {first_line(error)})"
             ) from error
         encoded = [encode(group, encoding) for group in features]
         return save({f"{i}/{name}": x for i, group in enumerate(encoded) for name, x in group.items()})

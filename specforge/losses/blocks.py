@@ -33,9 +33,7 @@ class Correction(NamedTuple):
 class RowLoss(Protocol):
     """A loss of single rows with its gradient."""
 
-    def __call__(
-        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Loss of each row of a tile, and its gradient by the logits.
 
         Args:
@@ -67,9 +65,7 @@ class BlockLoss(NamedTuple):
 class HardLabel:
     """Cross-entropy with the label, -log q(label)."""
 
-    def __call__(
-        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - 1[label]."""
         index = labels.unsqueeze(1)
         return -log_probs, probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))
@@ -169,9 +165,7 @@ class _BlockLoss(torch.autograd.Function):
 class _Grads:
     """Gradients by the states, the correction's states and its matrix, gathered tile by tile."""
 
-    def __init__(
-        self, job: _Job, states: Tensor, extra: Tensor | None, matrix: Tensor | None, tile: _Tile
-    ) -> None:
+    def __init__(self, job: _Job, states: Tensor, extra: Tensor | None, matrix: Tensor | None, tile: _Tile) -> None:
         self.job, self.given, self.matrix_given, self.tile = job, extra, matrix, tile
         self.states = torch.zeros_like(states) if job.train else None
         self.extra = torch.zeros_like(extra) if job.train and extra is not None else None
@@ -195,9 +189,7 @@ class _Grads:
             own = scale * (1 - share)
             self.extra[part] += (slope @ self.matrix_given).mul_(own)
             add_product(self.matrix, slope, self.given[part] * own)
-        self.states[part] += (self.tile.slope(grad if base is None else base) @ self.job.head.weight).mul_(
-            scale
-        )
+        self.states[part] += (self.tile.slope(grad if base is None else base) @ self.job.head.weight).mul_(scale)
 
 
 def block_loss(
@@ -231,9 +223,15 @@ def block_loss(
     tiles = _tiles(len(states) if firsts is None else firsts, chunk)
     extra, matrix = (None, None) if correction is None else correction
     job = _Job(
-        head.to(states.dtype), labels, weights, objective or HardLabel(), tiles, weigh, base_share,
+        head.to(states.dtype),
+        labels,
+        weights,
+        objective or HardLabel(),
+        tiles,
+        weigh,
+        base_share,
         torch.is_grad_enabled(),
-    )  # fmt: skip
+    )
     with torch.autocast(states.device.type, enabled=False):
         return BlockLoss(*_BlockLoss.apply(states, extra, matrix, job))  # type: ignore[no-untyped-call]
 
@@ -308,16 +306,12 @@ class Acceptance:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.accept = torch.zeros(len(tokens), dtype=wide, device=tokens.device)
 
-    def __call__(
-        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """∂‖q - p‖₁/∂z = 2 q ⊙ (Σ_{q≤p} q - 1[q ≤ p])."""
         tokens, inverse = torch.unique_consecutive(self.tokens[rows], return_inverse=True)
         logits = self.head.logits(self.hidden[tokens - 1]).to(probs.dtype)
         teacher = (
-            logits.softmax(-1)
-            if self.log_sum is None
-            else (logits - self.log_sum[tokens - 1].unsqueeze(1)).exp_()
+            logits.softmax(-1) if self.log_sum is None else (logits - self.log_sum[tokens - 1].unsqueeze(1)).exp_()
         )
         p = teacher[inverse]
         inside = torch.where(probs <= p, probs, 0.0)

@@ -38,9 +38,7 @@ class Candidates:
         self._places = torch.zeros(rows, dtype=torch.int64, device=device)
         self._log_probs = torch.zeros(rows, top_k, dtype=wide, device=device)
 
-    def __call__(
-        self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, probs: Tensor, log_probs: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - 1[label] + weight (s - 1[label]) at the candidates."""
         likeliest, ids = probs.topk(self.top_k, -1)
         found = ids == labels.unsqueeze(1)

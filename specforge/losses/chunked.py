@@ -67,9 +67,7 @@ def default_chunk(vocabulary: int, students: int, device: torch.device) -> int:
 class _Tile:
     """Scratch for one chunk, reused by all of them so that it stays in cache."""
 
-    def __init__(
-        self, labels: int, steps: int, vocabulary: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, labels: int, steps: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         rows = labels * steps
         self.logits = torch.empty(rows, vocabulary, dtype=wide, device=device)
@@ -107,11 +105,7 @@ def _teacher_tile(rows: TeacherRows, part: slice) -> Teacher:
     probs = logits.softmax(-1)
     log_sum = top - probs.gather(-1, best.unsqueeze(-1)).squeeze(-1).log()
     entropy = log_sum - torch.linalg.vecdot(probs, logits)
-    mass = (
-        torch.ones_like(log_sum)
-        if rows.log_sum is None
-        else (log_sum - rows.log_sum[part]).exp_().clamp_(max=1)
-    )
+    mass = torch.ones_like(log_sum) if rows.log_sum is None else (log_sum - rows.log_sum[part]).exp_().clamp_(max=1)
     # A dropped row has no weight, so any label does for it.
     labels = rows.labels[part].clamp(min=0)
     return Teacher(probs.unsqueeze(1), mass.unsqueeze(1), entropy.unsqueeze(1), labels.unsqueeze(1))
@@ -120,9 +114,17 @@ def _teacher_tile(rows: TeacherRows, part: slice) -> Teacher:
 class _ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head: Tensor, bias: Tensor | None, students: Tensor, weights: Tensor,
-        rows: TeacherRows, objective: Objective, chunk: int, train: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        states: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        students: Tensor,
+        weights: Tensor,
+        rows: TeacherRows,
+        objective: Objective,
+        chunk: int,
+        train: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         labels, steps = students.shape
         dtype, wide = states.dtype, torch.promote_types(states.dtype, torch.float32)
         matrix = head.to(dtype)

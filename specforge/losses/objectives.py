@@ -237,9 +237,15 @@ def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0, topk: i
         UserError: there is no objective of that name, the mix is empty, or K is not positive.
     """
     known: dict[str, Objective] = {
-        "kl": ForwardKL(), "reverse_kl": ReverseKL(), "js": JensenShannon(), "tv": TotalVariation(),
-        "ce": CrossEntropy(), "topk": TopK(topk), "lk_alpha": LKAlpha(), "lk_lambda": LKLambda(lk_eta),
-    }  # fmt: skip
+        "kl": ForwardKL(),
+        "reverse_kl": ReverseKL(),
+        "js": JensenShannon(),
+        "tv": TotalVariation(),
+        "ce": CrossEntropy(),
+        "topk": TopK(topk),
+        "lk_alpha": LKAlpha(),
+        "lk_lambda": LKLambda(lk_eta),
+    }
     parts = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     for name in parts:
         if name not in known:

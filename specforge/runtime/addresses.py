@@ -14,10 +14,25 @@ from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import FeatureBackend
 
 _REDIS_OPTIONS = {
-    "password_file", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname",
-    "ssl_keyfile", "ssl_password", "db", "username", "password", "protocol", "client_name", "socket_timeout",
-    "socket_connect_timeout", "socket_keepalive", "health_check_interval", "max_connections",
-}  # fmt: skip
+    "password_file",
+    "ssl_ca_certs",
+    "ssl_ca_path",
+    "ssl_cert_reqs",
+    "ssl_certfile",
+    "ssl_check_hostname",
+    "ssl_keyfile",
+    "ssl_password",
+    "db",
+    "username",
+    "password",
+    "protocol",
+    "client_name",
+    "socket_timeout",
+    "socket_connect_timeout",
+    "socket_keepalive",
+    "health_check_interval",
+    "max_connections",
+}
 
 
 def open_backend(address: str, create: bool = True) -> FeatureBackend:

@@ -24,10 +24,19 @@ def arguments(target, features, prompts, tmp_path):
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content))
     (configs / "eagle3-qwen3-8b.yaml").write_text("not: read\n")
     options = {
-        "--target": target, "--features": features, "--prompts": prompts, "--configs": configs, "--seed": 3,
-        "--runs": tmp_path / "runs", "--output": tmp_path / "docs", "--tokens": 300, "--num_prompts": 4,
-        "--max_new_tokens": 12, "--speed_prompts": 1, "--gamma": 3,
-    }  # fmt: skip
+        "--target": target,
+        "--features": features,
+        "--prompts": prompts,
+        "--configs": configs,
+        "--seed": 3,
+        "--runs": tmp_path / "runs",
+        "--output": tmp_path / "docs",
+        "--tokens": 300,
+        "--num_prompts": 4,
+        "--max_new_tokens": 12,
+        "--speed_prompts": 1,
+        "--gamma": 3,
+    }
     return [str(word) for pair in options.items() for word in pair]
 
 
@@ -50,13 +59,7 @@ def test_all_are_trained_for_the_same_tokens_and_measured_once(arguments, tmp_pa
         assert cost["parameters"] > 1000
     text = (tmp_path / "docs" / "results.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == [
-        "none",
-        "ngram",
-        "suffix",
-        "eagle3",
-        "small",
-    ]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["none", "ngram", "suffix", "eagle3", "small"]
     assert len({line.count("|") for line in table}) == 1
 
     monkeypatch.setattr(results, "specforge", lambda *words: pytest.fail(f"{words} was done already"))

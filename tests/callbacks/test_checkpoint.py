@@ -38,9 +38,7 @@ class Run:
         seed: of τ at each step.
     """
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, target: Path, features: Path, folder: Path, seed: int
-    ) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: Path, features: Path, folder: Path, seed: int) -> None:
         self.target, self.features, self.base, self.seed = target, features, folder, seed
         self.folder = folder / "run"
         self.checkpoints = self.folder / "checkpoints"
@@ -48,21 +46,22 @@ class Run:
         self.strike: Callable[[], None] | None = None
         self.dead = False
         for owner, name in (
-            (os, "replace"), (os, "unlink"), (os, "symlink"), (tempfile, "mkstemp"), (Path, "open"),
-            (Eagle3Module, "training_step"), (Eagle3Module, "validation_step"),
-        ):  # fmt: skip
+            (os, "replace"),
+            (os, "unlink"),
+            (os, "symlink"),
+            (tempfile, "mkstemp"),
+            (Path, "open"),
+            (Eagle3Module, "training_step"),
+            (Eagle3Module, "validation_step"),
+        ):
             monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
-        monkeypatch.setattr(
-            AcceptanceLengthEvaluation, "on_validation_epoch_end", lambda _, *x: self.measure(*x)
-        )
+        monkeypatch.setattr(AcceptanceLengthEvaluation, "on_validation_epoch_end", lambda _, *x: self.measure(*x))
 
     def counted(self, act: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **options: Any) -> Any:
             if self.dead:
                 raise Killed
-            mine = any(
-                isinstance(x, Eagle3Module) or str(self.folder) in str(x) for x in (*args, *options.values())
-            )
+            mine = any(isinstance(x, Eagle3Module) or str(self.folder) in str(x) for x in (*args, *options.values()))
             if not mine or self.strike is None:
                 return act(*args, **options)
             self.done += 1
@@ -82,17 +81,10 @@ class Run:
 
     def measure(self, trainer: Any, module: Any) -> None:
         step = trainer.global_step
-        values = {
-            "val/tau": self.tau(step),
-            "val/tau_low": 1.0,
-            "val/tau_high": 2.0,
-            "val/x": self.tau(step, "x"),
-        }
+        values = {"val/tau": self.tau(step), "val/tau_low": 1.0, "val/tau_high": 2.0, "val/x": self.tau(step, "x")}
         module.log_dict(values, rank_zero_only=True)
 
-    def fit(
-        self, *words: object, at: int = -1, strike: Callable[[], None] = lambda: None, **changes: Any
-    ) -> int:
+    def fit(self, *words: object, at: int = -1, strike: Callable[[], None] = lambda: None, **changes: Any) -> int:
         """Start, or go on; the exit status, 137 after a kill.
 
         Args:
@@ -169,16 +161,22 @@ def run_in(monkeypatch, target, features, tmp_path) -> Callable[..., Run]:
 
 def drawn(rng: random.Random) -> dict[str, Any]:
     options = {
-        "trainer__max_steps": rng.randint(3, 12), "trainer__val_check_interval": rng.randint(1, 6),
-        "trainer__accumulate_grad_batches": rng.choice((1, 1, 2, 3)), "trainer__log_every_n_steps": rng.randint(1, 3),
+        "trainer__max_steps": rng.randint(3, 12),
+        "trainer__val_check_interval": rng.randint(1, 6),
+        "trainer__accumulate_grad_batches": rng.choice((1, 1, 2, 3)),
+        "trainer__log_every_n_steps": rng.randint(1, 3),
         "checkpoint": {"every_n_train_steps": rng.randint(1, 5), "keep": rng.randint(1, 3)},
-        "best_checkpoint": {"keep": rng.randint(1, 3)}, "data__init_args__batch_size": rng.choice((2, 4)),
-    }  # fmt: skip
+        "best_checkpoint": {"keep": rng.randint(1, 3)},
+        "data__init_args__batch_size": rng.choice((2, 4)),
+    }
     if rng.random() < 0.3:
         options |= {
-            "trainer__max_steps": -1, "trainer__max_epochs": 2, "trainer__check_val_every_n_epoch": rng.randint(1, 2),
-            "trainer__val_check_interval": rng.choice((0.25, 0.4, 1.0, 3)), "data__init_args__batch_size": 5,
-        }  # fmt: skip
+            "trainer__max_steps": -1,
+            "trainer__max_epochs": 2,
+            "trainer__check_val_every_n_epoch": rng.randint(1, 2),
+            "trainer__val_check_interval": rng.choice((0.25, 0.4, 1.0, 3)),
+            "data__init_args__batch_size": 5,
+        }
     return options
 
 
@@ -201,9 +199,11 @@ def test_kills_and_stops_anywhere_leave_what_the_undisturbed_run_leaves(run_in, 
 
 
 SAVED_AND_VALIDATED = {
-    "trainer__max_steps": 6, "trainer__val_check_interval": 2, "checkpoint": {"every_n_train_steps": 2},
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 2,
+    "checkpoint": {"every_n_train_steps": 2},
     "trainer__log_every_n_steps": 2,
-}  # fmt: skip
+}
 
 
 def test_a_stop_saves_the_last_finished_step_wherever_it_comes(run_in):
@@ -214,9 +214,7 @@ def test_a_stop_saves_the_last_finished_step_wherever_it_comes(run_in):
         if status == 0:  # it was done already
             break
         assert status == 143
-        steps = (
-            read_checkpoint(run.checkpoints / "last.ckpt")["global_step"] if run.checkpoints.exists() else 0
-        )
+        steps = read_checkpoint(run.checkpoints / "last.ckpt")["global_step"] if run.checkpoints.exists() else 0
         assert steps >= max((row["step"] for row in run.rows()), default=0)
     assert at > 20
 
@@ -297,9 +295,7 @@ def test_links_that_were_lost_are_made_again(run_in):
 
 
 def test_going_back_to_an_older_checkpoint_does_not_lose_the_best(run_in):
-    seed = next(
-        i for i in range(100) if Run.tau(SimpleNamespace(seed=i), 6) > Run.tau(SimpleNamespace(seed=i), 4)
-    )
+    seed = next(i for i in range(100) if Run.tau(SimpleNamespace(seed=i), 6) > Run.tau(SimpleNamespace(seed=i), 4))
     run = run_in(seed=seed)
     assert run.fit(**SAVED_AND_VALIDATED) == 0
     best = run.best()
@@ -314,13 +310,7 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(run_in):
     run = run_in()
     assert run.fit(**SAVED_AND_VALIDATED) == 0
     ours = (".step-00000008.ckpt.ab_c1234", ".best-00000008.ckpt.abcdefgh", ".last.ckpt.4711", ".best.ckpt.1")
-    others = (
-        ".notes.ckpt.abcdefgh",
-        "step-best.ckpt",
-        ".step-00000008.ckpt",
-        "best-00000002.ckpt.bak",
-        ".last.ckpt.x",
-    )
+    others = (".notes.ckpt.abcdefgh", "step-best.ckpt", ".step-00000008.ckpt", "best-00000002.ckpt.bak", ".last.ckpt.x")
     for name in (*ours, *others):
         (run.checkpoints / name).write_bytes(b"x")
     assert run.fit(**SAVED_AND_VALIDATED) == 0

@@ -95,9 +95,11 @@ def undisturbed(target, features, tmp_path_factory) -> Path:
 
 
 OPTIONS = {
-    "trainer__max_steps": 8, "trainer__check_val_every_n_epoch": None, "trainer__val_check_interval": 3,
+    "trainer__max_steps": 8,
+    "trainer__check_val_every_n_epoch": None,
+    "trainer__val_check_interval": 3,
     "checkpoint": {"every_n_train_steps": 100},
-}  # fmt: skip
+}
 
 
 def test_while_it_waits_for_its_first_sample(target, prompts, tmp_path, caplog, heard):
@@ -123,9 +125,7 @@ def test_while_it_waits_for_a_later_sample_of_a_window(target, prompts, tmp_path
     path = disaggregated(target, prompts, tmp_path, where, options, **data)
     with stopped() as stop, producers(target, where, max_prompts=1) as (producer,):
         lease = producer.controller.lease
-        producer.controller.lease = lambda name, count: (
-            lease(name, count) if producer.produced < 8 + 27 else []
-        )
+        producer.controller.lease = lambda name, count: lease(name, count) if producer.produced < 8 + 27 else []
         heard("training waits for samples", lambda: producer.produced < 35 or stop.waits.set())
         assert main(["fit", "--config", str(path)]) == 143
     assert "stopped by a signal after step 4; resume with --ckpt_path last" in caplog.text
@@ -145,12 +145,13 @@ def silent() -> Iterator[socket.socket]:
 def online(target: Path, prompts: Path, folder: Path, url: str) -> Path:
     make_token(folder / "token")
     data = {
-        "prompts": str(prompts), "batch_size": 4, "dtype": "float32", "server": url,
+        "prompts": str(prompts),
+        "batch_size": 4,
+        "dtype": "float32",
+        "server": url,
         "token_file": str(folder / "token"),
-    }  # fmt: skip
-    return recipe(
-        target, prompts, folder, **OPTIONS, data={"class_path": "OnlineDataModule", "init_args": data}
-    )
+    }
+    return recipe(target, prompts, folder, **OPTIONS, data={"class_path": "OnlineDataModule", "init_args": data})
 
 
 def test_while_it_waits_for_a_server_in_the_beginning(target, prompts, tmp_path, caplog, silent):
@@ -204,9 +205,7 @@ def test_while_it_validates(target, features, tmp_path, monkeypatch, caplog, und
     run = fit(path, "--ckpt_path", "last")
     assert_same_weights(run, undisturbed)
     assert validations(run) == validations(undisturbed)
-    assert os.readlink(run / "checkpoints" / "best.ckpt") == os.readlink(
-        undisturbed / "checkpoints" / "best.ckpt"
-    )
+    assert os.readlink(run / "checkpoints" / "best.ckpt") == os.readlink(undisturbed / "checkpoints" / "best.ckpt")
 
 
 def validations(run: Path) -> list[dict[str, float]]:
@@ -257,9 +256,7 @@ def test_while_several_ranks_wait(target, prompts, tmp_path, which):
     where = places(tmp_path)
     options = {**RANKS, "checkpoint": {"every_n_train_steps": 100}}
     # Beside the 8 held-out samples each rank has room for two batches, so it waits soon after its producer pauses.
-    data = {
-        "batch_size": 5, "max_samples": 28, "retain": "until_trained", "wait_seconds": 3600, "stall_seconds": 0.1,
-    }  # fmt: skip
+    data = {"batch_size": 5, "max_samples": 28, "retain": "until_trained", "wait_seconds": 3600, "stall_seconds": 0.1}
     path = disaggregated(target, prompts, tmp_path, where, options, **data)
     paused = threading.Event()
     with producers(target, where, max_prompts=1) as (producer,):

@@ -129,10 +129,7 @@ BAD_SETTINGS = {
     "trainer.profiler": ("nonsense",),
     "trainer.logger": ("nonsense", "WandbLogger"),
     "trainer.plugins": ("nonsense",),
-    "trainer.callbacks": (
-        "nonsense",
-        '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x", "mode": "y"}}]',
-    ),
+    "trainer.callbacks": ("nonsense", '[{"class_path": "EarlyStopping", "init_args": {"monitor": "x", "mode": "y"}}]'),
     "trainer.reload_dataloaders_every_n_epochs": (-1,),
     "trainer.enable_checkpointing": ("nonsense",),
     "seed_everything": (-1, 2**70),
@@ -151,39 +148,36 @@ def test_a_bad_setting_is_one_line_and_changes_nothing(key, refused, target, fea
     path = recipe(target, features, tmp_path)
     for value in BAD_SETTINGS[key]:
         line = refused("fit", "--config", path, f"--{key}", value)
-        named = (
-            key.rpartition(".")[2],
-            "specforge: trainer: ",
-            "no class",
-            "YAML",
-            f"{value}:",
-            "config.json",
-        )
+        named = (key.rpartition(".")[2], "specforge: trainer: ", "no class", "YAML", f"{value}:", "config.json")
         assert any(name in line for name in named), line
         assert not (tmp_path / "run").exists(), value
 
 
-def test_a_library_outside_of_site_packages_is_not_the_users_code(
-    refused, target, features, tmp_path, monkeypatch
-):
+def test_a_library_outside_of_site_packages_is_not_the_users_code(refused, target, features, tmp_path, monkeypatch):
     """Such as those that `pip --target` installs."""
     get_path = sysconfig.get_path
-    monkeypatch.setattr(
-        sysconfig, "get_path", lambda kind: get_path(kind) if kind == "stdlib" else "/nowhere"
-    )
+    monkeypatch.setattr(sysconfig, "get_path", lambda kind: get_path(kind) if kind == "stdlib" else "/nowhere")
     logger = "lightning.pytorch.loggers.WandbLogger"
-    assert "wandb" in refused(
-        "fit", "--config", recipe(target, features, tmp_path), "--trainer.logger", logger
-    )
+    assert "wandb" in refused("fit", "--config", recipe(target, features, tmp_path), "--trainer.logger", logger)
 
 
 GOOD_SETTINGS = (
-    {"enable_checkpointing": False}, {"barebones": True, "log_every_n_steps": None}, {"fast_dev_run": True},
-    {"val_check_interval": 0.5}, {"val_check_interval": 3, "check_val_every_n_epoch": None}, {"log_every_n_steps": 0},
-    {"limit_val_batches": 0}, {"num_sanity_val_steps": -1}, {"logger": False}, {"gradient_clip_val": None},
-    {"max_time": "00:01:00:00"}, {"precision": "bf16-true"}, {"overfit_batches": 2},
-    {"detect_anomaly": True, "deterministic": True}, {"callbacks": [{"class_path": "ModelCheckpoint"}]},
-)  # fmt: skip
+    {"enable_checkpointing": False},
+    {"barebones": True, "log_every_n_steps": None},
+    {"fast_dev_run": True},
+    {"val_check_interval": 0.5},
+    {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    {"log_every_n_steps": 0},
+    {"limit_val_batches": 0},
+    {"num_sanity_val_steps": -1},
+    {"logger": False},
+    {"gradient_clip_val": None},
+    {"max_time": "00:01:00:00"},
+    {"precision": "bf16-true"},
+    {"overfit_batches": 2},
+    {"detect_anomaly": True, "deterministic": True},
+    {"callbacks": [{"class_path": "ModelCheckpoint"}]},
+)
 
 
 @pytest.mark.parametrize("settings", GOOD_SETTINGS, ids=str)
@@ -194,9 +188,7 @@ def test_a_valid_setting_trains(settings, target, features, tmp_path, monkeypatc
     path = recipe(target, features, tmp_path, trainer__max_steps=3)
     config = yaml.safe_load(path.read_text())
     config["trainer"] |= settings
-    config["trainer"] = {
-        key: x for key, x in config["trainer"].items() if x is not None or key != "log_every_n_steps"
-    }
+    config["trainer"] = {key: x for key, x in config["trainer"].items() if x is not None or key != "log_every_n_steps"}
     path.write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(path)]) == 0
     assert len(trained) == (1 if "fast_dev_run" in settings else 3)
@@ -261,10 +253,12 @@ def test_a_device_or_dtype_that_does_not_exist(command, refused, target, prompts
 def test_foreign_text_does_not_control_the_terminal(refused, target, prompts, tmp_path):
     evil = "a\x1b]0;title\x07\x1b[2J\x9b31m\r\u202eb\nc"
     for words in (
-        prepare(tmp_path / evil, target, tmp_path / "out"), [evil], ["fit", "--config", evil],
+        prepare(tmp_path / evil, target, tmp_path / "out"),
+        [evil],
+        ["fit", "--config", evil],
         ["capture", "--target", evil, "--prompts", prompts, "--output", tmp_path / "out"],
         ["evaluate", "--draft", tmp_path / evil, "--prompts", prompts],
-    ):  # fmt: skip
+    ):
         assert refused(*words).isprintable()
     record = logging.LogRecord("specforge", logging.WARNING, "", 0, "left out %s", (evil,), None)
     assert logging.lastResort.format(record).replace("\n", "").isprintable()
@@ -347,9 +341,7 @@ def test_features_of_another_target(refused, features, tmp_path):
 
 
 def test_features_of_other_layers(refused, target, features, tmp_path):
-    line = refused(
-        "fit", "--config", recipe(target, features, tmp_path, model__init_args__layer_ids=[0, 3, 5])
-    )
+    line = refused("fit", "--config", recipe(target, features, tmp_path, model__init_args__layer_ids=[0, 3, 5]))
     assert "[1, 3, 4]" in line.replace("(", "[").replace(")", "]")
     assert "[0, 3, 5]" in line.replace("(", "[").replace(")", "]")
 
@@ -398,20 +390,10 @@ def test_damaged_manifest(refused, target, broken, tmp_path):
 def test_token_counts_of_another_vocabulary(refused, target, broken, tmp_path, shapes):
     supervised, context = (torch.ones(shape, dtype=torch.int64) for shape in shapes)
     save_file({"supervised": supervised, "context": context}, broken / "train" / "token_counts.safetensors")
-    assert "tiny has 264" in refused("fit", "--config", recipe(target, broken, tmp_path)).replace(
-        str(target), "tiny"
-    )
+    assert "tiny has 264" in refused("fit", "--config", recipe(target, broken, tmp_path)).replace(str(target), "tiny")
 
 
 def test_capture_does_not_mix_layers_in_one_folder(refused, target, prompts, broken):
-    line = refused(
-        "capture", "--target", target, "--prompts", prompts, "--output", broken, "--dtype", "float32",
-        "--layer_ids", "[0, 3, 5]",
-    )  # fmt: skip
-    assert "choose another folder" in line
-
-
-def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_path):
     line = refused(
         "capture",
         "--target",
@@ -419,9 +401,18 @@ def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_pat
         "--prompts",
         prompts,
         "--output",
-        tmp_path / "out",
+        broken,
+        "--dtype",
+        "float32",
         "--layer_ids",
-        "[1, 3, 99]",
+        "[0, 3, 5]",
+    )
+    assert "choose another folder" in line
+
+
+def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_path):
+    line = refused(
+        "capture", "--target", target, "--prompts", prompts, "--output", tmp_path / "out", "--layer_ids", "[1, 3, 99]"
     )
     assert "99" in line
     assert not (tmp_path / "out").exists()
@@ -435,9 +426,7 @@ def test_a_layer_that_the_target_does_not_have(refused, target, prompts, tmp_pat
     [("hidden_size", 64), ("vocab_size", 1000), ("draft_vocab_size", 9999), ("num_hidden_layers", 2)],
 )
 def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, field, value):
-    line = refused(
-        "fit", "--config", recipe(target, features, tmp_path, model__init_args__draft_config={field: value})
-    )
+    line = refused("fit", "--config", recipe(target, features, tmp_path, model__init_args__draft_config={field: value}))
     assert line.startswith("specforge: model.draft_config: ")
     assert field in line
     assert str(value) in line
@@ -451,7 +440,7 @@ def test_draft_config_that_does_not_fit(refused, target, features, tmp_path, fie
         ({"draft_config": {"draft_vocab_sise": 1}}, "specforge: model.draft_config: draft_vocab_sise is 1, which "),
         ({"target": "/nowhere/target"}, "specforge: target '/nowhere/target': no such folder"),
     ],
-)  # fmt: skip
+)
 def test_what_a_module_refuses_is_said_in_its_own_words(refused, target, features, tmp_path, options, wanted):
     changes = {f"model__init_args__{key}": value for key, value in options.items()}
     line = refused("fit", "--config", recipe(target, features, tmp_path, **changes))
@@ -472,9 +461,7 @@ def test_checkpoint_of_another_algorithm(refused, target, features, tmp_path):
 
 
 def test_missing_checkpoint(refused, target, features, tmp_path):
-    line = refused(
-        "fit", "--config", recipe(target, features, tmp_path), "--ckpt_path", tmp_path / "none.ckpt"
-    )
+    line = refused("fit", "--config", recipe(target, features, tmp_path), "--ckpt_path", tmp_path / "none.ckpt")
     assert "none.ckpt" in line
 
 

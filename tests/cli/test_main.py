@@ -84,11 +84,16 @@ def test_every_recipe_trains_on_the_tiny_target(path, target, features, prompts,
     tiny = TINY_OPTIONS[config["model"]["class_path"]]
     data = {"features": features, "prompts": prompts}
     options = {
-        "--trainer.accelerator": "cpu", "--trainer.devices": 1, "--trainer.strategy": "auto", "--trainer.max_steps": 2,
-        "--trainer.precision": "32-true", "--trainer.default_root_dir": tmp_path, "--model.target": target,
+        "--trainer.accelerator": "cpu",
+        "--trainer.devices": 1,
+        "--trainer.strategy": "auto",
+        "--trainer.max_steps": 2,
+        "--trainer.precision": "32-true",
+        "--trainer.default_root_dir": tmp_path,
+        "--model.target": target,
         **{f"--data.{name}": data[name] for name in data if name in config["data"]["init_args"]},
         **{f"--model.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in tiny.items()},
-    }  # fmt: skip
+    }
     where = places(tmp_path) if "store" in config["data"]["init_args"] else {}
     options |= {f"--data.{name}": place for name, place in where.items()}
     words = [str(word) for pair in options.items() for word in pair]
@@ -115,14 +120,7 @@ def test_printed_configuration_can_be_run(target, features, tmp_path, capsys):
 
 def test_options_come_from_the_environment_too(target, conversations, tmp_path):
     environment = {**os.environ, "SPECFORGE_PREPARE_TARGET": str(target), "OMP_NUM_THREADS": "1"}
-    words = [
-        str(Path(sys.executable).with_name("specforge")),
-        "prepare",
-        "--data",
-        conversations,
-        "--output",
-        tmp_path,
-    ]
+    words = [str(Path(sys.executable).with_name("specforge")), "prepare", "--data", conversations, "--output", tmp_path]
     subprocess.run([str(word) for word in words], env=environment, check=True, capture_output=True)
     assert (tmp_path / "train").is_dir()
 
@@ -136,9 +134,13 @@ def test_doctor(capsys):
 
 def test_callbacks_loggers_and_precision_are_swapped_in_config(target, features, tmp_path):
     path = recipe(
-        target, features, tmp_path, trainer__max_steps=2, trainer__precision="bf16-mixed",
+        target,
+        features,
+        tmp_path,
+        trainer__max_steps=2,
+        trainer__precision="bf16-mixed",
         trainer__logger={"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}},
         trainer__callbacks=[{"class_path": "LearningRateMonitor"}],
-    )  # fmt: skip
+    )
     assert main(["fit", "--config", str(path)]) == 0
     assert list((tmp_path / "csv").rglob("metrics.csv"))

@@ -71,8 +71,7 @@ TEMPLATES = {
     "arguments printed": _CALLS.replace("ARGUMENTS", "{{ c.function.arguments }}"),
     "calls instead of content": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}<call>"
-        "{{ m.tool_calls[0].function.name }}</call>{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        + _ASKS
+        "{{ m.tool_calls[0].function.name }}</call>{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}" + _ASKS
     ),
     "closes reasoning": "{% for m in messages %}"
     + _SAYS
@@ -99,9 +98,7 @@ TEMPLATES = {
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     ),
     "ends a text once more": (
-        "{% for m in messages %}"
-        + _SAYS
-        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% for m in messages %}" + _SAYS + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% else %}<|im_end|>{% endif %}"
     ),
     "tool results closed otherwise when answered": (
@@ -116,10 +113,7 @@ TEMPLATES = {
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}[answer]{% endif %}{{ m.content }}"
         "<|im_end|>{% endfor %}[assistant]"
     ),
-    "date": "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}"
-    + _SAYS
-    + "{% endfor %}"
-    + _ASKS,
+    "date": "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}" + _SAYS + "{% endfor %}" + _ASKS,
 }
 
 
@@ -160,9 +154,7 @@ def chat(template: str | None = "chatml", kind: str = "bytes", **options) -> Cha
 def marked(template: ChatTemplate, sample: TokenSample) -> str:
     """A sample's text, what is learnt between « and »."""
     text = ""
-    for learnt, group in groupby(
-        zip(sample.loss_mask, sample.input_ids, strict=True), key=lambda pair: pair[0]
-    ):
+    for learnt, group in groupby(zip(sample.loss_mask, sample.input_ids, strict=True), key=lambda pair: pair[0]):
         piece = template.decode([token for _, token in group])
         text += f"«{piece}»" if learnt else piece
     return text

@@ -18,20 +18,23 @@ RECORDS = [
     talk("Hi", "Hello.", id="a", split="train"),
     {
         "messages": [
-            says("system", "S"), says("user", [{"type": "text", "text": "Hi"}]),
+            says("system", "S"),
+            says("user", [{"type": "text", "text": "Hi"}]),
             says("assistant", None, tool_calls=[{"id": "1", "function": {"name": "go", "arguments": '{"a": 1}'}}]),
-            says("tool", "2", tool_call_id="1"), says("assistant", "two", reasoning_content="R", weight=1),
+            says("tool", "2", tool_call_id="1"),
+            says("assistant", "two", reasoning_content="R", weight=1),
         ],
         "tools": [{"type": "function", "function": {"name": "go", "parameters": {}}}],
-        "regenerated": {"tokenizer": "t", "answers": [
-            {"message": 4, "prompt_ids": [1, 2], "answer_ids": [3], "digest": "d"},
-        ]},
+        "regenerated": {
+            "tokenizer": "t",
+            "answers": [{"message": 4, "prompt_ids": [1, 2], "answer_ids": [3], "digest": "d"}],
+        },
     },
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}], "system": "S"},
     {"prompt": "Q: ", "response": "two"},
     {"text": "Q: A: two", "spans": [[6, 9]]},
     {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]},
-]  # fmt: skip
+]
 
 
 def read(path: Path) -> list:
@@ -87,10 +90,14 @@ def test_deep_nesting_is_read_or_refused_in_one_line_wherever_it_stands(depth):
         deep = [deep]
     calls = [{"name": "go", "arguments": deep}], [{"name": "go", "arguments": "[" * 9000}]
     rows = [
-        talk("Hi", "a", tools=[{"a": deep}]), talk("Hi", "a", id=deep), talk("Hi", "a", split=deep),
-        {"messages": [says(deep, "a")]}, {"messages": [says("user", deep)]}, {"input_ids": deep},
+        talk("Hi", "a", tools=[{"a": deep}]),
+        talk("Hi", "a", id=deep),
+        talk("Hi", "a", split=deep),
+        {"messages": [says(deep, "a")]},
+        {"messages": [says("user", deep)]},
+        {"input_ids": deep},
         *({"messages": [says("user", "Hi"), says("assistant", "", tool_calls=c)]} for c in calls),
-    ]  # fmt: skip
+    ]
     template = chat("arguments as JSON")
     taken = [survives(lambda row=row: template.encode(parse_record("d.jsonl, line 1", row))) for row in rows]
     # From 3.12 on, Python reads and writes JSON of this depth.
@@ -123,9 +130,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text(LINE)
-    monkeypatch.setattr(
-        Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    )
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"d\.jsonl: cannot be read \(Permission denied\)"):
         read(tmp_path / "d.jsonl")
 

@@ -22,9 +22,7 @@ from tests.tiny import conversation, write_conversations, write_target
 
 
 def run(data, target, output, *options):
-    return main(
-        ["prepare", "--data", str(data), "--target", str(target), "--output", str(output), *map(str, options)]
-    )
+    return main(["prepare", "--data", str(data), "--target", str(target), "--output", str(output), *map(str, options)])
 
 
 def test_records_that_name_their_split_go_there(prompts):
@@ -109,9 +107,12 @@ def test_conversations_are_held_out_not_samples(target, tmp_path):
 
 def test_nothing_that_shares_a_prompt_with_a_held_out_conversation_is_trained_on(target, tmp_path, capsys):
     rows = [
-        talk("1?", "one", split="heldout"), talk("1?", "one"), talk("1?", "uno", split="train"),
-        talk("1?", "one", "2?", "two"), talk("1? ", "one"),
-    ]  # fmt: skip
+        talk("1?", "one", split="heldout"),
+        talk("1?", "one"),
+        talk("1?", "uno", split="train"),
+        talk("1?", "one", "2?", "two"),
+        talk("1? ", "one"),
+    ]
     assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p") == 0
     data = tmp_path / "d.jsonl"
     assert texts(tmp_path / "p") == {"train": [f"{data}, line 5"], "heldout": [f"{data}, line 1"]}
@@ -121,11 +122,7 @@ def test_nothing_that_shares_a_prompt_with_a_held_out_conversation_is_trained_on
 @pytest.mark.parametrize("how", ["last turn only", "weight"])
 def test_what_begins_as_a_held_out_conversation_is_not_trained_on(target, tmp_path, how):
     """Even where the common beginning is not learnt in one of them."""
-    rows = [
-        talk("1?", "one", "2?", "two", split="heldout"),
-        talk("1?", "one", split="train"),
-        talk("3?", "three"),
-    ]
+    rows = [talk("1?", "one", "2?", "two", split="heldout"), talk("1?", "one", split="train"), talk("3?", "three")]
     if how == "weight":
         rows[0]["messages"][1]["weight"] = 0
     options = ["--last_turn_only", "true"] if how == "last turn only" else []
@@ -145,12 +142,7 @@ def test_a_split_that_some_records_name_leaves_the_draw_to_the_others(target, tm
 
 @pytest.mark.parametrize(
     ("holdout", "words"),
-    [
-        (-3, "at least 0, not -3"),
-        (6, "leaves nothing to train on"),
-        (7, "only 6 conversations"),
-        ("x", "holdout"),
-    ],
+    [(-3, "at least 0, not -3"), (6, "leaves nothing to train on"), (7, "only 6 conversations"), ("x", "holdout")],
 )
 def test_a_draw_that_cannot_be_is_refused(target, tmp_path, capsys, holdout, words):
     data = write(tmp_path / "d.jsonl", *numbered(6))
@@ -215,8 +207,11 @@ def test_prompt_sets_of_the_first_version_are_read(prompts, tmp_path):
     for name, found in load_splits(prompts).items():
         found.save(tmp_path / name)
         assert json.loads((tmp_path / name / "prompts.json").read_text()).keys() == {
-            "format", "tokenizer", "task_ids", "sources",
-        }  # fmt: skip
+            "format",
+            "tokenizer",
+            "task_ids",
+            "sources",
+        }
     assert identity(load_splits(tmp_path)) == identity(load_splits(prompts))
 
 
@@ -244,14 +239,24 @@ def test_damaged_prompt_sets_are_refused_in_one_line(prompts, tmp_path, fuzz: Fu
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("input_ids", lambda x: x.to(torch.int64)), ("input_ids", lambda x: x[:-1]), ("input_ids", lambda x: x + 10**6),
-        ("input_ids", lambda x: x - 10**6), ("input_ids", lambda x: x[None]), ("loss_mask", lambda x: x * 2),
-        ("loss_mask", lambda x: x * 0), ("loss_mask", lambda x: x.bool()), ("offsets", lambda x: x[1:]),
-        ("offsets", lambda x: x.flip(0)), ("offsets", lambda x: x.double()), ("offsets", lambda x: x[:0]),
-        ("offsets", lambda x: torch.cat([x[:1], x[:1], x[2:]])), ("supervised_counts", lambda x: x[:5]),
-        ("context_counts", lambda x: x.float()), ("context_counts", lambda x: x[None]),
+        ("input_ids", lambda x: x.to(torch.int64)),
+        ("input_ids", lambda x: x[:-1]),
+        ("input_ids", lambda x: x + 10**6),
+        ("input_ids", lambda x: x - 10**6),
+        ("input_ids", lambda x: x[None]),
+        ("loss_mask", lambda x: x * 2),
+        ("loss_mask", lambda x: x * 0),
+        ("loss_mask", lambda x: x.bool()),
+        ("offsets", lambda x: x[1:]),
+        ("offsets", lambda x: x.flip(0)),
+        ("offsets", lambda x: x.double()),
+        ("offsets", lambda x: x[:0]),
+        ("offsets", lambda x: torch.cat([x[:1], x[:1], x[2:]])),
+        ("supervised_counts", lambda x: x[:5]),
+        ("context_counts", lambda x: x.float()),
+        ("context_counts", lambda x: x[None]),
     ],
-)  # fmt: skip
+)
 def test_tensors_of_the_wrong_form_are_refused(prompts, tmp_path, name, change):
     folder = Path(shutil.copytree(prompts / "heldout", tmp_path / "p"))
     tensors = load_file(folder / "prompts.safetensors")
@@ -326,9 +331,7 @@ def test_lengths_a_marked_sample_and_whether_anything_is_held_out(target, tmp_pa
 
 
 def test_reasoning_that_the_template_leaves_out_is_counted(target, tmp_path, capsys):
-    rows = [
-        {"messages": [says("user", f"{i}?"), says("assistant", "a", reasoning_content="R")]} for i in range(3)
-    ]
+    rows = [{"messages": [says("user", f"{i}?"), says("assistant", "a", reasoning_content="R")]} for i in range(3)]
     assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p") == 0
     assert "3 answers of which the chat template leaves out a part" in capsys.readouterr().out
 
@@ -337,9 +340,12 @@ def test_reasoning_that_the_template_leaves_out_is_counted(target, tmp_path, cap
 def test_several_files_in_any_form(target, tmp_path, form):
     a, b = (str(write(tmp_path / f"{name}.jsonl", talk(name, "x"))) for name in "ab")
     words = {
-        "words": ["--data", a, b], "list": ["--data", f"[{a}, {b}]"], "repeated": ["--data", a, "--data", b],
-        "plus": ["--data", a, "--data+", b], "equals": [f"--data={a}", b],
-    }  # fmt: skip
+        "words": ["--data", a, b],
+        "list": ["--data", f"[{a}, {b}]"],
+        "repeated": ["--data", a, "--data", b],
+        "plus": ["--data", a, "--data+", b],
+        "equals": [f"--data={a}", b],
+    }
     assert main(["prepare", *words[form], "--target", str(target), "--output", str(tmp_path / "p")]) == 0
     assert texts(tmp_path / "p") == {"train": [f"{a}, line 1", f"{b}, line 1"]}
 

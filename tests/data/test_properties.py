@@ -34,16 +34,17 @@ WORDS = (
     "1",
 )
 text = st.lists(st.sampled_from(WORDS), max_size=4).map("".join)
-call = st.sampled_from(
-    [None, [{"name": "add", "arguments": '{"a": "x"}'}], [{"name": "go", "arguments": {}}]]
-)
+call = st.sampled_from([None, [{"name": "add", "arguments": '{"a": "x"}'}], [{"name": "go", "arguments": {}}]])
 message = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "assistant", "tool"]), "content": text},
     optional={
-        "reasoning_content": text, "tool_calls": call, "weight": st.sampled_from([0, 1, None]), "name": st.none(),
+        "reasoning_content": text,
+        "tool_calls": call,
+        "weight": st.sampled_from([0, 1, None]),
+        "name": st.none(),
         "finish_reason": st.sampled_from(["stop", "length"]),
     },
-)  # fmt: skip
+)
 conversation = st.builds(
     lambda system, rest: [*system, *rest],
     st.lists(st.just({"role": "system", "content": "Be brief."}), max_size=1),
@@ -108,9 +109,7 @@ def test_what_is_learnt_is_what_the_assistant_said_and_the_end_token(messages, k
     samples = used.encode(parse_record("d.jsonl, line 1", {"messages": messages}))
     learnt = [used.decode(sample.input_ids[a:b]) for sample in samples for a, b in runs(sample)]
     for found, said in zip(learnt, [m["content"] for m in messages[1::2]], strict=True):
-        behind_a_prompt = (
-            found if kind != "spaces" else found.removeprefix(" ")
-        )  # its decoder drops a first space
+        behind_a_prompt = found if kind != "spaces" else found.removeprefix(" ")  # its decoder drops a first space
         assert behind_a_prompt in (f"{said}<|im_end|>", f"{said.removeprefix(' ')}<|im_end|>")
 
 
@@ -136,8 +135,7 @@ def test_nothing_that_is_held_out_is_trained_on_and_nothing_is_lost_or_doubled(r
             return  # more are asked for than there are
     tasks = {name: prompts.tasks for name, prompts in sets.items()}
     prompts = {
-        name: {task.input_ids[:start] for task in found for start, _ in runs(task)}
-        for name, found in tasks.items()
+        name: {task.input_ids[:start] for task in found for start, _ in runs(task)} for name, found in tasks.items()
     }
     assert not prompts.get("train", set()) & prompts.get("heldout", set())
     everything = [task.task_id for found in tasks.values() for task in found]

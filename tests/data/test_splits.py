@@ -33,11 +33,7 @@ def test_conversations_that_share_a_prompt_are_drawn_together():
 
 
 def test_the_same_sample_twice_is_one_conversation():
-    twice = [
-        Member(None, ("s",), frozenset()),
-        Member(None, ("s",), frozenset()),
-        Member(None, ("t",), frozenset()),
-    ]
+    twice = [Member(None, ("s",), frozenset()), Member(None, ("s",), frozenset()), Member(None, ("t",), frozenset())]
     for seed in range(5):
         splits = assign(twice, 1, seed)
         assert splits[0] == splits[1] != splits[2]

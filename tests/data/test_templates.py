@@ -92,10 +92,12 @@ def test_tool_calls_and_reasoning_are_learnt_and_tool_results_are_not(trimming):
     call = {"type": "function", "function": {"name": "add", "arguments": json.dumps({"a": 1})}}
     row = {
         "messages": [
-            user("1+1?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "2"},
+            user("1+1?"),
+            assistant("", tool_calls=[call]),
+            {"role": "tool", "content": "2"},
             assistant("Two.", reasoning_content="It says 2."),
         ]
-    }  # fmt: skip
+    }
     text = "".join(learnt(trimming, row))
     assert '<call>add {"a": 1}</call><|im_end|>' in text
     assert "<think>It says 2.</think>Two.<|im_end|>" in text
@@ -228,9 +230,7 @@ def test_users_are_told_what_a_template_makes_of_their_data(template, words):
     used = chat(template)
     for _ in range(2):
         used.encode(parse_record("a", talk("Hi", "a")))
-    assert [(note.startswith(words), count) for note, count in used.notes.items()] == (
-        [(True, 2)] if words else []
-    )
+    assert [(note.startswith(words), count) for note, count in used.notes.items()] == ([(True, 2)] if words else [])
 
 
 def test_messages_that_the_template_does_not_show_are_counted():
@@ -238,8 +238,16 @@ def test_messages_that_the_template_does_not_show_are_counted():
         "{% for m in messages if m.role != 'developer' %}{{ m.role }}: {{ m.content|tojson }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    row = {"messages": [says("developer", "Be \"brief\"."), says("system", '"So"'), user("Hi"), assistant("a"),
-                        user("Hi"), assistant("b")]}  # fmt: skip
+    row = {
+        "messages": [
+            says("developer", 'Be "brief".'),
+            says("system", '"So"'),
+            user("Hi"),
+            assistant("a"),
+            user("Hi"),
+            assistant("b"),
+        ]
+    }
     used.encode(parse_record("a", row))
     assert used.notes == {"developer messages that the chat template leaves out": 1}
 
@@ -283,9 +291,7 @@ def test_a_chat_template_that_cannot_be_used_is_one_line(tmp_path, template, wor
 
 def test_of_several_templates_the_default_is_used(tmp_path):
     default = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    files = folder_with(
-        tmp_path, [{"name": "default", "template": default}, {"name": "rag", "template": "{{ 1 }}"}]
-    )
+    files = folder_with(tmp_path, [{"name": "default", "template": default}, {"name": "rag", "template": "{{ 1 }}"}])
     assert learnt(ChatTemplate.load(files), talk("Hi", "a")) == ["a<|im_end|>"]
 
 

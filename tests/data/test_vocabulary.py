@@ -23,10 +23,17 @@ def test_prompt_tokens_count_a_tenth():
 
 def test_d2t_are_offsets_and_t2d_is_a_mask():
     fields = {
-        "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 8, "num_attention_heads": 2, "head_dim": 4,
-        "num_key_value_heads": 1, "intermediate_size": 8, "vocab_size": 10, "draft_vocab_size": 3,
-        "num_hidden_layers": 1, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 10,
+        "draft_vocab_size": 3,
+        "num_hidden_layers": 1,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
+    }
     draft = build_draft(fields)
     draft.set_vocabulary(torch.tensor([1, 4, 9]))
     assert [i + int(draft.d2t[i]) for i in range(3)] == [1, 4, 9]

@@ -132,9 +132,7 @@ def test_acceptance_is_the_overlap_of_the_distributions():
     accepted = 0
     for _ in range(20_000):
         token = int(torch.multinomial(q, 1, generator=g))
-        accepted += verify(
-            Proposal((token,), q[None]), torch.stack([p.log(), p.log()]), Sampling(1.0), g
-        ).accepted
+        accepted += verify(Proposal((token,), q[None]), torch.stack([p.log(), p.log()]), Sampling(1.0), g).accepted
     assert accepted / 20_000 == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.02)
 
 

@@ -8,13 +8,7 @@ import torch
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
 from specforge.decoding.decoder import decode
 from specforge.decoding.drafters import NGramDrafter
-from specforge.decoding.runners import (
-    CachedRunner,
-    LockstepRunner,
-    WholeTextRunner,
-    make_runner,
-    runs_in_lockstep,
-)
+from specforge.decoding.runners import CachedRunner, LockstepRunner, WholeTextRunner, make_runner, runs_in_lockstep
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from tests.families import write_family
@@ -47,9 +41,7 @@ def rounds(seed: int = 0, rows: int = 3, count: int = 16):
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high, (1,), generator=g))  # noqa: E731
     for number in range(count):
-        tokens = [
-            [draw(0, 256) for _ in range(draw(3, 20) if number == 0 else draw(1, 9))] for _ in range(rows)
-        ]
+        tokens = [[draw(0, 256) for _ in range(draw(3, 20) if number == 0 else draw(1, 9))] for _ in range(rows)]
         yield tokens, [len(row) if number == 0 else draw(1, len(row) + 1) for row in tokens]
 
 
@@ -85,9 +77,7 @@ def test_in_lockstep_a_sequence_is_what_it_is_alone(name, tmp_path):
 def test_alone_a_sequence_is_what_it_is_in_one_pass(name, tmp_path):
     model = model_of(name, tmp_path)
     runner, text = make_runner(model, POLICY, 1), []
-    assert isinstance(
-        runner, WholeTextRunner if name in ("lfm2", "qwen3_next", "recurrent_gemma") else CachedRunner
-    )
+    assert isinstance(runner, WholeTextRunner if name in ("lfm2", "qwen3_next", "recurrent_gemma") else CachedRunner)
     for tokens, stay in rounds(rows=1):
         ((logits, features),) = runner.forward(tokens)
         expected, states = whole_text(model, text + tokens[0], len(tokens[0]))

@@ -147,9 +147,7 @@ def test_sampled_rounds_are_replayed_exactly(engine):
     """Of a deterministic draft a token is accepted exactly where the sampled answer has it."""
     make = baselines()["suffix"]
     sampling = Sampling(0.1)
-    decoded = decode(
-        engine.model, make, PROMPTS, gamma=4, max_new_tokens=60, end_ids=(), sampling=sampling, seed=3
-    )
+    decoded = decode(engine.model, make, PROMPTS, gamma=4, max_new_tokens=60, end_ids=(), sampling=sampling, seed=3)
     assert sum(sum(d.accepted) for d in decoded) > 10
     for prompt, d in zip(PROMPTS, decoded, strict=True):
         assert text_rounds(make, Reference(prompt, d.tokens, {}), 4) == (d.counted, d.rounds)

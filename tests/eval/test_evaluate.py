@@ -16,9 +16,18 @@ from specforge.eval.report import _evaluation
 from tests.tiny import recipe
 
 FIELDS = [
-    "method", "prompts", "tokens", "rounds", "tau", "tau_ci95", "offline_tau", "acceptance_per_position",
-    "tokens_per_second", "speedup", "lossless",
-]  # fmt: skip
+    "method",
+    "prompts",
+    "tokens",
+    "rounds",
+    "tau",
+    "tau_ci95",
+    "offline_tau",
+    "acceptance_per_position",
+    "tokens_per_second",
+    "speedup",
+    "lossless",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +40,21 @@ def run(target, features, tmp_path_factory):
 
 def evaluate(run, prompts, output, *options) -> dict:
     words = [
-        "evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--json", output,
-        "--cache", output.parent / "cache", "--max_new_tokens", 20, "--speed_prompts", 2, *options,
-    ]  # fmt: skip
+        "evaluate",
+        "--draft",
+        run / "checkpoints" / "last.ckpt",
+        "--prompts",
+        prompts,
+        "--json",
+        output,
+        "--cache",
+        output.parent / "cache",
+        "--max_new_tokens",
+        20,
+        "--speed_prompts",
+        2,
+        *options,
+    ]
     assert main([str(word) for word in words]) == 0
     return json.loads(output.read_text())
 
@@ -66,9 +87,9 @@ def test_sampled_evaluation(run, prompts, tmp_path):
     row = result["methods"][-1]
     assert row["lossless"] is None
     assert row["tau"] == pytest.approx(row["offline_tau"], abs=0.25)
-    assert evaluate(run, prompts, tmp_path / "again.json", "--temperature", 1.0, "--speed_prompts", 0) | {
-        "run": 0
-    } == (result | {"run": 0})
+    assert evaluate(run, prompts, tmp_path / "again.json", "--temperature", 1.0, "--speed_prompts", 0) | {"run": 0} == (
+        result | {"run": 0}
+    )
 
 
 def test_a_corpus_for_suffix_decoding_and_deterministic_drafts(run, prompts, tmp_path):
@@ -86,8 +107,19 @@ def test_a_corpus_for_suffix_decoding_and_deterministic_drafts(run, prompts, tmp
 def test_only_some_baselines(run, prompts, tmp_path, capsys):
     result = evaluate(run, prompts, tmp_path / "e.json", "--speed_prompts", 0, "--baselines", "[ngram]")
     assert [row["method"] for row in result["methods"]] == ["none", "ngram", "eagle3"]
-    words = ["evaluate", "--draft", run / "checkpoints" / "last.ckpt", "--prompts", prompts, "--baselines", "[x]",
-             "--cache", tmp_path / "cache", "--max_new_tokens", 20]  # fmt: skip
+    words = [
+        "evaluate",
+        "--draft",
+        run / "checkpoints" / "last.ckpt",
+        "--prompts",
+        prompts,
+        "--baselines",
+        "[x]",
+        "--cache",
+        tmp_path / "cache",
+        "--max_new_tokens",
+        20,
+    ]
     assert main([str(word) for word in words]) == 2
     assert "baseline x: use none, ngram, suffix" in capsys.readouterr().err
 
@@ -96,13 +128,35 @@ def test_the_exported_draft_earns_the_same(run, prompts, target, tmp_path):
     first = evaluate(run, prompts, tmp_path / "e.json", "--speed_prompts", 0)
     for form in ("sglang", "hf"):
         folder = tmp_path / form
-        words = ["export", "--draft", run / "checkpoints" / "last.ckpt", "--output", folder, "--to", form,
-                 "--dtype", "float32"]  # fmt: skip
+        words = [
+            "export",
+            "--draft",
+            run / "checkpoints" / "last.ckpt",
+            "--output",
+            folder,
+            "--to",
+            form,
+            "--dtype",
+            "float32",
+        ]
         assert main([str(word) for word in words]) == 0
         words = [
-            "evaluate", "--draft", folder, "--target", target, "--prompts", prompts, "--json", tmp_path / "x.json",
-            "--cache", tmp_path / "cache", "--max_new_tokens", 20, "--speed_prompts", 0,
-        ]  # fmt: skip
+            "evaluate",
+            "--draft",
+            folder,
+            "--target",
+            target,
+            "--prompts",
+            prompts,
+            "--json",
+            tmp_path / "x.json",
+            "--cache",
+            tmp_path / "cache",
+            "--max_new_tokens",
+            20,
+            "--speed_prompts",
+            0,
+        ]
         assert main([str(word) for word in words]) == 0
         again = json.loads((tmp_path / "x.json").read_text())
         assert again["methods"] == first["methods"]
@@ -110,21 +164,35 @@ def test_the_exported_draft_earns_the_same(run, prompts, target, tmp_path):
 
 def key(**changes) -> EvalKey:
     fields = {
-        "target_fingerprint": "t", "tokenizer_fingerprint": "k", "capture": CapturePolicy((1, 2)), "dtype": "float32",
-        "device": "cpu", "versions": ("1",), "end_ids": (7,),
-        "max_new_tokens": 8, "sampling": Sampling(), "seed": 0,
-    }  # fmt: skip
+        "target_fingerprint": "t",
+        "tokenizer_fingerprint": "k",
+        "capture": CapturePolicy((1, 2)),
+        "dtype": "float32",
+        "device": "cpu",
+        "versions": ("1",),
+        "end_ids": (7,),
+        "max_new_tokens": 8,
+        "sampling": Sampling(),
+        "seed": 0,
+    }
     return EvalKey(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_fingerprint": "u"}, {"tokenizer_fingerprint": "l"}, {"capture": CapturePolicy((1, 3))},
-        {"dtype": "bfloat16"}, {"device": "cuda"}, {"versions": ("2",)}, {"end_ids": (7, 8)}, {"max_new_tokens": 9},
-        {"sampling": Sampling(1.0)}, {"seed": 1},
+        {"target_fingerprint": "u"},
+        {"tokenizer_fingerprint": "l"},
+        {"capture": CapturePolicy((1, 3))},
+        {"dtype": "bfloat16"},
+        {"device": "cuda"},
+        {"versions": ("2",)},
+        {"end_ids": (7, 8)},
+        {"max_new_tokens": 9},
+        {"sampling": Sampling(1.0)},
+        {"seed": 1},
     ],
-)  # fmt: skip
+)
 def test_the_cache_is_keyed_by_everything_that_changes_the_features(changes):
     prompts = [[1, 2], [3]]
     assert key(**changes).digest(prompts) != key().digest(prompts)

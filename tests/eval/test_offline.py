@@ -32,8 +32,6 @@ def test_deterministic_drafts_are_replayed_exactly(target, temperature):
     decoded = decode(engine.model, make, prompts, gamma=3, max_new_tokens=40, end_ids=(), sampling=sampling)
     assert sum(sum(d.accepted) for d in decoded) > 2
     answers = [[*p, *d.tokens] for p, d in zip(prompts, decoded, strict=True)]
-    for prompt, d, features in zip(
-        prompts, decoded, engine.capture(answers, module.spec.capture), strict=True
-    ):
+    for prompt, d, features in zip(prompts, decoded, engine.capture(answers, module.spec.capture), strict=True):
         reference = Reference(prompt, d.tokens, features)
         assert draft_rounds(module, head, reference, 3, sampling, deterministic=True) == (d.counted, d.rounds)

@@ -67,9 +67,7 @@ def test_tau_is_pooled_and_counts_the_bonus_token():
 def test_the_interval_is_that_of_resampling_prompts():
     rng = np.random.default_rng(3)
     rounds = rng.integers(5, 60, 80)
-    prompts = [
-        Rounds(float(n), float(r)) for n, r in zip(rounds * rng.uniform(1.2, 2.6, 80), rounds, strict=True)
-    ]
+    prompts = [Rounds(float(n), float(r)) for n, r in zip(rounds * rng.uniform(1.2, 2.6, 80), rounds, strict=True)]
     tau = pooled_tau(prompts)
     counts = np.array(prompts)
     draws = counts[rng.integers(0, 80, (4000, 80))].sum(1)

@@ -132,9 +132,13 @@ def test_the_error_for_a_missing_best_checkpoint_names_the_last_one(tmp_path):
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(path, fuzz):
     for content in (
-        [1], {}, {**CONTENT, "state_dict": [1]}, {**CONTENT, "state_dict": {"draft.w": 3}},
-        {**CONTENT, "specforge": 3}, *({**CONTENT, "specforge": draft} for draft in fuzz.values([DRAFT], 100)),
-    ):  # fmt: skip
+        [1],
+        {},
+        {**CONTENT, "state_dict": [1]},
+        {**CONTENT, "state_dict": {"draft.w": 3}},
+        {**CONTENT, "specforge": 3},
+        *({**CONTENT, "specforge": draft} for draft in fuzz.values([DRAFT], 100)),
+    ):
         path.write_bytes(checkpoint_bytes(content))
         if survives(lambda: read_checkpoint(path)):
             saved = read_checkpoint(path)["specforge"]

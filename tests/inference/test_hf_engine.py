@@ -67,12 +67,7 @@ def test_a_target_in_float8_computes_in_the_dtype_that_is_asked_for(target, tmp_
             tensors[name], tensors[f"{name}_scale_inv"] = quantise(x, block)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    quantised = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": block,
-    }
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
 
     engine = HFTargetEngine(TargetFiles.find(str(folder)), dtype)
@@ -118,10 +113,12 @@ def test_logits_that_are_not_the_heads_are_refused(target, monkeypatch):
         return changed
 
     changes = {
-        "scaled": lambda x: x / 4, "capped": lambda x: 2 * torch.tanh(x / 2),
-        "biased": lambda x: x + torch.arange(264) / 99, "cut": lambda x: x[..., :260],
+        "scaled": lambda x: x / 4,
+        "capped": lambda x: 2 * torch.tanh(x / 2),
+        "biased": lambda x: x + torch.arange(264) / 99,
+        "cut": lambda x: x[..., :260],
         "banned": lambda x: x.index_fill(-1, torch.tensor([7]), -torch.inf),
-    }  # fmt: skip
+    }
     for dtype in ("float32", "bfloat16"):
         for name, change in changes.items():
             engine = HFTargetEngine(TargetFiles.find(str(target)), dtype)
@@ -147,13 +144,27 @@ def test_files_that_lack_tensors_are_refused(target, tmp_path):
 def test_whatever_a_folder_asks_of_generation_answers_are_the_targets_own(target, engine, tmp_path):
     folder = shutil.copytree(target, tmp_path / "t")
     asked = {
-        "eos_token_id": 256, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "num_beams": 3, "do_sample": True,
-        "temperature": 5.0, "suppress_tokens": list(range(40, 90)), "forced_eos_token_id": 3, "min_length": 30,
-        "begin_suppress_tokens": [1, 2], "bad_words_ids": [[5]], "exponential_decay_length_penalty": [1, 2.0],
-        "sequence_bias": [[[9], 50.0]], "guidance_scale": 2.0, "max_length": 3, "stop_strings": ["a"],
-        "prompt_lookup_num_tokens": 3, "cache_implementation": "static", "num_return_sequences": 2,
+        "eos_token_id": 256,
+        "repetition_penalty": 1.5,
+        "no_repeat_ngram_size": 2,
+        "num_beams": 3,
+        "do_sample": True,
+        "temperature": 5.0,
+        "suppress_tokens": list(range(40, 90)),
+        "forced_eos_token_id": 3,
+        "min_length": 30,
+        "begin_suppress_tokens": [1, 2],
+        "bad_words_ids": [[5]],
+        "exponential_decay_length_penalty": [1, 2.0],
+        "sequence_bias": [[[9], 50.0]],
+        "guidance_scale": 2.0,
+        "max_length": 3,
+        "stop_strings": ["a"],
+        "prompt_lookup_num_tokens": 3,
+        "cache_implementation": "static",
+        "num_return_sequences": 2,
         "watermarking_config": {"bias": 9.0},
-    }  # fmt: skip
+    }
     (folder / "generation_config.json").write_text(json.dumps(asked))
     other = HFTargetEngine(TargetFiles.find(str(folder)), "float32")
     options = {"max_new_tokens": 12, "end_ids": [256]}
@@ -184,12 +195,16 @@ def test_a_target_with_as_many_vision_as_text_layers_gives_those_of_its_text(tmp
     from tests.tiny import write_tokenizer
 
     write_tokenizer(tmp_path)
-    text = {k: v for k, v in BASE.items() if k != "bos_token_id"} | {
-        "model_type": "gemma3_text",
-        "head_dim": 8,
+    text = {k: v for k, v in BASE.items() if k != "bos_token_id"} | {"model_type": "gemma3_text", "head_dim": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_use_head": False,
     }
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14, "vision_use_head": False}  # fmt: skip
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     files = TargetFiles.find(str(tmp_path))
@@ -206,8 +221,21 @@ def test_a_target_with_as_many_vision_as_text_layers_gives_those_of_its_text(tmp
 
 def test_regenerate_goes_on_where_it_was_cut_and_keeps_the_order(target, conversations, tmp_path):
     def run(output) -> int:
-        words = ["regenerate", "--data", conversations, "--target", target, "--output", output, "--max_new_tokens", 8,
-                 "--batch_size", 4, "--dtype", "float32"]  # fmt: skip
+        words = [
+            "regenerate",
+            "--data",
+            conversations,
+            "--target",
+            target,
+            "--output",
+            output,
+            "--max_new_tokens",
+            8,
+            "--batch_size",
+            4,
+            "--dtype",
+            "float32",
+        ]
         return main([str(word) for word in words])
 
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"

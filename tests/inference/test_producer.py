@@ -13,13 +13,7 @@ from specforge.errors import UserError
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DEAD,
-    QUEUED,
-    STATES,
-    MemoryMetadataStore,
-)
+from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, QUEUED, STATES, MemoryMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore, StoreFullError
 
@@ -265,9 +259,7 @@ def test_a_prompt_that_no_target_can_read_is_given_up_at_once_and_the_others_go_
     assert (letter.key, letter.tries, letter.reason) == ("bad@0", 1, reason)
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError, IndexError, ValueError, AssertionError, MemoryError, KeyError]
-)
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, ValueError, AssertionError, MemoryError, KeyError])
 def test_whatever_the_target_raises_of_one_prompt_costs_only_that_one(error):
     """Though they were in one pass; the others of it are made one by one."""
 
@@ -295,9 +287,7 @@ def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_promp
                 raise RuntimeError("device-side assert")
 
     producer = made(Broken(lambda ids: broken.append("x") or (_ for _ in ()).throw(RuntimeError("assert"))))
-    with pytest.raises(
-        UserError, match=r"the target failed: assert; nothing works since .device-side assert."
-    ):
+    with pytest.raises(UserError, match=r"the target failed: assert; nothing works since .device-side assert."):
         producer.run(threading.Event())
     counts(producer, **{QUEUED: 4})
     assert [entry.tries for entry in producer.controller.metadata.entries((QUEUED,))] == [1, 0, 0, 0]

@@ -41,16 +41,12 @@ class Writes:
         ]
 
 
-def work(
-    template, output: Path, *rows: dict, target: str = "t", dtype: str = "float32", **options
-) -> Regeneration:
+def work(template, output: Path, *rows: dict, target: str = "t", dtype: str = "float32", **options) -> Regeneration:
     records = [parse_record(f"d.jsonl, line {i}", row) for i, row in enumerate(rows, 1)]
     return Regeneration(records, template, output, RegenerateOptions(**options), target, dtype)
 
 
-def answered(
-    template, output: Path, rows: list[dict], *answers: list, **options
-) -> tuple[list[dict], Writes, dict]:
+def answered(template, output: Path, rows: list[dict], *answers: list, **options) -> tuple[list[dict], Writes, dict]:
     """The rows of the file, the target that was asked, and what the file lacks."""
     run, engine = work(template, output, *rows, **options), Writes(template, *answers)
     list(run.run(lambda: engine))
@@ -71,7 +67,7 @@ def test_what_is_learnt_are_the_tokens_that_the_target_wrote(tmp_path):
     wrote = [template.tokenizer.convert_tokens_to_ids(c) for c in ("o", "k", "Ċ", END)]
     rows, engine, _ = answered(template, tmp_path / "a.jsonl", [talk("Hi", "-")], [wrote])
     assert rows[0]["messages"][1] == {"role": "assistant", "content": "ok\n", "finish_reason": "stop"}
-    (ids, mask), = samples(template, rows)  # fmt: skip
+    ((ids, mask),) = samples(template, rows)
     assert list(ids) == [*engine.asked[0], *wrote]
     assert mask == (0,) * len(engine.asked[0]) + (1,) * 4
     through_text = samples(template, [{"messages": rows[0]["messages"]}])
@@ -93,20 +89,14 @@ def test_every_turn_was_asked_with_what_the_target_is_shown_then(tmp_path):
     assert list(found[1][0]) == [*engine.asked[2], *plain]
 
 
-@pytest.mark.parametrize(
-    "template", ["opens reasoning", "channels", "date", "alternating", "drops old reasoning"]
-)
+@pytest.mark.parametrize("template", ["opens reasoning", "channels", "date", "alternating", "drops old reasoning"])
 def test_prompts_that_open_reasoning_or_channels_come_back(tmp_path, template):
     used = chat(template)
-    text = {"opens reasoning": "R\n</think>\n\nHello.", "channels": "[analysis]R[final]Hello."}.get(
-        template, "Hello."
-    )
-    rows, engine, _ = answered(
-        used, tmp_path / "a.jsonl", [talk("Hi", "-", id="x", split="heldout")], [text + END]
-    )
+    text = {"opens reasoning": "R\n</think>\n\nHello.", "channels": "[analysis]R[final]Hello."}.get(template, "Hello.")
+    rows, engine, _ = answered(used, tmp_path / "a.jsonl", [talk("Hi", "-", id="x", split="heldout")], [text + END])
     assert rows[0]["messages"][1]["content"] == text
     assert (rows[0]["id"], rows[0]["split"]) == ("x", "heldout")
-    (ids, mask), = samples(used, rows)  # fmt: skip
+    ((ids, mask),) = samples(used, rows)
     assert list(ids[: mask.index(1)]) == engine.asked[0]
     assert used.decode(ids[mask.index(1) :]) == text + END
     assert all(mask[mask.index(1) :])
@@ -132,16 +122,12 @@ def test_tokens_of_another_tokenizer_or_template_give_way_to_the_text(tmp_path):
     used, other = chat(), chat("default system prompt")
     rows, _, _ = answered(used, tmp_path / "a.jsonl", [talk("Hi", "-")], [f"a{END}"])
     assert learnt(other, rows[0]) == learnt(other, {"messages": rows[0]["messages"]})
-    assert list(other.notes) == [
-        "records with token ids of another tokenizer or chat template, learnt from their text"
-    ]
+    assert list(other.notes) == ["records with token ids of another tokenizer or chat template, learnt from their text"]
 
 
 def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
     used = chat()
-    rows, engine, _ = answered(
-        used, tmp_path / "a.jsonl", [talk("1", "-", "2", "-")], [f"a{END}"], [f"b{END}"]
-    )
+    rows, engine, _ = answered(used, tmp_path / "a.jsonl", [talk("1", "-", "2", "-")], [f"a{END}"], [f"b{END}"])
     asked = [used.decode(prompt) for prompt in engine.asked]
     weighted = json.loads(json.dumps(rows[0]))
     weighted["messages"][1]["weight"] = 0
@@ -149,9 +135,7 @@ def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
     assert not used.notes
     edited = json.loads(json.dumps(rows[0]))
     edited["messages"][3]["content"] = "c"
-    assert learnt(used, edited) == [
-        f"{asked[0]}«a{END}»\n{asked[1].removeprefix(f'{asked[0]}a{END}')[1:]}«c{END}»\n"
-    ]
+    assert learnt(used, edited) == [f"{asked[0]}«a{END}»\n{asked[1].removeprefix(f'{asked[0]}a{END}')[1:]}«c{END}»\n"]
     edited["messages"][0]["content"] = "7"
     assert learnt(used, edited)[0].startswith("<|im_start|>user\n7")
     assert used.notes == {"records edited since their token ids were kept, learnt from their text": 2}
@@ -165,9 +149,12 @@ def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
 def test_turns_behind_an_answer_that_was_cut_off_are_left_out_and_counted(tmp_path):
     used = chat()
     rows, _, lost = answered(
-        used, tmp_path / "a.jsonl", [talk("1", "-", "2", "-", "3", "-"), talk("1", "-")], ["abc", f"a{END}"],
+        used,
+        tmp_path / "a.jsonl",
+        [talk("1", "-", "2", "-", "3", "-"), talk("1", "-")],
+        ["abc", f"a{END}"],
         max_new_tokens=3,
-    )  # fmt: skip
+    )
     assert [m["content"] for m in rows[0]["messages"]] == ["1", "abc"]
     assert rows[0]["messages"][1]["finish_reason"] == "length"
     assert lost == {"answers cut off at 3 tokens": 1, "later turns left out": 2}
@@ -177,24 +164,39 @@ def test_turns_behind_an_answer_that_was_cut_off_are_left_out_and_counted(tmp_pa
 def test_results_of_calls_that_are_replaced_are_left_out_with_the_answers_to_them(tmp_path):
     used = chat("arguments as JSON")
     call = [{"function": {"name": "go", "arguments": "{}"}}]
-    row = {"messages": [
-        says("user", "1"), says("assistant", None, tool_calls=call), says("tool", "x"), says("tool", "y"),
-        says("assistant", "-"), says("user", "2"), says("assistant", "-"),
-    ]}  # fmt: skip
+    row = {
+        "messages": [
+            says("user", "1"),
+            says("assistant", None, tool_calls=call),
+            says("tool", "x"),
+            says("tool", "y"),
+            says("assistant", "-"),
+            says("user", "2"),
+            says("assistant", "-"),
+        ]
+    }
     rows, _, lost = answered(used, tmp_path / "a.jsonl", [row], [f"a{END}"], [f"b{END}"])
     assert [(m["role"], m["content"]) for m in rows[0]["messages"]] == [
-        ("user", "1"), ("assistant", "a"), ("user", "2"), ("assistant", "b"),
-    ]  # fmt: skip
+        ("user", "1"),
+        ("assistant", "a"),
+        ("user", "2"),
+        ("assistant", "b"),
+    ]
     assert lost == {"tool results left out, since their calls are replaced": 2}
 
 
 def test_what_nobody_asks_for_and_what_has_no_weight_stays_as_it_is(tmp_path):
     used = chat("arguments added")
     call = [{"function": {"name": "go", "arguments": '{"a":1}'}}]
-    row = {"messages": [
-        says("assistant", "Welcome."), says("user", "1"), says("assistant", None, tool_calls=call, weight=0),
-        says("tool", "x"), says("assistant", "-"),
-    ]}  # fmt: skip
+    row = {
+        "messages": [
+            says("assistant", "Welcome."),
+            says("user", "1"),
+            says("assistant", None, tool_calls=call, weight=0),
+            says("tool", "x"),
+            says("assistant", "-"),
+        ]
+    }
     rows, engine, lost = answered(used, tmp_path / "a.jsonl", [row], [f"a{END}"])
     assert lost == {}
     assert [m["content"] for m in rows[0]["messages"]] == ["Welcome.", "1", "", "x", "a"]
@@ -215,9 +217,7 @@ def test_two_answers_in_a_row_are_one(tmp_path):
 
 
 def test_a_template_that_does_not_take_an_answer_back_ends_the_conversation(tmp_path):
-    rows, _, lost = answered(
-        chat("channels"), tmp_path / "a.jsonl", [talk("1", "-", "2", "-")], [f"[final]a{END}"]
-    )
+    rows, _, lost = answered(chat("channels"), tmp_path / "a.jsonl", [talk("1", "-", "2", "-")], [f"[final]a{END}"])
     assert [m["content"] for m in rows[0]["messages"]] == ["1", "[final]a"]
     assert lost == {"later turns left out": 1}
 
@@ -282,14 +282,14 @@ def test_a_batch_size_may_change(half):
 @pytest.mark.parametrize(
     "row",
     [
-        talk("3", "-", id="a"), talk("1", "-", "2", "-", id="a"), talk("1", "-", id="a", tools=[{"name": "x"}]),
+        talk("3", "-", id="a"),
+        talk("1", "-", "2", "-", id="a"),
+        talk("1", "-", id="a", tools=[{"name": "x"}]),
         {"id": "a", "messages": [says("system", "S"), *ROWS[0]["messages"]]},
     ],
-)  # fmt: skip
+)
 def test_an_id_that_asks_something_else_now_is_refused(half, row):
-    with pytest.raises(
-        UserError, match=r"a\.jsonl, line 1: 'a' answers other messages than d\.jsonl, line 1 has"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: 'a' answers other messages than d\.jsonl, line 1 has"):
         work(chat(), half, row)
 
 
@@ -300,10 +300,16 @@ def test_other_answers_of_others_are_the_same_question(half):
 @pytest.mark.parametrize(
     "content",
     [
-        "my notes", "my notes\n", '{"id": "a", "messages": []}\n', json.dumps(talk("1", "-", id="a")) + "\n",
-        "[1, 2]\n", "\n", "4", '{"id": "a", "messages": [1], "regenerated": {"asked": 1, "answers": []}}\n',
+        "my notes",
+        "my notes\n",
+        '{"id": "a", "messages": []}\n',
+        json.dumps(talk("1", "-", id="a")) + "\n",
+        "[1, 2]\n",
+        "\n",
+        "4",
+        '{"id": "a", "messages": [1], "regenerated": {"asked": 1, "answers": []}}\n',
     ],
-)  # fmt: skip
+)
 def test_a_file_that_regenerate_did_not_write_stays_as_it_is(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"a\.jsonl.*choose another --output"):
@@ -367,8 +373,21 @@ def test_regenerate_then_prepare_gives_what_was_asked_and_written(tmp_path, caps
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(talk(f"{i}?", "-", "and?", "-")) + "\n" for i in range(5)))
     output = tmp_path / "a.jsonl"
-    words = ["regenerate", "--data", data, "--target", target, "--output", output, "--max_new_tokens", 4,
-             "--batch_size", 2, "--dtype", "float32"]  # fmt: skip
+    words = [
+        "regenerate",
+        "--data",
+        data,
+        "--target",
+        target,
+        "--output",
+        output,
+        "--max_new_tokens",
+        4,
+        "--batch_size",
+        2,
+        "--dtype",
+        "float32",
+    ]
     assert main([str(word) for word in words]) == 0
     said = capsys.readouterr().out
     assert "5 conversations answered now, 0 before" in said
@@ -384,16 +403,6 @@ def test_regenerate_then_prepare_gives_what_was_asked_and_written(tmp_path, caps
 
 @pytest.mark.parametrize("option", ["--max_new_tokens", "--batch_size", "--temperature", "--top_p", "--seed"])
 def test_numbers_out_of_range_are_refused(target, conversations, tmp_path, capsys, option):
-    words = [
-        "regenerate",
-        "--data",
-        conversations,
-        "--target",
-        target,
-        "--output",
-        tmp_path / "a.jsonl",
-        option,
-        -1,
-    ]
+    words = ["regenerate", "--data", conversations, "--target", target, "--output", tmp_path / "a.jsonl", option, -1]
     assert main([str(word) for word in words]) == 2
     assert option.strip("-") in capsys.readouterr().err

@@ -49,9 +49,24 @@ def test_the_config_has_the_defaults_of_its_class_and_the_common_names(tmp_path)
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3", "cohere", "granite", "hyperclovax", "minicpm3", "gemma2", "nanochat", "phi", "phimoe",
-     "ernie4_5_moe", "gpt_neox", "gpt2", "opt", "recurrent_gemma"],
-)  # fmt: skip
+    [
+        "llama",
+        "qwen3",
+        "cohere",
+        "granite",
+        "hyperclovax",
+        "minicpm3",
+        "gemma2",
+        "nanochat",
+        "phi",
+        "phimoe",
+        "ernie4_5_moe",
+        "gpt_neox",
+        "gpt2",
+        "opt",
+        "recurrent_gemma",
+    ],
+)
 def test_embedding_and_head_are_those_of_the_model(name, tmp_path):
     """The head's product with the last state, by what the files say of factor, bias and cap, is the model's logits."""
     files = TargetFiles.find(str(write_family(name, tmp_path / "t")))
@@ -134,9 +149,15 @@ def test_code_that_comes_with_a_target_is_never_run(target, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "made_for", "learnt"),
-    [("llama", 512, None), ("gpt2", 512, 512), ("opt", 512, 512), ("llama, dynamic", 2048, None), ("bloom", 512, None),
-     ("llama, yarn", 512, None)],
-)  # fmt: skip
+    [
+        ("llama", 512, None),
+        ("gpt2", 512, 512),
+        ("opt", 512, 512),
+        ("llama, dynamic", 2048, None),
+        ("bloom", 512, None),
+        ("llama, yarn", 512, None),
+    ],
+)
 def test_how_long_a_text_may_be(name, made_for, learnt, tmp_path):
     files = TargetFiles.find(str(write_family(name, tmp_path / "t")))
     assert (files.max_positions, files.learnt_positions) == (made_for, learnt)
@@ -156,20 +177,10 @@ def test_damaged_configs_are_one_line(target, tmp_path, fuzz: Fuzz):
     def read(content: bytes) -> None:
         (folder / "config.json").write_bytes(content)
         files = TargetFiles.find(str(folder))
-        _ = (
-            files.hidden_size,
-            files.num_layers,
-            files.vocab_size,
-            files.max_positions,
-            files.positions_change_at,
-        )
+        _ = (files.hidden_size, files.num_layers, files.vocab_size, files.max_positions, files.positions_change_at)
         _ = files.logit_scale, files.softcap, files.weight_block, files.fingerprint
 
-    originals = [
-        fields,
-        {**fields, "rope_parameters": LLAMA3},
-        {"model_type": "gemma3", "text_config": fields},
-    ]
+    originals = [fields, {**fields, "rope_parameters": LLAMA3}, {"model_type": "gemma3", "text_config": fields}]
     for value in fuzz.values(originals, 60):
         survives(lambda value=value: read(json.dumps(value).encode()), outside=tmp_path / "elsewhere")
     for content in fuzz.bytes([json.dumps(value).encode() for value in originals], 40):
@@ -179,11 +190,7 @@ def test_damaged_configs_are_one_line(target, tmp_path, fuzz: Fuzz):
 def test_the_fingerprint_of_an_ordinary_target_is_the_one_that_earlier_versions_wrote(tmp_path):
     """Checkpoints and features name their target by it."""
     folder = write_target(tmp_path / "t")
-    written = {
-        k: v
-        for k, v in json.loads((folder / "config.json").read_text()).items()
-        if k != "transformers_version"
-    }
+    written = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "transformers_version"}
     (folder / "config.json").write_text(json.dumps(written))
     import xxhash
 

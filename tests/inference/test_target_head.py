@@ -9,9 +9,7 @@ from torch.nn import functional as F
 from specforge.inference.target_head import OutputHead, TargetHead, distance
 
 G = torch.Generator().manual_seed(0)
-EMBEDDING, MATRIX, BIAS, STATES = (
-    torch.randn(*shape, generator=G) for shape in ((50, 8), (50, 8), (50,), (6, 8))
-)
+EMBEDDING, MATRIX, BIAS, STATES = (torch.randn(*shape, generator=G) for shape in ((50, 8), (50, 8), (50,), (6, 8)))
 SCORES = STATES @ MATRIX.T + BIAS
 
 
@@ -43,9 +41,7 @@ def test_a_plain_head_is_its_matrix():
     assert head.lm_head is head.head.weight
 
 
-@pytest.mark.parametrize(
-    "output", [OutputHead(MATRIX), OutputHead(MATRIX, BIAS), OutputHead(MATRIX, BIAS, 2.0)]
-)
+@pytest.mark.parametrize("output", [OutputHead(MATRIX), OutputHead(MATRIX, BIAS), OutputHead(MATRIX, BIAS, 2.0)])
 def test_rows_and_the_head_of_a_draft_vocabulary(output):
     head, ids = TargetHead(EMBEDDING, output, torch.float32), torch.tensor([3, 7, 41])
     logits = output.logits(STATES)

@@ -34,7 +34,7 @@ ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3": ("internlm3", {"head_dim": 8}),
     "norms of 1 + w": ("gemma", {"head_dim": 8, "hidden_activation": "silu", "hidden_act": "silu"}),
     "fused matrices": ("phi3", {}),
-}  # fmt: skip
+}
 
 
 def write(kind: str, fields: dict[str, Any], folder: Path) -> Path:
@@ -42,9 +42,7 @@ def write(kind: str, fields: dict[str, Any], folder: Path) -> Path:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {kind}")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **{**BASE, **fields}), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **fields}), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5.0) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.5)
@@ -117,10 +115,13 @@ def test_a_last_layer_of_another_kind_is_refused_with_the_reason(family, words, 
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gemma", "does not compute"), ("granite", "does not compute"), ("gemma3", "post_feedforward_layernorm"),
-        ("minicpm3", "does not compute"), ("glm", "does not compute"),
+        ("gemma", "does not compute"),
+        ("granite", "does not compute"),
+        ("gemma3", "post_feedforward_layernorm"),
+        ("minicpm3", "does not compute"),
+        ("glm", "does not compute"),
     ],
-)  # fmt: skip
+)
 def test_an_mtp_module_starts_only_from_a_layer_of_its_own_kind(family, words, tmp_path):
     with pytest.raises(UserError, match=words):
         started(MTPModule, write_family(family, tmp_path / "target"))
@@ -137,9 +138,7 @@ class Doubled(LlamaRMSNorm):
 
 
 @pytest.mark.parametrize(
-    ("norm", "shift"),
-    [(LlamaRMSNorm(16), 0.0), (GemmaRMSNorm(16), 1.0), (Qwen3NextRMSNorm(16), 1.0)],
-    ids=str,
+    ("norm", "shift"), [(LlamaRMSNorm(16), 0.0), (GemmaRMSNorm(16), 1.0), (Qwen3NextRMSNorm(16), 1.0)], ids=str
 )
 def test_the_multiplier_of_a_norm_follows_from_its_class(norm, shift):
     weight = torch.randn(16)
@@ -173,9 +172,18 @@ def test_a_new_run_is_refused_but_a_resumed_one_is_not(tmp_path, capsys):
     data = write_conversations(tmp_path / "c.jsonl", 16)
     for words in (
         ["prepare", "--data", data, "--target", target, "--output", tmp_path / "prompts"],
-        ["capture", "--target", target, "--prompts", tmp_path / "prompts", "--output", tmp_path / "features",
-         "--dtype", "float32"],
-    ):  # fmt: skip
+        [
+            "capture",
+            "--target",
+            target,
+            "--prompts",
+            tmp_path / "prompts",
+            "--output",
+            tmp_path / "features",
+            "--dtype",
+            "float32",
+        ],
+    ):
         assert main([str(word) for word in words]) == 0
     path = recipe(target, tmp_path / "features", tmp_path, trainer__max_steps=1)
     assert main(["fit", "--config", str(path)]) == 0

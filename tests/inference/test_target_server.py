@@ -116,9 +116,11 @@ def request(server: TargetServer, token: str, body: bytes, path: str = PATH, met
 
 def good(server: TargetServer, **changes: object) -> dict[str, object]:
     return {
-        "target_fingerprint": server.target.fingerprint, "dtype": "float32",
-        "capture": {"layer_ids": [1], "last_hidden_states": True}, "input_ids": [[1, 2]],
-    } | changes  # fmt: skip
+        "target_fingerprint": server.target.fingerprint,
+        "dtype": "float32",
+        "capture": {"layer_ids": [1], "last_hidden_states": True},
+        "input_ids": [[1, 2]],
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -253,14 +255,7 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(engine, files, token_file,
 
 
 def whole_request(token: str) -> bytes:
-    lines = (
-        f"POST {PATH} HTTP/1.1",
-        "Host: x",
-        f"Authorization: Bearer {token}",
-        "Content-Length: 2",
-        "",
-        "{}",
-    )
+    lines = (f"POST {PATH} HTTP/1.1", "Host: x", f"Authorization: Bearer {token}", "Content-Length: 2", "", "{}")
     return "\r\n".join(lines).encode()
 
 
@@ -286,9 +281,7 @@ def test_any_number_of_strangers_never_lock_out_who_holds_the_token(server, toke
 @pytest.mark.parametrize(
     "start", [b"POST /v1/features HTTP/1.1\r\nA", b"", b"POST /v1/feat", b"GET / HTTP/1.1\r\nA: b"]
 )
-def test_a_stranger_that_trickles_is_closed_after_a_while_in_all(
-    engine, files, token_file, monkeypatch, start
-):
+def test_a_stranger_that_trickles_is_closed_after_a_while_in_all(engine, files, token_file, monkeypatch, start):
     """However long those who hold the token may take."""
     monkeypatch.setattr(target_server, "_HEADER_SECONDS", 0.2)
     slow = TargetServer(engine, files, make_token(token_file), idle_seconds=60)
@@ -352,9 +345,7 @@ def test_refused_tokens_are_logged_at_intervals_without_the_token(server, caplog
     server._quiet_until = 0.0
     assert request(server, "", b"{}")[0] == 401
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert lines == [
-        f"refused {n} requests without this server's token, the last from 127.0.0.1" for n in (1, 5)
-    ]
+    assert lines == [f"refused {n} requests without this server's token, the last from 127.0.0.1" for n in (1, 5)]
     assert "s3cret" not in caplog.text
 
 
@@ -378,10 +369,7 @@ def test_damaged_requests_leave_the_server_as_it_is(engine, files, token_file, f
     token = make_token(token_file)
     with serving(TargetServer(engine, files, token, idle_seconds=0.2)) as server:
         for data in fuzz.bytes([whole_request(token)], 60):
-            with (
-                socket.create_connection(server.server_address[:2], timeout=30) as connection,
-                suppress(OSError),
-            ):
+            with socket.create_connection(server.server_address[:2], timeout=30) as connection, suppress(OSError):
                 connection.sendall(data)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(65536):
@@ -429,12 +417,7 @@ def rogue():
 
 
 def answer(status: str, body: bytes, *headers: str, length: bool = True) -> bytes:
-    lines = [
-        f"HTTP/1.1 {status}",
-        "Connection: close",
-        *headers,
-        *([f"Content-Length: {len(body)}"] if length else []),
-    ]
+    lines = [f"HTTP/1.1 {status}", "Connection: close", *headers, *([f"Content-Length: {len(body)}"] if length else [])]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -448,12 +431,8 @@ def ask(rogue: Rogue, files: TargetFiles, token_file: Path, **options: object):
     return HTTPTargetEngine(rogue.url, token_file, files, **options).capture([[1, 2]], CapturePolicy((1,)))
 
 
-@pytest.mark.parametrize(
-    "status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Time-out", "522 "]
-)
-def test_a_proxy_that_does_not_reach_the_server_is_waited_for(
-    server, files, token_file, rogue, caplog, status
-):
+@pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Time-out", "522 "])
+def test_a_proxy_that_does_not_reach_the_server_is_waited_for(server, files, token_file, rogue, caplog, status):
     page = answer(status, b"<html>" + b"x" * 9999, length=False)
     assert ask(rogue([page, page, right(server)]), files, token_file, patience=10.0)
     assert caplog.text.count(f"HTTP {status[:3]}") == 2
@@ -463,18 +442,10 @@ def test_an_answer_through_a_proxy_that_leaves_out_its_length_is_read(server, fi
     assert ask(rogue([right(server, length=False)]), files, token_file)
 
 
-@pytest.mark.parametrize(
-    "status", ["400 Bad Request", "401 No", "404 x", "413 x", "429 x", "301 Moved", "500 x"]
-)
-def test_a_refusal_ends_at_once_with_the_reason_and_nothing_that_controls_a_terminal(
-    files, token_file, rogue, status
-):
+@pytest.mark.parametrize("status", ["400 Bad Request", "401 No", "404 x", "413 x", "429 x", "301 Moved", "500 x"])
+def test_a_refusal_ends_at_once_with_the_reason_and_nothing_that_controls_a_terminal(files, token_file, rogue, status):
     reason = json.dumps({"error": "\x1b[2J\x1b]0;title\x07line one\nline two " + "x" * 3000}).encode()
-    for body, words in (
-        (reason, "line one line two"),
-        (b"\x1b[31m<html>", "refused"),
-        (b"[" * 9999, "refused"),
-    ):
+    for body, words in ((reason, "line one line two"), (b"\x1b[31m<html>", "refused"), (b"[" * 9999, "refused")):
         with pytest.raises(UserError, match=rf"{words}.*HTTP {status[:3]}") as found:
             ask(rogue([answer(status, body)]), files, token_file, patience=60.0)
         assert str(found.value).isprintable()
@@ -528,22 +499,14 @@ def free_port() -> int:
 
 def start(target: Path, token_file: Path, port: int = 0) -> subprocess.Popen:
     """`specforge target serve` in a process of its own; its first line comes when it answers."""
-    words = [
-        "target",
-        "serve",
-        "--dtype",
-        "float32",
-        "--target",
-        target,
-        "--port",
-        port,
-        "--token_file",
-        token_file,
-    ]
+    words = ["target", "serve", "--dtype", "float32", "--target", target, "--port", port, "--token_file", token_file]
     return subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli.main", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "specforge.cli.main", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])

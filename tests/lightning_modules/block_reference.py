@@ -16,16 +16,8 @@ from tests.lightning_modules.eagle3_reference import rms_norm, rotate
 class BlockReference:
     """The backbone; ``shift`` is 1 where slot k predicts the token after its own position."""
 
-    def __init__(
-        self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor, shift: int = 0
-    ) -> None:
-        self.w, self.config, self.embedding, self.lm_head, self.shift = (
-            weights,
-            config,
-            embedding,
-            lm_head,
-            shift,
-        )
+    def __init__(self, weights: dict[str, Tensor], config, embedding: Tensor, lm_head: Tensor, shift: int = 0) -> None:
+        self.w, self.config, self.embedding, self.lm_head, self.shift = (weights, config, embedding, lm_head, shift)
         self.ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
         self.size = config.block_size
         self.drafts = self.size - 1 + shift
@@ -51,10 +43,7 @@ class BlockReference:
             inputs = self.around(normed, normed, f"layers.{n}.attention_conv.", 0)
             places = list(range(anchor)) + [anchor + k for k in range(self.size)]
             sources = context + inputs
-            keys = [
-                [rotate(h, p, theta) for h in self.heads(x, n, "k")]
-                for p, x in zip(places, sources, strict=True)
-            ]
+            keys = [[rotate(h, p, theta) for h in self.heads(x, n, "k")] for p, x in zip(places, sources, strict=True)]
             values = [(w[f"layers.{n}.self_attn.v_proj.weight"] @ x).split(c.head_dim) for x in sources]
             attended = []
             for k in range(self.size):
@@ -65,9 +54,7 @@ class BlockReference:
                 out = []
                 for h, query in enumerate(queries):
                     scores = torch.stack([query @ keys[i][h // group] for i in seen]) / math.sqrt(c.head_dim)
-                    out.append(
-                        sum(a * values[i][h // group] for a, i in zip(scores.softmax(0), seen, strict=True))
-                    )
+                    out.append(sum(a * values[i][h // group] for a, i in zip(scores.softmax(0), seen, strict=True)))
                 attended.append(w[f"layers.{n}.self_attn.o_proj.weight"] @ torch.cat(out))
             attended = self.around(attended, normed, f"layers.{n}.attention_conv.", 1)
             hidden = [x + y for x, y in zip(hidden, attended, strict=True)]
@@ -117,16 +104,21 @@ def dpace(q: dict[int, Tensor], drafts: int, alpha: float, form: str) -> dict[in
         total *= ((1 - alpha) * float(q[k]) + alpha) if k in q else 1.0
         prefix[k] = total
     following = {k: sum(prefix[j] for j in q if j >= k) for k in q}
-    return {
-        k: {"dpace": following[k], "prefix": prefix[k], "continuation": following[k] / prefix[k]}[form]
-        for k in q
-    }
+    return {k: {"dpace": following[k], "prefix": prefix[k], "continuation": following[k] / prefix[k]}[form] for k in q}
 
 
 def dflash_document(
-    reference: BlockReference, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, *, weights: str = "decay",
-    decay: float = 4.0, alpha: float = 0.5, label: str = "data",
-) -> tuple[Tensor, int, list[int]]:  # fmt: skip
+    reference: BlockReference,
+    tokens: Tensor,
+    mask: Tensor,
+    aux: Tensor,
+    last: Tensor,
+    *,
+    weights: str = "decay",
+    decay: float = 4.0,
+    alpha: float = 0.5,
+    label: str = "data",
+) -> tuple[Tensor, int, list[int]]:
     """Sum of the loss, number of supervised drafts, and hits by depth, of one document."""
     total, count, hits = aux.new_zeros(()), 0, [0] * reference.drafts
     for rows in reference.blocks(tokens, mask, aux):

@@ -40,9 +40,7 @@ class Reference:
         """Queries, keys and values of one row, by head."""
         c, attn = self.config, "midlayer.self_attn."
         theta, share = c.rope_parameters["rope_theta"], c.rope_parameters.get("partial_rotary_factor", 1.0)
-        q, k, v = (
-            self.w[f"{attn}{n}_proj.weight"] @ x + self.w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv"
-        )
+        q, k, v = (self.w[f"{attn}{n}_proj.weight"] @ x + self.w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv")
         return (
             [rotate(h, position, theta, share) for h in q.split(c.head_dim)],
             [rotate(h, position, theta, share) for h in k.split(c.head_dim)],
@@ -75,9 +73,7 @@ class Reference:
             normed: list[Tensor | None] = [None] * length
             queries: list = [None] * length
             for p in range(length - 1 - step):
-                embed = rms_norm(
-                    self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps
-                )
+                embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["midlayer.input_layernorm.weight"], eps)
                 state = rms_norm(hidden[p], w["midlayer.hidden_norm.weight"], eps)
                 heads = self.project(torch.cat([embed, state]), p + step)
                 queries[p], keys[step][p], values[step][p] = heads
@@ -88,9 +84,7 @@ class Reference:
                     group = c.num_attention_heads // len(keys[0][0])
                     scores = torch.stack([queries[p][h] @ keys[s][j][h // group] for s, j in seen])
                     probs = torch.softmax(scores * self.scale(), 0)
-                    heads.append(
-                        sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True))
-                    )
+                    heads.append(sum(a * values[s][j][h // group] for a, (s, j) in zip(probs, seen, strict=True)))
                 x = hidden[p]
                 if getattr(c, "norm_before_residual", False):
                     x = rms_norm(x, w["midlayer.hidden_norm.weight"], eps)
@@ -105,9 +99,20 @@ class Reference:
         return out
 
     def document(
-        self, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, *, steps: int, decay: float, loss: str,
-        label: str, eta: float = 3.0, topk: int = 10, feature_weight: float = 0.0,
-    ) -> tuple[Tensor, int, list[int]]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        aux: Tensor,
+        last: Tensor,
+        *,
+        steps: int,
+        decay: float,
+        loss: str,
+        label: str,
+        eta: float = 3.0,
+        topk: int = 10,
+        feature_weight: float = 0.0,
+    ) -> tuple[Tensor, int, list[int]]:
         """Sum of the loss, number of supervised tokens, and hits of each step, of one document."""
         states = self.states(tokens, aux, steps)
         total = torch.zeros((), dtype=aux.dtype)
@@ -146,15 +151,11 @@ class Reference:
                     ),
                     "ce": lambda q=q, right=right: -q[self.target_ids.index(right)].log(),
                     "topk": lambda q=q, r=renormalised: (
-                        -sum(
-                            r[i] * q[i].log()
-                            for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk]
-                        )
+                        -sum(r[i] * q[i].log() for i in sorted(range(len(r)), key=lambda i: -float(r[i]))[:topk])
                     ),
                     "lk_alpha": lambda accept=accept: -accept.log(),
                     "lk_lambda": lambda kl=kl, accept=accept: (
-                        torch.exp(-eta * accept.detach()) * kl
-                        + (1 - torch.exp(-eta * accept.detach())) * (1 - accept)
+                        torch.exp(-eta * accept.detach()) * kl + (1 - torch.exp(-eta * accept.detach())) * (1 - accept)
                     ),
                 }[loss]()
                 apart = 0.0

@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 class HeadsReference:
-    def __init__(
-        self, weights: dict[str, Tensor], sequential: bool, embedding: Tensor, lm_head: Tensor
-    ) -> None:
+    def __init__(self, weights: dict[str, Tensor], sequential: bool, embedding: Tensor, lm_head: Tensor) -> None:
         self.w, self.sequential, self.embedding, self.lm_head = weights, sequential, embedding, lm_head
         self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
 

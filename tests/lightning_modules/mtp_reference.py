@@ -38,9 +38,7 @@ class MTPReference:
 
     def heads(self, x: Tensor, position: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Queries, keys and values of one row."""
-        return (
-            self.project("q", x, position), self.project("k", x, position), self.project("v", x, position),
-        )  # fmt: skip
+        return (self.project("q", x, position), self.project("k", x, position), self.project("v", x, position))
 
     def mlp(self, y: Tensor) -> Tensor:
         """The MLP of one row."""
@@ -60,9 +58,7 @@ class MTPReference:
                 embed = rms_norm(self.embedding[tokens[p + 1 + step]], w["embed_norm.weight"], eps)
                 if getattr(c, "mask_first", False) and p + step == 0:
                     embed = torch.zeros_like(embed)
-                inputs[p] = w["proj.weight"] @ torch.cat(
-                    [embed, rms_norm(hidden[p], w["hidden_norm.weight"], eps)]
-                )
+                inputs[p] = w["proj.weight"] @ torch.cat([embed, rms_norm(hidden[p], w["hidden_norm.weight"], eps)])
                 x = rms_norm(inputs[p], w["layer.input_layernorm.weight"], eps)
                 queries[p], *seen[step, p] = self.heads(x, p + step)
             out.append({})
@@ -72,9 +68,7 @@ class MTPReference:
                 for h in range(c.num_attention_heads):
                     scores = torch.stack([queries[p][h] @ key[h // group] for key, _ in rows])
                     probs = torch.softmax(scores / math.sqrt(len(queries[p][h])), 0)
-                    heads.append(
-                        sum(a * value[h // group] for a, (_, value) in zip(probs, rows, strict=True))
-                    )
+                    heads.append(sum(a * value[h // group] for a, (_, value) in zip(probs, rows, strict=True)))
                 x = x + w["layer.self_attn.o_proj.weight"] @ torch.cat(heads)
                 y = rms_norm(x, w["layer.post_attention_layernorm.weight"], eps)
                 x = x + self.mlp(y)

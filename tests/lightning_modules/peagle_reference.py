@@ -25,9 +25,7 @@ class Reference:
         self.target_ids = [i + int(weights["d2t"][i]) for i in range(len(weights["d2t"]))]
         self.embedding = weights.get("embed_tokens.weight", embedding)
 
-    def states(
-        self, tokens: Tensor, aux: Tensor, deep: list[tuple[int, int]]
-    ) -> dict[tuple[int, int], Tensor]:
+    def states(self, tokens: Tensor, aux: Tensor, deep: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
         """Normed state of every element; depth 0 has one a token, the last of which reads no following token."""
         c, w = self.config, self.w
         eps, theta = c.rms_norm_eps, c.rope_parameters["rope_theta"]
@@ -38,9 +36,7 @@ class Reference:
             features = aux[a] if d == 0 else w["mask_hidden"].flatten()
             if "fc_norm.0.weight" in w:
                 parts = features.chunk(3)
-                features = torch.cat(
-                    [rms_norm(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(parts)]
-                )
+                features = torch.cat([rms_norm(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(parts)])
             hidden[a, d] = w["fc.weight"] @ features
             embeds[a, d] = self.embedding[tokens[a + 1] if d == 0 else c.mask_token_id]
         for layer in range(c.num_hidden_layers):
@@ -48,10 +44,12 @@ class Reference:
             queries, keys, values = {}, {}, {}
             for a, d in elements:
                 if layer == 0:
-                    x = torch.cat([
-                        rms_norm(embeds[a, d], w[name + "input_layernorm.weight"], eps),
-                        rms_norm(hidden[a, d], w[name + "hidden_norm.weight"], eps),
-                    ])  # fmt: skip
+                    x = torch.cat(
+                        [
+                            rms_norm(embeds[a, d], w[name + "input_layernorm.weight"], eps),
+                            rms_norm(hidden[a, d], w[name + "hidden_norm.weight"], eps),
+                        ]
+                    )
                 else:
                     x = rms_norm(hidden[a, d], w[name + "input_layernorm.weight"], eps)
                 attn = f"{name}self_attn."
@@ -79,9 +77,17 @@ class Reference:
         return {element: rms_norm(x, w["norm.weight"], eps) for element, x in hidden.items()}
 
     def document(
-        self, tokens: Tensor, mask: Tensor, aux: Tensor, last: Tensor, deep: list[tuple[int, int]], *, depths: int,
-        loss: str, label: str,
-    ) -> tuple[Tensor, int, list[int]]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        aux: Tensor,
+        last: Tensor,
+        deep: list[tuple[int, int]],
+        *,
+        depths: int,
+        loss: str,
+        label: str,
+    ) -> tuple[Tensor, int, list[int]]:
         """Sum of the loss, elements that predict a supervised token, and hits of each depth."""
         states = self.states(tokens, aux, deep)
         total, count, hits = torch.zeros((), dtype=aux.dtype), 0, [0] * depths

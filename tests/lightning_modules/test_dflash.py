@@ -13,18 +13,11 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, mask_span
 from specforge.errors import UserError
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
 from tests.lightning_modules.block_reference import BlockReference, dflash_document
-from tests.lightning_modules.checks import (
-    assert_bf16_gradients_are_close,
-    assert_nothing_leaks_across_documents,
-)
+from tests.lightning_modules.checks import assert_bf16_gradients_are_close, assert_nothing_leaks_across_documents
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import write_target
 
-SLIDING = {
-    "layer_types": ["full_attention", "sliding_attention"],
-    "use_sliding_window": True,
-    "sliding_window": 5,
-}
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 5}
 
 EAGLE = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -42,9 +35,7 @@ def shake(module, draft_vocab: int = V) -> None:
     """Weights in fp64 that no initialisation gives, and a draft vocabulary."""
     module.draft.double()
     for parameter in module.draft.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(
-            parameter, 0.5, 1.5
-        )
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     if draft_vocab < V:
         module.draft.set_vocabulary(torch.randperm(V)[:draft_vocab].sort().values)
 
@@ -67,23 +58,22 @@ def make_module(target: Path, draft_vocab: int = V, config: dict | None = None, 
 def slow(module, reference_class, head, documents, document, **options):
     """Loss, gradients, hits and count of the definition."""
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
     }
-    reference = reference_class(
-        weights, module.draft.config, head.embedding, head.lm_head, shift=module.draft.shift
-    )
+    reference = reference_class(weights, module.draft.config, head.embedding, head.lm_head, shift=module.draft.shift)
     loss, count, hits = torch.zeros((), dtype=torch.float64), 0, torch.zeros(reference.drafts)
     for d in documents:
         part, rows, right = document(
-            reference, d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES],
+            reference,
+            d.input_ids,
+            d.loss_mask,
+            d.features[AUX_HIDDEN_STATES],
+            d.features[LAST_HIDDEN_STATES],
             **options,
-        )  # fmt: skip
+        )
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
-    gradients = {
-        n: weights[n].grad for n, _ in module.draft.named_parameters() if weights[n].grad is not None
-    }
+    gradients = {n: weights[n].grad for n, _ in module.draft.named_parameters() if weights[n].grad is not None}
     return (loss.detach(), gradients, hits.long()), count
 
 
@@ -101,9 +91,7 @@ def slow(module, reference_class, head, documents, document, **options):
         ({"weights": "continuation"}, 20, {"num_hidden_layers": 1}, 1.0),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
     module, head = make_module(small_target, draft_vocab, config, **options), make_head()
     documents = make_documents((9, 12, 3, 7, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
@@ -180,9 +168,7 @@ def test_validation_chains_are_the_drafts_greedy_choices(small_target):
         for start in range(len(expected)):
             drafts = reference.logits(document.input_ids, document.features[AUX_HIDDEN_STATES], first + start)
             for k in range(min(3, len(expected) - start)):
-                expected[start, k] = int(drafts[k][2].argmax()) == int(
-                    document.input_ids[first + start + 1 + k]
-                )
+                expected[start, k] = int(drafts[k][2].argmax()) == int(document.input_ids[first + start + 1 + k])
         assert found.tolist() == expected.tolist()
 
 

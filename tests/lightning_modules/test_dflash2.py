@@ -84,9 +84,7 @@ def document(reference: DFlash2Reference, tokens, mask, aux, last, *, decay=4.0,
 
 
 def make(target, draft_vocab=V, config=None, fields=None, **options) -> DFlash2Module:
-    fields = {
-        "conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 6, "selector_top_k": 5, **(fields or {}),
-    }  # fmt: skip
+    fields = {"conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 6, "selector_top_k": 5, **(fields or {})}
     config = {"block_size": 5, "dflash_config": fields, **(config or {})}
     return make_module(target, draft_vocab, config, kind=DFlash2Module, **options)
 
@@ -101,9 +99,7 @@ def make(target, draft_vocab=V, config=None, fields=None, **options) -> DFlash2M
         ({}, V, {}, {"conv_kernel_size": 1, "conv_group_size": 1}, 0.8),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, fields, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, fields, share):
     module, head = make(small_target, draft_vocab, config, fields, **options), make_head()
     documents = make_documents((9, 11, 3, 6, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
@@ -146,8 +142,7 @@ def test_validation_chains_are_the_chosen_candidates(small_target):
         drafts = reference.logits(ids, document.features[AUX_HIDDEN_STATES], anchor)
         length = min(3, 13 - anchor)
         right = [
-            reference.choice(int(ids[anchor + k]), *drafts[k][:2]) == int(ids[anchor + 1 + k])
-            for k in range(length)
+            reference.choice(int(ids[anchor + k]), *drafts[k][:2]) == int(ids[anchor + 1 + k]) for k in range(length)
         ]
         assert found[anchor].tolist() == [*right, *[False] * (3 - length)]
 

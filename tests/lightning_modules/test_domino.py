@@ -88,9 +88,7 @@ def make(target, draft_vocab=V, share=0.0, config=None, fields=None, **options) 
         ({"share": 1.0}, V, {}, 0.8),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, fields, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, fields, share):
     module, head = make(small_target, draft_vocab, fields=fields, **options), make_head()
     documents = make_documents((9, 11, 3, 6, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
@@ -136,9 +134,7 @@ def test_validation_chains_are_the_corrected_greedy_choices(small_target, fields
     module, head = make(small_target, fields=fields), make_head()
     (document,) = make_documents((14,), share=1.0)
     weights = {n: x.detach() for n, x in module.draft.state_dict().items()}
-    reference = DominoReference(
-        weights, module.draft.config, head.embedding, head.lm_head, shift=module.draft.shift
-    )
+    reference = DominoReference(weights, module.draft.config, head.embedding, head.lm_head, shift=module.draft.shift)
     (found,) = module.compute(document, head, positions=3).chains
     again = module.compute(document, head, positions=3).chains[0]
     assert found.tolist() == again.tolist()
@@ -162,10 +158,15 @@ def test_the_base_counts_less_with_every_step(target, features, tmp_path, monkey
     monkeypatch.setattr(lightning_modules.domino, "block_loss", spy)
     fields = {"block_size": 4, "num_hidden_layers": 1, "dflash_config": {"gru_hidden_dim": 8, "emb_dim": 4}}
     path = recipe(
-        target, features, tmp_path, trainer__max_steps=8, trainer__check_val_every_n_epoch=None,
-        trainer__val_check_interval=3, model__class_path="DominoModule",
+        target,
+        features,
+        tmp_path,
+        trainer__max_steps=8,
+        trainer__check_val_every_n_epoch=None,
+        trainer__val_check_interval=3,
+        model__class_path="DominoModule",
         model__init_args={"target": str(target), "layer_ids": [1, 3, 4], "draft_config": fields},
-    )  # fmt: skip
+    )
     assert main(["fit", "--config", str(path)]) == 0
     assert len(shares) > 8
     assert [s for s in shares if s] == [1.0, 0.75, 0.5, 0.25]
@@ -180,11 +181,7 @@ def test_the_base_counts_less_with_every_step(target, features, tmp_path, monkey
         ({}, {**UNSHIFTED, "pure_draft_prefix_len": 3}, "below the 3 tokens"),
         ({}, {"mask_token_id": V}, "mask_token_id is 48, outside"),
         ({"gamma": 5}, {}, "drafts at most 4"),
-        (
-            {"config": {"architectures": ["DFlashDraftModel"]}},
-            {"projector_type": None},
-            "not a draft of domino",
-        ),
+        ({"config": {"architectures": ["DFlashDraftModel"]}}, {"projector_type": None}, "not a draft of domino"),
     ],
 )
 def test_bad_input_is_refused_by_name(small_target, options, fields, message):
@@ -195,12 +192,16 @@ def test_bad_input_is_refused_by_name(small_target, options, fields, message):
 @pytest.mark.parametrize("kind", ["DFlashModule", "DFlash2Module", "DSparkModule", "DominoModule"])
 def test_samples_shorter_than_a_block_are_refused_before_training(kind, target, features, tmp_path, capsys):
     path = recipe(
-        target, features, tmp_path, model__class_path=kind,
+        target,
+        features,
+        tmp_path,
+        model__class_path=kind,
         model__init_args={
-            "target": str(target), "layer_ids": [1, 3, 4],
+            "target": str(target),
+            "layer_ids": [1, 3, 4],
             "draft_config": {"block_size": 400, "num_hidden_layers": 1},
         },
-    )  # fmt: skip
+    )
     assert main(["fit", "--config", str(path)]) != 0
     error = capsys.readouterr().err
     assert "a block of 400 needs" in error

@@ -53,7 +53,7 @@ class DSparkReference(BlockReference):
 
 def document(
     reference: DSparkReference, tokens, mask, aux, last, *, decay=4.0, ce=0.1, l1=0.9, confidence=1.0, label="data"
-):  # fmt: skip
+):
     total, count, hits = aux.new_zeros(()), 0, [0] * reference.drafts
     w = reference.w
     for rows in reference.blocks(tokens, mask, aux, contiguous=True):
@@ -98,13 +98,7 @@ def make(target, draft_vocab=V, config=None, **options):
         ({"confidence": 0.3, "chunk": 1}, V, {}, 1.0),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target,
-    options,
-    draft_vocab,
-    config,
-    share,
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
     module, head = make(small_target, draft_vocab, config, **options), make_head()
     documents = make_documents((9, 11, 3, 6, 1, 2), share=share)
     documents[1].loss_mask[:5] = False

@@ -19,9 +19,15 @@ from tests.tiny import write_target
 
 V, H, STEPS = 48, 16, 4
 LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-}  # fmt: skip
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 10,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +47,7 @@ def make_module(
     module = Eagle3Module(str(target), draft_config={**fields, **(config or {})}, steps=STEPS, **options)
     module.draft.double()
     for parameter in module.draft.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(
-            parameter, 0.5, 1.5
-        )
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     if draft_vocab < V:
         module.draft.set_vocabulary(torch.randperm(V)[:draft_vocab].sort().values)
     return module
@@ -78,14 +82,10 @@ def pack(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
     mask = join([d.loss_mask for d in documents])
     names = documents[0].features
     features = {name: join([d.features[name] for d in documents]) for name in names}
-    return TrainBatch(
-        join([d.input_ids for d in documents]), mask, features, lengths, mask_spans(mask, lengths)
-    )
+    return TrainBatch(join([d.input_ids for d in documents]), mask, features, lengths, mask_spans(mask, lengths))
 
 
-def run(
-    module: Eagle3Module, head: TargetHead, batches: list[TrainBatch]
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def run(module: Eagle3Module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Summed loss, gradients and hits of some batches."""
     module.zero_grad()
     outputs = [module.compute(batch, head) for batch in batches]
@@ -129,26 +129,30 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "ce"}, 20, {**LATENT, "v_head_dim": 11, "fc_norm": True, "norm_output": True}, 1.0),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
     module, head = make_module(small_target, draft_vocab=draft_vocab, config=config, **options), make_head()
     documents = make_documents((9, 12, 3, 7, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
     documents[1].spans = mask_spans(documents[1].loss_mask, (12,))
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
     }
     oracle = LatentReference if "q_lora_rank" in config else Reference
     reference = oracle(weights, module.draft.config, head.embedding, head.lm_head)
     loss, count, hits = torch.zeros((), dtype=torch.float64), 0, torch.zeros(STEPS)
     for d in documents:
         part, rows, right = reference.document(
-            d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES],
-            steps=STEPS, decay=0.8, loss=options["loss"], label=options.get("label", "target"),
-            topk=options.get("topk", 10), feature_weight=options.get("feature_weight", 0.0),
-        )  # fmt: skip
+            d.input_ids,
+            d.loss_mask,
+            d.features[AUX_HIDDEN_STATES],
+            d.features[LAST_HIDDEN_STATES],
+            steps=STEPS,
+            decay=0.8,
+            loss=options["loss"],
+            label=options.get("label", "target"),
+            topk=options.get("topk", 10),
+            feature_weight=options.get("feature_weight", 0.0),
+        )
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
     slow = (loss.detach(), {n: weights[n].grad for n, _ in module.draft.named_parameters()}, hits.long())
@@ -217,10 +221,7 @@ def test_validation_chains_are_the_draft_greedy_choices(small_target):
     (document,) = make_documents((12,), share=1.0)
     chains = module.compute(document, head, positions=3).chains
     reference = Reference(
-        {n: x.detach() for n, x in module.draft.state_dict().items()},
-        module.draft.config,
-        head.embedding,
-        head.lm_head,
+        {n: x.detach() for n, x in module.draft.state_dict().items()}, module.draft.config, head.embedding, head.lm_head
     )
     states = reference.states(document.input_ids, document.features[AUX_HIDDEN_STATES], 3)
     right = torch.zeros(12, 3, dtype=torch.bool)  # by first drafted token
@@ -240,28 +241,26 @@ def test_start_from_target_copies_its_last_layer_and_head(small_target):
     last = files.num_layers - 1
     assert torch.equal(draft.lm_head.weight, files.lm_head()[draft.target_ids].double())
     assert torch.equal(
-        draft.midlayer.self_attn.k_proj.weight[:, H:],
-        files.layer_tensor(last, "self_attn.k_proj.weight").double(),
+        draft.midlayer.self_attn.k_proj.weight[:, H:], files.layer_tensor(last, "self_attn.k_proj.weight").double()
     )
-    assert torch.equal(
-        draft.midlayer.mlp.down_proj.weight, files.layer_tensor(last, "mlp.down_proj.weight").double()
-    )
+    assert torch.equal(draft.midlayer.mlp.down_proj.weight, files.layer_tensor(last, "mlp.down_proj.weight").double())
 
 
 def test_latent_attention_is_that_of_transformers(small_target):
     """The layer's attention at step 0, YaRN included, is DeepSeek's own on a doubled input."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-        DeepseekV3Attention,
-        DeepseekV3RotaryEmbedding,
-    )
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
     rope = {
-        "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0,
-    }  # fmt: skip
-    module = make_module(
-        small_target, config={**LATENT, "rope_parameters": rope, "max_position_embeddings": 64}
-    )
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    }
+    module = make_module(small_target, config={**LATENT, "rope_parameters": rope, "max_position_embeddings": 64})
     ours, config = module.draft.midlayer.self_attn, copy.deepcopy(module.draft.config)
     config.hidden_size, config._attn_implementation = 2 * H, "eager"
     theirs = DeepseekV3Attention(config, 0).double()

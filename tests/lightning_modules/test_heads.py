@@ -63,26 +63,27 @@ def mask_prompts(documents: list[TrainBatch]) -> None:
         ({"loss": "tv", "label": "target"}, 20, {"num_head_blocks": 2}, 0.3),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, cls, options, draft_vocab, config, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, cls, options, draft_vocab, config, share):
     module, head = make_module(cls, small_target, draft_vocab, config, **options), make_head()
     documents = documents_of((9, 12, 3, 7, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
     documents[1].spans = mask_spans(documents[1].loss_mask, (12,))
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
     }
     reference = HeadsReference(weights, cls is HydraModule, head.embedding, head.lm_head)
     parts = [
         reference.document(
-            d.input_ids, d.loss_mask, d.features[LAST_HIDDEN_STATES], heads=HEADS,
-            decay=options.get("head_decay", 0.8), loss=options.get("loss", "ce"),
+            d.input_ids,
+            d.loss_mask,
+            d.features[LAST_HIDDEN_STATES],
+            heads=HEADS,
+            decay=options.get("head_decay", 0.8),
+            loss=options.get("loss", "ce"),
             label=options.get("label", "data"),
         )
         for d in documents
-    ]  # fmt: skip
+    ]
     loss = torch.stack([part[0] for part in parts]).sum()
     loss.backward()
     losses, hits, rows = (torch.tensor([part[i] for part in parts]).sum(0) for i in (2, 3, 4))
@@ -194,12 +195,17 @@ def test_medusa_over_the_whole_vocabulary_is_written_under_the_names_of_vllm(sma
     assert set(tensors) == {
         *(f"blocks.{k}.layers.{j}.weight" for k in range(HEADS) for j in range(2)),
         *(f"lm_heads.{k}.weight" for k in range(HEADS)),
-    }  # fmt: skip
+    }
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     expected = {
-        "architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": HEADS, "num_hidden_layers": 2,
-        "medusa_fc_bias": False, "hidden_size": 16, "vocab_size": 48,
-    }  # fmt: skip
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "num_heads": HEADS,
+        "num_hidden_layers": 2,
+        "medusa_fc_bias": False,
+        "hidden_size": 16,
+        "vocab_size": 48,
+    }
     assert {key: config[key] for key in expected} == expected
     # vLLM renames fields of such names.
     assert not {"num_draft_heads", "num_head_blocks"} & set(config)
@@ -222,9 +228,7 @@ def test_an_exported_draft_can_be_started_from(small_target, cls, tmp_path):
     cls.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
     assert "heads.3.lm_head.weight" in load_file(tmp_path / "draft" / "model.safetensors")
     again = cls(
-        str(small_target),
-        draft_config=os.fspath(tmp_path / "draft" / "config.json"),
-        init_from=str(tmp_path / "draft"),
+        str(small_target), draft_config=os.fspath(tmp_path / "draft" / "config.json"), init_from=str(tmp_path / "draft")
     )
     for name, tensor in module.draft.state_dict().items():
         assert torch.equal(again.draft.state_dict()[name], tensor), name

@@ -25,16 +25,19 @@ CPU = torch.device("cpu")
 PLAIN = {"rope_type": "default", "rope_theta": 5e5}
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    "rope_type": "longrope",
+    "rope_theta": 5e5,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 # Of families whose configs have names of their own.
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 264, "n_embd": 32, "n_head": 4},
     "opt": {"vocab_size": 264, "hidden_size": 32, "num_attention_heads": 4, "word_embed_proj_dim": 32},
     "falcon": {"vocab_size": 264, "hidden_size": 32, "num_attention_heads": 4},
     "bloom": {"vocab_size": 264, "hidden_size": 32, "n_head": 4},
-}  # fmt: skip
+}
 
 
 def target_of(
@@ -80,12 +83,15 @@ def test_a_derived_draft_has_the_dimensions_of_its_target(name, tmp_path):
         ("qwen3", {"head_dim": 16}, {"head_dim": 16, "num_attention_heads": 4}),
         ("llama", {"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-5}),
         # Transformers has no Llama of 32 dimensions and 3 heads.
-        ("qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
-         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}),
+        (
+            "qwen3",
+            {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        ),
         ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 3}, {"num_key_value_heads": 1}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_names_of_dimensions_are_understood(kind, fields, expected, tmp_path):
     found = layer_fields(target_of(tmp_path, kind, {**SIZES.get(kind, BASE), **fields}))
     assert {key: found[key] for key in expected} == expected

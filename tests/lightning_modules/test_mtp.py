@@ -26,13 +26,27 @@ __all__ = ["small_target"]
 
 H, STEPS = 16, 3
 LATENT = {
-    "architectures": ["DeepseekMTPDraft"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-}  # fmt: skip
+    "architectures": ["DeepseekMTPDraft"],
+    "q_lora_rank": 10,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 EXPERTS = {
-    **LATENT, "moe": True, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
-    "moe_intermediate_size": 6, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-}  # fmt: skip
+    **LATENT,
+    "moe": True,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 6,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 
 
@@ -69,28 +83,29 @@ def make_module(target: Path, draft_vocab: int = 20, config: dict | None = None,
         ({}, 20, {**EXPERTS, "norm_topk_prob": False, "norm_output": False}, 0.6),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
     module, head = make_module(small_target, draft_vocab, config, **options), make_head()
     documents = documents_of((9, 12, 3, 7, 1, 2), share=share)
     documents[1].loss_mask[:5] = False
     documents[1].spans = mask_spans(documents[1].loss_mask, (12,))
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
     }
     module.draft.config.norm_output = config.get("norm_output", True)
     definition = LatentMTPReference if "kv_lora_rank" in config else MTPReference
     reference = definition(weights, module.draft.config, head.embedding, head.lm_head)
     parts = [
         reference.document(
-            d.input_ids, d.loss_mask, d.features[LAST_HIDDEN_STATES], steps=STEPS,
-            beta=options.get("step_decay", 0.6), loss=options.get("loss", "ce"),
+            d.input_ids,
+            d.loss_mask,
+            d.features[LAST_HIDDEN_STATES],
+            steps=STEPS,
+            beta=options.get("step_decay", 0.6),
+            loss=options.get("loss", "ce"),
             label=options.get("label", "data"),
         )
         for d in documents
-    ]  # fmt: skip
+    ]
     loss = torch.stack([part[0] for part in parts]).sum()
     loss.backward()
     hits, rows = (torch.tensor([part[i] for part in parts]).sum(0) for i in (2, 3))
@@ -159,15 +174,11 @@ def test_bf16_gradients_are_close_to_fp64(small_target):
 NAMES = {
     "deepseek": ("model.layers.8.", "", ("enorm", "hnorm", "eh_proj", "shared_head.norm")),
     "qwen": ("mtp.", "layers.0.", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")),
-    "mimo": (
-        "model.mtp_layers.0.", "", ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
-    ),
-}  # fmt: skip
+    "mimo": ("model.mtp_layers.0.", "", ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")),
+}
 
 
-def write_mtp_target(
-    small_target: Path, folder: Path, family: str, extra: dict | None = None
-) -> dict[str, Tensor]:
+def write_mtp_target(small_target: Path, folder: Path, family: str, extra: dict | None = None) -> dict[str, Tensor]:
     """A copy of the tiny target with MTP weights of its own under a family's names; returns them by those names."""
     shutil.copytree(small_target, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -176,8 +187,9 @@ def write_mtp_target(
     last = "model.layers.7."
     mine = {
         prefix + layer + n.removeprefix(last): torch.randn(x.shape, generator=g)
-        for n, x in tensors.items() if n.startswith(last)
-    }  # fmt: skip
+        for n, x in tensors.items()
+        if n.startswith(last)
+    }
     mine |= {f"{prefix}{n}.weight": torch.randn(H, generator=g) for n in (embed, hidden, norm)}
     mine[f"{prefix}{proj}.weight"] = torch.randn(H, 2 * H, generator=g)
     save_file({**tensors, **mine, **(extra or {})}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -190,9 +202,7 @@ def test_a_targets_own_mtp_weights_are_read_and_stitched_back(small_target, tmp_
     module = MTPModule(str(tmp_path / "target"), init_from="target_mtp")
     prefix, layer, names = NAMES[family]
     own = module.draft.state_dict()
-    assert torch.equal(
-        own["layer.self_attn.k_proj.weight"], theirs[f"{prefix}{layer}self_attn.k_proj.weight"]
-    )
+    assert torch.equal(own["layer.self_attn.k_proj.weight"], theirs[f"{prefix}{layer}self_attn.k_proj.weight"])
     for mine, name in zip(("embed_norm", "hidden_norm", "norm"), (names[0], names[1], names[3]), strict=True):
         assert torch.equal(own[f"{mine}.weight"], theirs[f"{prefix}{name}.weight"])
     first, second = own["proj.weight"].chunk(2, dim=1)

@@ -34,21 +34,37 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder)
     torch.manual_seed(0)
     config = DeepseekV3Config(
-        vocab_size=264, hidden_size=32, intermediate_size=48, moe_intermediate_size=12, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6,
-        qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, n_group=4,
-        topk_group=2, first_k_dense_replace=1, max_position_embeddings=512, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=256, pad_token_id=257,
-    )  # fmt: skip
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=12,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=12,
+        kv_lora_rank=8,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
     model = DeepseekV3ForCausalLM(config)
     torch.nn.init.normal_(model.model.layers[1].mlp.gate.e_score_correction_bias, std=0.1)
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     last, size = f"model.layers.{LAYERS - 1}.", config.hidden_size
     mine = {
-        NEXTN + n.removeprefix(last): x + 0.01 * torch.randn(x.shape)
-        for n, x in tensors.items()
-        if n.startswith(last)
+        NEXTN + n.removeprefix(last): x + 0.01 * torch.randn(x.shape) for n, x in tensors.items() if n.startswith(last)
     }
     mine |= {f"{NEXTN}{n}.weight": torch.rand(size) + 0.5 for n in ("enorm", "hnorm", "shared_head.norm")}
     mine[f"{NEXTN}eh_proj.weight"] = torch.cat([0.1 * torch.randn(size, size), torch.eye(size)], dim=1)
@@ -119,10 +135,7 @@ def test_the_layer_is_deepseeks_own(deepseek):
 
 
 def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) -> None:
-    head, optimizer = (
-        module.target_head(torch.device("cpu")),
-        torch.optim.Adam(module.draft.parameters(), 1e-2),
-    )
+    head, optimizer = (module.target_head(torch.device("cpu")), torch.optim.Adam(module.draft.parameters(), 1e-2))
     batches = []
     for ids in texts:
         (captured,) = engine.capture([ids], module.spec.capture)
@@ -145,12 +158,7 @@ def test_greedy_decoding_is_lossless_and_accepts(deepseek):
     texts = [[*p, *answer] for p, answer in zip(prompts, expected, strict=True)]
     memorise(module, engine, texts[:2])
     decoded = decode(
-        engine.model,
-        lambda: module.drafter(head, torch.float32),
-        prompts,
-        gamma=3,
-        max_new_tokens=24,
-        end_ids=(),
+        engine.model, lambda: module.drafter(head, torch.float32), prompts, gamma=3, max_new_tokens=24, end_ids=()
     )
     assert [d.tokens for d in decoded] == expected
     # The texts that it was trained on are drafted well.
@@ -185,9 +193,7 @@ def plain_dequantised(values: Tensor, scales: Tensor) -> Tensor:
     wide = torch.empty(values.shape)
     for row in range(len(values)):
         for column in range(values.shape[1]):
-            wide[row, column] = float(values[row, column]) * float(
-                scales[row // BLOCK[0], column // BLOCK[1]]
-            )
+            wide[row, column] = float(values[row, column]) * float(scales[row // BLOCK[0], column // BLOCK[1]])
     return wide
 
 
@@ -210,9 +216,7 @@ def eight_bit(deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             grid = [-(-size // block) for size, block in zip(tensor.shape, BLOCK, strict=True)]
             scales = torch.rand(grid) * 0.01 + 0.001
             values = torch.randint(-400, 401, tensor.shape).float()
-            for i, j in itertools.product(
-                *map(range, grid)
-            ):  # the largest value of every block is the format's
+            for i, j in itertools.product(*map(range, grid)):  # the largest value of every block is the format's
                 values[i * BLOCK[0], j * BLOCK[1]] = -448.0
             tensors |= {name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
     rewrite(folder, tensors, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCK})
@@ -262,11 +266,7 @@ def test_it_can_start_at_the_last_layer_of_an_8_bit_target(eight_bit):
     [
         ({"quant_method": "fp8", "weight_block_size": None}, None, "float8_e4m3fn, of which only"),
         ({"quant_method": "fp8", "weight_block_size": [8, 8]}, None, "have . x . scales, not"),
-        (
-            {"quant_method": "fp8", "weight_block_size": BLOCK},
-            torch.float8_e5m2,
-            "float8_e5m2, of which only",
-        ),
+        ({"quant_method": "fp8", "weight_block_size": BLOCK}, torch.float8_e5m2, "float8_e5m2, of which only"),
         ({"quant_method": "bitsandbytes"}, torch.int8, "int8, of which only"),
     ],
 )

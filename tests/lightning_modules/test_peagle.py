@@ -30,15 +30,17 @@ def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_module(target: Path, draft_vocab: int = 20, config: dict | None = None, **options) -> PEagleModule:
     torch.manual_seed(0)
     fields = {
-        "draft_vocab_size": draft_vocab, "head_dim": 4, "num_hidden_layers": 2, "mask_token_id": 7,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, **(config or {}),
-    }  # fmt: skip
+        "draft_vocab_size": draft_vocab,
+        "head_dim": 4,
+        "num_hidden_layers": 2,
+        "mask_token_id": 7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        **(config or {}),
+    }
     module = PEagleModule(str(target), fields, **{"depths": DEPTHS, "keep_ratio": 0.7, **options})
     module.draft.double()
     for parameter in module.draft.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(
-            parameter, 0.5, 1.5
-        )
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     module.draft.set_vocabulary(torch.randperm(V)[:draft_vocab].sort().values)
     return module
 
@@ -55,11 +57,7 @@ def join(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
 
 def deep_elements(module: PEagleModule, document: TrainBatch) -> list[tuple[int, int]]:
     plan = plan_parallel(
-        document.lengths,
-        document.spans,
-        module.depths,
-        sampling=module.sampling,
-        seeds=module._seeds(document),
+        document.lengths, document.spans, module.depths, sampling=module.sampling, seeds=module._seeds(document)
     )
     return elements(plan)
 
@@ -80,26 +78,28 @@ def elements(plan: ParallelPlan) -> list[tuple[int, int]]:
         ({}, 20, {"norm_before_residual": True, "attention_bias": True, "num_hidden_layers": 2}, 0.9),
     ],
 )
-def test_loss_gradients_and_hits_are_those_of_the_definition(
-    small_target, options, draft_vocab, config, share
-):
+def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):
     module, head = make_module(small_target, draft_vocab, config, **options), make_head()
     documents = named(make_documents((9, 12, 3, 7, 1, 2), share=share))
     documents[1].loss_mask[:5] = False
     documents[1].spans = mask_spans(documents[1].loss_mask, (12,))
     weights = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in module.draft.state_dict().items()
+        name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in module.draft.state_dict().items()
     }
     reference = Reference(weights, module.draft.config, head.embedding, head.lm_head)
     depths = module.depths
     loss, count, hits = torch.zeros((), dtype=torch.float64), 0, torch.zeros(depths)
     for d in documents:
         part, rows, right = reference.document(
-            d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES],
-            deep_elements(module, d), depths=depths, loss=options.get("loss", "kl"),
+            d.input_ids,
+            d.loss_mask,
+            d.features[AUX_HIDDEN_STATES],
+            d.features[LAST_HIDDEN_STATES],
+            deep_elements(module, d),
+            depths=depths,
+            loss=options.get("loss", "kl"),
             label=options.get("label", "target"),
-        )  # fmt: skip
+        )
         loss, count, hits = loss + part, count + rows, hits + torch.tensor(right)
     loss.backward()
     grads = {n: weights[n].grad for n, _ in module.draft.named_parameters()}
@@ -224,7 +224,7 @@ def test_validation_is_deterministic_and_complete(small_target):
         int(t): row
         for tile in module.draft_logits(batch, head, 3)
         for t, row in zip(tile.labels, tile.logits, strict=True)
-    }  # fmt: skip
+    }
     ids = module.draft.draft_ids(batch.input_ids)
     checked = 0
     for (start, _), chain in zip(batch.spans, a.chains, strict=True):
@@ -242,11 +242,7 @@ def test_validation_is_deterministic_and_complete(small_target):
         ({"mask_token_id": V}, {}, "mask_token_id is 48, but the target has 48 tokens"),
         ({"mask_token_id": -1}, {}, "mask_token_id is -1"),
         ({"num_hidden_layers": 0}, {}, "num_hidden_layers is 0"),
-        (
-            {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1},
-            {},
-            "is not a draft of peagle",
-        ),
+        ({"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}, {}, "is not a draft of peagle"),
         ({}, {"gamma": 9}, "gamma is 9; want 1 to 8"),
         ({}, {"topk": 0}, "topk is 0"),
         ({}, {"layer_ids": [1, 2, 99]}, "99"),

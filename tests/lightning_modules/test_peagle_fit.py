@@ -16,9 +16,11 @@ from tests.tiny import recipe
 MODEL = {
     "class_path": "PEagleModule",
     "init_args": {
-        "depths": 5, "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2}, "optimizer": {"lr": 1e-3},
+        "depths": 5,
+        "draft_config": {"draft_vocab_size": 64, "num_hidden_layers": 2},
+        "optimizer": {"lr": 1e-3},
     },
-}  # fmt: skip
+}
 
 
 def options(target: Path, **changes: object) -> dict[str, object]:
@@ -47,10 +49,7 @@ def test_muon_takes_the_matrices_only(target, features, tmp_path):
 
 def test_an_embedding_of_its_own_starts_as_the_targets_and_is_trained(target, features, tmp_path):
     path = recipe(target, features, tmp_path, **options(target))
-    words = [
-        "--model.draft_config",
-        "{draft_vocab_size: 64, num_hidden_layers: 1, embed_requires_grad: true}",
-    ]
+    words = ["--model.draft_config", "{draft_vocab_size: 64, num_hidden_layers: 1, embed_requires_grad: true}"]
     trained = fit(path, *words, "--trainer.max_steps", 2)["draft.embed_tokens.weight"]
     moved = (trained - TargetFiles.find(str(target)).embedding()).abs()
     assert 0 < float(moved.max()) < 0.01
@@ -69,9 +68,22 @@ def test_a_trained_draft_is_evaluated_and_exported(target, features, prompts, tm
     fit(recipe(target, features, tmp_path, **options(target)))
     draft = tmp_path / "run" / "checkpoints" / "last.ckpt"
     words = [
-        "evaluate", "--draft", draft, "--prompts", prompts, "--json", tmp_path / "e.json",
-        "--cache", tmp_path / "cache", "--max_new_tokens", 12, "--speed_prompts", 1, "--temperature", temperature,
-    ]  # fmt: skip
+        "evaluate",
+        "--draft",
+        draft,
+        "--prompts",
+        prompts,
+        "--json",
+        tmp_path / "e.json",
+        "--cache",
+        tmp_path / "cache",
+        "--max_new_tokens",
+        12,
+        "--speed_prompts",
+        1,
+        "--temperature",
+        temperature,
+    ]
     assert main([str(word) for word in words]) == 0
     row = json.loads((tmp_path / "e.json").read_text())["methods"][-1]
     assert row["method"] == "peagle"

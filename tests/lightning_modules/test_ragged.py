@@ -19,9 +19,14 @@ V, H = 48, 16
 LAYERS = {"layer_ids": [1, 3, 4]}
 BLOCKS = {"num_hidden_layers": 1, "block_size": 5, "draft_vocab_size": 20}
 LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 6, "v_head_dim": 3, "num_key_value_heads": 4,
-}  # fmt: skip
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 10,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 3,
+    "num_key_value_heads": 4,
+}
 # A name: the algorithm, fields of its draft config, and options.
 FORMS: dict[str, tuple[str, dict, dict]] = {
     "eagle3": ("eagle3", {}, LAYERS),
@@ -39,7 +44,7 @@ FORMS: dict[str, tuple[str, dict, dict]] = {
     "dflash2": ("dflash2", {**BLOCKS, "dflash_config": {"selector_rank": 8}}, LAYERS),
     "domino": ("domino", {**BLOCKS, "dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}}, LAYERS),
     "standalone": ("standalone", {"num_hidden_layers": 1}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +79,7 @@ def draw_documents(rng: random.Random) -> list[TrainBatch]:
     documents = []
     for number in range(rng.randrange(1, 9)):
         length = rng.choice([1, 2, 3, 4, 5, 9, 30])
-        mask, seed = (
-            torch.tensor(draw_mask(rng, length)),
-            torch.Generator().manual_seed(rng.randrange(1 << 30)),
-        )
+        mask, seed = (torch.tensor(draw_mask(rng, length)), torch.Generator().manual_seed(rng.randrange(1 << 30)))
         features = {
             name: torch.randn(length, width, generator=seed, dtype=torch.float64)
             for name, width in ((AUX_HIDDEN_STATES, 3 * H), (LAST_HIDDEN_STATES, H))
@@ -89,18 +91,23 @@ def draw_documents(rng: random.Random) -> list[TrainBatch]:
 
 def pack(documents: list[TrainBatch], padding: int) -> TrainBatch:
     empty = TrainBatch(
-        torch.zeros(padding, dtype=torch.int64), torch.zeros(padding, dtype=torch.bool),
+        torch.zeros(padding, dtype=torch.int64),
+        torch.zeros(padding, dtype=torch.bool),
         {AUX_HIDDEN_STATES: torch.zeros(padding, 3 * H).double(), LAST_HIDDEN_STATES: torch.zeros(padding, H).double()},
-        (), (),
-    )  # fmt: skip
+        (),
+        (),
+    )
     parts = [*documents, empty]
     lengths = tuple(d.num_tokens for d in documents)
     mask = torch.cat([d.loss_mask for d in parts])
     return TrainBatch(
-        torch.cat([d.input_ids for d in parts]), mask,
+        torch.cat([d.input_ids for d in parts]),
+        mask,
         {name: torch.cat([d.features[name] for d in parts]) for name in empty.features},
-        lengths, mask_spans(mask, lengths), tuple(name for d in documents for name in d.sample_ids),
-    )  # fmt: skip
+        lengths,
+        mask_spans(mask, lengths),
+        tuple(name for d in documents for name in d.sample_ids),
+    )
 
 
 def cut(documents: list[TrainBatch], rng: random.Random) -> list[TrainBatch]:

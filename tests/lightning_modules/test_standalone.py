@@ -29,9 +29,16 @@ from tests.tiny import recipe, write_target
 
 V, H = 48, 16
 SMALL = {
-    "model_type": "llama", "vocab_size": V, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +151,7 @@ def test_nothing_leaks_across_documents(small_target):
 def test_without_supervised_tokens_every_parameter_still_has_a_gradient(small_target):
     module, head = make_module(small_target), make_head()
     (single,) = documents((1,), share=1.0)
-    nothing = TrainBatch(
-        single.input_ids[:0], single.loss_mask[:0], {LAST_HIDDEN_STATES: torch.zeros(0, H)}, (), ()
-    )
+    nothing = TrainBatch(single.input_ids[:0], single.loss_mask[:0], {LAST_HIDDEN_STATES: torch.zeros(0, H)}, (), ())
     for batch in (single, nothing):
         module.zero_grad()
         output = module.compute(batch, head)
@@ -193,26 +198,19 @@ def engine(target) -> HFTargetEngine:
 
 def half_the_target(target: Path, **config) -> StandaloneModule:
     """Five of eight layers: right now and then."""
-    module = StandaloneModule(
-        str(target), init_from="target", draft_config={"num_hidden_layers": 5, **config}
-    ).eval()
+    module = StandaloneModule(str(target), init_from="target", draft_config={"num_hidden_layers": 5, **config}).eval()
     if config:
         module.draft.set_vocabulary(torch.arange(0, 264, 264 // config["draft_vocab_size"]))
     module.draft.start_from_target(module.target)
     return module
 
 
-PROMPTS = [
-    torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-    for n in (3, 11, 6, 20, 1)
-]
+PROMPTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 11, 6, 20, 1)]
 
 
 @pytest.mark.parametrize("config", [{}, {"draft_vocab_size": 132}], ids=["whole", "reduced"])
 @pytest.mark.parametrize("gamma", [1, 4])
-def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_ones(
-    engine, target, config, gamma
-):
+def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_ones(engine, target, config, gamma):
     module = half_the_target(target, **config)
     head = module.target_head(torch.device("cpu"))
     plain = engine.generate(PROMPTS, max_new_tokens=40, end_ids=[256])
@@ -352,10 +350,7 @@ def test_bad_options_are_refused_by_name(target, options, message, monkeypatch):
         ({"draft_vocab_size": -1}, "draft_vocab_size is -1, but"),
         ({"draft_vocab_size": "64"}, "draft_vocab_size is '64', but"),
         ({"intermediate_size": 10**12}, "such a draft needs .* GB, but only"),
-        (
-            {**BASE, "model_type": "gemma2", "head_dim": 8},
-            "logits of Gemma2ForCausalLM are not its output head times",
-        ),
+        ({**BASE, "model_type": "gemma2", "head_dim": 8}, "logits of Gemma2ForCausalLM are not its output head times"),
         ({**BASE, "model_type": "granite", "logits_scaling": 2.0}, "logits of GraniteForCausalLM are not"),
         ({**BASE, "model_type": "phi"}, "output head of PhiForCausalLM has a bias"),
     ],
@@ -369,10 +364,7 @@ def test_fields_that_its_model_does_not_have_or_cannot_be_trained_with_are_refus
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "seed_oss", "gemma3_text"])
 def test_any_model_whose_logits_are_its_head_times_its_state_can_be_a_draft(target, kind):
     """Also with dropout, which is off during the check."""
-    fields = {
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    }
+    fields = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
     module = StandaloneModule(str(target), draft_config={**BASE, "model_type": kind, **fields.get(kind, {})})
     assert module.draft.training
 
@@ -398,31 +390,25 @@ def test_a_class_may_have_its_own_names_for_common_fields(tmp_path):
     [
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": 20}, 20),
         ({"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 20}, 20),
-        ({"model_type": "llama", "max_position_embeddings": 20,
-          "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 20),
+        (
+            {
+                "model_type": "llama",
+                "max_position_embeddings": 20,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            },
+            20,
+        ),
         ({"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 400}, 400),
         ({"model_type": "llama", "max_position_embeddings": 20}, None),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_longest_text_of_a_draft(target, config, limit):
-    assert (
-        StandaloneModule(str(target), draft_config={**BASE, "num_hidden_layers": 1, **config}).draft.longest
-        == limit
-    )
+    assert StandaloneModule(str(target), draft_config={**BASE, "num_hidden_layers": 1, **config}).draft.longest == limit
 
 
-def test_texts_that_are_too_long_for_the_draft_are_refused_before_training(
-    target, features, tmp_path, capsys
-):
-    config = {
-        "model_type": "gpt2",
-        "vocab_size": 264,
-        "n_embd": 32,
-        "n_layer": 1,
-        "n_head": 4,
-        "n_positions": 20,
-    }
+def test_texts_that_are_too_long_for_the_draft_are_refused_before_training(target, features, tmp_path, capsys):
+    config = {"model_type": "gpt2", "vocab_size": 264, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 20}
     model = {"class_path": "StandaloneModule", "init_args": {"target": str(target), "draft_config": config}}
     assert main(["fit", "--config", str(recipe(target, features, tmp_path, model=model))]) == 2
     assert "tokens, but the draft supports texts of up to 20" in capsys.readouterr().err
@@ -454,30 +440,47 @@ def test_init_from_target_refuses_what_does_not_fit(target):
 
 def test_it_is_captured_trained_resumed_and_evaluated(target, prompts, tmp_path):
     run, features = tmp_path / "run", tmp_path / "features"
-    words = [
-        "capture",
-        "--algorithm",
-        "standalone",
-        "--target",
-        target,
-        "--prompts",
-        prompts,
-        "--output",
-        features,
-    ]
+    words = ["capture", "--algorithm", "standalone", "--target", target, "--prompts", prompts, "--output", features]
     assert main([str(w) for w in words]) == 0
     words = [
-        "fit", "--config", "standalone-smollm2.yaml", "--model.target", target, "--trainer.accelerator", "cpu",
-        "--trainer.precision", "32-true", "--data.features", features, "--trainer.default_root_dir", run,
-        "--trainer.val_check_interval", 4, "--model.draft_config", '{"num_hidden_layers": 4, "draft_vocab_size": 128}',
-    ]  # fmt: skip
+        "fit",
+        "--config",
+        "standalone-smollm2.yaml",
+        "--model.target",
+        target,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.precision",
+        "32-true",
+        "--data.features",
+        features,
+        "--trainer.default_root_dir",
+        run,
+        "--trainer.val_check_interval",
+        4,
+        "--model.draft_config",
+        '{"num_hidden_layers": 4, "draft_vocab_size": 128}',
+    ]
     assert main([str(w) for w in (*words, "--trainer.max_steps", 8)]) == 0
     checkpoint = run / "checkpoints" / "last.ckpt"
     assert main([str(w) for w in (*words, "--trainer.max_steps", 12, "--ckpt_path", checkpoint)]) == 0
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history if "val/tau" in row] == [4, 8, 12]
-    words = ["evaluate", "--draft", checkpoint, "--prompts", prompts, "--json", tmp_path / "e.json",
-             "--cache", tmp_path / "cache", "--max_new_tokens", 20, "--speed_prompts", 1]  # fmt: skip
+    words = [
+        "evaluate",
+        "--draft",
+        checkpoint,
+        "--prompts",
+        prompts,
+        "--json",
+        tmp_path / "e.json",
+        "--cache",
+        tmp_path / "cache",
+        "--max_new_tokens",
+        20,
+        "--speed_prompts",
+        1,
+    ]
     assert main([str(w) for w in words]) == 0
     row = json.loads((tmp_path / "e.json").read_text())["methods"][-1]
     assert row["method"] == "standalone"

@@ -24,8 +24,15 @@ LAYERS = {"layer_ids": [1, 2, 4]}
 # Fields that are not what the target would give.
 OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eagle3": (
-        {"draft_vocab_size": 20, "rms_norm_eps": 1e-3, "norm_output": True, "intermediate_size": 24, "head_dim": 8,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5}}, LAYERS,
+        {
+            "draft_vocab_size": 20,
+            "rms_norm_eps": 1e-3,
+            "norm_output": True,
+            "intermediate_size": 24,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5},
+        },
+        LAYERS,
     ),
     "peagle": ({"draft_vocab_size": 20, "num_hidden_layers": 2, "mask_token_id": 5, "attention_bias": True}, LAYERS),
     "mtp": ({"draft_vocab_size": 20, "norm_output": False, "rope_theta": 77.0}, {}),
@@ -33,14 +40,17 @@ OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dspark": ({"block_size": 5, "num_hidden_layers": 1, "markov_rank": 4, "markov_head_type": "rnn"}, LAYERS),
     "dflash2": ({"block_size": 5, "num_hidden_layers": 1, "dflash_config": {"selector_rank": 4}}, LAYERS),
     "domino": (
-        {"block_size": 5, "num_hidden_layers": 1, "dflash_config": {
-            "gru_hidden_dim": 4, "emb_dim": 4, "shift_label": False, "pure_draft_prefix_len": 2,
-        }}, LAYERS,
+        {
+            "block_size": 5,
+            "num_hidden_layers": 1,
+            "dflash_config": {"gru_hidden_dim": 4, "emb_dim": 4, "shift_label": False, "pure_draft_prefix_len": 2},
+        },
+        LAYERS,
     ),
     "medusa": ({"num_draft_heads": 2, "num_head_blocks": 2}, {}),
     "hydra": ({"num_draft_heads": 2, "draft_vocab_size": 20}, {}),
     "standalone": ({"num_hidden_layers": 2, "intermediate_size": 24}, {}),
-}  # fmt: skip
+}
 EVERY = pytest.mark.parametrize("name", OWN)
 
 
@@ -73,9 +83,7 @@ def exported(small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def damaged(exported, tmp_path):
     """A copy of an exported draft whose config or tensors a test changes."""
 
-    def change(
-        name: str, fields: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
-    ) -> Path:
+    def change(name: str, fields: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Path:
         folder = Path(shutil.copytree(exported[name], tmp_path / name, dirs_exist_ok=True))
         config = {**json.loads((folder / "config.json").read_text()), **(fields or {})}
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
@@ -113,13 +121,16 @@ def test_the_config_of_a_draft_on_disk_is_the_default(name, small, exported):
         ("peagle", {"draft_config": {"mask_token_id": 6}}, "mask_token_id 5, but .* has 6"),
         ("mtp", {"draft_config": {"mask_first": True}}, "mask_first False, but .* has True"),
         ("dflash", {"layer_ids": [0, 2, 4]}, r"target_layer_ids \[1, 2, 4\], but .* has"),
-        ("dflash", {"draft_config": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}},
-         "layer_types"),
+        (
+            "dflash",
+            {"draft_config": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}},
+            "layer_types",
+        ),
         ("dflash2", {"draft_config": {"dflash_config": {"selector_top_k": 8}}}, "selector_top_k 16, but .* has 8"),
         ("domino", {"draft_config": {"dflash_config": {"shift_label": True}}}, "shift_label"),
         ("standalone", {"draft_config": {"rms_norm_eps": 1e-3}}, "rms_norm_eps"),
     ],
-)  # fmt: skip
+)
 def test_a_network_other_than_the_trained_one_is_refused_by_name(small, exported, name, change, words):
     with pytest.raises(UserError, match=f"{name} was trained with .*{words}") as error:
         make(name, small, init_from=str(exported[name]), **change)
@@ -174,10 +185,8 @@ def test_a_config_without_captured_layers_means_the_defaults_of_servers(small, d
         ("standalone", {"model_type": ...}, {}, "transformers has no model_type None"),
         ("standalone", {}, {"model.norm.weight": None}, "tensor model.model.norm.weight is missing"),
     ],
-)  # fmt: skip
-def test_a_folder_with_another_kind_of_draft_is_refused_in_one_line(
-    small, damaged, name, fields, tensors, words
-):
+)
+def test_a_folder_with_another_kind_of_draft_is_refused_in_one_line(small, damaged, name, fields, tensors, words):
     folder = damaged(name, fields, tensors)
     with pytest.raises(UserError, match=words) as error:
         make(name, small, init_from=str(folder))
@@ -239,18 +248,20 @@ def test_fields_that_were_ignored_are_dropped_from_older_checkpoints(checkpoint,
     assert saved.pop("config_version") == 1
     rope = saved["draft_config"]["rope_parameters"]
     saved["draft_config"] |= {
-        "attention_bias": True, "norm_before_residual": True, "mlp_bias": True, "hidden_act": "gelu", "qk_norm": True,
-        "sliding_window": 8, "rope_parameters": {**rope, "rope_type": "dynamic", "factor": 4.0,
-                                                 "partial_rotary_factor": 0.5},
-    }  # fmt: skip
+        "attention_bias": True,
+        "norm_before_residual": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu",
+        "qk_norm": True,
+        "sliding_window": 8,
+        "rope_parameters": {**rope, "rope_type": "dynamic", "factor": 4.0, "partial_rotary_factor": 0.5},
+    }
     torch.save(content, tmp_path / "old.ckpt")
     old, new = (load_module(path, str(target)).draft for path in (tmp_path / "old.ckpt", checkpoint))
     assert old.config.to_dict() == new.config.to_dict()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(
-            old.rotary(99, old.fc.weight.device), new.rotary(99, old.fc.weight.device), strict=True
-        )
+        for a, b in zip(old.rotary(99, old.fc.weight.device), new.rotary(99, old.fc.weight.device), strict=True)
     )
     assert all(torch.equal(old.state_dict()[name], x) for name, x in new.state_dict().items())
 
@@ -268,7 +279,4 @@ def test_a_resumed_run_names_the_option_that_differs(checkpoint, target, feature
     config = {"draft_vocab_size": 64, "norm_output": True}
     path = recipe(target, features, tmp_path, trainer__max_steps=4, model__init_args__draft_config=config)
     assert main(["fit", "--config", str(path), "--ckpt_path", str(checkpoint)]) == 2
-    assert (
-        "has norm_output False, but the model's has True; change model.draft_config"
-        in capsys.readouterr().err
-    )
+    assert "has norm_output False, but the model's has True; change model.draft_config" in capsys.readouterr().err

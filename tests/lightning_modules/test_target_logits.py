@@ -41,9 +41,7 @@ class SlowHead:
 
     def __matmul__(self, state: Tensor) -> Tensor:
         cap = self.head.softcap
-        scores = torch.stack(
-            [row @ state + b for row, b in zip(self.head.weight, self.head.bias, strict=True)]
-        )
+        scores = torch.stack([row @ state + b for row, b in zip(self.head.weight, self.head.bias, strict=True)])
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def __getitem__(self, ids: Any) -> SlowHead:
@@ -55,9 +53,7 @@ def heads(softcap: float | None) -> tuple[TargetHead, Any]:
     g = torch.Generator().manual_seed(1)
     embedding, matrix = (torch.randn(V, H, generator=g, dtype=torch.float64) for _ in range(2))
     output = OutputHead(matrix, 2 * torch.randn(V, generator=g, dtype=torch.float64), softcap)
-    return TargetHead(embedding, output, torch.float64), SimpleNamespace(
-        embedding=embedding, lm_head=SlowHead(output)
-    )
+    return TargetHead(embedding, output, torch.float64), SimpleNamespace(embedding=embedding, lm_head=SlowHead(output))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -66,17 +62,24 @@ def test_eagle3_learns_the_targets_distribution(small_target, softcap, loss, dra
     module, (head, plain) = make_eagle3(small_target, draft_vocab=draft_vocab, loss=loss), heads(softcap)
     documents = make_documents((9, 12, 3, 7))
     weights = {
-        n: x.detach().clone().requires_grad_(x.is_floating_point())
-        for n, x in module.draft.state_dict().items()
+        n: x.detach().clone().requires_grad_(x.is_floating_point()) for n, x in module.draft.state_dict().items()
     }
     reference = Reference(weights, module.draft.config, plain.embedding, plain.lm_head)
     parts = [
         reference.document(
-            d.input_ids, d.loss_mask, d.features[AUX_HIDDEN_STATES], d.features[LAST_HIDDEN_STATES], steps=STEPS,
-            decay=0.8, loss=loss, label="target", topk=10, feature_weight=0.0,
+            d.input_ids,
+            d.loss_mask,
+            d.features[AUX_HIDDEN_STATES],
+            d.features[LAST_HIDDEN_STATES],
+            steps=STEPS,
+            decay=0.8,
+            loss=loss,
+            label="target",
+            topk=10,
+            feature_weight=0.0,
         )
         for d in documents
-    ]  # fmt: skip
+    ]
     total = torch.stack([part[0] for part in parts]).sum()
     total.backward()
     gradients = {n: weights[n].grad for n, _ in module.draft.named_parameters()}
@@ -89,8 +92,7 @@ def test_mtp_drafts_with_the_targets_bias(small_target, softcap):
     module.draft.config.norm_output = True
     documents = make_documents((9, 12, 3, 7))
     weights = {
-        n: x.detach().clone().requires_grad_(x.is_floating_point())
-        for n, x in module.draft.state_dict().items()
+        n: x.detach().clone().requires_grad_(x.is_floating_point()) for n, x in module.draft.state_dict().items()
     }
     reference = MTPReference(weights, module.draft.config, plain.embedding, plain.lm_head)
     parts = [
@@ -145,8 +147,6 @@ def test_a_drafter_and_its_replay_make_the_same_tokens(small_target, algorithm):
         right = next((i for i, t in enumerate(drafted) if t != answer.answer[position + i]), len(drafted))
         step = min(right + 1, len(answer.answer) - position)
         place = slice(3 + position, 3 + position + step)
-        drafter.observe(
-            answer.answer[position : position + step], {n: x[place] for n, x in document.features.items()}
-        )
+        drafter.observe(answer.answer[position : position + step], {n: x[place] for n, x in document.features.items()})
         position, rounds = position + step, rounds + 1
     assert draft_rounds(module, head, answer, 2, Sampling()).rounds == rounds

@@ -15,10 +15,25 @@ from typing import Any
 
 READY = "Uvicorn running on"  # SGLang's own "fired up" comes before it listens
 OPTIONS = [
-    "--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph",
-    "--disable-overlap-schedule", "--max-total-tokens", "2048", "--max-running-requests", "4",
-    "--mem-fraction-static", "0.3", "--chunked-prefill-size", "-1", "--disable-radix-cache", "--skip-server-warmup",
-]  # fmt: skip
+    "--device",
+    "cpu",
+    "--attention-backend",
+    "intel_amx",
+    "--dtype",
+    "float32",
+    "--disable-cuda-graph",
+    "--disable-overlap-schedule",
+    "--max-total-tokens",
+    "2048",
+    "--max-running-requests",
+    "4",
+    "--mem-fraction-static",
+    "0.3",
+    "--chunked-prefill-size",
+    "-1",
+    "--disable-radix-cache",
+    "--skip-server-warmup",
+]
 
 
 def environment() -> dict[str, str]:
@@ -56,9 +71,13 @@ def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command = [python, Path(__file__).parent / "launch.py", *OPTIONS, "--port", port, *options]
     process = subprocess.Popen(
-        [str(word) for word in command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        [str(word) for word in command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert process.stdout is not None
         with log.open("w") as file:

@@ -36,15 +36,7 @@ def _initialize_with_nan(*args: object, **kwargs: object) -> torch.nn.Module:
 
 def main(target: str, *jobs: str) -> None:
     loader._initialize_model = _initialize_with_nan
-    options = [
-        "--device",
-        "cpu",
-        "--attention-backend",
-        "intel_amx",
-        "--dtype",
-        "float32",
-        "--disable-cuda-graph",
-    ]
+    options = ["--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph"]
     args = prepare_server_args(["--model-path", target, *options])
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     with socket.socket() as port:

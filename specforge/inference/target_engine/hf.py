@@ -161,9 +161,7 @@ class HFTargetEngine:
         head = TargetHead.load(self.target, torch_dtype(self.dtype)).to(self.device)
         tokens = torch.tensor(ids, device=self.device)
         if not torch.equal(head.embed(tokens), self.model.get_input_embeddings().weight[tokens]):
-            raise UserError(
-                f"{self.target.name}: the embedding in its files is not the one that transformers reads"
-            )
+            raise UserError(f"{self.target.name}: the embedding in its files is not the one that transformers reads")
         (features,) = self.capture([ids], CapturePolicy(()))
         own = self.model(input_ids=tokens[None], use_cache=False).logits[0]
         mine = head.logits(features[LAST_HIDDEN_STATES].to(self.device))
@@ -199,10 +197,7 @@ class HFTargetEngine:
             row[: len(ids)] = torch.tensor(ids)
         backbone(self.model)(input_ids=padded.to(self.device), use_cache=False)
         features = tap.features()
-        return [
-            {name: _to_host(x[i, : len(ids)]) for name, x in features.items()}
-            for i, ids in enumerate(input_ids)
-        ]
+        return [{name: _to_host(x[i, : len(ids)]) for name, x in features.items()} for i, ids in enumerate(input_ids)]
 
     def _passes(self, input_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Which sequences are read together: all, unless the length of one would change the positions of others."""
@@ -219,9 +214,16 @@ class HFTargetEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_ids: Sequence[int],
-        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
-    ) -> list[list[int]]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[list[int]]:
         """Continue each prompt until an end token (included) or ``max_new_tokens``.
 
         Args:
@@ -238,18 +240,18 @@ class HFTargetEngine:
         together = plain and takes_positions(self.model) and self.target.positions_change_at is None
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "eos_token_id": list(end_ids) or None,
-            "pad_token_id": next(iter(end_ids), 0), **(sampling if temperature > 0 else {"do_sample": False}),
-        }  # fmt: skip
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": list(end_ids) or None,
+            "pad_token_id": next(iter(end_ids), 0),
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        }
         answers: list[list[int]] = []
         for part in [list(prompts)] if together else [[prompt] for prompt in prompts]:
             torch.manual_seed(seed + len(answers))
             answers += self._generate(part, plain, options)
         return [_until_end(answer, frozenset(end_ids)) for answer in answers]
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], plain: bool, options: dict[str, Any]
-    ) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[Sequence[int]], plain: bool, options: dict[str, Any]) -> list[list[int]]:
         from transformers import DynamicCache
 
         longest = max(len(p) for p in prompts)
@@ -274,11 +276,7 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
     _ = target.weight_files  # refuses pickles, before transformers would look at them
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            target.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            target.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # whatever a class, or a package that it wants, makes of a user's files
         raise UserError(f"{target.folder}: transformers cannot load it ({first_line(error)})") from error
@@ -288,9 +286,7 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
             f"{target.folder}: its files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}, "
             "which would be drawn at random"
         )
-    if (
-        getattr(model, "hf_quantizer", None) is None
-    ):  # where transformers dequantises, it leaves the rest in bf16
+    if getattr(model, "hf_quantizer", None) is None:  # where transformers dequantises, it leaves the rest in bf16
         for weight in model.parameters():
             if weight.dtype in (torch.bfloat16, torch.float16):
                 weight.data = weight.data.to(dtype)

@@ -87,9 +87,16 @@ class HTTPTargetEngine:
     """
 
     def __init__(
-        self, url: str, token_file: Path, target: TargetFiles, dtype: str = "bfloat16", *,
-        encoding: str = "raw", patience: float = 300.0, timeout: float = 120.0,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        token_file: Path,
+        target: TargetFiles,
+        dtype: str = "bfloat16",
+        *,
+        encoding: str = "raw",
+        patience: float = 300.0,
+        timeout: float = 120.0,
+    ) -> None:
         try:
             parts = urlsplit(url)
             port, host = parts.port, (parts.hostname or "").encode("idna").decode()
@@ -121,26 +128,25 @@ class HTTPTargetEngine:
             UserError: the server refuses, answers something else, or has not answered for ``patience`` seconds.
         """
         widths, dtype = feature_widths(policy, self.target.hidden_size), torch_dtype(self.dtype)
-        token = encode(
-            {name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding
-        )
+        token = encode({name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding)
         expected = {
             f"{i}/{name}": ((len(ids), x.shape[1]), x.dtype)
             for i, ids in enumerate(input_ids)
             for name, x in token.items()
         }
         request = {
-            "target_fingerprint": self.target.fingerprint, "dtype": self.dtype, "capture": policy.to_json(),
-            "encoding": self.encoding, "input_ids": [list(ids) for ids in input_ids],
-        }  # fmt: skip
+            "target_fingerprint": self.target.fingerprint,
+            "dtype": self.dtype,
+            "capture": policy.to_json(),
+            "encoding": self.encoding,
+            "input_ids": [list(ids) for ids in input_ids],
+        }
         nbytes = sum(length * width * kind.itemsize for (length, width), kind in expected.values())
         with self._lock:
             features = self._ask(json.dumps(request).encode(), nbytes + 4096 + 256 * len(expected))
         found = {name: (tuple(x.shape), x.dtype) for name, x in features.items()}
         if found != expected:
-            raise UserError(
-                f"server {self.url}: answered with {printable(str(found), 200)}, not {expected}"[:500]
-            )
+            raise UserError(f"server {self.url}: answered with {printable(str(found), 200)}, not {expected}"[:500])
         return [
             decode({name: features[f"{i}/{name}"] for name in token}, dict.fromkeys(widths, self.dtype))
             for i in range(len(input_ids))
@@ -162,9 +168,7 @@ class HTTPTargetEngine:
                     ) from error
                 if fresh:  # a server closes connections that were idle for long, which is nothing to report
                     left = deadline - time.monotonic()
-                    logger.warning(
-                        "server %s: no answer (%s); trying for another %.0f s", self.url, error, left
-                    )
+                    logger.warning("server %s: no answer (%s); trying for another %.0f s", self.url, error, left)
                     stopping.pause(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 fresh = True
@@ -187,9 +191,7 @@ class HTTPTargetEngine:
                 # A proxy may leave the length out.
                 data = answer.read() if 0 <= size <= limit else answer.read(limit + 1)
         except ssl.SSLCertVerificationError as error:
-            raise UserError(
-                f"server {self.url}: its certificate is not trusted ({error.verify_message})"
-            ) from error
+            raise UserError(f"server {self.url}: its certificate is not trusted ({error.verify_message})") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _NoAnswerError(printable(str(error)) or type(error).__name__) from error
         if max(size, len(data)) > limit:
@@ -202,9 +204,7 @@ class HTTPTargetEngine:
         try:
             return load(data)
         except Exception as error:  # whatever the library makes of a stranger's bytes
-            raise UserError(
-                f"server {self.url}: its answer is not safetensors ({printable(str(error))})"
-            ) from error
+            raise UserError(f"server {self.url}: its answer is not safetensors ({printable(str(error))})") from error
 
     def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
         """End, or ask again, as an answer that is none asks for.

@@ -19,6 +19,13 @@ for _module in walk_packages(__path__, f"{__name__}."):
     import_module(_module.name)
 
 __all__ = [
-    "Draft", "as_trained", "build_draft", "canonical", "config_fields", "draft_class", "read_draft",
-    "register_draft", "save_draft",
-]  # fmt: skip
+    "Draft",
+    "as_trained",
+    "build_draft",
+    "canonical",
+    "config_fields",
+    "draft_class",
+    "read_draft",
+    "register_draft",
+    "save_draft",
+]

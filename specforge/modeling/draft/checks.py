@@ -29,23 +29,17 @@ def check_tensors(
     """
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
-        raise UserError(
-            f"{where}: tensor {unknown[0]} is unknown to the server, which would skip it silently"
-        )
+        raise UserError(f"{where}: tensor {unknown[0]} is unknown to the server, which would skip it silently")
     missing = sorted(set(expected) - set(tensors))
     if missing:
         raise UserError(f"{where}: tensor {missing[0]} is missing")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
+            raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
         if tensor.is_floating_point():
             _check_damage(name, tensor, where)
     if not (trained or _was_trained(tensors)):
-        raise UserError(
-            f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained"
-        )
+        raise UserError(f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained")
     _check_vocabulary(tensors, where)
 
 
@@ -62,9 +56,7 @@ def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
         UserError: it has another shape or kind of number, is quantised, or is not finite.
     """
     if tensor.shape != expected.shape:
-        raise UserError(
-            f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}"
-        )
+        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}")
     weights = expected.is_floating_point()
     if weights != tensor.is_floating_point() or (weights and tensor.dtype.itemsize < 2):
         raise UserError(

@@ -86,44 +86,82 @@ KINDS_OF_LAYERS = Kind(
     "a list of full_attention and sliding_attention",
     lambda x: isinstance(x, list) and all(k in ("full_attention", "sliding_attention") for k in x),
 )
-FULL_LAYERS = Kind(
-    "a list of full_attention", lambda x: isinstance(x, list) and all(k == "full_attention" for k in x)
-)
+FULL_LAYERS = Kind("a list of full_attention", lambda x: isinstance(x, list) and all(k == "full_attention" for k in x))
 
 VOCABULARY: Fields = {"vocab_size": required(SIZE), "draft_vocab_size": SIZE, "hidden_size": required(SIZE)}
 # For a draft that uses the target's embedding and head: it has none of its own that could be tied.
 NO_MATRICES: Fields = {"tie_word_embeddings": FLAG}
 # For decoder layers with a gated MLP, under Llama's names.
 LAYER: Fields = {
-    **VOCABULARY, "target_hidden_size": SIZE, "intermediate_size": required(SIZE), "num_hidden_layers": DEPTH,
-    "num_attention_heads": required(SIZE), "num_key_value_heads": SIZE, "head_dim": SIZE,
-    "hidden_act": only("silu", "swish"), "rms_norm_eps": POSITIVE, "max_position_embeddings": SIZE,
-    "rope_parameters": ANYTHING, "layer_types": FULL_LAYERS, "attn_implementation": ANYTHING,
+    **VOCABULARY,
+    "target_hidden_size": SIZE,
+    "intermediate_size": required(SIZE),
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": required(SIZE),
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "hidden_act": only("silu", "swish"),
+    "rms_norm_eps": POSITIVE,
+    "max_position_embeddings": SIZE,
+    "rope_parameters": ANYTHING,
+    "layer_types": FULL_LAYERS,
+    "attn_implementation": ANYTHING,
     **dict.fromkeys(("is_causal", "is_neox_style", "rope_is_neox_style", "use_aux_hidden_state"), only(True)),
-}  # fmt: skip
+}
 
 # Fields that do not change a network, besides those that every transformers config has.
-_BOOKKEEPING = frozenset({
-    "_name_or_path", "auto_map", "bos_token_id", "cache_implementation", "cls_token_id", "decoder_start_token_id",
-    "dtype", "eos_token_id", "finetuning_task", "initializer_range", "is_decoder", "max_window_layers", "model_type",
-    "output_attentions", "pad_token_id", "prefix", "pretraining_tp", "pruned_heads", "sep_token_id",
-    "task_specific_params", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "use_cache",
-})  # fmt: skip
+_BOOKKEEPING = frozenset(
+    {
+        "_name_or_path",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "cls_token_id",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "initializer_range",
+        "is_decoder",
+        "max_window_layers",
+        "model_type",
+        "output_attentions",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "pruned_heads",
+        "sep_token_id",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    }
+)
 # Fields that drafts with fused features ignored in checkpoints without a config_version, and implement now.
 _IGNORED_BEFORE = ("attention_bias", "norm_before_residual")
 _ROPE: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": required(POSITIVE)},
     "yarn": {
-        "factor": required(POSITIVE), "original_max_position_embeddings": SIZE, "attention_factor": NUMBER,
-        "beta_fast": NUMBER, "beta_slow": NUMBER, "mscale": NUMBER, "mscale_all_dim": NUMBER, "truncate": FLAG,
+        "factor": required(POSITIVE),
+        "original_max_position_embeddings": SIZE,
+        "attention_factor": NUMBER,
+        "beta_fast": NUMBER,
+        "beta_slow": NUMBER,
+        "mscale": NUMBER,
+        "mscale_all_dim": NUMBER,
+        "truncate": FLAG,
     },
     "llama3": {
-        "factor": required(POSITIVE), "low_freq_factor": required(POSITIVE), "high_freq_factor": required(POSITIVE),
+        "factor": required(POSITIVE),
+        "low_freq_factor": required(POSITIVE),
+        "high_freq_factor": required(POSITIVE),
         "original_max_position_embeddings": SIZE,
     },
-}  # fmt: skip
+}
 ROPE_SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
@@ -165,9 +203,7 @@ def check_fields(
             raise ValueError(f"{said}, which {what} does not support; leave it out")
 
 
-def without_what_was_ignored(
-    config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def without_what_was_ignored(config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The config that describes what the first revisions of SpecForge really trained.
 
     They ignored fields that they did not read, and always rotated whole heads. Their ``dynamic`` positions were plain
@@ -221,9 +257,7 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for part in parts:
         for key, value in part.items():
             if rope.setdefault(key, value) != value:
-                raise ValueError(
-                    f"{key} of the rotary positions is both {quoted(rope[key])} and {quoted(value)}"
-                )
+                raise ValueError(f"{key} of the rotary positions is both {quoted(rope[key])} and {quoted(value)}")
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", 10000.0)
     if rope.get("partial_rotary_factor") == 1:

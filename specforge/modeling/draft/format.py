@@ -66,9 +66,7 @@ class DraftFormat:
         """The command that serves the draft; None where SGLang has no such algorithm."""
         if self.server is None:
             return None
-        command = (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {self.server} "
-        )
+        command = f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {self.server} "
         command += f"--speculative-draft-model-path {folder}"
         steps, tokens = self.chain, self.chain + 1
         chain = f" --speculative-num-steps {steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens}"
@@ -92,16 +90,12 @@ class DraftFormat:
                 if new.startswith(old):
                     new = replacement + new.removeprefix(old)
             if new not in self.not_the_drafts:
-                renamed[new] = (
-                    tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
-                )
+                renamed[new] = tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
         vocab = config["vocab_size"]
         size = config.get("draft_vocab_size") or vocab
         if "d2t" not in renamed:
             if size != vocab:
-                raise UserError(
-                    f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens"
-                )
+                raise UserError(f"{where}: no tensor d2t, but the draft vocabulary is {size} of {vocab} tokens")
             renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
         ids = target_ids(renamed["d2t"], size, vocab, where)
         renamed["d2t"] = renamed["d2t"].long()

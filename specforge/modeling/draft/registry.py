@@ -30,7 +30,7 @@ from specforge.modeling.draft.fields import (
     quoted,
     rope_fields,
     without_what_was_ignored,
-)  # fmt: skip
+)
 from specforge.system import available_memory
 
 
@@ -155,16 +155,12 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
         UserError: it has another shape.
     """
     if parameter.shape != value.shape:
-        raise UserError(
-            f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there"
-        )
+        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
     parameter.copy_(value)
 
 
 # The errors with which classes of transformers and torch respond to a user's file.
-REFUSALS = (
-    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError,
-)  # fmt: skip
+REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 _DRAFTS: dict[str, type[Draft]] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
@@ -233,9 +229,7 @@ def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[
     names = canonical(config, where).get("architectures", [])
     cls = next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
     if cls is None:
-        raise UserError(
-            f"{where}: architectures is {quoted(names)}; SpecForge has {', '.join(sorted(_DRAFTS))}"
-        )
+        raise UserError(f"{where}: architectures is {quoted(names)}; SpecForge has {', '.join(sorted(_DRAFTS))}")
     return cls
 
 
@@ -283,9 +277,14 @@ def check_memory(build: Callable[[], nn.Module]) -> None:
 
 # Positions are compared by their angles, widths by the shapes of tensors; the others do not change what was learnt.
 _NOT_COMPARED = (
-    "rope_parameters", "max_position_embeddings", "attn_implementation", "num_target_layers", "max_window_layers",
-    "target_hidden_size", "num_aux_hidden_states",
-)  # fmt: skip
+    "rope_parameters",
+    "max_position_embeddings",
+    "attn_implementation",
+    "num_target_layers",
+    "max_window_layers",
+    "target_hidden_size",
+    "num_aux_hidden_states",
+)
 
 
 def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -293,9 +292,7 @@ def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tup
     return next(((name, theirs.get(name), mine.get(name)) for name in names), None)
 
 
-def _network(
-    config: Mapping[str, Any], fields: Fields, ignored: Container[str], prefix: str = ""
-) -> dict[str, Any]:
+def _network(config: Mapping[str, Any], fields: Fields, ignored: Container[str], prefix: str = "") -> dict[str, Any]:
     """The values of the fields that a network reads, by their full names."""
     found: dict[str, Any] = {}
     for name, kind in fields.items():

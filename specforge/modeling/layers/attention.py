@@ -56,9 +56,7 @@ def flash(
     """
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=causal, attn_mask=mask
-        )
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask)
     else:
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -70,9 +68,15 @@ def flash(
 
 
 def flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool = False,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     log_sum = (lse if lse.ndim == 3 else lse.unsqueeze(0)).transpose(1, 2).contiguous()
@@ -86,9 +90,19 @@ def flash_backward(
         log_sum = F.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
         zero = torch.zeros((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g, q, _repeat_heads(k, heads), _repeat_heads(v, heads), _every_head(mask, q), o, log_sum, zero, zero, 0.0,
-            [True, True, True, False], causal,
-        )  # fmt: skip
+            g,
+            q,
+            _repeat_heads(k, heads),
+            _repeat_heads(v, heads),
+            _every_head(mask, q),
+            o,
+            log_sum,
+            zero,
+            zero,
+            0.0,
+            [True, True, True, False],
+            causal,
+        )
         grads = grad_q, _sum_heads(grad_k, kv_heads), _sum_heads(grad_v, kv_heads)
     back = tuple(x.transpose(1, 2) for x in grads)
     return back if query.ndim == 4 else tuple(x[0] for x in back)  # type: ignore[return-value]
@@ -131,9 +145,7 @@ class _TTTAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *own: Tensor
     ) -> Tensor:
         # Zero, not empty: padded rows are in no segment.
-        out = torch.zeros(
-            query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device
-        )
+        out = torch.zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
         lse = out.new_zeros(query.shape[:2])
         for row, start, stop, document in segments:
             rows = slice(row, row + stop - start)
@@ -186,9 +198,7 @@ class _TTTAttention(torch.autograd.Function):
             g, q = grad.to(wide), query.to(wide)
             delta = torch.linalg.vecdot(g, out.to(wide))
             scale = query.shape[-1] ** -0.5
-            for own_key, own_value, score in zip(
-                own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True
-            ):
+            for own_key, own_value, score in zip(own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True):
                 weight = (score - lse).exp_()
                 slope = (_own_dot(g, own_value).sub_(delta)).mul_(weight).mul_(scale).unsqueeze(-1)
                 _grouped(grad_query, own_key).addcmul_(_grouped(slope, own_key), own_key.unsqueeze(2))
@@ -196,9 +206,7 @@ class _TTTAttention(torch.autograd.Function):
                     _grouped(slope * q, own_key).sum(2).to(own_key.dtype),
                     _grouped(weight.unsqueeze(-1) * g, own_key).sum(2).to(own_value.dtype),
                 ]
-        return (
-            grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, *own_grads,
-        )  # fmt: skip
+        return (grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, *own_grads)
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:

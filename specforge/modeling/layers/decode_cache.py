@@ -38,9 +38,7 @@ class DecodeCache:
             return
         more = max(128, 2 * rows) - self._room
         self._room += more
-        self._layers = [
-            [torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in layer] for layer in self._layers
-        ]
+        self._layers = [[torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in layer] for layer in self._layers]
         self._cos, self._sin = self._rotary(self._room, self._device)
 
     def angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

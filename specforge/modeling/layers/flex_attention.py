@@ -57,9 +57,7 @@ class Sight(NamedTuple):
         return made
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, own: Sequence[tuple[Tensor, Tensor]], sight: Sight
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, own: Sequence[tuple[Tensor, Tensor]], sight: Sight) -> Tensor:
     """Attention of the rows to the batch's tokens and to their own keys, under one softmax.
 
     Args:

@@ -40,9 +40,7 @@ def _scale(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return (x.to(rstd.dtype) * rstd).mul_(weight).to(x.dtype)
 
 
-def _norm_backward(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_x: bool
-) -> tuple[Tensor | None, Tensor]:
+def _norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
     """Gradients of a norm's input (None unless needed; in the dtype of ``rstd``) and of its weight."""
     wide = grad.to(rstd.dtype)
     normed = x.to(rstd.dtype) * rstd

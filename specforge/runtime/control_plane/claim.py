@@ -32,7 +32,7 @@ class TrainerClaim:
 
     def __init__(
         self, metadata: MetadataStore, where: str, run: str, seconds: float, clock: Callable[[], float]
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._metadata, self._where, self._seconds, self._clock = metadata, where, seconds, clock
         own = {"host": socket.gethostname(), "pid": os.getpid(), "run": run, "token": secrets.token_hex(8)}
         self._holder = json.dumps(own | {"began": _began(os.getpid()), "machine": _machine()})

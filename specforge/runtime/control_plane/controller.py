@@ -19,15 +19,7 @@ from typing import Literal
 from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
 from specforge.files import parse_json
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DEAD,
-    DELIVERED,
-    LEASED,
-    TRAINED,
-    Grant,
-    MetadataStore,
-)
+from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, DELIVERED, LEASED, TRAINED, Grant, MetadataStore
 from specforge.runtime.data_plane.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -115,9 +107,7 @@ class DataFlowController:
 
     # Producers.
 
-    def ingest(
-        self, samples: Mapping[str, PromptTask], epoch: int = 0, provenance: Provenance | None = None
-    ) -> int:
+    def ingest(self, samples: Mapping[str, PromptTask], epoch: int = 0, provenance: Provenance | None = None) -> int:
         """Queue prompts of an epoch, in their order; what is known already is left as it is.
 
         Args:
@@ -154,9 +144,7 @@ class DataFlowController:
                 try:
                     leased.append(_load_prompt(grant))
                 except ValueError as error:
-                    logger.warning(
-                        "prompt %r in the metadata store is damaged (%s); it is dropped", grant.key, error
-                    )
+                    logger.warning("prompt %r in the metadata store is damaged (%s); it is dropped", grant.key, error)
                     damaged.append(grant.key)
             if damaged:
                 self.metadata.forget(damaged)
@@ -197,9 +185,7 @@ class DataFlowController:
             final: whether another try could not do better.
         """
         _plain(owner, reason)
-        return self.metadata.fail(
-            owner, leased.key, leased.task.attempt, reason, 1 if final else self.max_tries
-        )
+        return self.metadata.fail(owner, leased.key, leased.task.attempt, reason, 1 if final else self.max_tries)
 
     def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
         """Record samples whose features are flushed.
@@ -369,9 +355,7 @@ class DataFlowController:
 
     def _requeue_lost(self, keys: Sequence[str]) -> int:
         lost = [
-            key
-            for key, ref in zip(keys, self._refs(keys), strict=True)
-            if ref is None or not self.features.holds(ref)
+            key for key, ref in zip(keys, self._refs(keys), strict=True) if ref is None or not self.features.holds(ref)
         ]
         if lost:
             self.metadata.requeue(lost)
@@ -467,9 +451,10 @@ def load_ref(text: str) -> SampleRef:
     if not (isinstance(values, list) and len(values) == len(_OWN_FIELDS)):
         raise ValueError(f"its first line is not a list of {len(_OWN_FIELDS)}")
     ref = SampleRef(
-        **dict(zip(_OWN_FIELDS, values, strict=True)), features=_load_features(features),
+        **dict(zip(_OWN_FIELDS, values, strict=True)),
+        features=_load_features(features),
         provenance=_load_provenance(provenance),
-    )  # fmt: skip
+    )
     ref.check()
     return ref
 

@@ -384,7 +384,7 @@ class MemoryMetadataStore:
         """See :class:`MetadataStore`."""
         return self._move(
             lambda row: row.state == DELIVERED or (row.state in (TRAINED, DURABLE) and row.step > step), COMMITTED
-        )  # fmt: skip
+        )
 
     def requeue(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
@@ -408,10 +408,12 @@ class MemoryMetadataStore:
         """See :class:`MetadataStore`."""
         with self._lock:
             chosen = [(key, row) for key, row in self._rows.items() if row.state in states]
-            return iter([
-                Entry(key, r.state, r.ref, r.tries, r.reason, r.deadline if r.state == LEASED else 0.0)
-                for key, r in chosen
-            ])  # fmt: skip
+            return iter(
+                [
+                    Entry(key, r.state, r.ref, r.tries, r.reason, r.deadline if r.state == LEASED else 0.0)
+                    for key, r in chosen
+                ]
+            )
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""
@@ -461,9 +463,7 @@ def _give_up(row: _Row, reason: str, max_tries: int) -> None:
     row.state, row.reason = (DEAD if row.tries >= max_tries else QUEUED), reason
 
 
-def check_states(
-    keys: Sequence[str], found: Mapping[str, str], allowed: Collection[str], action: str
-) -> None:
+def check_states(keys: Sequence[str], found: Mapping[str, str], allowed: Collection[str], action: str) -> None:
     """Refuse an action on samples of which one is in another state than the allowed ones.
 
     Raises:

@@ -300,17 +300,23 @@ class RedisMetadataStore:
     """
 
     def __init__(
-        self, url: str, *, namespace: str = "specforge", username: str | None = None, password: str | None = None,
-        ca_file: str | None = None, cert_file: str | None = None, key_file: str | None = None, timeout: float = 60.0,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        *,
+        namespace: str = "specforge",
+        username: str | None = None,
+        password: str | None = None,
+        ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
+        timeout: float = 60.0,
+    ) -> None:
         try:
             import redis
             from redis.backoff import ExponentialBackoff, NoBackoff
             from redis.retry import Retry
         except ImportError as error:
-            raise UserError(
-                "metadata in Redis needs its package: python -m pip install 'specforge[redis]'"
-            ) from error
+            raise UserError("metadata in Redis needs its package: python -m pip install 'specforge[redis]'") from error
         tls = {"ssl_ca_certs": ca_file, "ssl_certfile": cert_file, "ssl_keyfile": key_file}
         options: dict[str, Any] = {"username": username, "password": password}
         if url.startswith("rediss://"):
@@ -322,15 +328,16 @@ class RedisMetadataStore:
         self._where = url.rpartition("//")[2].rpartition("@")[2]
         try:
             self._client = redis.Redis.from_url(
-                url, decode_responses=True, encoding_errors="surrogateescape", socket_timeout=timeout,
+                url,
+                decode_responses=True,
+                encoding_errors="surrogateescape",
+                socket_timeout=timeout,
                 socket_connect_timeout=timeout,
                 **{name: value for name, value in options.items() if value is not None},
-            )  # fmt: skip
+            )
             self._client.set_retry(Retry(NoBackoff(), 0))  # a wrong address is said at once
             self.namespace = "{" + namespace + "}"  # braces keep a cluster's keys on one node
-            self._scripts = {
-                name: self._client.register_script(_LUA + body + _END) for name, body in _SCRIPTS.items()
-            }
+            self._scripts = {name: self._client.register_script(_LUA + body + _END) for name, body in _SCRIPTS.items()}
             self._scripts["counts"](keys=[self.namespace], args=STATES)
             self._check_eviction()
         except (redis.exceptions.RedisError, ValueError, TypeError, AttributeError, OSError) as error:
@@ -413,10 +420,12 @@ class RedisMetadataStore:
     def entries(self, states: Collection[str]) -> Iterator[Entry]:
         """See :class:`MetadataStore`."""
         rows = sorted(self._run("entries", "read", *states))
-        return iter([
-            Entry(key, state, ref, tries, reason, float(deadline))
-            for _, key, state, ref, tries, reason, deadline in rows
-        ])  # fmt: skip
+        return iter(
+            [
+                Entry(key, state, ref, tries, reason, float(deadline))
+                for _, key, state, ref, tries, reason, deadline in rows
+            ]
+        )
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""
@@ -447,8 +456,10 @@ class RedisMetadataStore:
         if strangers:
             logger.warning(
                 "metadata in Redis at %s: left out %d entries that are no samples any more, or never were: %s",
-                self._where, len(strangers), ", ".join(map(repr, strangers[:3])),
-            )  # fmt: skip
+                self._where,
+                len(strangers),
+                ", ".join(map(repr, strangers[:3])),
+            )
         return result
 
 
@@ -460,10 +471,6 @@ def _meaning(error: Exception) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
         return f"its address has an option that is not known: {unknown.group(1)}"
-    kind = (
-        "NoPermissionError"
-        if text.startswith("The user executing the script can't")
-        else type(error).__name__
-    )
+    kind = "NoPermissionError" if text.startswith("The user executing the script can't") else type(error).__name__
     meaning = _MEANINGS.get(kind)
     return f"{meaning} ({text})" if meaning else text

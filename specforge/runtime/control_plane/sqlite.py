@@ -88,9 +88,7 @@ class SQLiteMetadataStore:
         Raises:
             UserError: another program has, or another version.
         """
-        look = (
-            "SELECT user_version, (SELECT json_group_array(name) FROM sqlite_master) FROM pragma_user_version"
-        )
+        look = "SELECT user_version, (SELECT json_group_array(name) FROM sqlite_master) FROM pragma_user_version"
         version, names = self._db.execute(look).fetchone()  # at once: another process may be making them
         tables = json.loads(names)
         if version not in (0, _VERSION):
@@ -203,9 +201,7 @@ class SQLiteMetadataStore:
             for key in keys:
                 if found[key][0] == TRAINED and found[key][1] != step:
                     raise StateError(key, TRAINED, "trained")
-            db.execute(
-                f"UPDATE samples SET state = '{TRAINED}', step = ? WHERE {_KEYS}", (step, json.dumps(keys))
-            )
+            db.execute(f"UPDATE samples SET state = '{TRAINED}', step = ? WHERE {_KEYS}", (step, json.dumps(keys)))
 
     def mark_durable(self, step: int) -> list[str]:
         """See :class:`MetadataStore`."""

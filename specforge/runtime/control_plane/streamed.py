@@ -32,9 +32,7 @@ from specforge.runtime.data_plane.store import BadSampleError, Lease
 
 logger = logging.getLogger(__name__)
 
-Batches = Iterator[
-    tuple[int, Sequence[SampleRef]]
-]  # the epoch, and the samples, of one batch after the other
+Batches = Iterator[tuple[int, Sequence[SampleRef]]]  # the epoch, and the samples, of one batch after the other
 _POLL = 0.01  # seconds; stores of several hosts have nothing to wait on
 KEPT = -1  # epoch of samples that are read again and again, such as held-out ones
 
@@ -89,10 +87,18 @@ class StreamedSamples:
     readers = 2  # one checks and packs what has arrived while the next arrives
 
     def __init__(
-        self, controller: DataFlowController, tasks: Mapping[str, PromptTask], provenance: Provenance, room: Room, *,
-        stamp: str = "", stall_seconds: float = 30.0, wait_seconds: float = 3600.0,
-        wait: Callable[[float], object] | None = None, probe: Callable[[], object] = lambda: None,
-    ) -> None:  # fmt: skip
+        self,
+        controller: DataFlowController,
+        tasks: Mapping[str, PromptTask],
+        provenance: Provenance,
+        room: Room,
+        *,
+        stamp: str = "",
+        stall_seconds: float = 30.0,
+        wait_seconds: float = 3600.0,
+        wait: Callable[[float], object] | None = None,
+        probe: Callable[[], object] = lambda: None,
+    ) -> None:
         self.controller, self.tasks, self.provenance, self.room = controller, tasks, provenance, room
         self.stamp, self._probe = stamp, probe
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
@@ -315,10 +321,12 @@ class StreamedSamples:
         seconds, delivered, produced = (new - old for new, old in zip(mark, self._mark, strict=True))
         self._mark = mark
         return {
-            "ready": float(counts[COMMITTED]), "queued": float(counts[QUEUED] + counts[LEASED]),
-            "bytes": float(self._nbytes), "read_per_second": delivered / max(seconds, 1e-9),
+            "ready": float(counts[COMMITTED]),
+            "queued": float(counts[QUEUED] + counts[LEASED]),
+            "bytes": float(self._nbytes),
+            "read_per_second": delivered / max(seconds, 1e-9),
             "produced_per_second": max(0, produced) / max(seconds, 1e-9),
-        }  # fmt: skip
+        }
 
     @property
     def nbytes(self) -> int:

@@ -58,9 +58,7 @@ def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str,
         scale = stored.get(name + _SCALE)
         if scale is not None:
             if name not in dtypes or scale.shape != (*tensor.shape[:-1], 1):
-                raise ValueError(
-                    f"{name} has a scale of shape {tuple(scale.shape)}, itself {tuple(tensor.shape)}"
-                )
+                raise ValueError(f"{name} has a scale of shape {tuple(scale.shape)}, itself {tuple(tensor.shape)}")
             tensor = (tensor.float() * scale).to(getattr(torch, dtypes[name]))
         tensors[name] = tensor
     return tensors

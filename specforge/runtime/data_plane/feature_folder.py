@@ -95,9 +95,7 @@ class FeatureFolder:
                 )
 
     @classmethod
-    def create(
-        cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = ""
-    ) -> FeatureFolder:
+    def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> FeatureFolder:
         """Start a folder, or go on with one that was made from the same target and prompts in the same way.
 
         Args:

@@ -86,18 +86,26 @@ class FeatureDataLoader:
         self.quarantined: dict[str, str] = {}
         try:
             self.plan = BatchPlan(
-                [ref.num_tokens for ref in refs], batch_size=batch_size, max_tokens=max_tokens,
-                shuffle=shuffle, seed=seed,
-            )  # fmt: skip
+                [ref.num_tokens for ref in refs],
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                shuffle=shuffle,
+                seed=seed,
+            )
         except ValueError as error:
             raise UserError(f"batches: {error}") from error
         self._empty = _empty_sample(self.refs[0])
         ids = "".join(ref.sample_id for ref in self.refs).encode()
         self._identity = {
-            "samples": content_id(ids), "batch_size": batch_size, "max_tokens": max_tokens, "shuffle": shuffle,
-            "seed": seed, "world_size": world_size, "dtype": self.refs[0].provenance.dtype,
+            "samples": content_id(ids),
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "shuffle": shuffle,
+            "seed": seed,
+            "world_size": world_size,
+            "dtype": self.refs[0].provenance.dtype,
             "encoding": self.refs[0].provenance.encoding,
-        }  # fmt: skip
+        }
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
 
@@ -125,9 +133,7 @@ class FeatureDataLoader:
         for key, value in self._identity.items():
             known = key in state or key not in _LATER
             if known and state.get(key) != value:
-                what = (
-                    "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
-                )
+                what = "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
                 raise UserError(
                     f"cannot resume in the middle of the data: {what} changed since the checkpoint; restore it, "
                     "or start a new run from the weights alone (model.init_from)"
@@ -175,9 +181,7 @@ class FeatureDataLoader:
                         break
                     refs, cursor = work.popleft()
                     pending.append((refs, pool.submit(self._load, refs, cursor)))
-                batch = pending[0][
-                    1
-                ].result()  # it stays pending, so that whoever ends this wait interrupts it
+                batch = pending[0][1].result()  # it stays pending, so that whoever ends this wait interrupts it
                 pending.popleft()
                 yield batch
         finally:
@@ -211,9 +215,7 @@ class FeatureDataLoader:
 
     def _quarantine(self, ref: SampleRef, error: BadSampleError) -> None:
         if self.bad_samples == "error":
-            raise UserError(
-                f"{error} (from {ref.source}); skip such samples with data.bad_samples: skip"
-            ) from error
+            raise UserError(f"{error} (from {ref.source}); skip such samples with data.bad_samples: skip") from error
         if ref.sample_id not in self.quarantined:
             self.quarantined[ref.sample_id] = error.reason
             logger.warning("left out %s (from %s)", error, ref.source)
@@ -225,9 +227,14 @@ def _stay_single_threaded() -> None:
 
 
 def collate(
-    samples: Sequence[dict[str, Tensor]], refs: Sequence[SampleRef], spec: StrategySpec,
-    empty: dict[str, Tensor], pad_to: int = 1, *, pin_memory: bool = False,
-) -> TrainBatch:  # fmt: skip
+    samples: Sequence[dict[str, Tensor]],
+    refs: Sequence[SampleRef],
+    spec: StrategySpec,
+    empty: dict[str, Tensor],
+    pad_to: int = 1,
+    *,
+    pin_memory: bool = False,
+) -> TrainBatch:
     """Pack samples end to end into a flat row; the tensors are copies.
 
     Args:
@@ -281,9 +288,7 @@ def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
             )
         missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in ref.features})
         if missing:
-            raise UserError(
-                f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads"
-            )
+            raise UserError(f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads")
         if _kind(ref) != kind:
             raise UserError(
                 f"features of sample {ref.sample_id} are {_kind(ref)}, but those of sample {refs[0].sample_id} are "

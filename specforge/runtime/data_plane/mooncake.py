@@ -75,13 +75,9 @@ class MooncakeAddress:
         except ValueError as error:
             raise UserError(f"store {address}: {error}") from error
         found = cls(parts.hostname or "", port, metrics, namespace=parts.fragment or "specforge", **options)
-        whole = (
-            parts.scheme == "mooncake" and found.host and parts.path in ("", "/") and parts.username is None
-        )
+        whole = parts.scheme == "mooncake" and found.host and parts.path in ("", "/") and parts.username is None
         if not whole or found.protocol not in ("tcp", "rdma") or not 0 < metrics < 65536:
-            raise UserError(
-                f"store {address}: must look like mooncake://127.0.0.1:50051?metrics=9003&protocol=tcp"
-            )
+            raise UserError(f"store {address}: must look like mooncake://127.0.0.1:50051?metrics=9003&protocol=tcp")
         return found
 
     def __str__(self) -> str:
@@ -105,9 +101,7 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
             "Debian apt-get install libibverbs1 libnuma1 libcurl4"
         ) from error
     if 0 < segment_bytes < _SMALLEST_SEGMENT:
-        raise UserError(
-            f"store {address}: {segment_bytes} bytes; Mooncake takes no less than {_SMALLEST_SEGMENT}"
-        )
+        raise UserError(f"store {address}: {segment_bytes} bytes; Mooncake takes no less than {_SMALLEST_SEGMENT}")
     try:  # without a master, Mooncake itself would wait for 90 seconds
         with socket.create_connection((address.host, address.port), timeout=_SECONDS) as probe:
             own = probe.getsockname()[0]
@@ -117,13 +111,7 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
         ) from error
     client = MooncakeDistributedStore()
     code = client.setup(
-        own,
-        "P2PHANDSHAKE",
-        segment_bytes,
-        0,
-        address.protocol,
-        address.devices,
-        f"{address.host}:{address.port}",
+        own, "P2PHANDSHAKE", segment_bytes, 0, address.protocol, address.devices, f"{address.host}:{address.port}"
     )
     if code != 0:
         raise UserError(f"store {address}: cannot be joined (Mooncake's code {code})")

@@ -27,7 +27,7 @@ class ProducedSamples:
 
     def __init__(
         self, store: FeatureStore, produce: Callable[[str], SampleRef], *, keep_bytes: int = 0, until_read: bool = False
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.store, self.produce = store, produce
         self.keep_bytes, self.until_read = keep_bytes, until_read
         self._lock = threading.Lock()  # between the prefetching thread and the trainer's

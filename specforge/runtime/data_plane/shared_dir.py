@@ -19,9 +19,7 @@ from torch import Tensor
 from specforge.files import disk_error, sync_folder
 from specforge.runtime.data_plane.safetensors_io import SAMPLE_HEADER, FlatTensors, write_flat
 
-_URI = re.compile(
-    r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}\.(?:safetensors|tmp)", re.ASCII
-)
+_URI = re.compile(r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}\.(?:safetensors|tmp)", re.ASCII)
 
 
 class SharedDirBackend:

@@ -222,13 +222,7 @@ class FeatureStore:
                 self._remember(ref.sample_id, _Entry(ref.generation, ref.nbytes, ref.uri))
 
     def put(
-        self,
-        sample_id: str,
-        tensors: Mapping[str, Tensor],
-        *,
-        num_supervised: int,
-        source: str,
-        provenance: Provenance,
+        self, sample_id: str, tensors: Mapping[str, Tensor], *, num_supervised: int, source: str, provenance: Provenance
     ) -> SampleRef:
         """Store a sample; the reference may be handed out after :meth:`flush`.
 
@@ -250,9 +244,7 @@ class FeatureStore:
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
-                raise StoreFullError(
-                    f"{self._nbytes + nbytes} bytes would exceed the limit of {self.max_bytes}"
-                )
+                raise StoreFullError(f"{self._nbytes + nbytes} bytes would exceed the limit of {self.max_bytes}")
             generation = self._generations.get(sample_id, 0) + 1
             self._generations[sample_id] = generation
             self._nbytes += nbytes
@@ -293,9 +285,7 @@ class FeatureStore:
             if entry is None or entry.doomed:
                 raise BadSampleError(ref.sample_id, "not in the store")
             if entry.generation != ref.generation:
-                raise BadSampleError(
-                    ref.sample_id, f"generation {ref.generation} was replaced by {entry.generation}"
-                )
+                raise BadSampleError(ref.sample_id, f"generation {ref.generation} was replaced by {entry.generation}")
             entry.leases += 1
             self._next_token += 1
             token = self._next_token
@@ -330,8 +320,7 @@ class FeatureStore:
             found = str(tensor.dtype).removeprefix("torch.")
             if tuple(tensor.shape) != spec.shape or found != spec.dtype:
                 raise BadSampleError(
-                    ref.sample_id,
-                    f"{spec.name} is {found} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}",
+                    ref.sample_id, f"{spec.name} is {found} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}"
                 )
         return tensors
 
@@ -382,7 +371,7 @@ class FeatureStore:
 
     def remove_orphans(
         self, refs: Iterable[SampleRef], spare: Collection[str] = (), stored: Sequence[tuple[str, str]] | None = None
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Delete what no reference names.
 
         Args:

@@ -16,14 +16,19 @@ from tests.fuzz import survives
 
 CPU = torch.device("cpu")
 LLAMA = {
-    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-}  # fmt: skip
+}
 EAGLE = {**LLAMA, "draft_vocab_size": 20, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}
-LATENT = {
-    "q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 3,
-}  # fmt: skip
+LATENT = {"q_lora_rank": 10, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 3}
 BLOCK = {**LLAMA, "block_size": 4, "dflash_config": {"mask_token_id": 3, "target_layer_ids": [1, 2]}}
 HEADS = {"vocab_size": 48, "hidden_size": 16, "num_draft_heads": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -38,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DominoDraftModel": {**BLOCK, "dflash_config": {**BLOCK["dflash_config"], "gru_hidden_dim": 4, "emb_dim": 4}},
     "MedusaDraft": HEADS,
     "HydraDraft": HEADS,
-}  # fmt: skip
+}
 WITH_LAYERS = [name for name, config in CONFIGS.items() if config is not HEADS]
 EVERY = pytest.mark.parametrize("architecture", CONFIGS)
 
@@ -63,13 +68,23 @@ def test_every_class_of_drafts_says_what_it_reads():
 @pytest.mark.parametrize(
     "field",
     [
-        {"mlp_bias": True}, {"clip_qkv": 8.0}, {"residual_multiplier": 0.22}, {"attention_multiplier": 0.1},
-        {"embedding_multiplier": 12.0}, {"logits_scaling": 8.0}, {"num_experts": 8}, {"attention_dropout": 0.1},
-        {"quantization_config": {"bits": 4}}, {"sliding_window": 64}, {"use_parallel_residual": True},
-        {"attn_logit_softcapping": 50.0}, {"final_logit_softcapping": 30.0}, {"some_new_field": "on"},
+        {"mlp_bias": True},
+        {"clip_qkv": 8.0},
+        {"residual_multiplier": 0.22},
+        {"attention_multiplier": 0.1},
+        {"embedding_multiplier": 12.0},
+        {"logits_scaling": 8.0},
+        {"num_experts": 8},
+        {"attention_dropout": 0.1},
+        {"quantization_config": {"bits": 4}},
+        {"sliding_window": 64},
+        {"use_parallel_residual": True},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"some_new_field": "on"},
     ],
     ids=lambda field: next(iter(field)),
-)  # fmt: skip
+)
 def test_what_a_network_does_not_have_is_refused_by_name_and_value(architecture, field):
     ((name, value),) = field.items()
     with pytest.raises(UserError, match=f"draft config: {name} is ") as error:
@@ -81,17 +96,28 @@ def test_what_a_network_does_not_have_is_refused_by_name_and_value(architecture,
 def test_fields_that_do_not_change_a_network_are_accepted(architecture):
     """Names, tokens and dtypes; what is null or off; the defaults of transformers; settings of generation."""
     harmless = {
-        "torch_dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": True, "bos_token_id": 1, "top_k": 50,
-        "_name_or_path": "somebody/draft", "auto_map": {"AutoModel": "code.Draft"}, "initializer_range": 0.5,
-        "sliding_window": None, "mlp_bias": False, "attention_dropout": 0.0, "some_new_field": False, "qk_norm": None,
-        "model_type": "llama", "id2label": {"0": "x"}, "max_window_layers": 36, "use_sliding_window": False,
-    }  # fmt: skip
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0",
+        "use_cache": True,
+        "bos_token_id": 1,
+        "top_k": 50,
+        "_name_or_path": "somebody/draft",
+        "auto_map": {"AutoModel": "code.Draft"},
+        "initializer_range": 0.5,
+        "sliding_window": None,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "some_new_field": False,
+        "qk_norm": None,
+        "model_type": "llama",
+        "id2label": {"0": "x"},
+        "max_window_layers": 36,
+        "use_sliding_window": False,
+    }
     if architecture in ("MedusaDraft", "HydraDraft"):
         del harmless["attention_dropout"]
     state = build(architecture, **harmless).state_dict()
-    assert {n: x.shape for n, x in state.items()} == {
-        n: x.shape for n, x in build(architecture).state_dict().items()
-    }
+    assert {n: x.shape for n, x in state.items()} == {n: x.shape for n, x in build(architecture).state_dict().items()}
 
 
 @pytest.mark.parametrize("architecture", WITH_LAYERS)
@@ -123,7 +149,7 @@ def test_fields_that_do_not_change_a_network_are_accepted(architecture):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type of .* is both 'default' and 'yarn'"),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value, default=str)[:40],
-)  # fmt: skip
+)
 def test_values_that_a_network_cannot_have_are_refused(architecture, field, words):
     if "rope_interleave" in field and architecture not in ("Eagle3DeepseekV2ForCausalLM", "DeepseekMTPDraft"):
         words = "rope_interleave is 'yes', which .* does not support"
@@ -159,7 +185,7 @@ def test_values_that_a_network_cannot_have_are_refused(architecture, field, word
         ("HydraDraft", {"rope_theta": 10000.0}, "rope_parameters is .*, which HydraDraft does not support"),
         ("MedusaDraft", {"medusa_fc_bias": True}, "medusa_fc_bias is True"),
     ],
-)  # fmt: skip
+)
 def test_fields_of_other_classes_are_refused_by_name(architecture, field, words):
     with pytest.raises(UserError, match=words):
         build(architecture, **field)
@@ -190,9 +216,7 @@ def test_layers_are_understood_as_vllm_counts_them():
         build_draft({**config, "eagle_aux_hidden_state_layer_ids": "all"})
 
 
-LLAMA3 = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize("architecture", WITH_LAYERS)
@@ -200,22 +224,32 @@ LLAMA3 = {
     ("new", "old"),
     [
         ({"rope_type": "default", "rope_theta": 7.0}, {"rope_theta": 7.0, "rope_scaling": None}),
-        ({"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3},
-         {"rope_theta": 7.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
-        ({"rope_type": "linear", "rope_theta": 7.0, "factor": 3.0},
-         {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 3.0}}),
-        ({"rope_type": "yarn", "rope_theta": 7.0, "factor": 3.0, "original_max_position_embeddings": 16},
-         {"rope_theta": 7.0,
-          "rope_scaling": {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16}}),
+        (
+            {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3},
+            {"rope_theta": 7.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        ),
+        (
+            {"rope_type": "linear", "rope_theta": 7.0, "factor": 3.0},
+            {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        ),
+        (
+            {"rope_type": "yarn", "rope_theta": 7.0, "factor": 3.0, "original_max_position_embeddings": 16},
+            {
+                "rope_theta": 7.0,
+                "rope_scaling": {"type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16},
+            },
+        ),
     ],
     ids=["default", "llama3", "linear", "yarn"],
-)  # fmt: skip
+)
 def test_positions_may_be_spelled_as_in_transformers_4_or_5(architecture, new, old):
     plain = {key: value for key, value in CONFIGS[architecture].items() if key != "rope_parameters"}
     configs = [
-        {**plain, "rope_parameters": new}, {**plain, **old}, {**plain, **old, "rope_parameters": new},
+        {**plain, "rope_parameters": new},
+        {**plain, **old},
+        {**plain, **old, "rope_parameters": new},
         {**plain, "rope_parameters": {"full_attention": new, "sliding_attention": {"rope_theta": 3.0}}},
-    ]  # fmt: skip
+    ]
     before = copy.deepcopy(configs)
     first, *others = (tables(build_draft({"architectures": [architecture], **config})) for config in configs)
     for other in others:
@@ -224,9 +258,13 @@ def test_positions_may_be_spelled_as_in_transformers_4_or_5(architecture, new, o
 
 
 def test_drafts_of_other_projects_are_recognised():
-    assert build("DFlashDraftModel", dflash_config={
-        **CONFIGS["DominoDraftModel"]["dflash_config"], "projector_type": "domino",
-    }).architecture == "DominoDraftModel"  # fmt: skip
+    assert (
+        build(
+            "DFlashDraftModel",
+            dflash_config={**CONFIGS["DominoDraftModel"]["dflash_config"], "projector_type": "domino"},
+        ).architecture
+        == "DominoDraftModel"
+    )
     assert build("LlamaForCausalLMEagle3", ptd_token_id=3).architecture == "PEagleDraftModel"
     medusa = {"architectures": ["MedusaModel"], "num_heads": 2, "num_hidden_layers": 3, "hidden_size": 16}
     draft = build_draft({**medusa, "vocab_size": 48, "model_type": "medusa", "medusa_fc_bias": False})
@@ -244,9 +282,7 @@ def test_a_file_that_is_not_a_config_is_refused(config):
         canonical(config, "here")
 
 
-@pytest.mark.parametrize(
-    "size", ["hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "head_dim"]
-)
+@pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "head_dim"])
 def test_huge_sizes_are_refused_before_anything_is_allocated(size):
     assert not survives(lambda: build("LlamaForCausalLMEagle3", **{size: 10**12}), megabytes=8)
 
@@ -257,15 +293,11 @@ def test_a_draft_that_does_not_fit_into_memory_is_refused_before_it_is_built(mon
         build("LlamaForCausalLMEagle3", intermediate_size=1 << 23)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((recipe_folder() / "draft").glob("*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((recipe_folder() / "draft").glob("*.json")), ids=lambda path: path.stem)
 def test_every_field_of_the_shipped_configs_is_read(path):
     config = canonical(json.loads(path.read_text()), path.name)
     cls = registry.draft_class(config)
-    registry.check_fields(
-        {k: v for k, v in config.items() if k != "architectures"}, cls.fields, path.name, {}
-    )
+    registry.check_fields({k: v for k, v in config.items() if k != "architectures"}, cls.fields, path.name, {})
 
 
 @EVERY

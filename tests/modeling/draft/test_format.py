@@ -40,12 +40,7 @@ def test_sglang_form(module, target, tmp_path):
     assert config["eagle_config"]["use_aux_hidden_state"] is True
     assert {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} <= set(tensors)
     layer = {name.split(".", 1)[1] for name in tensors if name.startswith("midlayer.")}
-    assert {
-        "self_attn.q_proj.weight",
-        "mlp.gate_proj.weight",
-        "hidden_norm.weight",
-        "input_layernorm.weight",
-    } <= layer
+    assert {"self_attn.q_proj.weight", "mlp.gate_proj.weight", "hidden_norm.weight", "input_layernorm.weight"} <= layer
     assert (torch.arange(64) + tensors["d2t"]).tolist() == [4 * i for i in range(64)]
     assert tensors["t2d"].nonzero().flatten().tolist() == [4 * i for i in range(64)]
     assert tensors["fc.weight"].dtype == torch.bfloat16
@@ -83,11 +78,7 @@ def test_a_draft_without_its_map_is_refused(module, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda p: p.zero_(), "all zeros"),
-        (lambda p: p.fill_(float("nan")), "NaN"),
-    ],
+    ("damage", "words"), [(lambda p: p.zero_(), "all zeros"), (lambda p: p.fill_(float("nan")), "NaN")]
 )
 def test_damaged_tensors_are_refused_and_nothing_is_written(module, tmp_path, damage, words):
     with torch.no_grad():
@@ -159,9 +150,7 @@ def test_fields_that_only_vllm_supports_are_refused_for_sglang(target, tmp_path,
     module.draft.set_vocabulary(torch.arange(64) * 4)
     for parameter in module.draft.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
-    with pytest.raises(
-        UserError, match=f"{field} is set, which SGLang's draft does not support; use --to hf"
-    ):
+    with pytest.raises(UserError, match=f"{field} is set, which SGLang's draft does not support; use --to hf"):
         FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
     FORM.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())[field] is True

@@ -77,9 +77,13 @@ def deep() -> Case:
 
 
 CASES = {
-    "first_step": lambda: ttt(0), "later_step": lambda: ttt(3), "narrow_values": lambda: ttt(2, value=24),
-    "full_blocks": lambda: blocks(None), "sliding_blocks": lambda: blocks(16), "deep": deep,
-}  # fmt: skip
+    "first_step": lambda: ttt(0),
+    "later_step": lambda: ttt(3),
+    "narrow_values": lambda: ttt(2, value=24),
+    "full_blocks": lambda: blocks(None),
+    "sliding_blocks": lambda: blocks(16),
+    "deep": deep,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,13 +134,9 @@ def test_training_by_it_on_a_cpu_is_refused_by_name():
 
 @pytest.mark.parametrize("algorithm", ["eagle3", "mtp", "standalone", "dflash"])
 def test_a_kernel_that_a_draft_has_not_is_refused_by_name(algorithm, target):
-    kernel = (
-        "flash_attention_2"  # a stand-alone draft may ask transformers for it, which asks for its package
-    )
+    kernel = "flash_attention_2"  # a stand-alone draft may ask transformers for it, which asks for its package
     with pytest.raises(UserError, match=r"attn_implementation is flash_attention_2; the draft has|[Ff]lash"):
-        algorithms()[algorithm](
-            str(target), draft_config={"draft_vocab_size": 64, "attn_implementation": kernel}
-        )
+        algorithms()[algorithm](str(target), draft_config={"draft_vocab_size": 64, "attn_implementation": kernel})
 
 
 def test_a_checkpoint_does_not_carry_the_kernel(target):

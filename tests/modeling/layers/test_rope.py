@@ -16,17 +16,24 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-}  # fmt: skip
+}
 
 
 def config_of(rope: dict, head_dim: int = 16) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=64, num_attention_heads=4, head_dim=head_dim, max_position_embeddings=512,
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=512,
         rope_parameters=dict(rope),
-    )  # fmt: skip
+    )
 
 
 def of_transformers(rotary: torch.nn.Module, length: int) -> tuple[torch.Tensor, ...]:

@@ -20,9 +20,7 @@ class RedisServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         listen = ["--port", "0", "--tls-port", str(self.port)] if tls else ["--port", str(self.port)]
-        self.command = [
-            "redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options
-        ]  # fmt: skip
+        self.command = ["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options]
         self.start()
 
     def start(self) -> None:
@@ -60,7 +58,20 @@ def make_certificates(folder: Path) -> dict[str, str]:
     openssl(*new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr")
     (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
     openssl(
-        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-        "-extfile", "names", "-out", "server.pem",
-    )  # fmt: skip
+        "x509",
+        "-req",
+        "-in",
+        "server.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        "names",
+        "-out",
+        "server.pem",
+    )
     return {name: str(folder / name) for name in ("ca.pem", "server.pem", "server.key")}

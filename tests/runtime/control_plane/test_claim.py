@@ -61,13 +61,7 @@ def test_a_trainer_at_work_is_named(store, clock):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"machine": "another boot"},
-        {"machine": ""},
-        {"pid": "x"},
-        {"pid": None},
-        {"began": None, "machine": "x"},
-    ],
+    [{"machine": "another boot"}, {"machine": ""}, {"pid": "x"}, {"pid": None}, {"began": None, "machine": "x"}],
 )
 def test_who_cannot_be_seen_from_here_is_waited_for_until_its_claim_ends(store, clock, changes):
     held_by(store, clock, **changes)

@@ -56,9 +56,7 @@ class Clock:
 
 
 def put(features: FeatureStore, name: str, value: float = 0.0) -> SampleRef:
-    ref = features.put(
-        name, {"states": torch.full((3, 2), value)}, num_supervised=2, source="s", provenance=PROVENANCE
-    )
+    ref = features.put(name, {"states": torch.full((3, 2), value)}, num_supervised=2, source="s", provenance=PROVENANCE)
     features.flush()
     return ref
 
@@ -118,9 +116,7 @@ def test_features_kept_until_trained_are_produced_again_when_the_run_goes_back(c
 def test_a_dead_producer_is_taken_over_and_its_late_commit_recognised(tmp_path, clock):
     metadata = MemoryMetadataStore()
     slow, quick = (
-        DataFlowController(
-            metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock, lease_seconds=10.0
-        )
+        DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock, lease_seconds=10.0)
         for _ in "ab"
     )
     slow.ingest({"s0": TASKS["s0"]})
@@ -139,9 +135,7 @@ def test_a_dead_producer_is_taken_over_and_its_late_commit_recognised(tmp_path, 
 def test_features_of_a_duplicate_are_deleted(tmp_path, clock):
     """Two processes on one shared folder, the same sample: the second's file goes, the first's stays."""
     metadata = MemoryMetadataStore()
-    mine, others = (
-        DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab"
-    )
+    mine, others = (DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab")
     mine.ingest({"s0": TASKS["s0"]})
     (leased,) = mine.lease("a", 1)
     first, second = put(mine.features, "s0"), put(others.features, "s0")
@@ -184,9 +178,7 @@ def test_the_next_epoch_uses_features_that_are_still_held(control):
     control.durable(1)
     control.trained(first[3:], 2)
     control.ingest(TASKS, 1)
-    assert [x.sample_id for x in control.lease("w", 99)] == NAMES[
-        :3
-    ]  # the others' features need no producing
+    assert [x.sample_id for x in control.lease("w", 99)] == NAMES[:3]  # the others' features need no producing
     second = [sample_key(name, 1) for name in NAMES[3:]]
     assert control.deliver(second) == refs[3:]
     control.durable(2)
@@ -228,9 +220,7 @@ def test_prompts_say_what_to_capture(control):
 def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
     """Between the listing of the files and of the states, a producer leases, puts and commits: its file stays."""
     metadata = MemoryMetadataStore()
-    mine, others = (
-        DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab"
-    )
+    mine, others = (DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab")
     mine.ingest(TASKS)
     orphan = put(others.features, "s5")
     (leased,) = others.lease("w", 1)
@@ -367,10 +357,13 @@ def test_no_tensor_crosses_the_control_plane(task, ref, thing):
     with pytest.raises(TypeError):
         control.commit([(leased.key, ref)])
     for forbidden in (
-        lambda: control.fail("w", leased, thing), lambda: control.fail(thing, leased, ""),
-        lambda: control.lease(thing, 1), lambda: control.trained([], thing), lambda: control.durable(thing),
+        lambda: control.fail("w", leased, thing),
+        lambda: control.fail(thing, leased, ""),
+        lambda: control.lease(thing, 1),
+        lambda: control.trained([], thing),
+        lambda: control.durable(thing),
         lambda: control.rewind(thing),
-    ):  # fmt: skip
+    ):
         with pytest.raises(TypeError, match="cannot cross the control plane"):
             forbidden()
     assert control.counts()[LEASED] == 1
@@ -430,9 +423,12 @@ class Machine(RuleBasedStateMachine):
     def trainer(self, data, action):
         getattr(self, action)(data)
 
-    @rule(data=st.data(), action=st.sampled_from(
-        ["ingest", "a_wrong_delivery", "the_trainer_dies", "a_sample_is_lost", "everything_restarts"]
-    ))  # fmt: skip
+    @rule(
+        data=st.data(),
+        action=st.sampled_from(
+            ["ingest", "a_wrong_delivery", "the_trainer_dies", "a_sample_is_lost", "everything_restarts"]
+        ),
+    )
     def disturbances(self, data, action):
         getattr(self, action)(data)
 
@@ -459,9 +455,7 @@ class Machine(RuleBasedStateMachine):
         leased = self.control.lease(owner, count)
         assert [x.key for x in leased] == expected
         assert [x.task.attempt for x in leased] == [self.tries[key] for key in expected]
-        assert not self.stored() & {
-            x.sample_id for x in leased if x.task.attempt
-        }  # what the dead put is gone
+        assert not self.stored() & {x.sample_id for x in leased if x.task.attempt}  # what the dead put is gone
         for key in expected:
             self.state[key], self.owner[key] = LEASED, (owner, self.clock.now + 10.0)
             self.tries[key] += 1

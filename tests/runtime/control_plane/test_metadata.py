@@ -118,10 +118,7 @@ def test_forgotten_samples_were_never_there(store, state):
     with pytest.raises(StateError, match="k0 is unknown"):
         store.commit([("k0", "late")])
     assert store.ingest([(key, f"again {key}") for key in keys]) == [True, True, True, False]
-    assert [g.task for g in store.lease("b", 3, 0.0, 10.0, 3) if g.key != "k3"][:2] == [
-        "again k0",
-        "again k1",
-    ]
+    assert [g.task for g in store.lease("b", 3, 0.0, 10.0, 3) if g.key != "k3"][:2] == ["again k0", "again k1"]
     assert sum(store.counts().values()) == 4
 
 
@@ -130,12 +127,12 @@ def test_expired_leases_are_taken_over_before_later_prompts(store):
     store.lease("a", 2, 0.0, 10.0, 3)
     assert [g.key for g in store.lease("b", 1, 9.9, 20.0, 3)] == ["k2"]
     assert store.lease("c", 9, 10.0, 30.0, 3) == [
-        Grant("k0", "task of k0", 1), Grant("k1", "task of k1", 1), Grant("k3", "task of k3", 0),
-    ]  # fmt: skip
+        Grant("k0", "task of k0", 1),
+        Grant("k1", "task of k1", 1),
+        Grant("k3", "task of k3", 0),
+    ]
     assert store.renew("a", ["k0", "k2"], 99.0) == [False, False]
-    assert (
-        store.fail("a", "k0", 0, "late", 3) == LEASED
-    )  # of an owner whose lease was taken over: without effect
+    assert store.fail("a", "k0", 0, "late", 3) == LEASED  # of an owner whose lease was taken over: without effect
     assert store.fail("c", "k0", 0, "late", 3) == LEASED  # of an earlier attempt
 
 
@@ -164,8 +161,9 @@ def test_tries_run_out_by_failure_and_by_expiry_and_are_given_anew(store):
     assert [entry.deadline for entry in store.entries((LEASED,))] == [20.0]
     assert store.lease("a", 2, 20.0, 30.0, 2) == []
     assert list(store.entries((DEAD,))) == [
-        Entry("k0", DEAD, "", 2, "NaN in layer 3"), Entry("k1", DEAD, "", 2, "the lease of a expired"),
-    ]  # fmt: skip
+        Entry("k0", DEAD, "", 2, "NaN in layer 3"),
+        Entry("k1", DEAD, "", 2, "the lease of a expired"),
+    ]
     store.requeue(["k0"])
     assert store.lease("a", 2, 30.0, 40.0, 2) == [Grant("k0", "task of k0", 0)]
 
@@ -357,9 +355,7 @@ def test_a_process_killed_within_a_transaction_changes_nothing(tmp_path):
         "    db.execute('DELETE FROM samples')\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(path)], env=os.environ | {"PYTHONPATH": "."}, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ | {"PYTHONPATH": "."}, check=False)
     assert result.returncode == -9
     assert SQLiteMetadataStore(path).counts()[QUEUED] == 4
 
@@ -368,9 +364,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     store = SQLiteMetadataStore(tmp_path / "metadata.db")
     advance(store, filled(store), TRAINED)
     store._db.execute("PRAGMA max_page_count=1")  # no more than there are
-    with pytest.raises(
-        UserError, match=r"metadata .*metadata\.db: database or disk is full; when it works again"
-    ):
+    with pytest.raises(UserError, match=r"metadata .*metadata\.db: database or disk is full; when it works again"):
         store.ingest([(f"new {i}", "task" * 1000) for i in range(100)])
     assert store.counts() == {**dict.fromkeys(STATES, 0), TRAINED: 4}
     store._db.execute("PRAGMA max_page_count=1000")
@@ -463,9 +457,7 @@ def test_damaged_rows_are_one_line_or_left_out(tmp_path, fuzz):
                 db.execute(f"UPDATE tasks SET task = cast(? AS TEXT) {where}", (data,))
             else:
                 column = fuzz.rng.choice(["ref", "state", "owner", "reason"])
-                db.execute(
-                    f"UPDATE samples SET state = 'committed', {column} = cast(? AS TEXT) {where}", (data,)
-                )
+                db.execute(f"UPDATE samples SET state = 'committed', {column} = cast(? AS TEXT) {where}", (data,))
         survives(everything, outside=tmp_path / "out")
         with sqlite3.connect(path) as db:
             db.execute("DELETE FROM samples")

@@ -136,10 +136,7 @@ def test_something_else_under_the_namespace_is_said_at_connect(port, client, tmp
 def test_a_full_memory_is_one_line_and_loses_nothing(client, store):
     advance(store, filled(store), COMMITTED)
     client.config_set("maxmemory", 1)
-    for action in (
-        lambda: store.ingest([("new", "task")]),
-        lambda: store.claim("me", 0.0, 9.0),
-    ):
+    for action in (lambda: store.ingest([("new", "task")]), lambda: store.claim("me", 0.0, 9.0)):
         assert "its memory is full" in one_line(action)
     client.config_set("maxmemory", 0)
     assert store.counts()[COMMITTED] == 4
@@ -149,23 +146,14 @@ def test_a_full_memory_is_one_line_and_loses_nothing(client, store):
     ("error", "words"),
     [
         (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), "it is a replica"),
-        (
-            redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
-            "memory is full",
-        ),
+        (redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), "memory is full"),
         (redis.exceptions.NoPermissionError("User x has no permissions"), "this user may not"),
         (redis.exceptions.AuthenticationError("Authentication required."), "it wants a password"),
         (redis.exceptions.ResponseError("WRONGTYPE Operation against a key"), "name another one behind #"),
-        (
-            redis.exceptions.BusyLoadingError("Redis is loading the dataset in memory"),
-            "still reading its data",
-        ),
+        (redis.exceptions.BusyLoadingError("Redis is loading the dataset in memory"), "still reading its data"),
         (redis.exceptions.MasterDownError("Link with MASTER is down"), "has lost its master"),
         (redis.exceptions.ClusterDownError("The cluster is down"), "its cluster is down"),
-        (
-            redis.exceptions.ClusterCrossSlotError("Keys in request don't hash to the same slot"),
-            "node of a cluster",
-        ),
+        (redis.exceptions.ClusterCrossSlotError("Keys in request don't hash to the same slot"), "node of a cluster"),
         (redis.exceptions.MovedError("3999 127.0.0.1:6381"), "keys are on another"),
         (redis.exceptions.ResponseError("BUSY Redis is busy running a script"), "BUSY Redis is busy"),
         (redis.exceptions.ResponseError("ERR x script: 12ab, on @user_script:3.\nmore"), "ERR x; when"),

@@ -37,7 +37,7 @@ def stream(max_samples: int = 4, **options) -> StreamedSamples:
     room = Room(max_samples * BYTES, 99, options.pop("low_water", 1.0))
     control = DataFlowController(
         MemoryMetadataStore(), FeatureStore(MemoryBackend()), retain=options.pop("retain", "until_durable"), max_tries=2
-    )  # fmt: skip
+    )
     return StreamedSamples(control, TASKS, PROVENANCE, room, **{"wait_seconds": 5.0, **options})
 
 
@@ -57,9 +57,10 @@ def produce(samples: StreamedSamples, count: int = 99) -> list[str]:
 
 def put(features: FeatureStore, name: str, width: int = 4) -> SampleRef:
     tensors = {
-        "aux_hidden_states": torch.ones(3, width), "input_ids": torch.tensor(TASKS[name].input_ids, dtype=torch.int32),
+        "aux_hidden_states": torch.ones(3, width),
+        "input_ids": torch.tensor(TASKS[name].input_ids, dtype=torch.int32),
         "loss_mask": torch.tensor(TASKS[name].loss_mask, dtype=torch.uint8),
-    }  # fmt: skip
+    }
     return features.put(name, tensors, num_supervised=2, source="", provenance=PROVENANCE)
 
 
@@ -270,9 +271,7 @@ def test_a_stream_that_is_left_does_not_wait_for_what_never_comes():
 def test_what_is_upcoming_is_what_every_rank_gets():
     for rank in range(2):
         samples = stream(max_samples=99)
-        loader = FeatureDataLoader(
-            REFS[:7], samples, SPEC, batch_size=2, rank=rank, world_size=2, prefetch=0, seed=3
-        )
+        loader = FeatureDataLoader(REFS[:7], samples, SPEC, batch_size=2, rank=rank, world_size=2, prefetch=0, seed=3)
         loader.load_state_dict({**loader.state_dict(), "epoch": 1, "batch": 1})
         ahead = loader.upcoming(rank)
         expected = [next(ahead) for _ in range(5)]
@@ -350,6 +349,4 @@ def test_samples_of_streams_with_other_stamps_are_told_apart():
         samples.start(batches())
     assert len(one.controller.lease("w", 99)) == 16
     assert other.key(REFS[0].sample_id, 0) == f"{REFS[0].sample_id}-{'b' * 16}@0"
-    assert list(other.room.window(batches(1), other.stamp)) == [
-        other.key(ref.sample_id, 0) for ref in REFS[:2]
-    ]
+    assert list(other.room.window(batches(1), other.stamp)) == [other.key(ref.sample_id, 0) for ref in REFS[:2]]

@@ -32,9 +32,12 @@ def free_ports(count: int) -> list[int]:
 def store_up(port: int, metrics: int, size: int = 256 << 20) -> subprocess.Popen:
     words = ["store", "up", "--port", port, "--metrics_port", metrics, "--size", size]
     return subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli.main", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "specforge.cli.main", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @contextmanager

@@ -18,18 +18,7 @@ from tests.tiny import conversation
 
 
 def capture(target, prompts, output, *options) -> int:
-    words = [
-        "capture",
-        "--target",
-        target,
-        "--prompts",
-        prompts,
-        "--output",
-        output,
-        "--dtype",
-        "float32",
-        *options,
-    ]
+    words = ["capture", "--target", target, "--prompts", prompts, "--output", output, "--dtype", "float32", *options]
     return main([str(word) for word in words])
 
 
@@ -202,10 +191,7 @@ def test_prompts_with_the_same_counts_of_tokens_are_other_prompts(target, tmp_pa
     texts = ("12?", "21?")
     for name, splits in (("a", ("train", "heldout")), ("b", ("heldout", "train"))):
         rows = [
-            {
-                "split": split,
-                "messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "x"}],
-            }
+            {"split": split, "messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "x"}]}
             for split, t in zip(splits, texts, strict=True)
         ]
         data = tmp_path / f"{name}.jsonl"

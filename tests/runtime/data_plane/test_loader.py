@@ -36,11 +36,7 @@ def names(batches) -> list[tuple[str, ...]]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=60),
-    st.integers(0, 3),
-    st.sampled_from([50, 64, 300, 1000]),
-)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3), st.sampled_from([50, 64, 300, 1000]))
 def test_every_epoch_has_every_sample_once_within_the_budget(lengths, epoch, budget):
     plan = BatchPlan(lengths, max_tokens=budget)
     batches = plan.epoch(epoch)
@@ -196,13 +192,7 @@ def test_features_that_disagree_are_refused_by_name(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"batch_size": 0},
-        {"batch_size": -1},
-        {"batch_size": None, "max_tokens": -5},
-        {"prefetch": -3},
-        {"pad_to": 0},
-    ],
+    [{"batch_size": 0}, {"batch_size": -1}, {"batch_size": None, "max_tokens": -5}, {"prefetch": -3}, {"pad_to": 0}],
 )
 def test_numbers_that_would_hang_or_train_nothing_are_refused(folder, options):
     with pytest.raises(UserError, match="batches: "):

@@ -51,10 +51,17 @@ def test_of_a_sample_that_comes_again_the_later_line_counts_and_nothing_is_delet
 @pytest.mark.parametrize(
     "change",
     [
-        {"uri": None}, {"num_tokens": 10**12}, {"sample_id": "../x"}, {"generation": -1}, {"nbytes": float("nan")},
-        {"features": {}}, {"provenance": None}, {"num_supervised": 9}, {"more": 1},
+        {"uri": None},
+        {"num_tokens": 10**12},
+        {"sample_id": "../x"},
+        {"generation": -1},
+        {"nbytes": float("nan")},
+        {"features": {}},
+        {"provenance": None},
+        {"num_supervised": 9},
+        {"more": 1},
     ],
-)  # fmt: skip
+)
 def test_a_tampered_line_is_named(tmp_path, refs, change):
     manifest = Manifest(tmp_path)
     lines = manifest.path.read_text().splitlines()

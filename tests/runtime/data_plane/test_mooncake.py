@@ -51,8 +51,7 @@ def close(*stores: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["mooncake://h:1?metrics=2", "mooncake://h:50051?metrics=9003&protocol=rdma&devices=mlx5_0,mlx5_1#run"],
+    "text", ["mooncake://h:1?metrics=2", "mooncake://h:50051?metrics=9003&protocol=rdma&devices=mlx5_0,mlx5_1#run"]
 )
 def test_an_address_is_read_and_written(text):
     assert str(MooncakeAddress.parse(text)) == text

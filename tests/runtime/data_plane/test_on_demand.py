@@ -19,13 +19,11 @@ LENGTH, BYTES = 10, 10 * (4 * 4 + 4 + 1)
 
 def expected(count: int) -> list[SampleRef]:
     specs = (
-        FeatureSpec("input_ids", "int32", (LENGTH,)), FeatureSpec("loss_mask", "uint8", (LENGTH,)),
+        FeatureSpec("input_ids", "int32", (LENGTH,)),
+        FeatureSpec("loss_mask", "uint8", (LENGTH,)),
         FeatureSpec("states", "float32", (LENGTH, 4)),
-    )  # fmt: skip
-    return [
-        SampleRef(f"s{i}", 0, specs, LENGTH, LENGTH, BYTES, "", "", f"line {i}", PROVENANCE)
-        for i in range(count)
-    ]
+    )
+    return [SampleRef(f"s{i}", 0, specs, LENGTH, LENGTH, BYTES, "", "", f"line {i}", PROVENANCE) for i in range(count)]
 
 
 class Producer:
@@ -41,9 +39,10 @@ class Producer:
         self.made.append(name)
         value = float("nan") if name in self.bad else float(name[1:])
         tensors = {
-            "states": torch.full((LENGTH, 4), value), "input_ids": torch.arange(LENGTH, dtype=torch.int32),
+            "states": torch.full((LENGTH, 4), value),
+            "input_ids": torch.arange(LENGTH, dtype=torch.int32),
             "loss_mask": torch.ones(LENGTH, dtype=torch.uint8),
-        }  # fmt: skip
+        }
         ref = self.store.put(name, tensors, num_supervised=LENGTH, source="", provenance=PROVENANCE)
         self.peak = max(self.peak, self.store.stat().nbytes)
         return ref

@@ -28,9 +28,7 @@ TENSORS = {
 
 def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     bits = lambda x: x.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731
-    return (
-        found.shape == wanted.shape and found.dtype == wanted.dtype and torch.equal(bits(found), bits(wanted))
-    )
+    return found.shape == wanted.shape and found.dtype == wanted.dtype and torch.equal(bits(found), bits(wanted))
 
 
 def test_the_library_reads_what_is_written(tmp_path):
@@ -85,12 +83,27 @@ def place(shape: object, offsets: object, dtype: object = "F32") -> dict[str, ob
 @pytest.mark.parametrize(
     "entry",
     [
-        None, 3, [], {}, {"dtype": "F32", "shape": [4]}, place([4], [0, 17]), place([5], [0, 20]), place([2], [0, 16]),
-        place([-4], [0, -16]), place([4], [0, 16], "X"), place([4.0], [0, 16]), place("4", [0, 16]),
-        place([-2, -2], [0, 16]), place([1], [-4, 0]), place([0, 2**70], [0, 0]), place([4], [0, 16], []),
-        place([3], [1, 13]), place([4], [0]), place([1] * 17, [0, 1], "U8"),
+        None,
+        3,
+        [],
+        {},
+        {"dtype": "F32", "shape": [4]},
+        place([4], [0, 17]),
+        place([5], [0, 20]),
+        place([2], [0, 16]),
+        place([-4], [0, -16]),
+        place([4], [0, 16], "X"),
+        place([4.0], [0, 16]),
+        place("4", [0, 16]),
+        place([-2, -2], [0, 16]),
+        place([1], [-4, 0]),
+        place([0, 2**70], [0, 0]),
+        place([4], [0, 16], []),
+        place([3], [1, 13]),
+        place([4], [0]),
+        place([1] * 17, [0, 1], "U8"),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_outside_the_data_is_refused(tmp_path, entry):
     flat = FlatTensors.map(damaged(tmp_path / "a", {"x": entry, "y": place([16], [0, 16], "U8")}))
     with pytest.raises(OSError, match="damaged or cut off"):

@@ -58,10 +58,7 @@ def on_disk(request):
 
 def sample(seed: int = 0, length: int = 5) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {
-        "states": torch.randn(length, 4, generator=g),
-        "input_ids": torch.arange(length, dtype=torch.int32),
-    }
+    return {"states": torch.randn(length, 4, generator=g), "input_ids": torch.arange(length, dtype=torch.int32)}
 
 
 def put(store: FeatureStore, name: str = "a", **options):
@@ -143,25 +140,22 @@ def test_features_of_different_lengths_are_refused(backend):
         FeatureStore(backend).put("a", tensors, num_supervised=1, source="", provenance=PROVENANCE)
 
 
-@pytest.mark.parametrize(
-    "name", ["../a", "a/b", "/etc/a", "..", ".a", "", "a\0", "a\n", "x" * 129, "a b", "ä"]
-)
+@pytest.mark.parametrize("name", ["../a", "a/b", "/etc/a", "..", ".a", "", "a\0", "a\n", "x" * 129, "a b", "ä"])
 def test_an_identity_that_could_name_a_path_is_refused(backend, name):
     store = FeatureStore(backend)
     good = put(store)
     for action in (
-        lambda: put(store, name), lambda: store.adopt([replace(good, sample_id=name)]),
+        lambda: put(store, name),
+        lambda: store.adopt([replace(good, sample_id=name)]),
         lambda: store.discard(replace(good, sample_id=name)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(BadSampleError, match="could name a path"):
             action()
     assert list(store) == ["a"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-@given(
-    names=st.lists(st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,20}", fullmatch=True), unique=True, max_size=5)
-)
+@given(names=st.lists(st.from_regex(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,20}", fullmatch=True), unique=True, max_size=5))
 def test_any_other_identity_comes_back(tmp_path_factory, names):
     for make in BACKENDS.values():
         store = FeatureStore(make(tmp_path_factory.mktemp("store")))
@@ -174,8 +168,7 @@ def test_any_other_identity_comes_back(tmp_path_factory, names):
 
 
 @pytest.mark.parametrize(
-    "uri",
-    ["../secret.safetensors", "a./../../a.1-0123456789abcdef.safetensors", "/etc/passwd", "", "a./b.1-0.tmp"],
+    "uri", ["../secret.safetensors", "a./../../a.1-0123456789abcdef.safetensors", "/etc/passwd", "", "a./b.1-0.tmp"]
 )
 def test_a_uri_cannot_leave_the_folder(on_disk, tmp_path, uri):
     (tmp_path / "secret.safetensors").write_text("secret")
@@ -397,9 +390,7 @@ def test_several_processes_share_a_folder(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [worker.communicate()[0].splitlines() for worker in workers]
     parts = [[SampleRef.from_json(json.loads(line)) for line in lines] for lines in outputs]
     assert [len(part) for part in parts] == [20] * 3

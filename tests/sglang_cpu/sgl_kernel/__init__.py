@@ -32,9 +32,19 @@ def _chain_only(topk: int) -> None:
 
 
 def build_tree_kernel_efficient_cpu(
-    parent_list, selected_index, seq_lens, tree_mask, positions, retrieve_index, retrieve_next_token,
-    retrieve_next_sibling, topk, depth, draft_tokens, tree_mask_mode,
-) -> None:  # fmt: skip
+    parent_list,
+    selected_index,
+    seq_lens,
+    tree_mask,
+    positions,
+    retrieve_index,
+    retrieve_next_token,
+    retrieve_next_sibling,
+    topk,
+    depth,
+    draft_tokens,
+    tree_mask_mode,
+) -> None:
     """A chain needs no mask: attention is causal by itself."""
     _chain_only(topk)
     chain = torch.arange(draft_tokens)
@@ -45,9 +55,16 @@ def build_tree_kernel_efficient_cpu(
 
 
 def verify_tree_greedy_cpu(
-    *, predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token,
-    retrive_next_sibling, target_predict,
-) -> None:  # fmt: skip
+    *,
+    predicts,
+    accept_index,
+    accept_token_num,
+    candidates,
+    retrive_index,
+    retrive_next_token,
+    retrive_next_sibling,
+    target_predict,
+) -> None:
     """Accept drafts as long as they are what the target says after the last accepted one."""
     target = target_predict.flatten()
     for row in range(len(candidates)):
@@ -89,9 +106,7 @@ def assign_draft_cache_locs_contiguous_cpu(
     rows, req_to_token, seq_lens, out_cache_loc, pool_len, topk, columns
 ) -> None:
     """The cache slots behind each request's committed tokens."""
-    assign_extend_cache_locs_cpu(
-        rows, req_to_token, seq_lens, seq_lens + topk * columns, out_cache_loc, pool_len
-    )
+    assign_extend_cache_locs_cpu(rows, req_to_token, seq_lens, seq_lens + topk * columns, out_cache_loc, pool_len)
 
 
 def assign_req_to_token_pool_cpu(rows, req_to_token, start, end, out_cache_loc, pool_len) -> None:
@@ -132,15 +147,33 @@ def _attend(query, keys, values, scale, cap, window, visible) -> Tensor:
     if window > 0:
         mask &= place >= visible[:, None] - window
     heads = (x.to(query.dtype).transpose(0, 1)[None] for x in (query, keys, values))
-    return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(
-        0, 1
-    )
+    return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
 def _extend_attention(
-    q, k, v, out, key_cache, value_cache, key_scale, value_scale, req_to_token, rows, seq_lens, extend_lens,
-    extend_start, longest, scale, cap, cross, window, encoder_lens, sinks, tree_mask, causal,
-) -> None:  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    key_cache,
+    value_cache,
+    key_scale,
+    value_scale,
+    req_to_token,
+    rows,
+    seq_lens,
+    extend_lens,
+    extend_start,
+    longest,
+    scale,
+    cap,
+    cross,
+    window,
+    encoder_lens,
+    sinks,
+    tree_mask,
+    causal,
+) -> None:
     """New tokens' attention; their keys and values are in the cache already."""
     if sinks is not None or tree_mask is not None or cross:
         raise NotImplementedError("the stand-in for sgl_kernel has no sinks, trees or cross-attention")
@@ -154,9 +187,26 @@ def _extend_attention(
 
 
 def _decode_attention(
-    q, key_cache, value_cache, key_scale, value_scale, out, k, v, slots, buffer, req_to_token, rows, seq_lens,
-    scale, cap, cross, window, encoder_lens, sinks,
-) -> None:  # fmt: skip
+    q,
+    key_cache,
+    value_cache,
+    key_scale,
+    value_scale,
+    out,
+    k,
+    v,
+    slots,
+    buffer,
+    req_to_token,
+    rows,
+    seq_lens,
+    scale,
+    cap,
+    cross,
+    window,
+    encoder_lens,
+    sinks,
+) -> None:
     """One new token a request; this kernel also writes its key and value to the cache."""
     if sinks is not None or cross:
         raise NotImplementedError("the stand-in for sgl_kernel has no sinks or cross-attention")
@@ -165,9 +215,9 @@ def _decode_attention(
         value_cache[slots] = v.view(-1, *value_cache.shape[1:]).to(value_cache.dtype)
     for i, (row, length) in enumerate(zip(rows, seq_lens.tolist(), strict=True)):
         seen = req_to_token[row, :length].long()
-        out[i] = _attend(
-            q[i : i + 1], key_cache[seen], value_cache[seen], scale, cap, window, torch.tensor([length])
-        )[0]
+        out[i] = _attend(q[i : i + 1], key_cache[seen], value_cache[seen], scale, cap, window, torch.tensor([length]))[
+            0
+        ]
 
 
 torch.ops.sgl_kernel.extend_attention_cpu = _extend_attention

@@ -74,9 +74,16 @@ def _products(
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor,
-        anchors: Tensor, groups: Sequence[BlockGroup], window: int | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+        anchors: Tensor,
+        groups: Sequence[BlockGroup],
+        window: int | None,
+    ) -> Tensor:
         size = len(query) // len(anchors)
         q, k, v = (x.unflatten(0, (-1, size)) for x in (query, own_key, own_value))
         part, part_lse = flash(q, k, v, causal=window is not None)
@@ -117,9 +124,17 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, anchors: Tensor,
-    groups: Sequence[BlockGroup], window: int | None = None, *, flex: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    anchors: Tensor,
+    groups: Sequence[BlockGroup],
+    window: int | None = None,
+    *,
+    flex: bool = False,
+) -> Tensor:
     """Attention of all blocks, exact; no mask is larger than the scores of a few blocks.
 
     Args:

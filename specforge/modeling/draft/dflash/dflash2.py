@@ -107,9 +107,7 @@ class CandidateSelector(nn.Module):
         top_k: K.
     """
 
-    def __init__(
-        self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, top_k: int
-    ) -> None:
+    def __init__(self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
         self.predecessor_codebook = nn.Parameter(torch.randn(vocab_size, rank) * 0.02)
@@ -145,10 +143,7 @@ class DFlash2(DFlash):
 
     fields: ClassVar[Fields] = {
         **DFlash.fields,
-        "dflash_config": {
-            **DFlash.nested,
-            **{name: by_default(value, SIZE) for name, value in _NESTED.items()},
-        },
+        "dflash_config": {**DFlash.nested, **{name: by_default(value, SIZE) for name, value in _NESTED.items()}},
     }
     layer: ClassVar[type[BlockLayer]] = DFlash2Layer
 
@@ -157,9 +152,7 @@ class DFlash2(DFlash):
         fields, size = config.dflash_config, config.draft_vocab_size
         rank, top_k = fields.get("selector_rank", 256), fields.get("selector_top_k", 16)
         if top_k > size:
-            raise ValueError(
-                f"selector_top_k is {top_k}, more than the {size} tokens of the draft vocabulary"
-            )
+            raise ValueError(f"selector_top_k is {top_k}, more than the {size} tokens of the draft vocabulary")
         self.candidate_selector = CandidateSelector(config.vocab_size, size, config.hidden_size, rank, top_k)
 
 

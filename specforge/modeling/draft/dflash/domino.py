@@ -58,10 +58,12 @@ class PrefixGRU(nn.Module):
 
 _KIND = only("domino")
 _NESTED: Fields = {
-    "projector_type": _KIND, "shift_label": by_default(True, FLAG),
+    "projector_type": _KIND,
+    "shift_label": by_default(True, FLAG),
     "pure_draft_prefix_len": by_default(1, whole(0, 4096)),
-    "gru_hidden_dim": required(SIZE), "emb_dim": required(SIZE),
-}  # fmt: skip
+    "gru_hidden_dim": required(SIZE),
+    "emb_dim": required(SIZE),
+}
 
 
 @register_draft("DominoDraftModel", config_class=Qwen3Config)
@@ -118,9 +120,7 @@ class Domino(DFlash):
         """``[D, r]`` W2."""
         return self.embed_proj.get_parameter("2.weight")
 
-    def corrections(
-        self, embeds: Tensor, tokens: Tensor, states: Tensor, block: Tensor, depth: Tensor
-    ) -> Tensor:
+    def corrections(self, embeds: Tensor, tokens: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
         """What the last matrix reads for every draft; 0 for the drafts that keep their base logits.
 
         Args:

@@ -43,10 +43,20 @@ class BlockDrafter(TrainedDrafter):
     """
 
     def __init__(
-        self, network: BlockDecoder, embed: Callable[[Tensor], Tensor], head: OutputHead, target_ids: Tensor,
-        vocab_size: int, capture: CapturePolicy, *, block_size: int, mask_token_id: int, first: int,
-        corrector: Corrector | None = None, deterministic: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        network: BlockDecoder,
+        embed: Callable[[Tensor], Tensor],
+        head: OutputHead,
+        target_ids: Tensor,
+        vocab_size: int,
+        capture: CapturePolicy,
+        *,
+        block_size: int,
+        mask_token_id: int,
+        first: int,
+        corrector: Corrector | None = None,
+        deterministic: bool = False,
+    ) -> None:
         self.network, self.embed, self.head = network, embed, head
         self.first, self.corrector = first, corrector
         self._block = torch.full((block_size,), mask_token_id, device=target_ids.device)

@@ -35,9 +35,7 @@ class MarkovHead(nn.Module):
         kind: ``vanilla``, ``gated`` or ``rnn``.
     """
 
-    def __init__(
-        self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, kind: str
-    ) -> None:
+    def __init__(self, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int, kind: str) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
@@ -51,9 +49,7 @@ class MarkovHead(nn.Module):
         """``W1`` of some tokens."""
         return F.embedding(tokens, self.markov_w1.weight).to(dtype)
 
-    def forward(
-        self, before: Tensor, states: Tensor, memory: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, before: Tensor, states: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What ``markov_w2`` reads.
 
         Args:
@@ -104,22 +100,21 @@ class DSpark(DFlash):
     """
 
     fields: ClassVar[Fields] = {
-        **DFlash.fields, "markov_rank": by_default(256, SIZE), "sample_from_anchor": only(True),
-        "markov_head_type": by_default("vanilla", only(*KINDS)), "enable_confidence_head": by_default(True, FLAG),
+        **DFlash.fields,
+        "markov_rank": by_default(256, SIZE),
+        "sample_from_anchor": only(True),
+        "markov_head_type": by_default("vanilla", only(*KINDS)),
+        "enable_confidence_head": by_default(True, FLAG),
         "confidence_head_with_markov": by_default(True, FLAG),
-    }  # fmt: skip
+    }
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         rank, kind = getattr(config, "markov_rank", 256), getattr(config, "markov_head_type", "vanilla")
-        self.markov_head = MarkovHead(
-            config.vocab_size, config.draft_vocab_size, config.hidden_size, rank, kind
-        )
+        self.markov_head = MarkovHead(config.vocab_size, config.draft_vocab_size, config.hidden_size, rank, kind)
         self.with_markov = bool(getattr(config, "confidence_head_with_markov", True))
         width = config.hidden_size + (rank if self.with_markov else 0)
-        self.confidence_head = (
-            ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
-        )
+        self.confidence_head = ConfidenceHead(width) if getattr(config, "enable_confidence_head", True) else None
 
     @property
     def shift(self) -> int:

@@ -37,9 +37,7 @@ class DFlashFormat(DraftFormat):
         if "partial_rotary_factor" in config["rope_parameters"]:
             raise UserError("export: partial_rotary_factor is set; SGLang's DFlash rotates whole heads")
         if config.get("qk_norm") is False:
-            raise UserError(
-                "export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights"
-            )
+            raise UserError("export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights")
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
         """For a draft vocabulary, add the target's head for its tokens; vLLM would leave it at random values.

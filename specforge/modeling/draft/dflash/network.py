@@ -38,7 +38,7 @@ from specforge.modeling.draft.fields import (
     quoted,
     required,
     whole,
-)  # fmt: skip
+)
 from specforge.modeling.draft.registry import Draft, register_draft
 from specforge.modeling.layers.decode_cache import DecodeCache, attend
 from specforge.modeling.layers.functional import RMSNorm, compute_dtype, norm_heads
@@ -137,15 +137,26 @@ class DFlash(Draft):
     """
 
     nested: ClassVar[Fields] = {
-        "mask_token_id": required(TOKEN), "target_layer_ids": required(LAYER_IDS), "block_size": whole(1, 4096),
-        "num_target_layers": ANYTHING, "causal": only(False), "use_swa": only(False),
-    }  # fmt: skip
+        "mask_token_id": required(TOKEN),
+        "target_layer_ids": required(LAYER_IDS),
+        "block_size": whole(1, 4096),
+        "num_target_layers": ANYTHING,
+        "causal": only(False),
+        "use_swa": only(False),
+    }
     fields: ClassVar[Fields] = {
-        **LAYER, **NO_MATRICES, "block_size": whole(1, 4096), "num_target_layers": ANYTHING,
-        "qk_norm": by_default(True, FLAG), "layer_types": KINDS_OF_LAYERS, "use_sliding_window": FLAG,
-        "sliding_window": SIZE, "max_window_layers": SIZE, "is_causal": only(False),
+        **LAYER,
+        **NO_MATRICES,
+        "block_size": whole(1, 4096),
+        "num_target_layers": ANYTHING,
+        "qk_norm": by_default(True, FLAG),
+        "layer_types": KINDS_OF_LAYERS,
+        "use_sliding_window": FLAG,
+        "sliding_window": SIZE,
+        "max_window_layers": SIZE,
+        "is_causal": only(False),
         "dflash_config": nested,
-    }  # fmt: skip
+    }
     layer: ClassVar[type[BlockLayer]] = BlockLayer
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -236,9 +247,16 @@ class DFlash(Draft):
                 heads = _Heads(*parts)
             key, value = layer.inject(context, w)
             attention = block_attention(
-                apply_rope(heads.query, *angles), apply_rope(key, *at), value, apply_rope(heads.key, *angles),
-                heads.value.contiguous(), plan.anchors, plan.groups, layer.window, flex=self.flex,
-            )  # fmt: skip
+                apply_rope(heads.query, *angles),
+                apply_rope(key, *at),
+                value,
+                apply_rope(heads.key, *angles),
+                heads.value.contiguous(),
+                plan.anchors,
+                plan.groups,
+                layer.window,
+                flex=self.flex,
+            )
             if number == len(self.layers) - 1 and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
             hidden = layer.finish(hidden, attention, w)
@@ -264,9 +282,7 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
             f"mask_token_id is {fields['mask_token_id']}, outside a vocabulary of {config.vocab_size} tokens"
         )
     if len(config.layer_types) != config.num_hidden_layers:
-        raise ValueError(
-            f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers"
-        )
+        raise ValueError(f"layer_types has {len(config.layer_types)} entries for {config.num_hidden_layers} layers")
     if config.use_sliding_window and "sliding_attention" not in config.layer_types:
         raise ValueError("use_sliding_window is set, but no entry of layer_types is sliding_attention")
     if "sliding_attention" in config.layer_types:
@@ -326,9 +342,7 @@ class BlockDecoder:
             # Behind the context, where the next committed tokens take their place.
             keys, values = self._cache.write(i, self.length, apply_rope(key, *angles), value)
             mask = self._mask(layer.window, first)
-            hidden = layer.finish(
-                hidden, attend(apply_rope(query, *angles), keys[first:], values[first:], mask), w
-            )
+            hidden = layer.finish(hidden, attend(apply_rope(query, *angles), keys[first:], values[first:], mask), w)
         return self.draft.norm(hidden)  # type: ignore[no-any-return]
 
     def _mask(self, window: int | None, first: int) -> Tensor | None:

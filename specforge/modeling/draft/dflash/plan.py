@@ -90,9 +90,14 @@ def sample_anchors(
 
 
 def plan_blocks(
-    lengths: Sequence[int], spans: Sequence[tuple[int, int]], anchors: np.ndarray, depths: int,
-    tokens: int | None = None, *, contiguous: bool = False,
-) -> BlockPlan:  # fmt: skip
+    lengths: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    anchors: np.ndarray,
+    depths: int,
+    tokens: int | None = None,
+    *,
+    contiguous: bool = False,
+) -> BlockPlan:
     """Plan the blocks of some anchors.
 
     Args:

@@ -28,15 +28,20 @@ from specforge.modeling.layers.rope import apply_rope
 # There are as many key heads as query heads, and their size is the sum of the two parts.
 LATENT: Fields = {
     **{name: required(SIZE) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
-    "q_lora_rank": required(SIZE), "rope_interleave": only(True), "attention_bias": only(False),
+    "q_lora_rank": required(SIZE),
+    "rope_interleave": only(True),
+    "attention_bias": only(False),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"), ANYTHING),
-}  # fmt: skip
+}
 EXPERTS: Fields = {
     **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
     **dict.fromkeys(("n_group", "topk_group"), SIZE),
-    "norm_topk_prob": FLAG, "routed_scaling_factor": POSITIVE, "first_k_dense_replace": ANYTHING,
-    "num_local_experts": ANYTHING, "output_router_logits": only(False),
-}  # fmt: skip
+    "norm_topk_prob": FLAG,
+    "routed_scaling_factor": POSITIVE,
+    "first_k_dense_replace": ANYTHING,
+    "num_local_experts": ANYTHING,
+    "output_router_logits": only(False),
+}
 
 
 class LatentAttention(Eagle3Attention):

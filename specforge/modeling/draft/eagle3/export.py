@@ -39,9 +39,7 @@ class Eagle3Format(DraftFormat):
         check_captured_layers(layers, target)
         for name in ("norm_before_residual", "attention_bias"):
             if config.get(name):
-                raise UserError(
-                    f"export: {name} is set, which SGLang's draft does not support; use --to hf (vLLM)"
-                )
+                raise UserError(f"export: {name} is set, which SGLang's draft does not support; use --to hf (vLLM)")
         if config["architectures"][0] == "Eagle3DeepseekV2ForCausalLM" and (
             eagle.get("norm_before_fc") or config.get("norm_before_fc")
         ):
@@ -59,9 +57,7 @@ class Eagle3Format(DraftFormat):
                 "export: the draft config has no draft_vocab_size; the server would use the target's lm_head"
             )
         if config.get("tie_word_embeddings"):
-            raise UserError(
-                "export: tie_word_embeddings is set; the server would use the embedding as lm_head"
-            )
+            raise UserError("export: tie_word_embeddings is set; the server would use the embedding as lm_head")
 
 
 def for_vllm(config: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from specforge.modeling.draft.fields import (
     quoted,
     required,
     rope_fields,
-)  # fmt: skip
+)
 from specforge.modeling.draft.registry import Draft, copy_into
 from specforge.modeling.layers.attention import Segment, ttt_attention
 from specforge.modeling.layers.functional import RMSNorm, norm_heads
@@ -258,13 +258,20 @@ class FusedDraft(Draft):
     """
 
     fields: ClassVar[Fields] = {
-        **LAYER, "tie_word_embeddings": only(False), "norm_before_residual": FLAG, "norm_before_fc": FLAG,
-        "fc_norm": FLAG, "num_aux_hidden_states": SIZE,
+        **LAYER,
+        "tie_word_embeddings": only(False),
+        "norm_before_residual": FLAG,
+        "norm_before_fc": FLAG,
+        "fc_norm": FLAG,
+        "num_aux_hidden_states": SIZE,
         "eagle_config": {
-            _CAPTURED: required(LAYER_IDS), "norm_before_fc": FLAG, "use_aux_hidden_state": only(True),
-            "use_input_layernorm_in_first_layer": only(True), "use_last_layernorm": only(True),
+            _CAPTURED: required(LAYER_IDS),
+            "norm_before_fc": FLAG,
+            "use_aux_hidden_state": only(True),
+            "use_input_layernorm_in_first_layer": only(True),
+            "use_last_layernorm": only(True),
         },
-    }  # fmt: skip
+    }
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

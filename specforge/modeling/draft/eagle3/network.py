@@ -54,9 +54,7 @@ class Eagle3Draft(FusedDraft):
     def build_layers(self, config: Any) -> None:
         """One layer."""
         if config.num_hidden_layers != 1:
-            raise ValueError(
-                f"num_hidden_layers is {config.num_hidden_layers}: an EAGLE-3 draft has one layer"
-            )
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: an EAGLE-3 draft has one layer")
         self.midlayer = Eagle3Layer(config, self.attention(config))
 
     @property
@@ -80,9 +78,7 @@ class Eagle3Draft(FusedDraft):
         with torch.autocast(embeds.device.type, enabled=False):
             return self._unroll(aux_hidden_states, embeds, plan, dtype)
 
-    def _unroll(
-        self, aux_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan, dtype: torch.dtype
-    ) -> Tensor:
+    def _unroll(self, aux_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan, dtype: torch.dtype) -> Tensor:
         layer, attn, w = self.midlayer, self.midlayer.self_attn, self.midlayer.weights(dtype)
         width = attn.query_width
         embed = layer.read(embeds.to(dtype), w)
@@ -167,9 +163,7 @@ class Eagle3Decoder:
         self._cache.reserve(after)
         product = layer.read(embeds.to(self.dtype), w)
         product = product + layer.hidden_norm.linear(hidden, w.hidden)
-        key, value = attn.keys_values(
-            product[:, attn.query_width :], self._cache.angles(before, after), w.more
-        )
+        key, value = attn.keys_values(product[:, attn.query_width :], self._cache.angles(before, after), w.more)
         keys, values = self._cache.write(0, before, key, value)
         self.rows = after
         # Only the last row's output is used; the others are there for their keys.

@@ -29,9 +29,13 @@ class HeadsDrafter(TrainedDrafter):
     """
 
     def __init__(
-        self, decoder: HeadsDecoder, embed: Callable[[Tensor], Tensor], target_ids: Tensor, vocab_size: int,
+        self,
+        decoder: HeadsDecoder,
+        embed: Callable[[Tensor], Tensor],
+        target_ids: Tensor,
+        vocab_size: int,
         deterministic: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.decoder, self.embed = decoder, embed
         super().__init__(target_ids, vocab_size, CapturePolicy((), last_hidden_states=True), deterministic)
 

@@ -31,9 +31,7 @@ class MedusaFormat(HeadsFormat):
             return written
         numbers = {theirs: written.pop(mine, 1) for theirs, mine in VLLM_NAMES.items()}
         del written["draft_vocab_size"]
-        return {
-            **written, **numbers, "architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": False,
-        }  # fmt: skip
+        return {**written, **numbers, "architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": False}
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See :meth:`DraftFormat.tensors`."""

@@ -86,9 +86,13 @@ class HeadsDraft(Draft):
     """
 
     fields: ClassVar[Fields] = {
-        **VOCABULARY, **NO_MATRICES, "target_hidden_size": SIZE, "num_draft_heads": required(DEPTH),
-        "num_head_blocks": by_default(1, DEPTH), "attn_implementation": ANYTHING,
-    }  # fmt: skip
+        **VOCABULARY,
+        **NO_MATRICES,
+        "target_hidden_size": SIZE,
+        "num_draft_heads": required(DEPTH),
+        "num_head_blocks": by_default(1, DEPTH),
+        "attn_implementation": ANYTHING,
+    }
     sequential: bool
 
     @staticmethod

@@ -87,9 +87,7 @@ def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
             continue
         mine = family.names.get(name) or f"layer.{name.removeprefix(family.layer)}"
         found[mine] = (
-            _swap(target.tensor(full))
-            if family.hidden_first and mine == "proj.weight"
-            else target.tensor(full)
+            _swap(target.tensor(full)) if family.hidden_first and mine == "proj.weight" else target.tensor(full)
         )
     return found
 
@@ -143,20 +141,14 @@ class MTPFormat(DraftFormat):
                 f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
             )
         if not draft.norm_output:
-            raise UserError(
-                "export: norm_output is off; SGLang feeds the normed output back, of every family's module"
-            )
+            raise UserError("export: norm_output is off; SGLang feeds the normed output back, of every family's module")
         if draft.mask_first != family.mask_first:
-            raise UserError(
-                f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}"
-            )
+            raise UserError(f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}")
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}", draft.trained)
         renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))
         if unknown:
-            raise UserError(
-                f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently"
-            )
+            raise UserError(f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently")
         if target.weight_block is not None:
             wide = _named_as_theirs(family, draft.module_tensors(torch.float32))
             for name in [n for n in renamed if n + SCALE in target.weight_files]:

@@ -112,9 +112,7 @@ class MTPDraft(Draft):
             raise UserError(f"{what}: {name} {lack} {self.form} of this draft config")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise UserError(
-                    f"{what}: {name} is {tuple(tensor.shape)}, the draft's {tuple(own[name].shape)}"
-                )
+                raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, the draft's {tuple(own[name].shape)}")
             own[name].copy_(tensor)
 
     @torch.no_grad()
@@ -158,9 +156,7 @@ class MTPDraft(Draft):
         attn = self.layer.self_attn
         return self.fuse_weights((attn.q_proj, attn.k_proj, attn.v_proj), (), dtype)
 
-    def fuse_weights(
-        self, inputs: Iterable[nn.Linear], more: tuple[Tensor, ...], dtype: torch.dtype
-    ) -> MTPWeights:
+    def fuse_weights(self, inputs: Iterable[nn.Linear], more: tuple[Tensor, ...], dtype: torch.dtype) -> MTPWeights:
         """The matrices, of an attention with these projections of the layer's input and ``more`` behind them."""
         biases = [p.bias.to(dtype) for p in inputs if p.bias is not None]
         embed, hidden = self.proj.weight.to(dtype).chunk(2, dim=1)
@@ -231,9 +227,7 @@ class MTPDraft(Draft):
         for step in range(plan.steps):
             if step > 0:
                 x = self.hidden_norm.linear(hidden, w.hidden) + embedded[plan.row_tokens[step]]
-                query, own_key, own_value = self.heads(
-                    x, w, cos[row_positions + step], sin[row_positions + step]
-                )
+                query, own_key, own_value = self.heads(x, w, cos[row_positions + step], sin[row_positions + step])
                 own.append((own_key, own_value))
             attention = ttt_attention(query, key, value, plan.segments, own, flex=self.flex)
             normed, hidden = self.finish(x, attention, w)

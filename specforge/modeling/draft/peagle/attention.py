@@ -37,9 +37,16 @@ def _mask(chunk: Chunk, anchors: Tensor, depths: Tensor, dtype: torch.dtype) -> 
 class _DeepAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, anchors: Tensor,
-        depths: Tensor, chunks: Sequence[Chunk],
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+        anchors: Tensor,
+        depths: Tensor,
+        chunks: Sequence[Chunk],
+    ) -> Tensor:
         # Zero, not empty: padded elements are in no chunk.
         out = torch.zeros_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -66,14 +73,14 @@ class _DeepAttention(torch.autograd.Function):
             rows, seen = slice(chunk.start, chunk.stop), slice(chunk.document, chunk.limit)
             keys, values = torch.cat([key[seen], own_key[rows]]), torch.cat([value[seen], own_value[rows]])
             mask = _mask(chunk, anchors, depths, query.dtype)
-            dq, dk, dv = flash_backward(
-                grad[rows], query[rows], keys, values, out[rows], lse[rows], mask=mask
-            )
+            dq, dk, dv = flash_backward(grad[rows], query[rows], keys, values, out[rows], lse[rows], mask=mask)
             before = chunk.limit - chunk.document
             for total, place, part in zip(
-                grads, (rows, seen, seen, rows, rows), (dq, dk[:before], dv[:before], dk[before:], dv[before:]),
+                grads,
+                (rows, seen, seen, rows, rows),
+                (dq, dk[:before], dv[:before], dk[before:], dv[before:]),
                 strict=True,
-            ):  # fmt: skip
+            ):
                 total[place] += part
         return (*(x.to(dtype) for x in grads), None, None, None)
 

@@ -27,9 +27,11 @@ class PEagleFormat(DraftFormat):
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """To vLLM this is the architecture of EAGLE-3 with a mask token, under a name of its own."""
         return {
-            **super().config(config, dtype), **for_vllm(config), "architectures": [LlamaEagle3.architecture],
+            **super().config(config, dtype),
+            **for_vllm(config),
+            "architectures": [LlamaEagle3.architecture],
             "ptd_token_id": config["mask_token_id"],
-        }  # fmt: skip
+        }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """See :meth:`DraftFormat.read`."""

@@ -50,17 +50,18 @@ class PEagleDraft(FusedDraft):
     """
 
     fields: ClassVar[Fields] = {
-        **FusedDraft.fields, "attention_bias": FLAG, "mask_token_id": required(TOKEN), "embed_requires_grad": FLAG,
+        **FusedDraft.fields,
+        "attention_bias": FLAG,
+        "mask_token_id": required(TOKEN),
+        "embed_requires_grad": FLAG,
         "parallel_drafting": only(True),
-    }  # fmt: skip
+    }
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.mask_token_id = config.mask_token_id
         if self.mask_token_id >= config.vocab_size:
-            raise ValueError(
-                f"mask_token_id is {self.mask_token_id}, but the target has {config.vocab_size} tokens"
-            )
+            raise ValueError(f"mask_token_id is {self.mask_token_id}, but the target has {config.vocab_size} tokens")
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
         own = getattr(config, "embed_requires_grad", False)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own else None
@@ -78,9 +79,7 @@ class PEagleDraft(FusedDraft):
         for name in _MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
             if mask is not None and config.setdefault("mask_token_id", mask) != mask:
-                raise ValueError(
-                    f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}"
-                )
+                raise ValueError(f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}")
 
     def build_layers(self, config: LlamaConfig) -> None:
         """A layer over [embedding, features], then Llama layers."""
@@ -119,9 +118,7 @@ class PEagleDraft(FusedDraft):
         """Embeddings ``[n, H]`` of ``input_ids [n]``: the draft's own, or the target's ``embedding [V, H]``."""
         return F.embedding(input_ids, embedding if self.embed_tokens is None else self.embed_tokens.weight)
 
-    def forward(
-        self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: ParallelPlan
-    ) -> Tensor:
+    def forward(self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: ParallelPlan) -> Tensor:
         """Run all depths at once.
 
         Args:
@@ -140,9 +137,7 @@ class PEagleDraft(FusedDraft):
             weights = [layer.weights(dtype) for layer in self.stack]
             tokens = len(input_ids)
             position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
-            cos, sin = (
-                x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device)
-            )
+            cos, sin = (x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device))
             embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
             hidden, product = self.first(aux_hidden_states, embeds, plan.next_tokens, weights[0])
             hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
@@ -203,12 +198,14 @@ def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, 
     shallow = query[:tokens] if rows is None else query[rows]
     key, own_key = key[:tokens], key[tokens:]
     value, own_value = value[:tokens], value[tokens:]
-    return torch.cat([
-        ttt_attention(shallow, key, value, segments, [], flex=flex),
-        deep_attention(
-            query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks, flex=flex
-        ),
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            ttt_attention(shallow, key, value, segments, [], flex=flex),
+            deep_attention(
+                query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks, flex=flex
+            ),
+        ]
+    )
 
 
 class PEagleDecoder:
@@ -233,9 +230,7 @@ class PEagleDecoder:
         self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
 
     @torch.inference_mode()
-    def draft_logits(
-        self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int
-    ) -> Tensor:
+    def draft_logits(self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int) -> Tensor:
         """Append committed rows, and draft behind the last of them.
 
         Args:
@@ -257,9 +252,7 @@ class PEagleDecoder:
         self._cache.reserve(end)
         angles = self._cache.angles(self.rows, end)
         # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
-        seen = (
-            torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
-        )
+        seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
         for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
             if i > 0:
                 product = layer.carry(hidden, w)

@@ -123,18 +123,25 @@ def plan_parallel(
     valid[of, flat_depths] = True
     pad = (0, -offset % ROUND)
     return ParallelPlan(
-        count=first.count, rows=first.rows, segments=first.segments, documents=tuple(documents),
-        positions=first.positions, next_tokens=first.next_tokens,
-        anchors=torch.from_numpy(np.pad(flat_anchors, pad)), depths=torch.from_numpy(np.pad(flat_depths, pad)),
-        chunks=tuple(chunks), labels=first.labels, students=torch.from_numpy(students),
-        valid=torch.from_numpy(valid), longest=first.longest,
-    )  # fmt: skip
+        count=first.count,
+        rows=first.rows,
+        segments=first.segments,
+        documents=tuple(documents),
+        positions=first.positions,
+        next_tokens=first.next_tokens,
+        anchors=torch.from_numpy(np.pad(flat_anchors, pad)),
+        depths=torch.from_numpy(np.pad(flat_depths, pad)),
+        chunks=tuple(chunks),
+        labels=first.labels,
+        students=torch.from_numpy(students),
+        valid=torch.from_numpy(valid),
+        longest=first.longest,
+    )
 
 
 def _elements(
-    labels: np.ndarray, begin: int, depths: int, sampling: DepthSampling | None,
-    rng: np.random.Generator | None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    labels: np.ndarray, begin: int, depths: int, sampling: DepthSampling | None, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Anchors and depths of one document's deep elements, by anchor and then by depth."""
     anchors, found = [labels[:0]], [labels[:0]]
     candidates = labels

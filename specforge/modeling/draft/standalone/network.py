@@ -53,9 +53,7 @@ class StandaloneDraft(Draft):
         self.architecture = type(self.model).__name__
         self.config.architectures = [self.architecture]
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
-            raise UserError(
-                f"{where}: the output head of {self.architecture} has a bias, which is not supported"
-            )
+            raise UserError(f"{where}: the output head of {self.architecture} has a bias, which is not supported")
         if reduced:
             self.model.set_output_embeddings(nn.Linear(self.config.hidden_size, len(self.d2t), bias=False))
             nn.init.normal_(self.head_weight, std=0.02)
@@ -182,8 +180,13 @@ class StandaloneDraft(Draft):
 
 # Fields that say nothing of the network; a quantised target's draft is not quantised.
 _NOT_THE_NETWORKS = (
-    "_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version",
-)  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 def _config_of(config: Mapping[str, Any], where: str) -> Any:
@@ -193,9 +196,7 @@ def _config_of(config: Mapping[str, Any], where: str) -> Any:
         UserError: there is no such kind of model, or it refuses the fields.
     """
     kind = config.get("model_type")
-    fields = copy.deepcopy(
-        {key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)}
-    )
+    fields = copy.deepcopy({key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)})
     try:
         return _config_class(kind, where)(**fields)
     except UserError:
@@ -237,9 +238,7 @@ def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
     config, count = target.config, target.num_layers
     names = _config_class(config["model_type"], target.name).attribute_map
     if type(layers) is not int or not 1 <= layers <= count:
-        raise UserError(
-            f"model.draft_config: num_hidden_layers is {quoted(layers)}, but {target.name} has {count}"
-        )
+        raise UserError(f"model.draft_config: num_hidden_layers is {quoted(layers)}, but {target.name} has {count}")
     kept = spread(layers, count)
     fields = {
         name: [value[i] for i in kept] if isinstance(value, list) and len(value) == count else value

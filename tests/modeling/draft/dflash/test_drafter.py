@@ -34,12 +34,7 @@ CASES = {
     "domino, labels in place, a part of the vocabulary": (
         "domino",
         {
-            "dflash_config": {
-                "gru_hidden_dim": 12,
-                "emb_dim": 8,
-                "shift_label": False,
-                "pure_draft_prefix_len": 2,
-            },
+            "dflash_config": {"gru_hidden_dim": 12, "emb_dim": 8, "shift_label": False, "pure_draft_prefix_len": 2},
             "draft_vocab_size": 100,
         },
     ),
@@ -74,9 +69,7 @@ def module(request, target, engine, prompts, answers):
     torch.manual_seed(0)
     module = algorithms()[name](str(target), layer_ids=[1, 3, 4], draft_config={**SIZE, **config})
     if len(module.draft.d2t) < 264:
-        module.draft.set_vocabulary(
-            torch.tensor(sorted({t for a in answers for t in a} | set(range(100))))[:100]
-        )
+        module.draft.set_vocabulary(torch.tensor(sorted({t for a in answers for t in a} | set(range(100))))[:100])
     texts = [[*p, *a] for p, a in zip(prompts[:4], answers[:4], strict=True)]
     features = [{n: x.clone() for n, x in f.items()} for f in engine.capture(texts, module.spec.capture)]
     head = module.target_head(torch.device("cpu"))
@@ -133,9 +126,8 @@ def test_sampled_output_has_the_targets_distribution(engine, module, prompts):
     counts: dict[tuple[int, ...], int] = {}
     for start in range(0, rounds, 500):
         for decoded in decode(
-            engine.model, make, [prompt] * 500, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling,
-            seed=start,
-        ):  # fmt: skip
+            engine.model, make, [prompt] * 500, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling, seed=start
+        ):
             key = tuple(decoded.tokens[:3])
             counts[key] = counts.get(key, 0) + 1
     expected: dict[tuple[int, ...], float] = {(): float(rounds)}
@@ -171,9 +163,7 @@ def test_drafts_depend_on_what_was_committed_alone(engine, module, prompts):
             for start, stop in itertools.pairwise(cuts):
                 drafter.observe(ids[said : stop + 1], {AUX_HIDDEN_STATES: aux[start:stop]})
                 said = stop + 1
-                drafts.append(drafter.propose(3, Sampling()).tokens) if stop == 15 else drafter.propose(
-                    3, Sampling()
-                )
+                drafts.append(drafter.propose(3, Sampling()).tokens) if stop == 15 else drafter.propose(3, Sampling())
     assert len(set(drafts)) == 1
 
 
@@ -181,9 +171,5 @@ def test_more_tokens_than_a_block_drafts_are_refused(module, engine, prompts, an
     features = engine.capture([[*prompts[0], *answers[0]]], module.spec.capture)[0]
     with pytest.raises(UserError, match="drafts at most"):
         draft_rounds(
-            module,
-            module.target_head(torch.device("cpu")),
-            Reference(prompts[0], answers[0], features),
-            9,
-            Sampling(),
+            module, module.target_head(torch.device("cpu")), Reference(prompts[0], answers[0], features), 9, Sampling()
         )

@@ -17,9 +17,7 @@ from tests.families import write_family
 def trained(name: str, target, layer_ids=(1, 3, 4), **config):
     """A draft that looks trained: no weight as it was initialised."""
     torch.manual_seed(0)
-    module = algorithms()[name](
-        str(target), layer_ids=list(layer_ids), draft_config={"num_hidden_layers": 2, **config}
-    )
+    module = algorithms()[name](str(target), layer_ids=list(layer_ids), draft_config={"num_hidden_layers": 2, **config})
     with torch.no_grad():
         for parameter in module.draft.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -24,9 +24,7 @@ from specforge.inference.target_files import TargetFiles
 SMALL = {"draft_vocab_size": 200}
 OPTIONAL = {"norm_before_residual": True, "attention_bias": True}
 MAKERS: dict[str, Callable[[str], FusedModule]] = {
-    "eagle3.1": lambda t: Eagle3Module(
-        t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"
-    ),
+    "eagle3.1": lambda t: Eagle3Module(t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"),
     "norm_before_fc": lambda t: Eagle3Module(t, {**SMALL, "norm_before_fc": True}, init_from="target"),
     "latent": lambda t: Eagle3Module(t, {**SMALL, **LATENT, "norm_output": True}),
     "biases": lambda t: Eagle3Module(t, {**SMALL, **OPTIONAL, "partial_rotary_factor": 0.5}),
@@ -38,9 +36,13 @@ MAKERS: dict[str, Callable[[str], FusedModule]] = {
 }
 GAMMA = 4
 LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4, "v_head_dim": 5,
-}  # fmt: skip
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +129,7 @@ def test_sampled_output_has_the_targets_distribution(engine, module, determinist
     accepted = 0
     for start in range(0, count, 300):
         decoded = decode(
-            engine.model,
-            make,
-            [prompt] * 300,
-            gamma=2,
-            max_new_tokens=4,
-            end_ids=[],
-            sampling=sampling,
-            seed=start,
+            engine.model, make, [prompt] * 300, gamma=2, max_new_tokens=4, end_ids=[], sampling=sampling, seed=start
         )
         found.update(tuple(d.tokens[:3]) for d in decoded)
         accepted += sum(sum(d.accepted) for d in decoded)

@@ -15,9 +15,13 @@ from lightning_modules.peagle import PEagleModule
 from specforge.errors import UserError
 
 LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"], "q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4, "v_head_dim": 5,
-}  # fmt: skip
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 SMALL = {"draft_vocab_size": 64}
 
 
@@ -59,10 +63,14 @@ def test_latent_names_are_those_that_sglang_loads(target, tmp_path):
     )
     attention = {n.removeprefix("midlayer.self_attn."): x for n, x in tensors.items() if "self_attn" in n}
     assert {name: tuple(x.shape) for name, x in attention.items()} == {
-        "q_a_proj.weight": (12, 64), "q_a_layernorm.weight": (12,), "q_b_proj.weight": (40, 12),
-        "kv_a_proj_with_mqa.weight": (12, 64), "kv_a_layernorm.weight": (8,), "kv_b_proj.weight": (44, 8),
+        "q_a_proj.weight": (12, 64),
+        "q_a_layernorm.weight": (12,),
+        "q_b_proj.weight": (40, 12),
+        "kv_a_proj_with_mqa.weight": (12, 64),
+        "kv_a_layernorm.weight": (8,),
+        "kv_b_proj.weight": (44, 8),
         "o_proj.weight": (32, 20),
-    }  # fmt: skip
+    }
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
     assert config["model_type"] == "deepseek_v3"
     assert (config["q_lora_rank"], config["v_head_dim"], config["num_hidden_layers"]) == (12, 5, 1)

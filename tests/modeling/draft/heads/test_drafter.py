@@ -71,9 +71,7 @@ def test_greedy_output_is_the_targets_own_and_offline_tau_is_decoded_tau(engine,
     assert sum(sum(d.accepted) for d in together) > 0
     for decoded, single, prompt, answer in zip(together, alone, prompts, expected, strict=True):
         (features,) = engine.capture([[*prompt, *answer]], module.spec.capture)
-        rounds = draft_rounds(
-            module, module.target_head(CPU), Reference(prompt, answer, features), gamma, Sampling()
-        )
+        rounds = draft_rounds(module, module.target_head(CPU), Reference(prompt, answer, features), gamma, Sampling())
         assert (rounds.tokens, rounds.rounds) == (decoded.counted, decoded.rounds)
         assert decoded.rounds == single.rounds
 
@@ -102,9 +100,7 @@ def test_drafting_computes_what_training_computes(engine, module, prompts):
 
 @pytest.mark.parametrize("module", [MedusaModule, HydraModule], indirect=True)
 def test_no_more_tokens_than_heads_are_drafted(engine, module, prompts):
-    (decoded,) = decode(
-        engine.model, make_drafter(module), [prompts[0]], gamma=7, max_new_tokens=20, end_ids=()
-    )
+    (decoded,) = decode(engine.model, make_drafter(module), [prompts[0]], gamma=7, max_new_tokens=20, end_ids=())
     assert decoded.tokens == plain(engine, prompts[0], 20, ())
     assert sum(decoded.drafted[4:]) == 0
 
@@ -128,9 +124,8 @@ def test_sampled_output_has_the_targets_distribution(engine, module, prompts, sa
     counts = torch.zeros(264)
     for start in range(0, runs, 500):
         decoded = decode(
-            engine.model, drafter, [prompt] * 500, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling,
-            seed=start,
-        )  # fmt: skip
+            engine.model, drafter, [prompt] * 500, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling, seed=start
+        )
         counts += torch.bincount(torch.tensor([d.tokens[2] for d in decoded]), minlength=264)
     expected = third_token(engine, prompt, sampling) * runs
     assert counts[expected == 0].sum() == 0
