@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURE = DOCS / "images" / "results.svg"
@@ -51,7 +51,12 @@ def draw(path: Path = PICTURE) -> None:
         right.set(xlim=(0.85, 1.35), xlabel="relative to plain decoding", title="Speed-up (two CPU cores)")
         right.axvline(1, color=GREY, lw=0.8)
         bars = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (GPU, CPU)]
-        left.legend(bars, ["trained on 3 M tokens (one H100)", "trained on 120,000 tokens (two CPU cores)"], loc="lower right", frameon=False)
+        left.legend(
+            bars,
+            ["trained on 3 M tokens (one H100)", "trained on 120,000 tokens (two CPU cores)"],
+            loc="lower right",
+            frameon=False,
+        )
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
