@@ -1,6 +1,7 @@
 # make quickstart: train, measure and export a draft for a real model on two CPU cores
 # make test:       the whole test suite
-# Both make .venv first. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
+# make docs:       the documentation site, in build/site
+# The first two make .venv. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -13,7 +14,7 @@ SPECFORGE := $(VENV)/bin/specforge
 TARGET := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -47,5 +48,14 @@ lint: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
+docs: .docs/.installed
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict
+
+.docs/.installed: pyproject.toml # an environment of its own, without torch
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet $$($(PYTHON) -c \
+	  "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .docs build dist *.egg-info
