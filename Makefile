@@ -1,7 +1,6 @@
 # make quickstart: train, measure and export a draft for a real model on two CPU cores
 # make test:       the whole test suite
-# make docs:       the documentation site, in build/site
-# The first two make .venv. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
+# Both make .venv first. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -48,7 +47,7 @@ lint: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
-docs: .docs/.installed
+docs: .docs/.installed # the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict
 
 .docs/.installed: pyproject.toml # an environment of its own, without torch
