@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from specforge import __version__
+from specforge.cli.shadowing import check
 from specforge.errors import UserError, escaped, mistake_behind
 
 # Name: ("module:function", what it does). A function takes its own name and arguments and returns the exit status.
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     if logging.lastResort is not None:  # which shows our warnings
         logging.lastResort.setFormatter(_Escaping())
     try:
+        check()
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, Port, PositiveInt
 from specforge.system import end_with_parent, interrupt_on_sigterm, pick_device
@@ -73,7 +74,7 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
 
     spec = find_spec("mooncake")
     if spec is None or spec.origin is None:
-        raise UserError("store: Mooncake is not installed; pip install 'specforge[mooncake]'")
+        raise UserError(f"store: Mooncake is not installed: {install_hint('mooncake')}")
     for number in (port, metrics_port):
         _check_free(host, number)
     command = [

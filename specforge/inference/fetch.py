@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.files import check_folder, first_line, staged_folder
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -118,7 +119,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         import gguf as _gguf  # noqa: F401 - transformers needs it, and says so less clearly
     except ImportError as error:
-        raise UserError("reading GGUF files needs the extra: pip install 'specforge[gguf]'") from error
+        raise UserError(f"reading GGUF files needs the package gguf: {install_hint('gguf')}") from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
