@@ -22,11 +22,8 @@ _EXTRAS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Print the findings; 1 if something that every command needs is missing."""
-    if len(argv) > 1:
-        print("usage: specforge doctor")
-        return 0 if argv[1] in ("-h", "--help") else 2
+def main() -> int:
+    """Show what this machine can run; the exit status is 1 if a required package is missing."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     for title, text in findings():
         print(f"{title:<12} {text}")

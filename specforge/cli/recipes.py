@@ -60,25 +60,23 @@ def describe(path: Path) -> Iterator[str]:
         yield line.removeprefix("#").strip()
 
 
-def main(argv: list[str]) -> int:
-    """`specforge recipes [--copy NAME] [--to PATH]`."""
-    import argparse
+def main(copy: str | None = None, to: Path = Path()) -> int:
+    """List the shipped recipes, or copy one.
 
-    parser = argparse.ArgumentParser("specforge recipes", description="List the shipped recipes, or copy one.")
-    parser.add_argument("--copy", metavar="NAME", help="copy this recipe")
-    parser.add_argument("--to", metavar="PATH", default=".", help="folder or file to copy it to")
-    options = parser.parse_args(argv[1:])
-    if options.copy is None:
+    Args:
+        copy: name of the recipe to copy.
+        to: folder or file to copy it to.
+    """
+    if copy is None:
         for name, path in recipes().items():
             print(name)
             print("\n".join(f"    {line}" for line in describe(path)))
         return 0
-    if options.copy not in recipes():
-        raise UserError(f"--copy {options.copy}: no such recipe (there are {', '.join(recipes())})")
-    target = Path(options.to)
-    target = target / Path(options.copy).name if target.is_dir() else target
+    if copy not in recipes():
+        raise UserError(f"--copy {copy}: no such recipe (there are {', '.join(recipes())})")
+    target = to / Path(copy).name if to.is_dir() else to
     if target.exists() or target.is_symlink():
         raise UserError(f"{target}: exists already")
-    write_file(target, recipes()[options.copy].read_bytes())
+    write_file(target, recipes()[copy].read_bytes())
     print(target)
     return 0
