@@ -43,11 +43,8 @@ class Machine:
         return sum(gpu >= need.gpu_gb for gpu in self.gpus_gb) >= need.gpus
 
 
-def main(argv: list[str]) -> int:
-    """Print the findings; 1 if a package that every command needs is missing."""
-    if len(argv) > 1:
-        print("usage: specforge doctor")
-        return 0 if argv[1] in ("-h", "--help") else 2
+def main() -> int:
+    """Show what this machine can run; the exit status is 1 if a required package is missing."""
     for title, text in findings():
         print(f"{title:<12} {text}".rstrip())
     missing = [name for name in _PACKAGES if find_spec(name) is None]

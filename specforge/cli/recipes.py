@@ -19,7 +19,6 @@ Figures that ``measured`` does not list are estimates. A preset, which is added 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -164,17 +163,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """`specforge recipes [NAME] [--copy NAME] [--to PATH]`."""
-    parser = argparse.ArgumentParser("specforge recipes", description="List the shipped recipes, show or copy one.")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="show what this recipe needs, and its commands")
-    parser.add_argument("--copy", metavar="NAME", help="copy this recipe")
-    parser.add_argument("--to", metavar="PATH", default=".", help="folder or file to copy it to")
-    options = parser.parse_args(argv[1:])
-    if options.copy is not None:
-        print(_copy(find_recipe(options.copy), Path(options.to)))
-    elif options.name is not None:
-        path = find_recipe(options.name)
+def main(name: str | None = None, copy: str | None = None, to: Path = Path()) -> int:
+    """List the shipped recipes, show one, or copy one.
+
+    Args:
+        name: show the needs and the commands of this recipe.
+        copy: name of the recipe to copy.
+        to: folder or file to copy it to.
+    """
+    if copy is not None:
+        print(_copy(find_recipe(copy), to))
+    elif name is not None:
+        path = find_recipe(name)
         recipe, (head, text) = read_head(path), read_comments(path)
         print(f"{path.name}: {recipe.describe() if recipe else head['summary']}\n\n{text}")
     else:

@@ -66,7 +66,7 @@ def test_gpus_of_several_sizes_count_by_their_own_memory():
 
 
 def test_doctor_prints_packages_hardware_and_recipes(capsys):
-    assert main(["doctor"]) == 0
+    assert main() == 0
     lines = capsys.readouterr().out.splitlines()
     titles = [line.split()[0] for line in lines]
     assert titles[:9] == ["specforge", "python", "packages", "hub", "gguf", "sglang", "mooncake", "redis", "cpu"]
@@ -79,7 +79,7 @@ def test_doctor_names_a_missing_package(monkeypatch, capsys):
 
     find = doctor.find_spec
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("torch", "safetensors") else find(name))
-    assert main(["doctor"]) == 1
+    assert main() == 1
     assert "missing: torch, safetensors" in capsys.readouterr().out
 
 
