@@ -17,12 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.progress import TaskID
-
-from specforge.cli.console import progress_bar, say
+from specforge.cli.console import say
 from specforge.errors import UserError
-from specforge.inference.capture import CaptureOptions, CaptureProgress
-from specforge.inference.capture import capture as capture_features
+from specforge.inference.capture import CaptureOptions
 from specforge.inference.producer import Producer
 from specforge.inference.target_engine import HFTargetEngine, TargetEngine
 from specforge.inference.target_engine.http import printable
@@ -90,22 +87,9 @@ def capture(
         algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
         layer_ids: decoder layers to keep instead of the algorithm's default.
     """
-    from lightning_modules.loading import find_algorithm
+    from specforge import api  # imports Lightning, which `produce` and `status` do not need
 
-    pick_device(options.device)  # an invalid name is reported before anything is read
-    files = TargetFiles.find(target)
-    policy = find_algorithm(algorithm).capture_policy(files, layer_ids)
-    start = time.perf_counter()
-    with progress_bar("samples") as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(step: CaptureProgress) -> None:
-            if step.split not in tasks:
-                tasks[step.split] = bar.add_task(f"capture {step.split}", total=step.total, rate="")
-            rate = f"{step.tokens / (time.perf_counter() - start):,.0f} tok/s"
-            bar.update(tasks[step.split], completed=step.finished, rate=rate)
-
-        captured = capture_features(files, prompts, output, policy, options, show)
+    captured = api.capture(target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True)
     for split in captured:
         size = f"{split.samples:,} samples, {split.nbytes / 1e9:.2f} GB"
         say(f"{split.folder}: {size} ({split.tokens:,} tokens now)")
