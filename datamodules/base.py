@@ -82,10 +82,6 @@ class FeatureDataModule(pl.LightningDataModule):
         part = self.split("heldout")
         return [] if part is None else self._loader(*part, shuffle=False, batch_size=self.val_batch_size)
 
-    def test_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The held-out samples."""
-        return self.val_dataloader()
-
     def _loader(self, refs: Sequence[SampleRef], store: SampleStore, **options: Any) -> FeatureDataLoader:
         trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
         return FeatureDataLoader(

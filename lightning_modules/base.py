@@ -225,10 +225,6 @@ class DraftModule(pl.LightningModule):
         """Drafted chains of the held-out documents; a rank's empty batch runs too, for a sharded draft's sake."""
         return self.compute(batch, self.target_head(batch.input_ids.device), positions=self.gamma)
 
-    def test_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput:
-        """As :meth:`validation_step`."""
-        return self.validation_step(batch, batch_idx)
-
     def empty_output(self, positions: int, states: Tensor, spans: Sequence[tuple[int, int]] = ()) -> StepOutput:
         """Output of a batch without supervised rows: zero, but with the draft's states and parameters in its graph.
 

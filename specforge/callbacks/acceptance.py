@@ -61,8 +61,3 @@ class AcceptanceLengthEvaluation(pl.Callback):
         values |= {f"val/acceptance_{k + 1}": a for k, a in enumerate(result["acceptance"])}
         pl_module.log_dict(values, rank_zero_only=True)
         pl_module.log("val/tau", tau.value, prog_bar=True, rank_zero_only=True)
-
-    # The test loop asks the same question of the same data.
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
