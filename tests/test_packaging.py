@@ -49,7 +49,7 @@ def test_every_package_and_its_types_are_shipped():
 
 def test_extras_in_hints_and_doctor_are_those_of_the_project():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {*EXTRAS, "mooncake-cpu", "dev"}
+    assert set(extras) == {*EXTRAS, "mooncake-cpu", "docs", "dev"}
     for name, extra in EXTRAS.items():
         assert extra.requirement in [requirement.split(";")[0] for requirement in extras[name]]
         assert extra.requirement in install_hint(name)
