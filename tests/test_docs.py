@@ -14,6 +14,7 @@ import yaml
 
 from specforge.cli.main import COMMANDS, main
 from specforge.cli.recipes import recipes
+from tests.tiny import recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -81,6 +82,29 @@ def test_trainer_snippets_of_the_guide_are_accepted(snippet, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", "quickstart.yaml", "--config", str(tmp_path / "snippet.yaml"), "--print_config"])
     assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def test_the_python_page_runs(target, features, prompts, tmp_path, monkeypatch, capsys):
+    """On the tiny target, in a folder in which the quickstart seems to have run."""
+    run = tmp_path / "runs" / "quickstart"
+    assert main(["fit", "--config", str(recipe(target, features, tmp_path, trainer__default_root_dir=str(run)))]) == 0
+    for name, folder in (("prompts", prompts), ("features", features)):
+        (run / name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    capture, evaluate, train = (
+        next(block for block in python_blocks("python-api.md") if word in block)
+        for word in ("specforge.capture(", "specforge.evaluate(", "trainer.fit(")
+    )
+    exec(evaluate, {})
+    assert "eagle3: tau" in capsys.readouterr().out
+    exec("import specforge\n" + capture.replace("Qwen/Qwen3-8B", str(target)).replace("data/prompts", str(prompts)), {})
+    assert (tmp_path / "data" / "features" / "train").is_dir()
+    train = train.replace("models/SmolLM2-135M-Instruct", str(target)).replace(", layer_ids=[14, 22, 28]", "")
+    exec(train.replace("max_steps=100", "max_steps=2, accelerator='cpu'"), {})
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def slugs(page: Path) -> set[str]:
