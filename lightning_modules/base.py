@@ -176,14 +176,17 @@ class DraftModule(pl.LightningModule):
     @property
     def head_dtype(self) -> torch.dtype:
         """bf16 under a bf16 precision, else fp32."""
-        trainer = self._trainer
-        return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else torch.float32
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # not attached to a trainer
+            return torch.float32
+        return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
     # Training.
 
     def configure_model(self) -> None:
         """Shard the draft over the devices where the strategy has a mesh (``fsdp2``); once."""
-        mesh = getattr(self, "_device_mesh", None)
+        mesh = self.device_mesh
         if mesh is None or isinstance(self.draft, FSDPModule):
             return
         # The draft is one layer and a head: one group of shards, gathered once a step, is all there is to gain.

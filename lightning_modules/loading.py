@@ -107,6 +107,6 @@ def _algorithm_of_checkpoint(saved: Mapping[str, Any], draft: Path) -> type[Draf
     if path.split(".")[0] == "lightning_modules" and name in algorithms():
         return algorithms()[name]
     raise UserError(
-        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not SpecForge's; if you trust "
+        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not built in; if you trust "
         "that code, name it: --algorithm my_module.MyModule"
     )

@@ -8,11 +8,15 @@ from typing import NamedTuple
 
 
 class Extra(NamedTuple):
-    """An extra: the module that it installs, a requirement that provides the module, and its purpose."""
+    """An extra: the module that it installs, the requirement that provides the module, and its purpose.
+
+    ``without_cuda`` provides the same module on machines without CUDA; its extra ends in ``-cpu``.
+    """
 
     module: str
     requirement: str
     purpose: str
+    without_cuda: str = ""
 
 
 EXTRAS = {
@@ -20,7 +24,10 @@ EXTRAS = {
     "gguf": Extra("gguf", "gguf>=0.10", "targets in GGUF files, such as the quickstart's"),
     "sglang": Extra("sglang", "sglang>=0.5.17", "serving exported drafts"),
     "mooncake": Extra(
-        "mooncake", "mooncake-transfer-engine>=0.3.13", "features in other hosts' memory, by TCP or RDMA"
+        "mooncake",
+        "mooncake-transfer-engine>=0.3.13",
+        "features in other hosts' memory, by TCP or RDMA",
+        without_cuda="mooncake-transfer-engine-non-cuda>=0.3.13",
     ),
     "redis": Extra("redis", "redis>=5.0", "metadata for several hosts"),
 }
@@ -28,7 +35,9 @@ EXTRAS = {
 
 def install_hint(extra: str) -> str:
     """How to install an extra, for error messages."""
-    return f"pip install '{EXTRAS[extra].requirement}' (in a checkout: pip install -e '.[{extra}]')"
+    _, requirement, _, without_cuda = EXTRAS[extra]
+    hint = f"pip install '{requirement}' (in a checkout: pip install -e '.[{extra}]')"
+    return hint + (f", or without CUDA '{without_cuda}' ('.[{extra}-cpu]')" if without_cuda else "")
 
 
 def installed(module: str) -> str | None:

@@ -222,7 +222,7 @@ class TrainingCLI(LightningCLI):
         elif config.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(config["default_root_dir"], at_once=self.command != "fit")
         if config.get("enable_progress_bar") is not False and not config["barebones"]:
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), RunProgress()]
+            self.trainer_defaults["callbacks"].append(RunProgress())  # last, so that it shows the others' values
         if config["barebones"] or config["enable_checkpointing"] is False:
             self.parser.callback_keys.clear()  # LastCheckpoint and BestCheckpoint
         trainer = super().instantiate_trainer(**kwargs)
