@@ -20,9 +20,9 @@ from torch import Tensor
 
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
 from specforge.modeling.draft.peagle.plan import DepthSampling, plan_parallel
-from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.layers.attention import ttt_attention
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128

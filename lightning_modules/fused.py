@@ -10,7 +10,7 @@ from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.family import FusedDraft
+from specforge.modeling.draft.eagle3.network import EagleDraft
 from specforge.modeling.draft.starting import (
     SavedDraft,
     distinct_layers,
@@ -34,7 +34,7 @@ class FusedModule(DistilledModule):
 
     """
 
-    draft: FusedDraft
+    draft: EagleDraft
 
     def __init__(
         self,

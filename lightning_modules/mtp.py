@@ -19,6 +19,7 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.modeling.draft.mtp.network import MTPDraft
@@ -29,7 +30,6 @@ from specforge.modeling.draft.starting import (
     layer_fields,
     load_weights,
 )
-from specforge.modeling.draft.unroll import plan_unroll
 from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
 
 

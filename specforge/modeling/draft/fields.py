@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from specforge.modeling.layers.rope import ROPE_TYPES
+from specforge.modeling.layers.decoder_layer import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,25 @@ LAYER: Fields = {
     "layer_types": FULL_LAYERS,
     "attn_implementation": ANYTHING,
     **dict.fromkeys(("is_causal", "is_neox_style", "rope_is_neox_style", "use_aux_hidden_state"), only(True)),
+}
+
+# For latent attention. There are as many key heads as query heads, and their size is the sum of its two parts.
+LATENT: Fields = {
+    **{name: required(SIZE) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "q_lora_rank": required(SIZE),
+    "rope_interleave": only(True),
+    "attention_bias": only(False),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"), ANYTHING),
+}
+# For DeepSeek's mixture of experts.
+EXPERTS: Fields = {
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
+    **dict.fromkeys(("n_group", "topk_group"), SIZE),
+    "norm_topk_prob": FLAG,
+    "routed_scaling_factor": POSITIVE,
+    "first_k_dense_replace": ANYTHING,
+    "num_local_experts": ANYTHING,
+    "output_router_logits": only(False),
 }
 
 # Fields that do not change a network, besides those that every transformers config has.

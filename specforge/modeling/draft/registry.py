@@ -79,16 +79,16 @@ class Draft(nn.Module):
         self.flex = attention == "flex_attention"
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
-        """Rename and move fields, in place, that other projects write under other names or in other places.
+    def translate(config: dict[str, Any]) -> None:
+        """Rename and move, in place, the fields that other projects write under other names or in other places.
 
         Raises:
             ValueError: two fields contradict each other.
         """
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a config is of this class although it names another architecture, as other projects do."""
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config describes this class although it names another architecture, as other projects do."""
         return False
 
     def difference(
@@ -148,17 +148,6 @@ class Draft(nn.Module):
         return torch.where(self.t2d[target_ids], ids, -1)
 
 
-def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
-    """Start a parameter as a tensor of the target, which a message calls ``what``.
-
-    Raises:
-        UserError: it has another shape.
-    """
-    if parameter.shape != value.shape:
-        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
-    parameter.copy_(value)
-
-
 # The errors with which classes of transformers and torch respond to a user's file.
 REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 _DRAFTS: dict[str, type[Draft]] = {}
@@ -202,7 +191,7 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
     names = fields.get("architectures", architectures or [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: architectures is {quoted(names)}, not a list of names")
-    cls = next((cls for cls in _DRAFTS.values() if cls.is_meant(fields)), None)
+    cls = next((cls for cls in _DRAFTS.values() if cls.is_described_by(fields)), None)
     cls = cls or next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
     if cls is None or cls.fields is None:
         return fields
@@ -212,7 +201,7 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
             for name in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
                 fields.pop(name, None)
             fields["rope_parameters"] = rope
-        cls.spell(fields)
+        cls.translate(fields)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {error}") from error
     if "architectures" in fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.checks import check_stored
-from specforge.modeling.draft.fields import draft_rope, quoted
+from specforge.modeling.draft.fields import draft_rope, quoted, rope_fields
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.registry import Draft, as_trained, canonical, config_fields, find_draft_config, read_draft
-from specforge.modeling.draft.standalone.network import spread
+from specforge.modeling.layers.decoder_layer import ROPE_TYPES, RotaryTable
 
 CHECKPOINT_KEY = "specforge"
 # Checkpoints without it were written before drafts refused fields that they do not read.
@@ -209,6 +210,46 @@ def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
         return chosen
     below = max(1, num_layers - 1)
     return spread(min(len(chosen), below), below)
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """``count`` of a model's layers, evenly spaced, the first and the last among them."""
+    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
+    """Start a parameter as a tensor of the target, which a message calls ``what``.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    if parameter.shape != value.shape:
+        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+    parameter.copy_(value)
+
+
+def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
+    """The rotary positions with which a draft's layer is compared with the target's layer.
+
+    A derived draft may simplify the target's positions (:func:`draft_rope`). That is no reason to refuse it, so the
+    layers are then compared with the target's positions. Positions that the user chose are compared as they are.
+
+    Args:
+        own: the draft's table.
+        config: the draft's config.
+        target: the target.
+    """
+
+    def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
+        if rope is None or rope["rope_type"] not in ROPE_TYPES:
+            return None
+        changed = copy.copy(config)
+        changed.rope_parameters = dict(rope)
+        return RotaryTable(changed)
+
+    if table(draft_rope(target.config)) in (None, own):
+        return own
+    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
 
 
 def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:

@@ -15,9 +15,9 @@ from specforge.errors import UserError
 from specforge.modeling.draft import build_draft, config_fields
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
 from specforge.modeling.draft.peagle.plan import plan_parallel
-from specforge.modeling.draft.unroll import plan_unroll
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.flex_attention import Sight, attend
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
 
-from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, _Heads, _Weights, block_size
+from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, block_size
 from specforge.modeling.draft.fields import SIZE, Fields, by_default
 from specforge.modeling.draft.registry import register_draft
+from specforge.modeling.layers.decoder_layer import LayerWeights
 
 IN, OUT = 0, 1
 
@@ -82,18 +83,18 @@ class DFlash2Layer(BlockLayer):
         self.attention_conv = DynamicConv(config.hidden_size, block_size(config), *sizes)
         self.mlp_conv = DynamicConv(config.hidden_size, block_size(config), *sizes)
 
-    def project(self, hidden: Tensor, w: _Weights) -> _Heads:
-        """Heads of whole blocks' rows ``[R, H]``."""
+    def project(self, hidden: Tensor, w: LayerWeights) -> Tensor:
+        """Input products of the rows ``[R, H]`` of whole blocks."""
         normed = self.input_layernorm(hidden)
-        return self._heads(F.linear(self.attention_conv(normed, normed, IN), w.qkv))
+        return F.linear(self.attention_conv(normed, normed, IN), w.hidden)
 
-    def finish(self, hidden: Tensor, attention: Tensor, w: _Weights) -> Tensor:
-        """As :meth:`BlockLayer.finish`, of whole blocks."""
+    def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
+        """As :meth:`DecoderLayer.finish`, for the rows of whole blocks."""
         out = F.linear(attention.flatten(1), w.out)
         hidden = hidden + self.attention_conv(out, self.input_layernorm(hidden), OUT)
         normed = self.post_attention_layernorm(hidden)
-        gate, up = F.linear(self.mlp_conv(normed, normed, IN), w.gate_up).chunk(2, -1)
-        return hidden + self.mlp_conv(F.linear(F.silu(gate) * up, w.down), normed, OUT)
+        gate, up = F.linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]).chunk(2, -1)
+        return hidden + self.mlp_conv(F.linear(F.silu(gate) * up, w.mlp["down"]), normed, OUT)
 
 
 class CandidateSelector(nn.Module):

@@ -13,7 +13,7 @@ x target hidden size, h / k query / key heads, d head size.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import BlockPlan
-from specforge.modeling.draft.eagle3.family import GroupedAttention, SwiGLUMLP
 from specforge.modeling.draft.fields import (
     ANYTHING,
     FLAG,
@@ -40,74 +39,37 @@ from specforge.modeling.draft.fields import (
     whole,
 )
 from specforge.modeling.draft.registry import Draft, register_draft
-from specforge.modeling.layers.decode_cache import DecodeCache, attend
-from specforge.modeling.layers.functional import RMSNorm, compute_dtype, norm_heads
-from specforge.modeling.layers.rope import RotaryTable, apply_rope
+from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
+from specforge.modeling.layers.decoder_layer import (
+    Angles,
+    DecoderLayer,
+    GroupedAttention,
+    LayerWeights,
+    RMSNorm,
+    RotaryTable,
+    apply_rope,
+    compute_dtype,
+)
 
 
-class _Weights(NamedTuple):
-    """A layer's matrices in the compute dtype, fused."""
-
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-class _Heads(NamedTuple):
-    """Queries ``[R, h, d]``, keys and values ``[R, k, d]``, without positions."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class BlockLayer(nn.Module):
-    """A Qwen3 or Llama decoder layer whose keys and values come from the context too.
+class BlockLayer(DecoderLayer):
+    """A Qwen3 or Llama decoder layer whose keys and values also come from the context.
 
     Attributes:
-        mixes_slots: whether slots read one another outside the attention, so that all of a block's are needed always.
+        window: size of the window of a sliding layer; None for a full layer.
+        mixes_slots: whether slots read one another outside the attention, so that the last layer needs all of them.
     """
 
     mixes_slots: ClassVar[bool] = False
 
     def __init__(self, config: Qwen3Config, kind: str) -> None:
-        super().__init__()
+        super().__init__(config, GroupedAttention(config, qk_norm=True))
         self.window: int | None = config.sliding_window if kind == "sliding_attention" else None
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GroupedAttention(config, qk_norm=True)
-        self.mlp = SwiGLUMLP(config)
 
-    def weights(self, dtype: torch.dtype) -> _Weights:
-        """Cast and fuse the layer's matrices."""
-        attn = self.self_attn
-        gate_up, down = self.mlp.weights(dtype)
-        return _Weights(
-            qkv=torch.cat([p.weight.to(dtype) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]),
-            out=attn.o_proj.weight.to(dtype),
-            gate_up=gate_up,
-            down=down,
-        )
-
-    def project(self, hidden: Tensor, w: _Weights) -> _Heads:
-        """Heads of a block's rows ``[R, H]``."""
-        return self._heads(self.input_layernorm.linear(hidden, w.qkv))
-
-    def _heads(self, product: Tensor) -> _Heads:
-        return _Heads(*self.self_attn.split(product))
-
-    def inject(self, context: Tensor, w: _Weights) -> tuple[Tensor, Tensor]:
+    def inject(self, context: Tensor, angles: Angles, w: LayerWeights) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""
-        attn = self.self_attn
-        kv = F.linear(context, w.qkv[attn.heads * attn.head_dim :])
-        key, value = kv.unflatten(1, (-1, attn.head_dim)).chunk(2, dim=1)
-        return norm_heads(attn.k_norm, key), value
-
-    def finish(self, hidden: Tensor, attention: Tensor, w: _Weights) -> Tensor:
-        """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, d]`` to ``[R, H]``."""
-        hidden = hidden + F.linear(attention.flatten(1), w.out)
-        return self.post_attention_layernorm.mlp(hidden, w.gate_up, w.down)
+        product = F.linear(context, w.hidden[self.self_attn.query_width :])
+        return self.self_attn.keys_values(product, angles, w.more)  # type: ignore[no-any-return]
 
 
 def block_size(config: Qwen3Config) -> int:
@@ -174,7 +136,7 @@ class DFlash(Draft):
         self.rotary = RotaryTable(config)
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
+    def translate(config: dict[str, Any]) -> None:
         """Move top-level fields of other projects into ``dflash_config``; a window that is named is used."""
         if config.get("sliding_window") is not None and "use_sliding_window" not in config:
             if "sliding_attention" not in (config.get("layer_types") or ()):
@@ -241,21 +203,15 @@ class DFlash(Draft):
         hidden = self._spread(embeds) if mixed else embeds
         for number, layer in enumerate(self.decoder_layers):
             w = layer.weights(embeds.dtype)
-            heads = layer.project(hidden, w)
-            if number == 0 and not mixed:  # where every mask token is the same, until it has a position
-                hidden, *parts = (self._spread(x) for x in (hidden, *heads))
-                heads = _Heads(*parts)
-            key, value = layer.inject(context, w)
+            if number == 0 and not mixed:  # all mask tokens are alike until they have positions
+                heads = layer.attention_heads(layer.project(hidden, w), None, w)
+                hidden, query, own_key, own_value = (self._spread(x) for x in (hidden, *heads))
+                query, own_key = apply_rope(query, *angles), apply_rope(own_key, *angles)
+            else:
+                query, own_key, own_value = layer.attention_heads(layer.project(hidden, w), angles, w)
+            key, value = layer.inject(context, at, w)
             attention = block_attention(
-                apply_rope(heads.query, *angles),
-                apply_rope(key, *at),
-                value,
-                apply_rope(heads.key, *angles),
-                heads.value.contiguous(),
-                plan.anchors,
-                plan.groups,
-                layer.window,
-                flex=self.flex,
+                query, key, value, own_key, own_value, plan.anchors, plan.groups, layer.window, flex=self.flex
             )
             if number == len(self.layers) - 1 and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
@@ -296,8 +252,8 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
             )
 
 
-class BlockDecoder:
-    """Drafts one block at a time over a growing context; later changes of the draft's weights do not reach it.
+class BlockDecoder(CachedDecoder):
+    """Drafts one block at a time over a growing context; later changes of the draft's weights do not affect it.
 
     Args:
         draft: the network.
@@ -305,49 +261,40 @@ class BlockDecoder:
     """
 
     def __init__(self, draft: DFlash, dtype: torch.dtype) -> None:
-        self.draft, self.dtype = draft, dtype
-        self.device = draft.fc.weight.device
-        self._weights = [layer.weights(dtype) for layer in draft.decoder_layers]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the context."""
-        self.length = 0
-        attentions = [layer.self_attn for layer in self.draft.decoder_layers]
-        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
+        super().__init__(draft.decoder_layers, draft.rotary, dtype)
+        self.draft = draft
 
     @torch.inference_mode()
     def extend(self, aux_hidden_states: Tensor) -> None:
         """Append the features ``[n, A]`` of tokens that the target has processed."""
-        before, self.length = self.length, self.length + len(aux_hidden_states)
-        self._cache.reserve(self.length + self.draft.block_size)
+        before, self.rows = self.rows, self.rows + len(aux_hidden_states)
+        self._cache.reserve(self.rows + self.draft.block_size)
         context = self.draft.context(aux_hidden_states, self.dtype)
-        angles = self._cache.angles(before, self.length)
+        angles = self._cache.angles(before, self.rows)
         for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
-            key, value = layer.inject(context, w)
-            self._cache.write(i, before, apply_rope(key, *angles), value)
+            self._cache.write(i, before, *layer.inject(context, angles, w))
 
     @torch.inference_mode()
     def block(self, embeds: Tensor) -> Tensor:
         """Normed states ``[b, H]`` of a block.
 
         Args:
-            embeds: ``[b, H]`` embeddings of the token behind the context and of the mask tokens.
+            embeds: ``[b, H]`` embeddings of the token after the context and of the mask tokens.
         """
-        hidden, size = embeds.to(self.dtype), self.draft.block_size
-        angles = self._cache.angles(self.length, self.length + size)
+        hidden, end = embeds.to(self.dtype), self.rows + self.draft.block_size
+        angles = self._cache.angles(self.rows, end)
         for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
-            query, key, value = layer.project(hidden, w)
-            first = 0 if layer.window is None else max(0, self.length - layer.window + 1)
-            # Behind the context, where the next committed tokens take their place.
-            keys, values = self._cache.write(i, self.length, apply_rope(key, *angles), value)
+            query, key, value = layer.attention_heads(layer.project(hidden, w), angles, w)
+            first = 0 if layer.window is None else max(0, self.rows - layer.window + 1)
+            # After the context, where the next committed tokens will overwrite them.
+            keys, values = self._cache.write(i, self.rows, key, value)
             mask = self._mask(layer.window, first)
-            hidden = layer.finish(hidden, attend(apply_rope(query, *angles), keys[first:], values[first:], mask), w)
+            hidden = layer.finish(hidden, cached_attention(query, keys[first:], values[first:], mask), w)
         return self.draft.norm(hidden)  # type: ignore[no-any-return]
 
     def _mask(self, window: int | None, first: int) -> Tensor | None:
         if window is None:
             return None
-        rows = torch.arange(self.length, self.length + self.draft.block_size, device=self.device).unsqueeze(1)
-        keys = torch.arange(first, self.length + self.draft.block_size, device=self.device)
+        rows = torch.arange(self.rows, self.rows + self.draft.block_size, device=self.device).unsqueeze(1)
+        keys = torch.arange(first, self.rows + self.draft.block_size, device=self.device)
         return (keys <= rows) & (keys > rows - window)

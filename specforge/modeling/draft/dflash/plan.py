@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from specforge.modeling.draft.dflash.attention import BlockGroup
-from specforge.modeling.draft.unroll import ROUND, Plan, borders
+from specforge.modeling.draft.plan import ROUND, Plan, borders
 
 # Blocks that share one product over the context; more of them hide more of it from each other.
 _GROUP = 8

@@ -31,8 +31,9 @@ from specforge.modeling.draft.fields import (
     quoted,
     required,
 )
-from specforge.modeling.draft.registry import Draft, copy_into, register_draft
-from specforge.modeling.layers.functional import compute_dtype
+from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.starting import copy_into
+from specforge.modeling.layers.decoder_layer import compute_dtype
 
 _Head = tuple[list[Tensor], Tensor]
 
@@ -96,7 +97,7 @@ class HeadsDraft(Draft):
     sequential: bool
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
+    def translate(config: dict[str, Any]) -> None:
         """Rename vLLM's fields for the numbers of heads and blocks."""
         for theirs, mine in VLLM_NAMES.items():
             value = config.pop(theirs, None)
@@ -160,7 +161,7 @@ class MedusaDraft(HeadsDraft):
     sequential = False
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """VLLM has another name for the architecture."""
         return "MedusaModel" in config.get("architectures", ())
 

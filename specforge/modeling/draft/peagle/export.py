@@ -11,7 +11,7 @@ from torch import Tensor
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.eagle3.export import for_vllm
-from specforge.modeling.draft.eagle3.llama import LlamaEagle3
+from specforge.modeling.draft.eagle3.network import LlamaEagle3
 from specforge.modeling.draft.format import DTYPES, DraftFormat
 
 _EMBEDDING = "embed_tokens.weight"

@@ -19,25 +19,24 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.family import Angles, Eagle3Layer, FusedDraft, LayerWeights
-from specforge.modeling.draft.eagle3.llama import LlamaEagle3, LlamaEagle3Attention
+from specforge.modeling.draft.eagle3.network import EagleDraft, LlamaEagle3
 from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
 from specforge.modeling.draft.peagle.attention import deep_attention
 from specforge.modeling.draft.peagle.plan import ParallelPlan
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.decode_cache import DecodeCache, attend
-from specforge.modeling.layers.functional import compute_dtype
+from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
+from specforge.modeling.layers.decoder_layer import DecoderLayer, GroupedAttention, LayerWeights, compute_dtype
 
 _MASKS = ("ptd_token_id", "pard_token")
 
 
 @register_draft("PEagleDraftModel", config_class=LlamaConfig)
-class PEagleDraft(FusedDraft):
+class PEagleDraft(EagleDraft):
     """P-EAGLE draft.
 
     Args:
-        config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.family.FusedDraft`,
+        config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.network.EagleDraft`,
             ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad``: the draft has an embedding
             of its own, which is trained.
 
@@ -50,7 +49,7 @@ class PEagleDraft(FusedDraft):
     """
 
     fields: ClassVar[Fields] = {
-        **FusedDraft.fields,
+        **EagleDraft.fields,
         "attention_bias": FLAG,
         "mask_token_id": required(TOKEN),
         "embed_requires_grad": FLAG,
@@ -67,15 +66,15 @@ class PEagleDraft(FusedDraft):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own else None
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """VLLM names the architecture of EAGLE-3 and adds a mask token."""
         named = LlamaEagle3.architecture in config.get("architectures", ())
         return named and any(config.get(name) is not None for name in _MASKS)
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
+    def translate(config: dict[str, Any]) -> None:
         """As for EAGLE-3; vLLM has other names for the mask token."""
-        FusedDraft.spell(config)
+        EagleDraft.translate(config)
         for name in _MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
             if mask is not None and config.setdefault("mask_token_id", mask) != mask:
@@ -85,19 +84,19 @@ class PEagleDraft(FusedDraft):
         """A layer over [embedding, features], then Llama layers."""
         size = config.hidden_size
         self.layers = nn.ModuleList(
-            Eagle3Layer(config, LlamaEagle3Attention(config, size if i else 2 * size))
+            DecoderLayer(config, GroupedAttention(config, size if i else 2 * size, out_bias=True))
             for i in range(config.num_hidden_layers)
         )
 
     @property
-    def entry(self) -> Eagle3Layer:
+    def first_layer(self) -> DecoderLayer:
         """The first layer."""
         return self.stack[0]
 
     @property
-    def stack(self) -> list[Eagle3Layer]:
+    def stack(self) -> list[DecoderLayer]:
         """The layers, the first one at the bottom."""
-        return cast("list[Eagle3Layer]", list(self.layers))
+        return cast("list[DecoderLayer]", list(self.layers))
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
@@ -145,8 +144,8 @@ class PEagleDraft(FusedDraft):
             last = len(weights) - 1
             for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
                 if i > 0:
-                    product = layer.carry(hidden, w)
-                heads = project(layer, product, (cos, sin), w)
+                    product = layer.project(hidden, w)
+                heads = layer.attention_heads(product, (cos, sin), w)
                 attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
                     hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
@@ -169,10 +168,10 @@ class PEagleDraft(FusedDraft):
         Returns:
             States ``[n + 1, H]`` and the products of the attention's input projections, the mask's last.
         """
-        layer, dtype = self.entry, w.out.dtype
+        layer, dtype = self.first_layer, w.out.dtype
         features = torch.cat([aux_hidden_states.to(dtype), self.mask_hidden[0].to(dtype)])
         hidden = self.fuse(features, dtype)
-        embed = layer.read(embeds.to(dtype), w)
+        embed = layer.project_embedding(embeds.to(dtype), w)
         embed = torch.cat([embed[next_tokens], embed[-1:]])
         return hidden, layer.state_norm.linear(hidden, w.hidden) + embed
 
@@ -181,17 +180,9 @@ class PEagleDraft(FusedDraft):
         return PEagleDecoder(self, dtype)
 
 
-Heads = tuple[Tensor, Tensor, Tensor]
-
-
-def project(layer: Eagle3Layer, product: Tensor, angles: Angles, w: LayerWeights) -> Heads:
-    """Rotated queries, rotated keys, and values of an attention's input products."""
-    attn = layer.self_attn
-    query = attn.queries(product[:, : attn.query_width], angles, w.more)
-    return query, *attn.keys_values(product[:, attn.query_width :], angles, w.more)
-
-
-def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool) -> Tensor:
+def _attend(
+    heads: tuple[Tensor, Tensor, Tensor], tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool
+) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
     query, key, value = heads
     segments = plan.documents if rows is None else plan.segments
@@ -208,8 +199,8 @@ def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, 
     )
 
 
-class PEagleDecoder:
-    """Runs the draft with a key/value cache of the committed tokens; a snapshot of its weights.
+class PEagleDecoder(CachedDecoder):
+    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights.
 
     Args:
         draft: the network.
@@ -217,17 +208,8 @@ class PEagleDecoder:
     """
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
-        self.draft, self.dtype = draft, dtype
-        self.device = draft.fc.weight.device
-        self._weights = [layer.weights(dtype) for layer in draft.stack]
-        self._lm_head = draft.lm_head.weight.to(dtype)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.rows = 0
-        attentions = [layer.self_attn for layer in self.draft.stack]
-        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
+        super().__init__(draft.stack, draft.rotary, dtype)
+        self.draft, self._lm_head = draft, draft.lm_head.weight.to(dtype)
 
     @torch.inference_mode()
     def draft_logits(self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int) -> Tensor:
@@ -253,14 +235,14 @@ class PEagleDecoder:
         angles = self._cache.angles(self.rows, end)
         # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
-        for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
+        for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
             if i > 0:
-                product = layer.carry(hidden, w)
-            query, key, value = project(layer, product, angles, w)
+                product = layer.project(hidden, w)
+            query, key, value = layer.attention_heads(product, angles, w)
             # The masks' rows are written again by the next call.
             keys, values = self._cache.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
-            hidden = layer.finish(hidden, attend(query, keys, values, seen), w)
+            hidden = layer.finish(hidden, cached_attention(query, keys, values, seen), w)
         self.rows += new
         return F.linear(draft.norm(hidden), self._lm_head)

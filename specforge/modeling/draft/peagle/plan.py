@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import Chunk
-from specforge.modeling.draft.unroll import ROUND, Plan, plan_unroll
+from specforge.modeling.draft.plan import ROUND, Plan
 from specforge.modeling.layers.attention import Segment
 
 # Deep elements of one attention product: enough to fill a fused kernel; a mask is as wide as its document.
@@ -48,7 +49,7 @@ class ParallelPlan(Plan):
     """Index tensors of one packed batch.
 
     Attributes:
-        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.unroll.ROUND`.
+        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.plan.ROUND`.
         rows: ``[R]`` flat token of each depth-0 element that predicts a label.
         segments: those rows as runs of consecutive tokens.
         documents: the documents, as runs too.

@@ -18,7 +18,8 @@ from specforge.files import first_line
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_layers import backbone
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
-from specforge.modeling.draft.registry import REFUSALS, Draft, check_memory, copy_into
+from specforge.modeling.draft.registry import REFUSALS, Draft, check_memory
+from specforge.modeling.draft.starting import copy_into, spread
 
 
 class StandaloneDraft(Draft):
@@ -246,11 +247,6 @@ def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
         if name not in names and name not in _NOT_THE_NETWORKS
     }
     return {**fields, names.get("num_hidden_layers", "num_hidden_layers"): layers}
-
-
-def spread(count: int, layers: int) -> list[int]:
-    """``count`` of a model's layers, evenly spaced, the first and the last among them."""
-    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def _in_layer(name: str, layers: list[int]) -> str:
