@@ -19,7 +19,7 @@ from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
 from specforge.modeling.draft.peagle.plan import plan_parallel
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.flex_attention import Sight, attend
+from specforge.modeling.layers.flex_attention import Visibility, visible_attention
 
 LENGTHS, PADDED = (90, 3, 170, 41), 320
 SPANS = [(10, 60), (70, 88), (100, 240), (270, 304)]
@@ -116,7 +116,7 @@ def test_a_row_sees_what_its_sight_says():
     query = torch.randn(rows, 1, 16, dtype=torch.float64)
     key, value = (torch.randn(tokens, 1, 16, dtype=torch.float64) for _ in range(2))
     own = [(torch.randn(rows, 1, 16, dtype=torch.float64),) * 2 for _ in range(steps)]
-    out = attend(query, key, value, own, Sight(low, high, group, order))
+    out = visible_attention(query, key, value, own, Visibility(low, high, group, order))
     keys = torch.cat([key, *(k for k, _ in own)])[:, 0]
     values = torch.cat([value, *(v for _, v in own)])[:, 0]
     for row in range(rows):

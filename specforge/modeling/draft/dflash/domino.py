@@ -100,7 +100,7 @@ class Domino(DFlash):
         )
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """Other projects name the architecture of DFlash and set this field."""
         nested = config.get("dflash_config")
         return isinstance(nested, Mapping) and _KIND.allows(nested.get("projector_type"))
