@@ -17,7 +17,7 @@ from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
 from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
-from specforge.modeling.draft.peagle.plan import plan_parallel
+from specforge.modeling.draft.peagle.plan import plan_peagle
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.flex_attention import Visibility, visible_attention
 
@@ -64,7 +64,7 @@ def blocks(window: int | None) -> Case:
 
 def deep() -> Case:
     generator = torch.Generator().manual_seed(0)
-    plan = plan_parallel(LENGTHS, SPANS, 5, PADDED)
+    plan = plan_peagle(LENGTHS, SPANS, 5, PADDED)
     rows = len(plan.anchors)
     sizes = [(rows, HEADS), *[(PADDED, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2]
     tensors = [torch.randn(*size, SIZE, generator=generator) for size in sizes]

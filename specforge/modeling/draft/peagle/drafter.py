@@ -15,7 +15,7 @@ from specforge.decoding.verify import Proposal, Sampling
 from specforge.modeling.draft.peagle.network import PEagleDecoder
 
 
-class ParallelDrafter(TrainedDrafter):
+class PEagleDrafter(TrainedDrafter):
     """Drafts γ tokens with one pass.
 
     Args:

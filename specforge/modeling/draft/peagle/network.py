@@ -22,7 +22,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.eagle3.network import EagleDraft, LlamaEagle3
 from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
 from specforge.modeling.draft.peagle.attention import deep_attention
-from specforge.modeling.draft.peagle.plan import ParallelPlan
+from specforge.modeling.draft.peagle.plan import PEaglePlan
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
@@ -117,14 +117,14 @@ class PEagleDraft(EagleDraft):
         """Embeddings ``[n, H]`` of ``input_ids [n]``: the draft's own, or the target's ``embedding [V, H]``."""
         return F.embedding(input_ids, embedding if self.embed_tokens is None else self.embed_tokens.weight)
 
-    def forward(self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: ParallelPlan) -> Tensor:
+    def forward(self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: PEaglePlan) -> Tensor:
         """Run all depths at once.
 
         Args:
             aux_hidden_states: ``[N, A]`` captured layers, concatenated.
             input_ids: ``[N]`` tokens.
             embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
-            plan: which elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_parallel`.
+            plan: which elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_peagle`.
 
         Returns:
             ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``,
@@ -181,7 +181,7 @@ class PEagleDraft(EagleDraft):
 
 
 def _attend(
-    heads: tuple[Tensor, Tensor, Tensor], tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool
+    heads: tuple[Tensor, Tensor, Tensor], tokens: int, plan: PEaglePlan, rows: Tensor | None, *, flex: bool
 ) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
     query, key, value = heads
