@@ -14,11 +14,13 @@ LENGTHS, SPANS = [6], [(3, 6)]
 
 def test_the_unroll():
     plan = plan_unroll(LENGTHS, SPANS, steps=2)
-    assert plan.count == 3 and len(plan.rows) == len(plan.labels) == ROUND
+    assert plan.count == 3
+    assert len(plan.rows) == len(plan.labels) == ROUND
     assert plan.labels[:3].tolist() == [3, 4, 5]
     assert plan.rows[:4].tolist() == [0, 1, 2, 3]
     assert plan.students[:3].T.tolist() == [[1, 2, 3], [0, 1, 2]]
-    assert plan.valid[:3].all() and not plan.valid[3:].any()
+    assert plan.valid[:3].all()
+    assert not plan.valid[3:].any()
     assert plan.row_tokens[:, :4].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
 
 
