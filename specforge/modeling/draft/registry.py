@@ -29,7 +29,7 @@ from specforge.modeling.draft.fields import (
     check_rope,
     quoted,
     rope_fields,
-    without_what_was_ignored,
+    without_ignored_fields,
 )
 from specforge.system import available_memory
 
@@ -147,7 +147,15 @@ class Draft(nn.Module):
 
 
 # The exceptions that classes of transformers and torch raise for a user's file.
-REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 _DRAFTS: dict[str, type[Draft]] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
@@ -240,7 +248,7 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
         made = cls.config_class(**fields, architectures=[cls.architecture])
         check_memory(lambda: cls(copy.deepcopy(made)))
         return cls(made)
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{where}: {first_line(error)}") from error
 
 
@@ -301,7 +309,7 @@ def as_trained(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     cls = next((_DRAFTS[name] for name in fields.get("architectures", ()) if name in _DRAFTS), None)
     if cls is None or cls.fields is None:
         return fields
-    return without_what_was_ignored(fields, cls.fields, vars(cls.config_class()))
+    return without_ignored_fields(fields, cls.fields, vars(cls.config_class()))
 
 
 def config_fields(draft: Draft) -> dict[str, Any]:
@@ -373,6 +381,6 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for path in shards:
         try:
             tensors |= load_file(path)
-        except (SafetensorError, OSError, *REFUSALS) as error:
+        except (SafetensorError, OSError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     return config, tensors

@@ -41,7 +41,7 @@ class LatentAttention(Attention):
         if self.value_dim > self.head_dim:
             raise ValueError(f"v_head_dim is {self.value_dim}, more than a key's {self.head_dim}")
         if "partial_rotary_factor" in config.rope_parameters:
-            raise ValueError("partial_rotary_factor is set, but qk_rope_head_dim says how much is rotated")
+            raise ValueError("partial_rotary_factor is set, but qk_rope_head_dim sets the rotated size")
         self.query_width, self.rank = config.q_lora_rank, config.kv_lora_rank
         width = width or config.hidden_size
         self.q_a_proj = nn.Linear(width, self.query_width, bias=False)

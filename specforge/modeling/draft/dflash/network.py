@@ -1,13 +1,13 @@
-"""The block backbone: a few decoder layers that draft a whole block at once from the target's features.
+"""The DFlash backbone: a few decoder layers that draft a whole block at once from the target's features.
 
-DFlash (arXiv 2602.06036, section 4): the captured layers are fused to a context, which every draft layer reads
-through its own key and value projections, as keys and values only. A block is the embedding of a known token,
-the anchor, and then mask tokens; it sees the context strictly before the anchor (the anchor's own features are
-not there when drafting) and itself, in both directions. Embedding and head are the target's, frozen.
+The captured layers are fused to a context, which every draft layer reads through its own key and value projections, as
+keys and values only (DFlash, arXiv 2602.06036, section 4). A block is the embedding of a known token, the anchor,
+followed by mask tokens. It sees the context strictly before the anchor, whose own features are not available when
+drafting, and itself in both directions. Embedding and head are the target's, frozen.
 
 Other block drafters add heads to this backbone and keep its names (``DFlashDraftModel``).
 
-Shape legend: N tokens, n blocks, b slots of a block, R = n b rows, M wanted rows, H hidden size, A captured layers
+Shape legend: N tokens, n blocks, b slots of a block, R = n b rows, M selected rows, H hidden size, A captured layers
 x target hidden size, h / k query / key heads, d head size.
 """
 
@@ -79,19 +79,19 @@ def block_size(config: Qwen3Config) -> int:
 
 @register_draft("DFlashDraftModel", config_class=Qwen3Config)
 class DFlash(Draft):
-    """The block backbone.
+    """The DFlash backbone.
 
     Args:
-        config: a ``Qwen3Config`` with ``block_size`` and ``dflash_config`` (``mask_token_id``,
-            ``target_layer_ids``; a ``block_size`` there wins). ``layer_types`` with ``sliding_window`` makes
-            sliding layers, which are causal in the block; ``qk_norm: false`` makes Llama layers; optional
+        config: a ``Qwen3Config`` with ``block_size`` and ``dflash_config`` (``mask_token_id``, ``target_layer_ids``; a
+            ``block_size`` there takes precedence). ``layer_types`` with ``sliding_window`` selects sliding layers,
+            which are causal within the block; ``qk_norm: false`` selects Llama layers; optional
             ``target_hidden_size`` and ``draft_vocab_size``.
 
     Raises:
-        ValueError: a field is missing or asks for a network that this class is not.
+        ValueError: a field is missing or describes a network that this class does not implement.
 
     Attributes:
-        nested: the fields that are read from ``dflash_config``.
+        nested: the fields inside ``dflash_config``.
         layer: the class of the layers.
         block_size: b.
         mask_token_id: the token of slots 1 and later.
@@ -137,7 +137,7 @@ class DFlash(Draft):
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
-        """Move top-level fields of other projects into ``dflash_config``; a window that is named is used."""
+        """Move top-level fields of other projects into ``dflash_config``; a ``sliding_window`` implies its use."""
         if config.get("sliding_window") is not None and "use_sliding_window" not in config:
             if "sliding_attention" not in (config.get("layer_types") or ()):
                 raise ValueError("sliding_window is set, but no entry of layer_types is sliding_attention")
@@ -154,21 +154,21 @@ class DFlash(Draft):
 
     @property
     def shift(self) -> int:
-        """1 where slot k predicts the token after its own position (slot 0 too), 0 where it predicts its own."""
+        """1 if slot k (slot 0 included) predicts the token after its position, 0 if it predicts the one at it."""
         return 0
 
     @property
     def drafts(self) -> int:
-        """Tokens that a block drafts: T."""
+        """T, the number of tokens that a block drafts."""
         return self.block_size - 1 + self.shift
 
     @property
     def decoder_layers(self) -> list[BlockLayer]:
-        """The layers, by their type."""
+        """The layers, from the bottom up."""
         return list(self.layers)  # type: ignore[arg-type]
 
     def rows(self, block: Tensor, depth: Tensor) -> Tensor:
-        """Row among the R of each draft, given its block and which of the block's drafts it is."""
+        """Row (0..R-1) of each draft, given its block and its index in the block."""
         return block * self.block_size + depth + 1 - self.shift
 
     def context(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,11 +181,11 @@ class DFlash(Draft):
         Args:
             aux_hidden_states: ``[N, A]`` captured layers, concatenated.
             embeds: ``[n + 1, H]`` the target's embedding of every anchor and, last, of the mask token.
-            plan: the blocks, from :func:`plan_blocks`.
-            rows: ``[M]`` rows that are wanted.
+            plan: the blocks, from :func:`~specforge.modeling.draft.dflash.plan.plan_blocks`.
+            rows: ``[M]`` rows to return.
 
         Returns:
-            ``[M, H]`` normed states, what the target's head reads, in the compute dtype.
+            ``[M, H]`` normed states for the target's head, in the compute dtype.
         """
         dtype = compute_dtype(self.fc.weight)
         with torch.autocast(embeds.device.type, enabled=False):
@@ -197,19 +197,19 @@ class DFlash(Draft):
     def _run(self, context: Tensor, embeds: Tensor, plan: BlockPlan, rows: Tensor) -> Tensor:
         cos, sin = self.rotary(plan.longest + self.block_size, embeds.device)
         slots = torch.arange(self.block_size, device=embeds.device)
-        places = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
-        at, angles = (cos[plan.positions], sin[plan.positions]), (cos[places], sin[places])
+        positions = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
+        context_angles, angles = (cos[plan.positions], sin[plan.positions]), (cos[positions], sin[positions])
         mixed = self.layer.mixes_slots
-        hidden = self._spread(embeds) if mixed else embeds
+        hidden = self._all_slots(embeds) if mixed else embeds
         for number, layer in enumerate(self.decoder_layers):
             w = layer.weights(embeds.dtype)
             if number == 0 and not mixed:  # all mask tokens are alike until they have positions
                 heads = layer.attention_heads(layer.project(hidden, w), None, w)
-                hidden, query, own_key, own_value = (self._spread(x) for x in (hidden, *heads))
+                hidden, query, own_key, own_value = (self._all_slots(x) for x in (hidden, *heads))
                 query, own_key = apply_rope(query, *angles), apply_rope(own_key, *angles)
             else:
                 query, own_key, own_value = layer.attention_heads(layer.project(hidden, w), angles, w)
-            key, value = layer.inject(context, at, w)
+            key, value = layer.inject(context, context_angles, w)
             attention = block_attention(
                 query, key, value, own_key, own_value, plan.anchors, plan.groups, layer.window, flex=self.flex
             )
@@ -218,8 +218,8 @@ class DFlash(Draft):
             hidden = layer.finish(hidden, attention, w)
         return self.norm(hidden.index_select(0, rows) if mixed else hidden)  # type: ignore[no-any-return]
 
-    def _spread(self, x: Tensor) -> Tensor:
-        """Rows of every block, ``[n b, ...]``, from those of the anchors and the mask token, ``[n + 1, ...]``."""
+    def _all_slots(self, x: Tensor) -> Tensor:
+        """Rows ``[n b, ...]`` of all blocks, from those of the anchors and of the mask token, ``[n + 1, ...]``."""
         anchors, mask = x[:-1].unsqueeze(1), x[-1:].unsqueeze(1)
         masks = mask.expand(len(anchors), self.block_size - 1, *x.shape[1:])
         return torch.cat([anchors, masks], dim=1).flatten(0, 1)
@@ -232,7 +232,7 @@ class DFlash(Draft):
 def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
     fields = config.dflash_config
     if drafts < 1:
-        raise ValueError(f"block_size is {block_size}: such a block drafts nothing")
+        raise ValueError(f"block_size is {block_size}, but such a block drafts no token")
     if fields["mask_token_id"] >= config.vocab_size:
         raise ValueError(
             f"mask_token_id is {fields['mask_token_id']}, outside a vocabulary of {config.vocab_size} tokens"

@@ -1,7 +1,7 @@
 """The MTP module with a DeepSeek layer: multi-head latent attention, and a dense MLP or a mixture of experts.
 
-The experts are transformers' own (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias
-that only chooses, groups, a shared expert. That bias is not trained, and no balance loss is added.
+The experts are those of transformers (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias
+that affects only the selection, groups, a shared expert. The bias is not trained, and no balance loss is added.
 
 Shape legend: R rows, H hidden size, h heads, d / v size of a query and key head / of a value head.
 """
@@ -50,7 +50,7 @@ class DeepseekMTPDraft(MTPDraft):
 
     Args:
         config: a ``DeepseekV3Config`` with the fields of :class:`~specforge.modeling.draft.mtp.network.MTPDraft`;
-            ``moe`` (default false) for a mixture of experts of the config's numbers instead of the dense MLP.
+            ``moe`` (default false) selects a mixture of experts, with the config's sizes, instead of the dense MLP.
     """
 
     fields: ClassVar[Fields] = {**MTPDraft.fields, **LATENT, **EXPERTS, "moe": FLAG, "qk_norm": only(False)}
@@ -58,9 +58,9 @@ class DeepseekMTPDraft(MTPDraft):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         config.moe = bool(getattr(config, "moe", False))
-        # Its loop over the experts that are hit runs on any device and in any dtype.
+        # The eager loop over the selected experts runs on any device and in any dtype.
         config._experts_implementation = "eager"
-        # The rotary table goes by this field, which a config of other attention may have set otherwise.
+        # The size of the rotary table, which a config of another attention may have set otherwise.
         config.head_dim = config.qk_rope_head_dim
         super().__init__(config)
 
@@ -75,7 +75,7 @@ class DeepseekMTPDraft(MTPDraft):
         return MixtureOfExperts(config) if config.moe else None
 
     def module_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """One tensor an expert and projection; the router's bias keeps its dtype, as in DeepSeek's checkpoints."""
+        """One tensor per expert and projection; the router's bias keeps its dtype, as in DeepSeek's checkpoints."""
         found = super().module_tensors(dtype)
         found |= {n: x.detach().cpu() for n, x in self.named_buffers() if n == _BIAS}
         if _GATE_UP in found:
@@ -86,10 +86,10 @@ class DeepseekMTPDraft(MTPDraft):
         return found
 
     def start_from(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Copy tensors by their names here, those of experts one by one.
+        """Copy tensors by name; those of the experts are separate.
 
         Raises:
-            UserError: one has no place, or another shape: the layer is of another form.
+            UserError: the tensors belong to another form of layer: one is unknown, missing or of another shape.
         """
         tensors = dict(tensors)
         count = self.config.num_local_experts if self.config.moe else 0

@@ -1,8 +1,8 @@
-"""Multi-token prediction: one decoder layer over [token embedding, last hidden state], applied again to its own output.
+"""Multi-token prediction: one decoder layer over [token embedding, last hidden state], repeatedly fed its own output.
 
-The module of DeepSeek-V3 (arXiv 2412.19437, section 2.2), reused for every position as in FastMTP (arXiv
-2509.18362): ``x = proj [RMSNorm(embedding); RMSNorm(hidden)]``, a Llama or Qwen3 layer, a norm, and the target's own
-frozen head. ``hidden`` is the target's last hidden state at step 0 and the module's own output afterwards.
+This is the module of DeepSeek-V3 (arXiv 2412.19437, section 2.2), reused for every position as in FastMTP (arXiv
+2509.18362): ``x = proj [RMSNorm(embedding); RMSNorm(hidden)]``, a Llama or Qwen3 layer, a norm, and the target's frozen
+head. ``hidden`` is the target's last hidden state at step 0, and the module's own output afterwards.
 
 Shape legend: N tokens, R query rows, T steps, H hidden size, D draft vocabulary, h / k query / key heads, d head size.
 """
@@ -41,10 +41,10 @@ class MTPDraft(Draft):
     """One MTP module.
 
     Args:
-        config: a ``LlamaConfig`` with ``draft_vocab_size``; optional ``qk_norm`` (Qwen3), ``attention_bias`` (Qwen2:
-            on query, key and value) and ``norm_output`` (default true: the normed output is fed back, as SGLang
-            does for every family; DeepSeek's report feeds back the output before the norm) and ``mask_first`` (MiMo:
-            the row of position 0 reads no embedding).
+        config: a ``LlamaConfig`` with ``draft_vocab_size``; optional ``qk_norm`` (Qwen3), ``attention_bias`` (Qwen2: of
+            query, key and value), ``norm_output`` (default true: the normed output is fed back, as in SGLang for every
+            family; in DeepSeek's report it is the output before the norm) and ``mask_first`` (MiMo: the row of position
+            0 reads no embedding).
     """
 
     fields: ClassVar[Fields] = {
@@ -79,15 +79,15 @@ class MTPDraft(Draft):
         return None
 
     def module_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What targets keep of the module, as :meth:`start_from` takes it; parameters in ``dtype``, on the CPU."""
+        """The module's tensors as targets store them, in ``dtype`` on the CPU; the input of :meth:`start_from`."""
         return {n: x.detach().cpu().to(dtype) for n, x in self.named_parameters()}
 
     @torch.no_grad()
     def start_from(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Copy tensors by their names here.
+        """Copy tensors by name.
 
         Raises:
-            UserError: one has no place, or another shape: the layer is of another form.
+            UserError: the tensors belong to another form of layer: one is unknown, missing or of another shape.
         """
         own = {n: x for n, x in self.state_dict().items() if n not in ("d2t", "t2d")}
         for name in sorted(set(tensors) ^ set(own)):
@@ -100,12 +100,12 @@ class MTPDraft(Draft):
 
     @torch.no_grad()
     def start_from_last_layer(self, target: TargetFiles) -> None:
-        """Start as the target's last layer and final norm over the hidden state alone.
+        """Initialise from the target's last layer and final norm.
 
-        The projection passes the normed hidden state and (near zero) reads the embedding.
+        The projection passes the normed hidden state through, with weights near zero for the embedding.
 
         Raises:
-            UserError: the target's last layer is not one of the draft's form.
+            UserError: the target's last layer does not have the form of the draft's.
         """
         last, size = LastLayer(target), self.proj.out_features
         names = [n for n in self.module_tensors(torch.float32) if n.startswith("layer.")]
@@ -117,10 +117,10 @@ class MTPDraft(Draft):
 
     @torch.no_grad()
     def check_start(self, target: TargetFiles) -> None:
-        """Refuse to start from a last layer that computes something else than this one.
+        """Check that the target's last layer computes the same as the draft's.
 
         Raises:
-            UserError: says what the difference is.
+            UserError: describes the difference.
         """
         own, rotary = self.layer.state_dict(), rotary_of_target(self.rotary, self.config, target)
         experts = {name: x for name, x in own.items() if ".experts." in name}
@@ -141,12 +141,12 @@ class MTPDraft(Draft):
         """Apply the module T times.
 
         Args:
-            last_hidden_states: ``[N, H]`` the target's.
+            last_hidden_states: ``[N, H]`` the target's last hidden states.
             embeds: ``[N, H]`` the target's embedding of every token.
-            plan: which rows to compute.
+            plan: the rows to compute, from :func:`~specforge.modeling.draft.eagle3.plan.plan_unroll`.
 
         Returns:
-            Normed states ``[T, R, H]``, which the target's head reads.
+            Normed states ``[T, R, H]`` for the target's head.
         """
         dtype = compute_dtype(self.proj.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
@@ -182,7 +182,7 @@ class MTPDraft(Draft):
         return torch.stack(states)
 
     def decoder(self, head: OutputHead, dtype: torch.dtype) -> MTPDecoder:
-        """The module for decoding in ``dtype`` with the target's head over the draft vocabulary."""
+        """A snapshot of the module for decoding in ``dtype``, with the target's head over the draft vocabulary."""
         return MTPDecoder(self, head, dtype)
 
 

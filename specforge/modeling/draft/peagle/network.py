@@ -1,10 +1,10 @@
 """The P-EAGLE draft: all tokens of a round in one pass (arXiv 2602.01469).
 
-EAGLE-3's first layer and Llama layers above it. A drafted token beyond the first reads the embedding of a mask token
-and, where the first reads the target's features, one learnt vector (``mask_hidden``, as wide as the features).
-Names are those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
+It has EAGLE-3's layer at the bottom and Llama layers above. Drafted tokens after the first read the embedding of a mask
+token and, instead of the target's features, one learnt vector of the same width (``mask_hidden``). Names of tensors are
+those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
 
-Shape legend: N tokens, R tokens whose state the head reads, E deep elements, H hidden size, A captured layers x
+Shape legend: N tokens, R tokens that predict a label at depth 0, E deep elements, H hidden size, A captured layers x
 target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c drafted tokens.
 """
 
@@ -37,12 +37,12 @@ class PEagleDraft(EagleDraft):
 
     Args:
         config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.network.EagleDraft`,
-            ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad``: the draft has an embedding
-            of its own, which is trained.
+            ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad`` (the draft trains an
+            embedding of its own).
 
     Attributes:
-        mask_hidden: ``[1, 1, A]`` features of a token that is not there yet.
-        embed_tokens: the draft's own embedding, or None: the target's, frozen.
+        mask_hidden: ``[1, 1, A]`` features of a mask token.
+        embed_tokens: the draft's own embedding; None if it uses the target's frozen one.
 
     Raises:
         ValueError: the mask token is outside the vocabulary.
@@ -67,13 +67,13 @@ class PEagleDraft(EagleDraft):
 
     @classmethod
     def is_described_by(cls, config: Mapping[str, Any]) -> bool:
-        """VLLM names the architecture of EAGLE-3 and adds a mask token."""
+        """VLLM uses the name of EAGLE-3's architecture and adds a mask token."""
         named = LlamaEagle3.architecture in config.get("architectures", ())
         return named and any(config.get(name) is not None for name in _MASKS)
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
-        """As for EAGLE-3; vLLM has other names for the mask token."""
+        """As for EAGLE-3, and rename vLLM's fields for the mask token."""
         EagleDraft.translate(config)
         for name in _MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
@@ -81,7 +81,7 @@ class PEagleDraft(EagleDraft):
                 raise ValueError(f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}")
 
     def build_layers(self, config: LlamaConfig) -> None:
-        """A layer over [embedding, features], then Llama layers."""
+        """Build a layer over [embedding, features], and Llama layers above it."""
         size = config.hidden_size
         self.layers = nn.ModuleList(
             DecoderLayer(config, GroupedAttention(config, size if i else 2 * size, out_bias=True))
@@ -95,12 +95,12 @@ class PEagleDraft(EagleDraft):
 
     @property
     def stack(self) -> list[DecoderLayer]:
-        """The layers, the first one at the bottom."""
+        """The layers, from the bottom up."""
         return cast("list[DecoderLayer]", list(self.layers))
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
-        """As an EAGLE-3 draft does; upper layers begin as the identity, an own embedding as the target's."""
+        """As for EAGLE-3; upper layers start as the identity, and an embedding of the draft's own as the target's."""
         super().start_from_target(target)
         self.start_embedding(target)
         for layer in self.stack[1:]:
@@ -109,7 +109,7 @@ class PEagleDraft(EagleDraft):
 
     @torch.no_grad()
     def start_embedding(self, target: TargetFiles) -> None:
-        """An embedding of the draft's own begins as the target's."""
+        """Copy the target's embedding into the draft's own, if it has one."""
         if self.embed_tokens is not None:
             self.embed_tokens.weight.copy_(target.embedding())
 
@@ -123,12 +123,12 @@ class PEagleDraft(EagleDraft):
         Args:
             aux_hidden_states: ``[N, A]`` captured layers, concatenated.
             input_ids: ``[N]`` tokens.
-            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
-            plan: which elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_peagle`.
+            embedding: ``[V, H]`` the target's embedding; not used if the draft has its own.
+            plan: the elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_peagle`.
 
         Returns:
-            ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``,
-            then of the deep elements.
+            ``[R + E, H]`` normed states for ``lm_head``, in the compute dtype: those of the tokens ``plan.rows``, then
+            those of the deep elements.
         """
         dtype = compute_dtype(self.fc.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
@@ -155,18 +155,18 @@ class PEagleDraft(EagleDraft):
     def first(
         self, aux_hidden_states: Tensor, embeds: Tensor, next_tokens: Tensor, w: LayerWeights
     ) -> tuple[Tensor, Tensor]:
-        """What enters the first layer, of n tokens and of one mask.
+        """States and input products of the first layer, for n tokens and one mask token.
 
-        All masks enter it alike; only their positions, which come later, differ.
+        All mask tokens have the same ones; they differ only in their positions, which are applied later.
 
         Args:
-            aux_hidden_states: ``[n, A]``.
-            embeds: ``[m, H]`` embeddings, the mask token's last.
-            next_tokens: ``[n]`` which of them each token reads.
+            aux_hidden_states: ``[n, A]`` captured layers of the tokens.
+            embeds: ``[m, H]`` embeddings, the last one that of the mask token.
+            next_tokens: ``[n]`` index of the embedding that each token reads.
             w: the first layer's weights.
 
         Returns:
-            States ``[n + 1, H]`` and the products of the attention's input projections, the mask's last.
+            States ``[n + 1, H]`` and input products ``[n + 1, O]``; the last row is the mask token's.
         """
         layer, dtype = self.first_layer, w.out.dtype
         features = torch.cat([aux_hidden_states.to(dtype), self.mask_hidden[0].to(dtype)])
@@ -213,12 +213,12 @@ class PEagleDecoder(CachedDecoder):
 
     @torch.inference_mode()
     def draft_logits(self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int) -> Tensor:
-        """Append committed rows, and draft behind the last of them.
+        """Append committed rows, and draft the tokens after the last of them.
 
         Args:
             aux_hidden_states: ``[n, A]`` captured layers of tokens that the target has processed, at least one.
-            following: ``[n]`` the token after each.
-            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
+            following: ``[n]`` the token after each of them.
+            embedding: ``[V, H]`` the target's embedding; not used if the draft has its own.
             count: c.
 
         Returns:
@@ -233,13 +233,13 @@ class PEagleDecoder(CachedDecoder):
         end = self.rows + len(rows)
         self._cache.reserve(end)
         angles = self._cache.angles(self.rows, end)
-        # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
+        # A mask token has the position of a chain's next row and sees the same keys: plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
         for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
             if i > 0:
                 product = layer.project(hidden, w)
             query, key, value = layer.attention_heads(product, angles, w)
-            # The masks' rows are written again by the next call.
+            # The next call overwrites the rows of the mask tokens.
             keys, values = self._cache.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
