@@ -534,8 +534,7 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
                 return
             twin = world.start_producer("twin").controller  # with a store of its own
             twin.features.adopt([ref])
-            with twin.features.get(ref) as tensors:
-                copies = {name: x.clone() for name, x in tensors.items()}
+            copies = {name: x.clone() for name, x in twin.features.get(ref).items()}
             twin.features.disown([ref])
             copy = twin.features.put(
                 ref.sample_id, copies, num_supervised=ref.num_supervised, source="", provenance=ref.provenance

@@ -161,21 +161,16 @@ class RolloutWorker:
         self._refs: list[SampleRef] = []
         self._storing: Future[None] | None = None
 
-    def run(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
-        """Check the target, then capture every prompt that the store does not hold yet.
+    def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
+        """Capture every prompt that the store does not hold yet.
 
         Args:
             tasks: prompts.
             batch_tokens: most tokens per forward pass, including padding.
 
         Raises:
-            UserError: the target cannot capture what the policy asks for, or the store cannot be written.
+            UserError: the store cannot be written.
         """
-        self.engine.check(self.provenance.capture)
-        yield from self.produce(tasks, batch_tokens)
-
-    def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
-        """:meth:`run` without the check of the target."""
         for batch in plan_batches(tasks, batch_tokens):
             captured = self.capture(batch)
             self.put(captured)

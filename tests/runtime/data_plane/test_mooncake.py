@@ -333,5 +333,5 @@ def test_the_command_names_a_taken_port_and_stops_cleanly(end):
 
 @needs_mooncake
 def test_too_small_a_store_is_refused():
-    with pytest.raises(UserError, match="1000 bytes; Mooncake takes no less than 16777216"):
+    with pytest.raises(UserError, match="1000 bytes; Mooncake needs at least 16777216"):
         connect(MooncakeAddress("127.0.0.1", 1, 2), 1000)
