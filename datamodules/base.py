@@ -1,4 +1,4 @@
-"""What all datamodules share: options and loaders. They differ in where samples come from."""
+"""Base class of all datamodules: common options and loaders. Subclasses differ in the source of samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specforge.runtime.data_plane.store import SampleStore
 
 
 class Algorithm(Protocol):
-    """What datamodules read of the LightningModule."""
+    """The interface of LightningModules to datamodules."""
 
     spec: StrategySpec
     target: TargetFiles

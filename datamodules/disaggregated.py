@@ -89,7 +89,7 @@ class DisaggregatedDataModule(PromptDataModule):
         Raises:
             UserError: another trainer holds it; raised on every rank.
         """
-        trainer, claim, refusal = self.trainer, None, ""
+        trainer, claim, reason = self.trainer, None, ""
         if trainer.is_global_zero:
             run = str(getattr(trainer, "default_root_dir", "a run"))
             claim = TrainerClaim(
@@ -98,12 +98,12 @@ class DisaggregatedDataModule(PromptDataModule):
             try:
                 claim.take()
             except UserError as error:
-                refusal = str(error)
+                reason = str(error)
         if trainer.world_size > 1:
-            refusal = trainer.strategy.broadcast(refusal)
-        if refusal:
+            reason = trainer.strategy.broadcast(reason)
+        if reason:
             controller.metadata.close()
-            raise UserError(refusal)
+            raise UserError(reason)
         return claim
 
     def open_split(self, name: str, prompts: PromptSet) -> Split:

@@ -1,4 +1,4 @@
-"""What the datamodules share that start from prompts, whose features are produced during training."""
+"""Base class of the datamodules that start from prompts; the features are produced during training."""
 
 from __future__ import annotations
 

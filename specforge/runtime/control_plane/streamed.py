@@ -267,7 +267,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             self._wait(_POLL)
 
     def _restore(self, sample: ExpectedSample, epoch: int, error: StateError) -> None:
-        """Queue a sample again whose record was lost or damaged: the checkpoint shows that it is not trained yet.
+        """Queue a sample again after its record was lost or damaged: the checkpoint shows that it is not trained yet.
 
         Raises:
             UserError: all records are gone.
