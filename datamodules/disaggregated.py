@@ -15,7 +15,6 @@ from specforge.options import Dtype, NonNegativeInt, PositiveInt, PositiveSecond
 from specforge.runtime.addresses import open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED
 from specforge.runtime.control_plane.streamed import KEPT, Room, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import FeatureStore, SampleStore
@@ -187,31 +186,15 @@ class DisaggregatedDataModule(FeatureDataModule):
         assert trainer is not None
         assert self._controller is not None
         if trainer.is_global_zero:
-            self._controller.rewind(step)
-            self._controller.durable(step)
-            self._controller.reconcile()  # first: what was lost is queued, and comes again in its turn
-            self._forget_waiting(loader, stream)
-            self._controller.remove_orphans()  # of leases that are forgotten
+            kept = set(self._kept()) if "heldout" in self._splits else set()
+            wanted = set(kept)
+            for rank in range(trainer.world_size):
+                wanted.update(stream.room.window(self._ahead(loader, rank), stream.stamp))
+            # Other queued prompts would be produced before the held-out samples, which a stopped run drops, and delay
+            # the first validation.
+            self._controller.resume(step, keep=wanted, queued=kept)
         trainer.strategy.barrier("the control plane is at the step of the checkpoint")
         stream.start(self._ahead(loader, trainer.global_rank))
-
-    def _forget_waiting(self, loader: FeatureDataLoader, stream: StreamedSamples) -> None:
-        """Drop what is beyond the room that there is now, and all that is queued, which comes again in its turn.
-
-        Dropped is also what a run with another stamp has left, such as one with another dtype.
-
-        Left queued, it would stand before the held-out samples, which a stopped run lets go, and the first validation
-        would wait until all of it is produced.
-        """
-        trainer = self.trainer
-        assert trainer is not None
-        assert self._controller is not None
-        kept = set(self._kept()) if "heldout" in self._splits else set()
-        wanted = set(kept)
-        for rank in range(trainer.world_size):
-            wanted.update(stream.room.window(self._ahead(loader, rank), stream.stamp))
-        waiting = self._controller.metadata.entries((QUEUED, LEASED, COMMITTED))
-        self._controller.forget([x.key for x in waiting if x.key not in (kept if x.state == QUEUED else wanted)])
 
     def trained(self, epoch: int, sample_ids: tuple[str, ...], step: int) -> None:
         """Record what a step used.
