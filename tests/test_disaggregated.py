@@ -210,7 +210,7 @@ def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
     controller = control(where, max_tries=1)
     controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
     for key, text in {"s0@0": "damaged", "s1@0": "[]\n[]\n[]"}.items():
-        controller.metadata.move([Move(key, (QUEUED,), {"state": COMMITTED, "ref": text})])
+        controller.metadata.move([Move([key], (QUEUED,), COMMITTED, {"ref": text})])
     (leased,) = controller.lease("w", 1)
     controller.fail("w", leased, "reason")
     words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]

@@ -42,24 +42,28 @@ def claim(metadata: MetadataStore, holder: str, now: float, deadline: float, ins
     Returns:
         The claim that now holds.
     """
+    damaged = False
     while True:
         (row,) = metadata.get([_KEY])
         if row is None or row.state is not State.CLAIMED:
-            metadata.remove([_KEY])
-            metadata.add([(_KEY, "")], State.CLAIMED)
+            if damaged:  # there is a row, but not of a claim
+                metadata.remove([_KEY])
+            (new,) = metadata.add([(_KEY, "")], State.CLAIMED)
+            damaged = not new
             continue
         if row.owner not in (holder, instead_of) and row.deadline > now:
             return Claim(row.owner, row.deadline)
         claimed, expected = {"owner": holder, "deadline": deadline}, {"owner": row.owner, "deadline": row.deadline}
         with suppress(Conflict):  # another trainer was faster
-            metadata.move([Move(_KEY, (State.CLAIMED,), claimed, expected)])
+            metadata.move([Move([_KEY], (State.CLAIMED,), State.CLAIMED, claimed, expected)])
             return Claim(holder, deadline)
 
 
 def resign(metadata: MetadataStore, holder: str) -> None:
     """End the claim of a trainer; does nothing if another one has replaced it."""
     with suppress(Conflict):
-        metadata.move([Move(_KEY, (State.CLAIMED,), {"owner": "", "deadline": 0.0}, {"owner": holder})])
+        free = {"owner": "", "deadline": 0.0}
+        metadata.move([Move([_KEY], (State.CLAIMED,), State.CLAIMED, free, {"owner": holder})])
 
 
 class TrainerClaim:

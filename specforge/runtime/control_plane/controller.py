@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _EPOCH = re.compile(r"-?\d{1,15}", re.ASCII)
 _UNCOMMITTED = (State.QUEUED, State.LEASED, State.DEAD)
 _WAITING = (State.COMMITTED, State.DELIVERED)
+_DELIVERED = (State.DELIVERED, State.TRAINED, State.DURABLE)
 
 
 @dataclass(frozen=True)
@@ -160,35 +161,36 @@ class DataFlowController:
 
     def _lease(self, owner: str, count: int) -> list[Row]:
         """Lease queued prompts; returns their rows as they were, with the prompts."""
-        while True:
-            now = self.clock()
-            self._end_expired(now)
-            rows = self.metadata.find((State.QUEUED,), limit=count) if count > 0 else []
-            lease = {"state": State.LEASED, "owner": owner, "deadline": now + self.lease_seconds}
-            moves = [
-                Move(row.key, (State.QUEUED,), lease | {"tries": row.tries + 1}, {"tries": row.tries}) for row in rows
+        now = self.clock()
+        lease = {"owner": owner, "deadline": now + self.lease_seconds}
+
+        def find() -> list[Row]:
+            self._end_leases(
+                lambda: self.metadata.find((State.LEASED,), until=now),
+                lambda row: (self._after_failure(row.tries), {"reason": f"the lease of {row.owner} expired"}),
+            )
+            return self.metadata.find((State.QUEUED,), limit=count) if count > 0 else []
+
+        def move(rows: list[Row]) -> list[Move]:
+            keys: dict[int, list[str]] = {}
+            for row in rows:
+                keys.setdefault(row.tries, []).append(row.key)
+            return [
+                Move(keys[tries], (State.QUEUED,), State.LEASED, lease | {"tries": tries + 1}, {"tries": tries})
+                for tries in keys
             ]
-            try:
-                tasks = self.metadata.move(moves, "task") if moves else []
-            except Conflict:  # another producer was faster
-                continue
-            return [row._replace(text=task) for row, task in zip(rows, tasks, strict=True)]
 
-    def _end_expired(self, now: float) -> None:
-        self._end_leases(
-            lambda: self.metadata.find((State.LEASED,), until=now),
-            lambda row: self._failed(row.tries, f"the lease of {row.owner} expired"),
-        )
+        return self._move_found(find, move, "task")
 
-    def _failed(self, tries: int, reason: str, final: bool = False) -> dict[str, str]:
-        dead = final or tries >= self.max_tries
-        return {"state": State.DEAD if dead else State.QUEUED, "reason": reason}
+    def _after_failure(self, tries: int) -> State:
+        return State.DEAD if tries >= self.max_tries else State.QUEUED
 
     def renew(self, owner: str, leased: Sequence[LeasedPrompt]) -> list[bool]:
         """Extend leases; returns for each whether ``owner`` still holds it."""
         lease = {"deadline": self.clock() + self.lease_seconds}
-        moves = [Move(key, (State.LEASED,), lease, {"owner": owner}) for key in dict.fromkeys(x.key for x in leased)]
-        held = self._move(moves, "renewed", lambda row: True)
+        keys = list(dict.fromkeys(x.key for x in leased))
+        move = Move(keys, (State.LEASED,), State.LEASED, lease, {"owner": owner})
+        held = self._move([move], "renewed", lambda row: True)
         return [x.key in held for x in leased]
 
     def release(self, owner: str) -> int:
@@ -204,7 +206,7 @@ class DataFlowController:
         finally:
             keys = self._end_leases(
                 lambda: [row for row in self.metadata.find((State.LEASED,)) if row.owner == owner],
-                lambda row: {"state": State.QUEUED, "tries": row.tries - 1},
+                lambda row: (State.QUEUED, {"tries": row.tries - 1}),
             )
         if keys:
             self._remove_orphans(stored, keys)
@@ -227,15 +229,16 @@ class DataFlowController:
         """
         _plain(owner, reason)
         tries = leased.task.attempt + 1
-        changes = self._failed(tries, reason, final)
+        state = State.DEAD if final else self._after_failure(tries)
+        lease = {"owner": owner, "tries": tries}
         try:
-            self.metadata.move([Move(leased.key, (State.LEASED,), changes, {"owner": owner, "tries": tries})])
+            self.metadata.move([Move([leased.key], (State.LEASED,), state, {"reason": reason}, lease)])
         except Conflict as conflict:
-            (row,) = conflict.rows
+            row = conflict.rows[leased.key]
             if row is None:
                 raise StateError(leased.key, "", "failed") from None
             return row.state
-        return State(changes["state"])
+        return state
 
     def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
         """Record samples whose features are flushed, whoever produced them.
@@ -262,7 +265,7 @@ class DataFlowController:
     def _commit(self, items: Sequence[tuple[str, str]]) -> list[bool]:
         moves: dict[str, Move] = {}
         for key, text in items:
-            moves.setdefault(key, Move(key, _UNCOMMITTED, {"state": State.COMMITTED, "ref": text}))
+            moves.setdefault(key, Move([key], _UNCOMMITTED, State.COMMITTED, {"ref": text}))
         fresh = self._move(list(moves.values()), "committed", lambda row: row is not None)
         return [fresh.pop(key, None) is not None for key, _ in items]  # a key that comes twice is new once
 
@@ -275,7 +278,7 @@ class DataFlowController:
             self.features.discard(ref)
             return
         try:
-            self.metadata.move([Move(key, _WAITING, {"state": State.COMMITTED, "ref": text, "tries": 0})])
+            self.metadata.move([Move([key], _WAITING, State.COMMITTED, {"ref": text, "tries": 0})])
         except Conflict:  # it was queued again meanwhile
             self.commit([(key, ref)])
 
@@ -289,8 +292,8 @@ class DataFlowController:
         Raises:
             StateError: a sample is not committed, or already trained; none is delivered.
         """
-        delivered = {"state": State.DELIVERED}
-        texts = self._move([Move(key, _WAITING, delivered) for key in dict.fromkeys(keys)], "delivered", text="ref")
+        move = Move(list(dict.fromkeys(keys)), _WAITING, State.DELIVERED)
+        texts = self._move([move], "delivered", text="ref")
         refs = [ref for key in keys if (ref := _read_ref(key, texts[key])) is not None]
         self.features.adopt(refs)
         return refs
@@ -302,12 +305,8 @@ class DataFlowController:
             StateError: a sample was not delivered, or another step used it; nothing is recorded.
         """
         _plain(step)
-        trained = {"state": State.TRAINED, "step": step}
-        self._move(
-            [Move(key, (State.DELIVERED,), trained) for key in dict.fromkeys(keys)],
-            "trained",
-            lambda row: row is not None and (row.state, row.step) == (State.TRAINED, step),
-        )
+        move = Move(list(dict.fromkeys(keys)), (State.DELIVERED,), State.TRAINED, {"step": step})
+        self._move([move], "trained", lambda row: row is not None and (row.state, row.step) == (State.TRAINED, step))
 
     def durable(self, step: int) -> int:
         """Record that the checkpoint of ``step`` is complete, and free the features that it covers.
@@ -324,7 +323,7 @@ class DataFlowController:
     def _mark_durable(self, step: int) -> list[Row]:
         return self._move_found(
             lambda: self.metadata.find((State.TRAINED,), until=step, text="ref"),
-            lambda row: Move(row.key, (State.TRAINED,), {"state": State.DURABLE}, {"step": row.step}),
+            lambda rows: [Move([row.key for row in rows], (State.TRAINED,), State.DURABLE)],
         )
 
     def resume(self, step: int, keep: Collection[str], queued: Collection[str] = ()) -> None:
@@ -353,14 +352,15 @@ class DataFlowController:
         """
         _plain(step)
         rows = self._move_found(
-            lambda: [
-                *self.metadata.find((State.DELIVERED,), text="ref"),
-                *self.metadata.find((State.TRAINED, State.DURABLE), after=step, text="ref"),
-            ],
-            lambda row: Move(row.key, (row.state,), {"state": State.COMMITTED}),
+            lambda: self._found_after(step), lambda rows: [Move([row.key for row in rows], _DELIVERED, State.COMMITTED)]
         )
         self._requeue_lost(rows)
         return [row.key for row in rows]
+
+    def _found_after(self, step: int) -> list[Row]:
+        delivered = self.metadata.find((State.DELIVERED,), text="ref")
+        later = self.metadata.find((State.TRAINED, State.DURABLE), after=step, text="ref")
+        return list({row.key: row for row in [*delivered, *later]}.values())
 
     def free(self, keys: Sequence[str]) -> None:
         """Delete features of trained samples before a checkpoint covers them.
@@ -468,12 +468,8 @@ class DataFlowController:
 
     def _requeue(self, keys: Sequence[str]) -> None:
         """Queue samples again, with all their tries; repeating the call is harmless."""
-        changes = {"state": State.QUEUED, "ref": "", "tries": 0}
-        self._move(
-            [Move(key, (*_WAITING, State.DEAD), changes) for key in dict.fromkeys(keys)],
-            "queued again",
-            lambda row: row is not None and row.state in (State.QUEUED, State.LEASED),
-        )
+        move = Move(list(dict.fromkeys(keys)), (*_WAITING, State.DEAD), State.QUEUED, {"ref": "", "tries": 0})
+        self._move([move], "queued again", lambda row: row is not None and row.state in (State.QUEUED, State.LEASED))
 
     # Transitions.
 
@@ -498,38 +494,48 @@ class DataFlowController:
         Raises:
             StateError: a sample is unknown, or its state permits neither the move nor leaving it unchanged.
         """
-        while moves:
+        while any(move.keys for move in moves):
             try:
-                return dict(zip((move.key for move in moves), self.metadata.move(moves, text), strict=True))
+                texts = self.metadata.move(moves, text)
+                return {key: texts.get(key, "") for move in moves for key in move.keys}
             except Conflict as conflict:
-                left = []
-                for move, row in zip(moves, conflict.rows, strict=True):
-                    if move.allows(row):
-                        left.append(move)
-                    elif not is_done(row):
-                        raise StateError(move.key, row.state if row else "", action) from None
-                moves = left
+                moves = [move._replace(keys=_left(move, conflict, action, is_done)) for move in moves]
         return {}
 
-    def _move_found(self, find: Callable[[], list[Row]], move: Callable[[Row], Move]) -> list[Row]:
-        """Move all samples that ``find`` finds; returns their rows as they were."""
+    def _move_found(
+        self, find: Callable[[], list[Row]], moves: Callable[[list[Row]], list[Move]], text: Text = ""
+    ) -> list[Row]:
+        """Move all samples that ``find`` finds; returns their rows as they were, with the requested text."""
         while True:
             rows = find()
             try:
-                if rows:
-                    self.metadata.move([move(row) for row in rows])
-                return rows
+                texts = self.metadata.move(moves(rows), text) if rows else {}
+                return [row._replace(text=texts[row.key]) for row in rows] if text else rows
             except Conflict:  # another process changed one of them
                 continue
 
-    def _end_leases(self, find: Callable[[], list[Row]], changes: Callable[[Row], Mapping[str, str | int]]) -> list[str]:
+    def _end_leases(
+        self, find: Callable[[], list[Row]], outcome: Callable[[Row], tuple[State, Mapping[str, object]]]
+    ) -> list[str]:
         """End leases, unless they were renewed or taken over meanwhile; returns their keys."""
 
         def move(row: Row) -> Move:
             lease = {"owner": row.owner, "tries": row.tries, "deadline": row.deadline}
-            return Move(row.key, (State.LEASED,), changes(row), lease)
+            return Move([row.key], (State.LEASED,), *outcome(row), lease)
 
-        return [row.key for row in self._move_found(find, move)]
+        return [row.key for row in self._move_found(find, lambda rows: list(map(move, rows)))]
+
+
+def _left(move: Move, conflict: Conflict, action: str, is_done: Callable[[Row | None], bool]) -> list[str]:
+    """The keys of a move that are still to be moved after a conflict; raises StateError if one never can be."""
+    left = []
+    for key in move.keys:
+        row = conflict.rows[key]
+        if move.allows(row):
+            left.append(key)
+        elif not is_done(row):
+            raise StateError(key, row.state if row else "", action) from None
+    return left
 
 
 def _sample(key: str) -> str:

@@ -64,22 +64,24 @@ class Row(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A change of one row, made only if the row is as expected.
+    """A change of rows, made only if all of them are as expected.
 
     Attributes:
-        key: which row.
-        states: the row must be in one of these states.
-        changes: new values by column: ``state``, ``owner``, ``deadline``, ``tries``, ``step``, ``reason`` or ``ref``.
-        expected: values that the row must have: ``owner``, ``deadline``, ``tries`` or ``step``.
+        keys: which rows.
+        states: each row must be in one of these states.
+        to: the new state.
+        changes: other new values by column: ``owner``, ``deadline``, ``tries``, ``step``, ``reason`` or ``ref``.
+        expected: values that each row must have: ``owner``, ``deadline`` or ``tries``.
     """
 
-    key: str
+    keys: Sequence[str]
     states: Collection[State]
-    changes: Mapping[str, str | int | float]
-    expected: Mapping[str, str | int | float] = {}
+    to: State
+    changes: Mapping[str, object] = {}
+    expected: Mapping[str, object] = {}
 
     def allows(self, row: Row | None) -> bool:
-        """Whether the row is as expected."""
+        """Whether a row is as expected."""
         return (
             row is not None
             and row.state in self.states
@@ -91,10 +93,10 @@ class Conflict(Exception):
     """A row was not as a move expected; nothing was changed.
 
     Attributes:
-        rows: the present rows of all moves, in order; None where there is none.
+        rows: the present rows of all moves by key; None where there is none.
     """
 
-    def __init__(self, rows: Sequence[Row | None]) -> None:
+    def __init__(self, rows: Mapping[str, Row | None]) -> None:
         super().__init__("the rows changed")
         self.rows = rows
 
@@ -159,15 +161,15 @@ class MetadataStore(Protocol):
         """
         ...
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> list[str]:
-        """Change rows: all of them, or none. Their keys must differ.
+    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
+        """Change rows: all of them, or none. All keys must differ.
 
         Args:
             moves: the changes.
             text: the long column to return.
 
         Returns:
-            The requested text of each row before the change; empty if none was requested.
+            The text of each row by key; empty if none was requested.
 
         Raises:
             Conflict: a row is missing or not as expected.

@@ -19,34 +19,26 @@ from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row
 
 logger = logging.getLogger(__name__)
 
-# Arguments and results are JSON, which redis-py passes on much faster than lists. Results of `run` are returned with
-# the stray keys that were found on the way. Lua encodes empty lists as {}.
+# A script returns the JSON of the result of `run` and of the stray keys that it found, followed by the requested texts:
+# redis-py reads one string much faster than nested lists. Lua encodes an empty list as {}.
 _LUA = """
-local space, strays = KEYS[1], {}
+local space, strays, reply = KEYS[1], {}, {''}
 local known = {STATES}
 local ranks = {leased = 'deadline', claimed = 'deadline', trained = 'step', durable = 'step'}
+local SEQ, STATE = 1, 3  -- in a row
 local function hash(key) return space .. ':sample:' .. key end
 local function set(state) return space .. ':' .. state end
 local function whole(text)
-  local number = text and string.match(text, '^%-?%d+$') and tonumber(text)
-  return number and math.abs(number) < 2^53 and number
+  local number = tonumber(text)
+  return number and number % 1 == 0 and math.abs(number) < 2^53 and number
 end
-local SEQ, KEY, STATE, OWNER, DEADLINE, TRIES, STEP = 1, 2, 3, 4, 5, 6, 7
-local function read(key, text)  -- false if there is no row, or a damaged one
+local function read(key, text)  -- a row and its text; false if there is none, or a damaged one
   local found = redis.pcall('HMGET', hash(key), 'seq', 'state', 'owner', 'tries', 'step', 'reason', text)
-  if found.err then return false end
   local seq, state, owner, tries, step, reason, long = unpack(found)
   seq, tries = whole(seq), whole(tries)
-  if not (known[state] and seq and tries) then return false end
+  if not (known[state] and seq and tries) then return false, '' end
   local deadline = ranks[state] == 'deadline' and redis.call('ZSCORE', set(state), key) or '0'
-  return {seq, key, state, owner or '', deadline, tries, whole(step) or 0, reason or '', long or ''}
-end
-local function fits(row, states, expected)
-  local found = false
-  for _, state in ipairs(states) do found = found or state == row[STATE] end
-  return found and (not expected.owner or expected.owner == row[OWNER])
-    and (not expected.deadline or expected.deadline == tonumber(row[DEADLINE]))
-    and (not expected.tries or expected.tries == row[TRIES]) and (not expected.step or expected.step == row[STEP])
+  return {seq, key, state, owner or '', deadline, tries, whole(step) or 0, reason or ''}, long or ''
 end
 local function repair(key, row)  -- a damaged row is deleted, a missing member of a set is added
   if not row then
@@ -56,12 +48,8 @@ local function repair(key, row)  -- a damaged row is deleted, a missing member o
     redis.call('ZADD', set(row[STATE]), ranks[row[STATE]] == 'deadline' and 0 or row[SEQ], key)
   end
 end
-local function append(groups, name, ...)
-  groups[name] = groups[name] or {}
-  for _, word in ipairs({...}) do table.insert(groups[name], word) end
-end
-local function batched(command, groups)  -- Lua passes a call some thousands of arguments at most
-  for state, words in pairs(groups) do
+local function batched(command, lists)  -- Lua passes a call some thousands of arguments at most
+  for state, words in pairs(lists) do
     for i = 1, #words, 1000 do redis.call(command, set(state), unpack(words, i, math.min(i + 999, #words))) end
   end
 end
@@ -69,15 +57,16 @@ local function run()
 """.replace("STATES", ", ".join(f"{state} = true" for state in State))
 _END = """
 end
-return cjson.encode({run(), strays})
+reply[1] = cjson.encode({run(), strays})
+return reply
 """
 _SCRIPTS = {
     "add": """
-local new, state = {}, ARGV[2]
-for i, item in ipairs(cjson.decode(ARGV[1])) do
-  local key, task = item[1], item[2]
-  new[i] = not read(key, '')
-  if new[i] then
+local new, state = {}, ARGV[1]
+for i = 2, #ARGV, 2 do
+  local key, task = ARGV[i], ARGV[i + 1]
+  new[i / 2] = not read(key, '')
+  if new[i / 2] then
     local seq = redis.call('INCR', space .. ':seq')  -- the first write, which fails if the memory is full
     repair(key, false)
     redis.call('HSET', hash(key), 'task', task, 'state', state, 'seq', seq, 'tries', 0, 'ref', '', 'reason', '')
@@ -88,57 +77,83 @@ return new
 """,
     "get": """
 local rows = {}
-for i, key in ipairs(cjson.decode(ARGV[1])) do rows[i] = read(key, ARGV[2]) end
+for i, key in ipairs(cjson.decode(ARGV[1])) do rows[i], reply[i + 1] = read(key, ARGV[2]) end
 return rows
 """,
     "find": """
 local found, text, after, upto, limit = {}, ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 for _, state in ipairs(cjson.decode(ARGV[1])) do
-  local rows, clean
+  local before, clean = #found
   repeat  -- until there are no stray keys among the first
-    rows, clean = {}, true
+    local n = before
+    clean = true
     for _, key in ipairs(redis.call('ZRANGEBYSCORE', set(state), after, upto, 'LIMIT', 0, limit)) do
-      local row = read(key, text)
-      if row and row[STATE] == state then rows[#rows + 1] = row
+      local row, long = read(key, text)
+      if row and row[STATE] == state then
+        n = n + 1
+        found[n], reply[n + 1] = row, long
       else
         clean = redis.call('ZREM', set(state), key) == 0 and clean
         strays[#strays + 1] = key
       end
     end
   until clean or limit == '-1'
-  for _, row in ipairs(rows) do found[#found + 1] = row end
 end
 return found
 """,
     "move": """
-local moves, text = cjson.decode(ARGV[1]), ARGV[2]
-local rows, fit = {}, true
-for i, move in ipairs(moves) do
-  rows[i] = read(move[1], text)
-  fit = fit and rows[i] and fits(rows[i], move[2], move[4])
-end
-if not fit then
-  for i, move in ipairs(moves) do repair(move[1], rows[i]) end
+local moves, text, found, allowed = cjson.decode(ARGV[1]), ARGV[2], {}, {}
+local function conflict()
+  local rows = {}
+  for _, move in ipairs(moves) do
+    for _, key in ipairs(move[1]) do
+      local i = #rows + 1
+      rows[i], reply[i + 1] = read(key, text)  -- the text even if it is empty
+      repair(key, rows[i])
+    end
+  end
   return {false, rows}
 end
-local removed, added, texts = {}, {}, {}
-for i, move in ipairs(moves) do
-  local key, changes, row = move[1], move[3], rows[i]
-  local state, words = changes.state or row[STATE], {}
-  local score = changes[ranks[state]] or (ranks[state] and row[ranks[state] == 'step' and STEP or DEADLINE]) or row[SEQ]
-  if state ~= row[STATE] then append(removed, row[STATE], key) end
-  append(added, state, score, key)
-  changes.deadline = nil  -- it is the score
+for _, move in ipairs(moves) do
+  local keys, states, _, _, expected = unpack(move)
+  local owner, tries, deadline = expected.owner, expected.tries, expected.deadline
+  if not allowed[states] then
+    allowed[states] = {}
+    for state in string.gmatch(states, '%a+') do allowed[states][state] = true end
+  end
+  for _, key in ipairs(keys) do
+    local row = redis.pcall('HMGET', hash(key), 'state', 'seq', 'tries', text, 'owner')
+    if not (allowed[states][row[1]] and whole(row[2]) and whole(row[3])) or (owner and owner ~= (row[5] or ''))
+      or (tries and tries ~= tonumber(row[3]))
+      or (deadline and deadline ~= tonumber(redis.call('ZSCORE', set(row[1]), key) or 0))
+    then return conflict() end
+    found[key] = row
+  end
+end
+local removed, added = {}, {}
+for _, move in ipairs(moves) do
+  local keys, _, to, changes = unpack(move)
+  local score, words, list = changes[ranks[to]], {'state', to}, added[to] or {}
+  added[to], changes.deadline = list, nil
   for name, value in pairs(changes) do
     words[#words + 1] = name
     words[#words + 1] = value
   end
-  if #words > 0 then redis.call('HSET', hash(key), unpack(words)) end
-  texts[i] = row[9]
+  for _, key in ipairs(keys) do
+    local from, seq, _, long = unpack(found[key])
+    list[#list + 1] = score or ranks[to] and (redis.call('ZSCORE', set(from), key) or 0) or seq
+    list[#list + 1] = key
+    if from ~= to then
+      removed[from] = removed[from] or {}
+      table.insert(removed[from], key)
+    end
+    redis.call('HSET', hash(key), unpack(words))
+    if text ~= '' then reply[#reply + 1] = long or '' end
+  end
 end
 batched('ZREM', removed)
 batched('ZADD', added)
-return {true, texts}
+return {true, {}}
 """,
     "remove": """
 for _, key in ipairs(cjson.decode(ARGV[1])) do
@@ -248,11 +263,14 @@ class RedisMetadataStore:
 
     def add(self, items: Iterable[tuple[str, str]], state: State = State.QUEUED) -> list[bool]:
         """See :class:`MetadataStore`."""
-        return list(self._run("add", _json(list(items)), state))
+        new, _ = self._run("add", state, *(word for item in items for word in item))
+        return list(new)
 
     def get(self, keys: Sequence[str], text: Text = "") -> list[Row | None]:
         """See :class:`MetadataStore`."""
-        return [_row(row) if row else None for row in self._run("get", _json(keys), text)]
+        return [
+            _row(row, long) if row else None for row, long in zip(*self._run("get", _json(keys), text), strict=True)
+        ]
 
     def find(
         self,
@@ -265,15 +283,18 @@ class RedisMetadataStore:
     ) -> list[Row]:
         """See :class:`MetadataStore`."""
         bounds = "-inf" if after is None else f"({after!r}", "+inf" if until is None else repr(until)
-        rows = self._run("find", _json(list(states)), text, *bounds, -1 if limit is None else limit)
-        return [_row(row) for row in sorted(rows)]  # their order of insertion comes first
+        found = self._run("find", _json(list(states)), text, *bounds, -1 if limit is None else limit)
+        return [_row(row, long) for row, long in sorted(zip(*found, strict=True))]  # a row begins with its number
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> list[str]:
+    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
         """See :class:`MetadataStore`."""
-        done, found = self._run("move", _json(moves), text)
-        if not done:
-            raise Conflict([_row(row) if row else None for row in found])
-        return list(found)
+        words = [(keys, " ".join(states), *rest) for keys, states, *rest in moves]
+        (done, rows), texts = self._run("move", _json(words), text)
+        keys = [key for move in moves for key in move.keys]
+        if done:
+            return dict(zip(keys, texts, strict=True)) if text else {}
+        found = zip(keys, rows, texts, strict=True)
+        raise Conflict({key: _row(row, long) if row else None for key, row, long in found})
 
     def remove(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
@@ -281,15 +302,18 @@ class RedisMetadataStore:
 
     def counts(self) -> dict[str, int]:
         """See :class:`MetadataStore`."""
-        return dict(zip(STATES, self._run("counts", *STATES), strict=True))
+        counts, _ = self._run("counts", *STATES)
+        return dict(zip(STATES, counts, strict=True))
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _run(self, script: str, *arguments: Any) -> Any:
+    def _run(self, script: str, *arguments: Any) -> tuple[Any, list[str]]:
+        """The result of a script, and the texts that were requested."""
         try:
-            result, strays = json.loads(self._scripts[script](keys=[self.namespace], args=arguments))
+            reply, *texts = self._scripts[script](keys=[self.namespace], args=arguments)
+            result, strays = json.loads(reply)
         except (self._errors.RedisError, ValueError, OSError) as error:
             raise unusable(f"in Redis at {self._where}", _meaning(error)) from error
         if strays:
@@ -299,16 +323,15 @@ class RedisMetadataStore:
                 len(strays),
                 ", ".join(map(repr, strays[:3])),
             )
-        return result
+        return result, texts
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # Lua rejects escaped lone surrogates
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Lua rejects escaped lone surrogates
 
 
-def _row(values: Sequence[Any]) -> Row:
-    _, key, state, owner, deadline, *rest = values
-    return Row(key, State(state), owner, float(deadline), *rest)
+def _row(values: Sequence[Any], text: str) -> Row:
+    _, key, state, owner, deadline, tries, step, reason = values
+    return Row(key, State(state), owner, float(deadline), tries, step, reason, text)
 
 
 def _meaning(error: Exception) -> str:

@@ -33,6 +33,7 @@ _VERSION = 1
 _DEADLINE = "CASE WHEN state IN ('leased', 'claimed') THEN deadline ELSE 0.0 END"
 _RANK = "CASE WHEN state IN ('leased', 'claimed') THEN deadline ELSE step END"
 _KEYS = "key IN (SELECT value FROM json_each(?))"
+_TEXTS = {"": "''", "ref": "ref", "task": "coalesce((SELECT task FROM tasks WHERE seq = samples.seq), '')"}
 _STATES = {str(state): state for state in State}
 
 
@@ -95,7 +96,8 @@ class SQLiteMetadataStore:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
-                db.execute("COMMIT")
+                if db.in_transaction:
+                    db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:  # SQLite itself rolls back when the disk is full
                     db.execute("ROLLBACK")
@@ -127,25 +129,22 @@ class SQLiteMetadataStore:
         text: Text = "",
     ) -> list[Row]:
         """See :class:`MetadataStore`."""
-        where = "state IN ({})".format(", ".join(f"'{state}'" for state in states))
         bounds = {f"{_RANK} > ?": after, f"{_RANK} <= ?": until}
         bounds = {condition: bound for condition, bound in bounds.items() if bound is not None}
-        where = f"{' AND '.join([where, *bounds])} ORDER BY seq LIMIT {-1 if limit is None else limit}"
+        where = f"{' AND '.join([_in(states), *bounds])} ORDER BY seq LIMIT {-1 if limit is None else limit}"
         with self._reading() as db:
             return _select(db, where, list(bounds.values()), text)
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> list[str]:
+    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
         """See :class:`MetadataStore`."""
-        changes: dict[str, list[tuple[Any, ...]]] = {}
-        for move in moves:
-            changes.setdefault(_update(tuple(move.changes)), []).append((*move.changes.values(), move.key))
+        keys = [key for move in moves for key in move.keys]
         with self._transaction() as db:
-            rows = _get(db, [move.key for move in moves], text)
-            if not all(move.allows(row) for move, row in zip(moves, rows, strict=True)):
-                raise Conflict(rows)
-            for statement, values in changes.items():
-                db.executemany(statement, values)
-        return [row.text if row else "" for row in rows]
+            if all(_update(db, move) for move in moves):
+                select = f"SELECT key, {_TEXTS[text]} FROM samples WHERE {_KEYS}"
+                return dict(db.execute(select, (json.dumps(keys),))) if text else {}
+            db.execute("ROLLBACK")
+            found = _get(db, keys, text)
+        raise Conflict(dict(zip(keys, found, strict=True)))
 
     def remove(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
@@ -166,18 +165,31 @@ class SQLiteMetadataStore:
             self._db.close()
 
 
+def _update(db: sqlite3.Connection, move: Move) -> bool:
+    """Change rows; returns whether all were as expected."""
+    statement = _update_statement(tuple(move.states), tuple(move.changes), tuple(move.expected))
+    values, expected = (move.to, *move.changes.values()), tuple(move.expected.values())
+    done = db.executemany(statement, [(*values, key, *expected) for key in move.keys])
+    return done.rowcount == len(move.keys)
+
+
+@lru_cache
+def _update_statement(states: tuple[State, ...], changes: tuple[str, ...], expected: tuple[str, ...]) -> str:
+    values = ", ".join(f"{name} = ?" for name in ("state", *changes))
+    conditions = " AND ".join(["key = ?", _in(states), *(f"{name} = ?" for name in expected)])
+    return f"UPDATE samples SET {values} WHERE {conditions}"
+
+
+def _in(states: Iterable[State]) -> str:
+    return "state IN ({})".format(", ".join(f"'{state}'" for state in states))
+
+
 def _get(db: sqlite3.Connection, keys: Sequence[str], text: Text) -> list[Row | None]:
     found = {row.key: row for row in _select(db, _KEYS, [json.dumps(keys)], text)}
     return [found.get(key) for key in keys]
 
 
-def _select(db: sqlite3.Connection, where: str, arguments: Sequence[Any], text: Text) -> list[Row]:
-    column = {"": "''", "ref": "ref", "task": "coalesce((SELECT task FROM tasks WHERE seq = samples.seq), '')"}[text]
-    columns = f"key, state, owner, {_DEADLINE}, tries, step, reason, {column}"
-    rows = db.execute(f"SELECT {columns} FROM samples WHERE {where}", arguments)
+def _select(db: sqlite3.Connection, where: str, values: Sequence[Any], text: Text) -> list[Row]:
+    columns = f"key, state, owner, {_DEADLINE}, tries, step, reason, {_TEXTS[text]}"
+    rows = db.execute(f"SELECT {columns} FROM samples WHERE {where}", values)
     return [Row(key, _STATES[state], *rest) for key, state, *rest in rows if state in _STATES]
-
-
-@lru_cache
-def _update(columns: tuple[str, ...]) -> str:
-    return f"UPDATE samples SET {', '.join(f'{name} = ?' for name in columns)} WHERE key = ?"

@@ -36,14 +36,15 @@ class MemoryMetadataStore:
 
         return list(filter(chosen, rows))[:limit]
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> list[str]:
+    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
         with self._lock:
-            rows = self.get([move.key for move in moves], text)
-            if not all(move.allows(row) for move, row in zip(moves, rows, strict=True)):
+            rows = {key: self._row(key, text) for move in moves for key in move.keys}
+            if not all(move.allows(rows[key]) for move in moves for key in move.keys):
                 raise Conflict(rows)
             for move in moves:
-                self._rows[move.key].update(move.changes)
-            return [row.text for row in rows]
+                for key in move.keys:
+                    self._rows[key].update(move.changes, state=move.to)
+            return {key: row.text for key, row in rows.items()} if text else {}
 
     def remove(self, keys: Sequence[str]) -> None:
         with self._lock:

@@ -150,66 +150,74 @@ def test_rows_are_added_once_and_found_in_their_order(store):
     ]
     assert [row.key for row in store.find((QUEUED, LEASED), limit=2)] == ["k2", "k1"]
     assert store.find((QUEUED,), limit=0) == store.find((LEASED,)) == []
-    assert store.get(["k0", "unknown", "k2"], "task") == [Row("k0", QUEUED, text="c"), None, Row("k2", QUEUED, text="a")]
+    assert store.get(["k0", "unknown", "k2"], "task") == [
+        Row("k0", QUEUED, text="c"),
+        None,
+        Row("k2", QUEUED, text="a"),
+    ]
     assert store.get(["k0"]) == store.get(["k0"], "ref") == [Row("k0", QUEUED)]
 
 
 def test_rows_move_together_or_not_at_all(store):
     store.add([(f"k{i}", f"task {i}") for i in range(3)])
-    lease = {"state": LEASED, "owner": "a", "deadline": 0.1 + 0.2, "tries": 1}
-    assert store.move([Move(f"k{i}", (QUEUED,), lease, {"tries": 0}) for i in range(2)], "task") == ["task 0", "task 1"]
+    lease = {"owner": "a", "deadline": 0.1 + 0.2, "tries": 1}
+    leased = Move(["k1", "k0"], (QUEUED,), LEASED, lease, {"tries": 0})
+    assert store.move([leased], "task") == {"k0": "task 0", "k1": "task 1"}
     before = store.find(STATES)
     assert before == [Row("k0", LEASED, "a", 0.1 + 0.2, 1), Row("k1", LEASED, "a", 0.1 + 0.2, 1), Row("k2", QUEUED)]
-    done = {"state": COMMITTED, "ref": "r"}
+    done = {"ref": "r"}
     for wrong in (
-        Move("k2", (LEASED, DEAD), done),
-        Move("k1", (LEASED,), done, {"owner": "b"}),
-        Move("k1", (LEASED,), done, {"deadline": 0.3}),
-        Move("k1", (LEASED,), done, {"owner": "a", "tries": 2}),
-        Move("k1", (LEASED,), done, {"step": 1}),
-        Move("unknown", (LEASED,), done),
+        Move(["k2"], (LEASED, DEAD), COMMITTED, done),
+        Move(["k1"], (LEASED,), COMMITTED, done, {"owner": "b"}),
+        Move(["k1"], (LEASED,), COMMITTED, done, {"deadline": 0.3}),
+        Move(["k1"], (LEASED,), COMMITTED, done, {"owner": "a", "tries": 2}),
+        Move(["unknown", "k1"], (LEASED,), COMMITTED, done),
     ):
         with pytest.raises(Conflict) as conflict:
-            store.move([Move("k0", (LEASED,), done), wrong])
-        assert conflict.value.rows == store.get(["k0", wrong.key])
+            store.move([Move(["k0"], (LEASED,), COMMITTED, done), wrong])
+        keys = ["k0", *wrong.keys]
+        assert conflict.value.rows == dict(zip(keys, store.get(keys), strict=True))
         assert store.find(STATES) == before
-    exact = {"owner": "a", "deadline": 0.1 + 0.2, "tries": 1, "step": 0}
-    assert store.move([Move("k0", (LEASED,), done, exact), Move("k1", (QUEUED, LEASED), done)]) == ["", ""]
+    exact = {"owner": "a", "deadline": 0.1 + 0.2, "tries": 1}
+    moves = [Move(["k0"], (LEASED,), COMMITTED, done, exact), Move(["k1"], (QUEUED, LEASED), COMMITTED, done)]
+    assert store.move(moves) == {}
     assert store.get(["k0", "k1"], "ref") == [Row(key, COMMITTED, "a", 0.0, 1, text="r") for key in ("k0", "k1")]
     with pytest.raises(Conflict) as conflict:
-        store.move([Move("k0", (LEASED,), done)], "ref")
-    assert conflict.value.rows == [Row("k0", COMMITTED, "a", 0.0, 1, text="r")]
+        store.move([Move(["k0"], (LEASED,), COMMITTED)], "ref")
+    assert conflict.value.rows == {"k0": Row("k0", COMMITTED, "a", 0.0, 1, text="r")}
 
 
 def test_leases_are_found_by_their_deadline_and_trained_samples_by_their_step(store):
     store.add([(key, "") for key in "edcba"])
     for key, deadline in zip("abc", (30.0, 10.0, 20.0), strict=True):
-        store.move([Move(key, (QUEUED,), {"state": LEASED, "deadline": deadline})])
+        store.move([Move([key], (QUEUED,), LEASED, {"deadline": deadline})])
     for key, step in zip("de", (7, 8), strict=True):
-        store.move([Move(key, (QUEUED,), {"state": TRAINED, "step": step})])
+        store.move([Move([key], (QUEUED,), TRAINED, {"step": step})])
     assert [row.key for row in store.find((LEASED,), until=20.0)] == ["c", "b"]
     assert [row.key for row in store.find((LEASED,), after=10.0, until=30.0)] == ["c", "a"]
     assert [row.key for row in store.find((TRAINED,), until=7)] == ["d"]
-    store.move([Move("d", (TRAINED,), {"state": DURABLE})])
+    store.move([Move(["d"], (TRAINED,), DURABLE)])
     assert [(row.key, row.step) for row in store.find((TRAINED, DURABLE), after=6)] == [("e", 8), ("d", 7)]
     assert [row.key for row in store.find((TRAINED, DURABLE), after=7)] == ["e"]
-    store.move([Move("a", (LEASED,), {"deadline": 5.0})])
+    store.move([Move(["a"], (LEASED,), LEASED, {"deadline": 5.0})])
     assert [row.key for row in store.find((LEASED,), until=5.0)] == ["a"]
 
 
 def test_text_of_any_kind_comes_back(store):
     odd = "\"'\\ {} [1, 2] é 漢 \U0001f600 \n \x7f -- '); DROP TABLE samples; *"
     store.add([(odd, odd)])
-    assert store.move([Move(odd, (QUEUED,), {"state": LEASED, "owner": odd, "reason": odd, "ref": odd})], "task") == [odd]
-    assert store.move([Move(odd, (LEASED,), {"state": DEAD}, {"owner": odd})], "ref") == [odd]
+    lease = {"owner": odd, "reason": odd, "ref": odd}
+    assert store.move([Move([odd], (QUEUED,), LEASED, lease)], "task") == {odd: odd}
+    assert store.move([Move([odd], (LEASED,), DEAD, {}, {"owner": odd})], "ref") == {odd: odd}
     assert store.find((DEAD,), text="ref") == [Row(odd, DEAD, owner=odd, reason=odd, text=odd)]
     with pytest.raises(Conflict):
-        store.move([Move(odd + "x", (DEAD,), {"state": QUEUED})])
+        store.move([Move([odd + "x"], (DEAD,), QUEUED)])
 
 
 def test_nothing_asked_is_nothing_done(store, control):
     filled(control, 1)
-    assert store.add([]) == store.get([]) == store.move([]) == store.find(()) == []
+    assert store.add([]) == store.get([]) == store.find(()) == []
+    assert store.move([]) == {}
     store.remove([])
     assert control.commit([]) == control.deliver([]) == control.renew("a", []) == []
     control.trained([], 1)
