@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -367,19 +366,3 @@ class Evaluation:
 def as_json(results: Sequence[MethodResult], run: dict[str, Any]) -> dict[str, Any]:
     """The content of ``evaluation.json``."""
     return {"run": run, "methods": [asdict(result) for result in results]}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    import lightning
-    import transformers
-
-    from specforge import __version__
-
-    return {
-        "specforge": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-    }

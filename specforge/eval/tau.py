@@ -89,31 +89,15 @@ def products(prompt: Rounds) -> np.ndarray:
 
 def tau_of_sums(sums: Iterable[float]) -> Tau:
     """τ of :func:`pooled_tau` from summed :func:`products`; NaN without prompts."""
+    from scipy.special import stdtrit  # scipy.stats.t.ppf, without the import time of scipy.stats
+
     n, tokens, rounds, tokens2, product, rounds2 = map(float, sums)
     tau = tokens / rounds if n else float("nan")
     half = float("nan")
     if n > 1:
         residual = max(0.0, tokens2 - 2 * tau * product + tau * tau * rounds2)
-        half = t_quantile(int(n) - 1) * (residual / (n * (n - 1))) ** 0.5 / (rounds / n)
+        half = float(stdtrit(n - 1, 0.975)) * (residual / (n * (n - 1))) ** 0.5 / (rounds / n)
     return Tau(tau, tau - half, tau + half)
-
-
-def t_quantile(freedom: int, p: float = 0.975) -> float:
-    """Quantile of Student's t distribution, by bisection of its CDF (numerical integration)."""
-    from math import exp, lgamma, log, pi, sqrt
-
-    log_scale = lgamma((freedom + 1) / 2) - lgamma(freedom / 2) - log(sqrt(freedom * pi))
-
-    def cdf(x: float) -> float:
-        grid = np.linspace(0.0, x, 2001)
-        density = np.exp(-(freedom + 1) / 2 * np.log1p(grid**2 / freedom))
-        return 0.5 + exp(log_scale) * float(np.trapezoid(density, grid))
-
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cdf(middle) < p else (low, middle)
-    return (low + high) / 2
 
 
 def chains(hits: np.ndarray, labels: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:

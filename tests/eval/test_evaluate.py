@@ -12,7 +12,7 @@ from specforge.cli.main import main
 from specforge.contracts import CapturePolicy
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import EvalCache, EvalKey, Reference
-from specforge.eval.report import _evaluation
+from specforge.eval.report import evaluation_text
 from tests.tiny import recipe
 
 FIELDS = [
@@ -79,7 +79,7 @@ def test_one_prompt_has_no_interval(run, prompts, tmp_path, capsys):
     result = evaluate(run, prompts, tmp_path / "e.json", "--num_prompts", 1, "--speed_prompts", 0)
     assert [row["tau_ci95"] for row in result["methods"][1:]] == [None] * 3
     assert "nan" not in capsys.readouterr().out
-    assert "nan" not in _evaluation(result)
+    assert "nan" not in str(evaluation_text(result)["rows"])
 
 
 def test_sampled_evaluation(run, prompts, tmp_path):

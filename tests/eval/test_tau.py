@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from specforge.eval.tau import Rounds, chains, expected_rounds, jump, pooled_tau, t_quantile
+from specforge.eval.tau import Rounds, chains, expected_rounds, jump, pooled_tau
 
 
 def simulate(accept: np.ndarray) -> int:
@@ -76,8 +76,11 @@ def test_the_interval_is_that_of_resampling_prompts():
 
 
 @pytest.mark.parametrize(("freedom", "value"), [(1, 12.7062), (5, 2.5706), (30, 2.0423), (1000, 1.9623)])
-def test_students_quantile(freedom, value):
-    assert t_quantile(freedom) == pytest.approx(value, abs=1e-3)
+def test_the_interval_uses_students_quantile(freedom, value):
+    prompts = [Rounds(20.0 + i % 3, 10.0) for i in range(freedom + 1)]
+    tau, tokens = pooled_tau(prompts), np.array(prompts)[:, 0]
+    error = tokens.std(ddof=1) / len(prompts) ** 0.5 / 10
+    assert (tau.high - tau.value) / error == pytest.approx(value, abs=1e-3)
 
 
 def test_chains_regroup_students_by_round():
