@@ -34,7 +34,7 @@ from specforge.options import (
     Seconds,
     Seed,
 )
-from specforge.system import keep_freed_memory, pick_device
+from specforge.system import keep_freed_memory, peak_memory, pick_device
 
 _console = Console(highlight=False)
 
@@ -469,10 +469,22 @@ def evaluate(
         baselines,
     )
     ends = sorted(template.end_ids)
-    evaluation = Evaluation(files, module, ends, template.fingerprint, EvalCache(cache), options, _say)
-    results = evaluation.run([_prompt(task) for task in tasks])
+    with _progress("prompts decoded") as bar:
+        task = bar.add_task("evaluate", total=None, rate="")
+        evaluation = Evaluation(
+            files,
+            module,
+            ends,
+            template.fingerprint,
+            EvalCache(cache),
+            options,
+            _say,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        results = evaluation.run([_prompt(task) for task in tasks])
     run = _run_fields(module, draft, folder, len(tasks), options)
     run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    run |= {"peak_memory": peak_memory(place)}
     print_table(results, run)
     if json is not None:
         _write_results(json, as_json(results, run))
