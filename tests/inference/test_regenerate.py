@@ -122,7 +122,7 @@ def test_tokens_of_another_tokenizer_or_template_give_way_to_the_text(tmp_path):
     used, other = chat(), chat("default system prompt")
     rows, _, _ = answered(used, tmp_path / "a.jsonl", [talk("Hi", "-")], [f"a{END}"])
     assert learnt(other, rows[0]) == learnt(other, {"messages": rows[0]["messages"]})
-    assert list(other.notes) == ["records with token ids of another tokenizer or chat template, learnt from their text"]
+    assert list(other.notes) == ["records with token ids of another tokenizer or chat template, their text is used"]
 
 
 def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
@@ -138,7 +138,7 @@ def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
     assert learnt(used, edited) == [f"{asked[0]}«a{END}»\n{asked[1].removeprefix(f'{asked[0]}a{END}')[1:]}«c{END}»\n"]
     edited["messages"][0]["content"] = "7"
     assert learnt(used, edited)[0].startswith("<|im_start|>user\n7")
-    assert used.notes == {"records edited since their token ids were kept, learnt from their text": 2}
+    assert used.notes == {"records edited since their token ids were stored; their text is used": 2}
     shortened = {**rows[0], "messages": rows[0]["messages"][:2]}
     assert learnt(used, shortened) == [f"{asked[0]}«a{END}»"]
 
@@ -398,7 +398,7 @@ def test_regenerate_then_prepare_gives_what_was_asked_and_written(tmp_path, caps
     kept = [row["regenerated"]["answers"][0] for row in rows]
     tasks = PromptSet.load(tmp_path / "p" / "train").tasks
     assert [task.input_ids for task in tasks] == [tuple(k["prompt_ids"] + k["answer_ids"]) for k in kept]
-    assert "learnt from their text" not in capsys.readouterr().out
+    assert "their text is used" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--max_new_tokens", "--batch_size", "--temperature", "--top_p", "--seed"])
