@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specforge.contracts import CapturePolicy
 from specforge.decoding.drafters import Features
-from specforge.inference.target_engine.hf import FeatureTap, can_take_back, takes_positions
+from specforge.inference.target_engine.hf import FeatureTap, can_roll_back, takes_positions
 from specforge.inference.target_layers import backbone
 
 Outputs = list[tuple[Tensor, Features]]
@@ -52,7 +52,7 @@ def make_runner(model: Any, capture: CapturePolicy | None, rows: int) -> Runner:
     """A runner for ``rows`` sequences that returns logits and, unless ``capture`` is None, features."""
     if rows > 1:
         return LockstepRunner(model, capture, rows)
-    return CachedRunner(model, capture) if can_take_back(model) else WholeTextRunner(model, capture)
+    return CachedRunner(model, capture) if can_roll_back(model) else WholeTextRunner(model, capture)
 
 
 def runs_in_lockstep(model: Any) -> bool:
@@ -64,7 +64,7 @@ def runs_in_lockstep(model: Any) -> bool:
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(x.get("rope_type") for x in rope.values() if isinstance(x, dict))}
     return (
-        can_take_back(model)
+        can_roll_back(model)
         and not kinds & {"dynamic", "longrope"}
         and takes_positions(model)
         and model.config._attn_implementation in ("eager", "sdpa")

@@ -26,7 +26,7 @@ from specforge.eval.baselines import baselines
 from specforge.eval.cache import EvalCache, EvalKey, Reference
 from specforge.eval.offline import draft_rounds, text_rounds
 from specforge.eval.tau import Rounds, Tau, pooled_tau, speedup
-from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
+from specforge.inference.target_engine.hf import HFTargetEngine, can_roll_back
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead
 
@@ -222,7 +222,7 @@ class Evaluation:
             engine = HFTargetEngine(self.target, dtype, self.options.device)
             engine.check(self.module.spec.capture)
             self._engines[dtype] = engine
-            if not can_take_back(engine.model):
+            if not can_roll_back(engine.model):
                 self.log(
                     f"{self.target.name} has states that cannot be rolled back: every round reads the whole text, so "
                     "the speed does not predict that of a server"
