@@ -103,8 +103,8 @@ class Renderer:
             return
         header = self._frame(before, tools)[0][len(asked) :]
         followed = self._try([*before, {"role": "user", "content": "0"}], tools)
-        asks = followed is not None and not followed.startswith(asked)
-        if header.strip() and not asks:  # some templates end every text with a generation prompt
+        has_prompt = followed is not None and not followed.startswith(asked)
+        if header.strip() and not has_prompt:  # some templates end every text with a generation prompt
             raise Refusal(
                 f"messages[{len(before)}]: the chat template has no generation prompt, so the {short(header)} before "
                 "an answer is never part of a prompt; give a template that has one with --chat_template FILE"
@@ -122,8 +122,8 @@ class Renderer:
         known, rest = answered.startswith(header), answered[len(header) :]
         own = header[len(_common([asked, header])) :]
         if known and prompt.strip():  # earlier messages are rendered differently once they are answered
-            _, asks, space = header.rpartition(prompt)
-            if asks and not space.strip():
+            _, found, space = header.rpartition(prompt)
+            if found and not space.strip():
                 return "", space + rest  # some templates put a space before an answer
             if own and asked.endswith(own):
                 return "", rest

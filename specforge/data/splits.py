@@ -44,13 +44,13 @@ def prompts_of(task: PromptTask, special_ids: Collection[int] = ()) -> Iterator[
         task: the sample.
         special_ids: special tokens; a prompt of special tokens alone is skipped.
     """
-    digest, start, asks = xxhash.xxh3_128(), 0, False
+    digest, start, has_text = xxhash.xxh3_128(), 0, False
     for stop in (i + 1 for i, (a, b) in enumerate(pairwise(task.loss_mask)) if b and not a):
         piece = task.input_ids[start:stop]
         digest.update(np.asarray(piece, dtype=np.int64).tobytes())
-        asks = asks or any(i not in special_ids for i in piece)
+        has_text = has_text or any(i not in special_ids for i in piece)
         start = stop
-        if asks:
+        if has_text:
             yield digest.digest()
 
 
