@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,62 @@ def disk_error(path: Path, error: OSError | ValueError) -> UserError:
     """A one-line error for a failed write."""
     reason = getattr(error, "strerror", None) or error
     return UserError(f"{path}: could not be written ({reason}); nothing was changed")
+
+
+class LineLog:
+    """A text file that only grows, by whole lines; each append is durable.
+
+    A crash may leave a cut-off last line. It is not read, and the next append removes it.
+
+    Args:
+        path: the file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[bytes]:
+        """All complete lines, without their line ends.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
+        return self.path.read_bytes().split(b"\n")[:-1]
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Append lines, all or none.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        data = "".join(f"{line}\n" for line in lines).encode()
+        size = self._remove_torn_line()
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise disk_error(self.path, error) from error
+
+    def _remove_torn_line(self) -> int:
+        """Truncate the file to its complete lines; returns its size."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            while size > 0:
+                step = min(size, 1 << 16)
+                file.seek(size - step)
+                end = file.read(step).rfind(b"\n")
+                if end >= 0:
+                    size = size - step + end + 1
+                    break
+                size -= step
+            file.truncate(size)
+        return size
 
 
 def read_secret(path: Path, what: str, private: bool = False) -> str:

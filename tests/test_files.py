@@ -14,7 +14,7 @@ import torch
 from specforge import files
 from specforge.cli.main import main
 from specforge.errors import UserError
-from specforge.files import check_json, staged_folder, write_file, write_folder
+from specforge.files import LineLog, check_json, staged_folder, write_file, write_folder
 from specforge.modeling.draft import save_draft
 from tests.tiny import recipe
 
@@ -32,6 +32,30 @@ def test_new_empty_and_own_folders_are_written(tmp_path):
             write_folder(tmp_path / name, part)
             assert content(tmp_path / name) == part
     assert sorted(os.listdir(tmp_path)) == ["deep", "empty"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"cut off", b"x" * 200_000])
+def test_a_log_drops_the_line_that_a_crash_cut_off(tmp_path, rest):
+    log = LineLog(tmp_path / "log")
+    log.append(["one", "two"])
+    with log.path.open("ab") as file:
+        file.write(rest)
+    assert log.lines() == [b"one", b"two"]
+    log.append(["three"])
+    assert log.path.read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_a_log_appends_all_lines_or_none(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = LineLog(tmp_path / "log")
+    log.append(["one"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            log.append(["two", "three"])
+    assert log.lines() == [b"one"]
 
 
 def folder_of(tmp_path: Path, *names: str) -> Path:

@@ -20,8 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "specforge.data": set(),
     "specforge.losses": TARGET,
     "specforge.decoding": {"specforge.inference"},
-    "specforge.modeling": {"specforge.decoding", *TARGET},
-    "specforge.export": {"specforge.modeling"},
+    "specforge.export": set(),
+    "specforge.modeling": {"specforge.decoding", "specforge.export", *TARGET},
     "specforge.eval": {"specforge.inference", "specforge.decoding", "specforge.data"},
     "lightning_modules": {
         "specforge.modeling",

@@ -1,4 +1,4 @@
-"""Drafts a whole block at once with a trained network: the context grows, the block is computed anew every round."""
+"""Drafter of the block families: the context's cache grows, and every round computes a new block."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from specforge.modeling.draft.dflash.network import BlockDecoder
 
 
 class Corrector(Protocol):
-    """Corrects a block's logits by the tokens drafted so far."""
+    """Corrects a block's logits given the tokens drafted so far."""
 
     def reset(self) -> None:
-        """Begin a block."""
+        """Start a new block."""
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
-        """The next draft's final logits ``[D]``, from its logits, its state ``[H]`` and the token before it."""
+        """The next draft's final logits ``[D]``, from its own logits, its state ``[H]`` and the preceding token."""
 
 
 class BlockDrafter(TrainedDrafter):
@@ -31,7 +31,7 @@ class BlockDrafter(TrainedDrafter):
     Args:
         network: the network.
         embed: embeddings ``[n, H]`` of token ids ``[n]``.
-        head: the target's, over the draft vocabulary.
+        head: the target's head over the draft vocabulary.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
@@ -62,7 +62,7 @@ class BlockDrafter(TrainedDrafter):
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Extend the context by what was committed, then draft a block behind it; at most b tokens."""
+        """Extend the context by the committed tokens, and draft a block after it; at most b tokens."""
         count = min(count, len(self._block) - self.first)
         if count == 0:
             return Proposal(())

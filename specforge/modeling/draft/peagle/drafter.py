@@ -1,7 +1,7 @@
-"""A drafter that proposes all tokens of a round in one pass of its network.
+"""P-EAGLE's drafter, which proposes all tokens of a round in one pass of its network.
 
-The tokens of a round are drawn independently of each other: the network has seen none of them. Verification is
-lossless all the same, because each was sampled from the distribution that is reported for it.
+The tokens of a round are sampled independently of each other, because the network has seen none of them. Verification
+is still lossless: each token is sampled from the distribution that is reported for it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from specforge.decoding.verify import Proposal, Sampling
 from specforge.modeling.draft.peagle.network import PEagleDecoder
 
 
-class ParallelDrafter(TrainedDrafter):
-    """Drafts γ tokens with one pass.
+class PEagleDrafter(TrainedDrafter):
+    """Drafts γ tokens in one pass.
 
     Args:
         decoder: the network.
-        embedding: ``[V, H]`` the target's.
+        embedding: ``[V, H]`` the target's embedding.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
@@ -34,7 +34,7 @@ class ParallelDrafter(TrainedDrafter):
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Extend the cache by what was committed, and draft ``count`` tokens behind it."""
+        """Extend the cache by the committed tokens, and draft ``count`` tokens after them."""
         if count == 0:
             return Proposal(())
         features, following = self.take()
