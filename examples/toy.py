@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from specforge.modeling.draft.unroll import plan_unroll
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -15,7 +16,6 @@ from specforge.inference.target_files import TargetFiles
 from specforge.losses import make_objective
 from specforge.modeling.draft import Draft, build_draft, register_draft
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.unroll import plan_unroll
 
 
 class ToyConfig(PreTrainedConfig):

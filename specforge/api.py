@@ -80,7 +80,7 @@ def evaluate(
     options = options or EvaluateOptions()
     options = replace(options, device=pick_device(options.device))
     show = say if progress else (lambda text: None)
-    rows, _ = evaluate_draft(module, Path(prompts), options, EvalCache(Path(cache)), num_prompts, progress=show)
+    rows, _ = evaluate_draft(module, Path(prompts), options, EvalCache(Path(cache)), num_prompts, log=show)
     return {row.method: row for row in rows}
 
 

@@ -13,7 +13,9 @@ from specforge.data.prompts import PromptSet
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
-from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, versions
+from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult
+from specforge.eval.report import versions
+from specforge.system import peak_memory
 
 
 def evaluate_draft(
@@ -23,7 +25,8 @@ def evaluate_draft(
     cache: EvalCache,
     num_prompts: int | None = None,
     suffix_corpus: Path | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[MethodResult], dict[str, Any]]:
     """Decode prompts speculatively with a draft and with the baselines.
 
@@ -34,7 +37,8 @@ def evaluate_draft(
         cache: keeps the target's own answers.
         num_prompts: evaluate only the first N prompts.
         suffix_corpus: prompt set whose answers suffix decoding may draft from.
-        progress: called with a line of text when a step begins.
+        log: called with a line of text when a step begins.
+        progress: called with the number of decoded prompts and their total, over all methods.
 
     Returns:
         One row per method, and the settings of the evaluation.
@@ -44,15 +48,16 @@ def evaluate_draft(
     """
     module.to(options.device).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
-    tasks = with_prompt(PromptSet.load(folder).tasks, folder, progress)[:num_prompts]
+    tasks = with_prompt(PromptSet.load(folder).tasks, folder, log)[:num_prompts]
     template = ChatTemplate.load(module.target)
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     evaluation = Evaluation(
-        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, corpus, progress
+        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, corpus, log, progress
     )
     results = evaluation.run([_prompt(task) for task in tasks])
     run = _settings(module, folder, len(tasks), options)
-    return results, run | {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    return results, run | {"peak_memory": peak_memory(options.device)}
 
 
 def _settings(module: Any, prompts: Path, count: int, options: EvaluateOptions) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def _settings(module: Any, prompts: Path, count: int, options: EvaluateOptions) 
     }
 
 
-def with_prompt(tasks: Sequence[PromptTask], folder: Path, progress: Callable[[str], None]) -> list[PromptTask]:
+def with_prompt(tasks: Sequence[PromptTask], folder: Path, log: Callable[[str], None]) -> list[PromptTask]:
     """The samples that have a prompt; those that are supervised from their first token have none.
 
     Raises:
@@ -88,7 +93,7 @@ def with_prompt(tasks: Sequence[PromptTask], folder: Path, progress: Callable[[s
     if not found:
         raise UserError(f"{folder}: every sample is supervised from its first token, so there is no prompt to answer")
     if len(found) < len(tasks):
-        progress(f"left out: {len(tasks) - len(found):,} samples that are supervised from their first token")
+        log(f"left out: {len(tasks) - len(found):,} samples that are supervised from their first token")
     return found
 
 
