@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
-from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBatch
+from specforge.contracts import CapturePolicy, StrategySpec, TrainBatch, TrainingData
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
@@ -179,18 +179,25 @@ class DraftModule(pl.LightningModule):
         # The draft is one layer and a head: one group of shards, gathered once a step, is all there is to gain.
         fully_shard(self.draft, mesh=mesh["data_parallel"], reshard_after_forward=False)
 
+    @property
+    def data(self) -> TrainingData | None:
+        """The datamodule of the run; None for a run on bare loaders."""
+        data: TrainingData | None = self.trainer.datamodule
+        return data
+
     def setup(self, stage: str) -> None:
         """Check the data against the target, and choose the draft vocabulary of a new run."""
-        data = getattr(self.trainer, "datamodule", None)
-        refs: list[SampleRef] = getattr(data, "sample_refs", lambda: [])()
-        for ref in refs[:1]:
+        data = self.data
+        if data is None:
+            return
+        for ref in data.sample_refs()[:1]:
             if ref.provenance.target_fingerprint != self.target.fingerprint:
                 raise UserError(
                     f"features were captured from {ref.provenance.target} "
                     f"({ref.provenance.target_fingerprint[:8]}), but model.target is {self.target.name} "
                     f"({self.target.fingerprint[:8]})"
                 )
-        counts = getattr(data, "token_counts", lambda: None)()
+        counts = data.token_counts()
         if self._has_vocabulary or counts is None or stage != "fit":
             return
         if not counts.supervised.shape == counts.context.shape == self.draft.t2d.shape:
@@ -269,7 +276,9 @@ class DraftModule(pl.LightningModule):
         if self.trainer.max_steps > 0:
             limits.append(self.trainer.max_steps)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
-            batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+            if self.data is None:
+                raise UserError("trainer: set max_steps; without a datamodule the length of an epoch is unknown")
+            batches = self.data.batches_per_epoch()
             limit = self.trainer.limit_train_batches
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             limits.append(self.trainer.max_epochs * -(-batches // self.trainer.accumulate_grad_batches))

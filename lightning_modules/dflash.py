@@ -163,10 +163,9 @@ class DFlashModule(DraftModule):
             UserError: says how many supervised tokens there are, and how many a block needs.
         """
         super().setup(stage)
-        if stage != "fit":
+        if stage != "fit" or self.data is None:
             return
-        data = getattr(self.trainer, "datamodule", None)
-        most = max((ref.num_supervised for ref in getattr(data, "sample_refs", list)()), default=None)
+        most = max((sample.num_supervised for sample in self.data.sample_refs()), default=None)
         needed = self.draft.drafts + 1
         if most is not None and most < needed:
             raise UserError(

@@ -39,7 +39,6 @@ class BlockDrafter(TrainedDrafter):
         mask_token_id: the token of every slot but the first.
         first: the slot that drafts the first token: 1 where slots predict their own token, 0 where the next one.
         corrector: of the logits, token by token; None drafts all tokens from the block alone.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
@@ -55,17 +54,11 @@ class BlockDrafter(TrainedDrafter):
         mask_token_id: int,
         first: int,
         corrector: Corrector | None = None,
-        deterministic: bool = False,
     ) -> None:
         self.network, self.embed, self.head = network, embed, head
         self.first, self.corrector = first, corrector
         self._block = torch.full((block_size,), mask_token_id, device=target_ids.device)
-        super().__init__(target_ids, vocab_size, capture, deterministic)
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.network.reset()
+        super().__init__(target_ids, vocab_size, capture, network)
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:

@@ -25,19 +25,13 @@ class HeadsDrafter(TrainedDrafter):
         embed: maps token ids ``[n]`` to embeddings ``[n, H]``.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
-        self,
-        decoder: HeadsDecoder,
-        embed: Callable[[Tensor], Tensor],
-        target_ids: Tensor,
-        vocab_size: int,
-        deterministic: bool = False,
+        self, decoder: HeadsDecoder, embed: Callable[[Tensor], Tensor], target_ids: Tensor, vocab_size: int
     ) -> None:
         self.decoder, self.embed = decoder, embed
-        super().__init__(target_ids, vocab_size, CapturePolicy((), last_hidden_states=True), deterministic)
+        super().__init__(target_ids, vocab_size, CapturePolicy((), last_hidden_states=True))
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:

@@ -24,25 +24,13 @@ class PEagleDrafter(TrainedDrafter):
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
-        deterministic: whether the likeliest tokens are drafted when sampling too.
     """
 
     def __init__(
-        self,
-        decoder: PEagleDecoder,
-        embedding: Tensor,
-        target_ids: Tensor,
-        vocab_size: int,
-        capture: CapturePolicy,
-        deterministic: bool = False,
+        self, decoder: PEagleDecoder, embedding: Tensor, target_ids: Tensor, vocab_size: int, capture: CapturePolicy
     ) -> None:
         self.decoder, self.embedding = decoder, embedding
-        super().__init__(target_ids, vocab_size, capture, deterministic)
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.decoder.reset()
+        super().__init__(target_ids, vocab_size, capture, decoder)
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:

@@ -23,12 +23,11 @@ class StandaloneDrafter(TrainedDrafter):
         model: a transformers causal LM in eval mode.
         target_ids: ``[D]`` target id of every row of its head.
         vocab_size: V.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
-    def __init__(self, model: Any, target_ids: Tensor, vocab_size: int, deterministic: bool = False) -> None:
+    def __init__(self, model: Any, target_ids: Tensor, vocab_size: int) -> None:
         self.model = model
-        super().__init__(target_ids.cpu(), vocab_size, None, deterministic)
+        super().__init__(target_ids.cpu(), vocab_size, None)
 
     def reset(self) -> None:
         """Forget the sequence."""
