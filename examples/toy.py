@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from specforge.modeling.draft.unroll import plan_unroll
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -15,6 +14,7 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.losses import make_objective
 from specforge.modeling.draft import Draft, build_draft, register_draft
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 
 
