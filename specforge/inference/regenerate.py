@@ -26,7 +26,7 @@ from specforge.data.conversations import REGENERATED, Conversation, DataRecord, 
 from specforge.data.templates import ChatTemplate
 from specforge.data.turns import Refusal
 from specforge.errors import UserError
-from specforge.files import disk_error, first_line, parse_json, write_file
+from specforge.files import LineLog, first_line, parse_json, write_file
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.options import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 
@@ -166,7 +166,8 @@ class Regeneration:
             questions = self.todo[start : start + self.options.batch_size]
             batch = [_Dialogue(question, self.template) for question in questions]
             tokens = self._answer(batch, target)
-            self._append([dialogue.row(self.made) for dialogue in batch])
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            LineLog(self.output).append(json.dumps(dialogue.row(self.made), ensure_ascii=False) for dialogue in batch)
             yield len(batch), tokens
         self._sort()
 
@@ -250,20 +251,6 @@ class Regeneration:
         if id_ in done:
             raise UserError(f"{where}: has the same id {short(id_)} as an earlier line; {other}")
         return id_
-
-    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        size = self.output.stat().st_size if self.output.exists() else 0
-        try:
-            with self.output.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if self.output.exists():
-                os.truncate(self.output, size)
-            raise disk_error(self.output, error) from error
 
 
 def _finish_reasons(row: dict[str, Any]) -> list[str]:
