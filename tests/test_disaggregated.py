@@ -255,7 +255,7 @@ def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
     ("options", "message"),
     [
         ({"max_bytes": 50_000}, "max_bytes must be at least"),
-        ({"store": "s3://bucket"}, "no store of the kind s3"),
+        ({"store": "s3://bucket"}, "unknown kind of store s3"),
         ({"metadata": "postgres://host"}, "give a file"),
         ({"metadata": "redis://127.0.0.1:1/0?password_file=nowhere"}, "cannot be read"),
         ({"low_water": 0.0}, "low_water"),

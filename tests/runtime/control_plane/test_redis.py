@@ -111,8 +111,8 @@ def test_a_user_that_may_not_ask_for_the_policy_is_let_in_and_one_that_may_not_w
         ("redis://127.0.0.1:1/0?password_file=", "cannot be read"),
         ("rediss://127.0.0.1:1/0?ssl_ca_certs=nowhere", "metadata in Redis at"),
         ("redi://user:secret@host", "give a file"),
-        ("", "names nothing"),
-        ("redis://", "names nothing"),
+        ("", "is empty"),
+        ("redis://", "is empty"),
     ],
 )
 def test_a_bad_address_is_one_line_without_a_password(address, words):
