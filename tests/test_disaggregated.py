@@ -223,12 +223,12 @@ def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
 def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
-    assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
-    assert "the store is the bottleneck, which is writing 1 sample" in bottleneck({**empty, LEASED: 2}, 1.0, 1)
-    assert "a producer is silent: " in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
+    assert "producers are the bottleneck: 2 prompts leased" in bottleneck({**empty, LEASED: 2}, 1.0)
+    assert "the store is the bottleneck, writing 1 sample" in bottleneck({**empty, LEASED: 2}, 1.0, 1)
+    assert "a producer has stopped responding (2 prompts leased)" in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
-    assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
-    assert "the store has no room" in bottleneck({**empty, TRAINED: 3}, 0.0)
+    assert "no trainer is running, or it has finished" in bottleneck({**empty, DURABLE: 3}, 0.0)
+    assert "the store is full" in bottleneck({**empty, TRAINED: 3}, 0.0)
 
 
 def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path, capsys, caplog):
@@ -236,7 +236,7 @@ def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path,
     path = disaggregated(target, prompts, tmp_path, where, wait_seconds=1.0, stall_seconds=0.2)
     assert main(["fit", "--config", str(path)]) == 2
     assert "no producer takes the" in capsys.readouterr().err
-    assert "training waits for samples" in caplog.text
+    assert "training has been waiting for samples" in caplog.text
 
 
 def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
@@ -306,8 +306,8 @@ def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prom
         leased.extend(prompt.key for prompt in found)
         return found
 
-    def note_start(self, ahead):
-        begin(self, ahead)
+    def note_start(self, step, ahead):
+        begin(self, step, ahead)
         started.set()
 
     monkeypatch.setattr(DataFlowController, "lease", lease_once_started)

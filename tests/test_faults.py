@@ -1,6 +1,6 @@
 """Whatever dies: every sample trained once in each epoch of the surviving history, and nothing left behind.
 
-Most cases run trainer and producers in this process, step by step, over the real datamodule, ledger, stores and files;
+Most cases run trainer and producers in this process, step by step, over the real datamodule, loader, stores and files;
 only the target and the optimizer are arithmetic. A kill is an exception that nothing catches, and everything that was
 in memory is thrown away. Real processes and servers are killed in the other files of this table.
 
@@ -38,7 +38,7 @@ import pytest
 import torch
 
 from datamodules import DisaggregatedDataModule
-from specforge.callbacks.ledger import SampleLedger
+from specforge.callbacks.resume import ExactResume
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, StrategySpec, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
@@ -183,7 +183,7 @@ class World:
 
     def _attempt(self) -> torch.Tensor:
         data, trainer = self._start()
-        ledger, loader = SampleLedger(), data.train_dataloader()
+        resume, loader = ExactResume(), data.train_dataloader()
         trainer.train_dataloader = loader
         trainer.num_training_batches = len(loader)
         weights = torch.zeros(HIDDEN, dtype=torch.float64)
@@ -195,11 +195,10 @@ class World:
             self.history = [(step, key) for step, key in self.history if step <= saved["step"]]
         else:
             self.history = []
-        ledger.on_train_start(trainer, None)
+        resume.on_train_start(trainer, None)
         gradient, window = torch.zeros_like(weights), []
         while trainer.global_step < STEPS:
             for batch in loader:
-                ledger.on_train_batch_start(trainer, None, batch, 0)
                 features = batch.features["last_hidden_states"].double()
                 gradient = gradient + (features * batch.loss_mask[:, None]).sum(0)
                 window += [(batch.cursor["epoch"], name) for name in batch.sample_ids]
@@ -210,14 +209,13 @@ class World:
                     self.history += [(trainer.global_step, key) for key in window]
                     gradient, window = torch.zeros_like(weights), []
                     self.at("step done")
-                loader.acknowledge(batch)
-                ledger.on_train_batch_end(trainer, None, None, batch, 0)
+                resume.on_train_batch_end(trainer, None, None, batch, 0)
                 self.at("step recorded")
                 if not window and trainer.global_step % EVERY == 0:
                     state = {"step": trainer.global_step, "weights": weights.tolist(), "loader": loader.state_dict()}
                     write_file(checkpoint, json.dumps(state))
                     self.at("checkpoint complete")
-                    ledger.saved(trainer)
+                    loader.durable(trainer.global_step)
                     self.at("checkpoint durable")
         data.teardown("fit")
         return weights
@@ -280,7 +278,6 @@ class World:
         assert not any(counts[state] for state in STATES if state != DURABLE)
         controller.remove_orphans()
         assert controller.features.backend.stored() == []
-        assert controller.features.stat().leases == 0
 
 
 @pytest.fixture(scope="module")
@@ -537,8 +534,7 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
                 return
             twin = world.start_producer("twin").controller  # with a store of its own
             twin.features.adopt([ref])
-            with twin.features.get(ref) as tensors:
-                copies = {name: x.clone() for name, x in tensors.items()}
+            copies = {name: x.clone() for name, x in twin.features.get(ref).items()}
             twin.features.disown([ref])
             copy = twin.features.put(
                 ref.sample_id, copies, num_supervised=ref.num_supervised, source="", provenance=ref.provenance

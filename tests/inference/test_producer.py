@@ -239,9 +239,9 @@ NO_LAYER = replace(PROVENANCE, capture=CapturePolicy((99,)))
     ("task", "provenance", "reason"),
     [
         (PromptTask("t", (), ()), PROVENANCE, "it has no tokens"),
-        (PromptTask("t", (3, 99), (0, 1)), PROVENANCE, "token 99 is none of the target's 50"),
-        (PromptTask("t", (-1, 3), (0, 1)), PROVENANCE, "token -1 is none of the target's 50"),
-        (PromptTask("t", (1, 2), (0, 1)), None, "it does not say what to capture"),
+        (PromptTask("t", (3, 99), (0, 1)), PROVENANCE, "token 99 is not in the target's vocabulary of 50"),
+        (PromptTask("t", (-1, 3), (0, 1)), PROVENANCE, "token -1 is not in the target's vocabulary of 50"),
+        (PromptTask("t", (1, 2), (0, 1)), None, "it does not specify what to capture"),
         (PromptTask("t", (1, 2), (0, 1)), NO_LAYER, "layer 99: tiny has 8 layers"),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_promp
                 raise RuntimeError("device-side assert")
 
     producer = made(Broken(lambda ids: broken.append("x") or (_ for _ in ()).throw(RuntimeError("assert"))))
-    with pytest.raises(UserError, match=r"the target failed: assert; nothing works since .device-side assert."):
+    with pytest.raises(UserError, match=r"the target failed: assert; the target no longer works .device-side assert."):
         producer.run(threading.Event())
     counts(producer, **{QUEUED: 4})
     assert [row.tries for row in producer.controller.metadata.find((QUEUED,))] == [1, 0, 0, 0]

@@ -87,8 +87,8 @@ def test_a_sample_goes_from_prompt_to_durable_and_its_features_go(control):
     control.release("w")
     keys = produce(control)
     (ref, *_) = control.deliver(keys)
-    with control.features.get(ref) as tensors:
-        assert tensors["states"].shape == (3, 2)
+    tensors = control.features.get(ref)
+    assert tensors["states"].shape == (3, 2)
     control.trained(keys[:4], 1)
     assert control.features.stat().samples == 6
     assert control.durable(1) == 4
@@ -144,8 +144,8 @@ def test_features_of_a_duplicate_are_deleted(tmp_path, clock):
     assert mine.commit([(leased.key, first)]) == [False]  # the same one twice
     assert [uri for _, uri in mine.features.backend.stored()] == [first.uri]
     (ref,) = others.deliver([leased.key])
-    with others.features.get(ref) as tensors:
-        assert len(tensors["states"]) == 3
+    tensors = others.features.get(ref)
+    assert len(tensors["states"]) == 3
 
 
 def test_a_duplicate_takes_the_place_of_lost_features(control):
