@@ -435,7 +435,7 @@ def test_a_second_trainer_is_refused_before_it_queues_anything(target, prompts, 
         while not Path(where["metadata"]).exists() or len(records(where)) < 18 * 4 + 8:
             assert process.poll() is None
         before = records(where)
-        for command in ("fit", "test"):
+        for command in ("fit", "validate"):
             capsys.readouterr()
             assert main([command, "--config", str(second)]) == 2
             (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("specforge:")]

@@ -142,9 +142,9 @@ class Evaluation:
         tokenizer_fingerprint: part of the cache key.
         cache: stores reference answers.
         options: how to evaluate; the device must be one that PyTorch knows.
-        corpus: earlier answers that suffix decoding may draft from.
         log: called with a line of text when a step begins.
         progress: called with the number of decoded prompts and their total, over all methods.
+        corpus: earlier answers that suffix decoding may draft from.
     """
 
     def __init__(
@@ -155,9 +155,9 @@ class Evaluation:
         tokenizer_fingerprint: str,
         cache: EvalCache,
         options: EvaluateOptions,
-        corpus: Sequence[Sequence[int]] = (),
         log: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        corpus: Sequence[Sequence[int]] = (),
     ) -> None:
         self.target, self.module, self.end_ids = target, module, list(end_ids)
         self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache

@@ -52,7 +52,7 @@ def evaluate_draft(
     template = ChatTemplate.load(module.target)
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     evaluation = Evaluation(
-        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, corpus, log, progress
+        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, log, progress, corpus
     )
     results = evaluation.run([_prompt(task) for task in tasks])
     run = _settings(module, folder, len(tasks), options)
