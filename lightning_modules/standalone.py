@@ -17,7 +17,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.base import SavedDraft, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
@@ -34,6 +33,7 @@ from specforge.modeling.draft.registry import find_draft_config
 from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
 from specforge.modeling.draft.standalone.export import StandaloneFormat
 from specforge.modeling.draft.standalone.network import StandaloneDraft, changes_of, config_like
+from specforge.modeling.draft.starting import SavedDraft, load_weights
 from specforge.options import NonNegativeFloat, PositiveInt
 
 

@@ -257,8 +257,8 @@ class World:
         self.hook(controller, "rewind", "", "rewound")
         self.hook(controller, "forget", "before forgetting", "forgotten")
         self.hook(controller, "deliver", "", "delivered")
-        self.hook(controller.metadata, "mark_trained", "", "marked trained")
-        self.hook(controller.metadata, "mark_durable", "", "marked durable")
+        self.hook(controller, "trained", "", "marked trained")
+        self.hook(controller, "_mark_durable", "", "marked durable")
         self.hook(controller.features, "discard", "", "discarded")
         return data, trainer
 
@@ -526,10 +526,10 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
     late: list[str] = []
 
     def again() -> None:
-        waiting = list(world.producers[0].controller.metadata.entries((COMMITTED, DELIVERED, TRAINED)))
+        waiting = world.producers[0].controller.metadata.find((COMMITTED, DELIVERED, TRAINED), text="ref")
         if waiting and world.random.random() < 0.5:
-            entry = world.random.choice(waiting)
-            ref = load_ref(entry.ref)
+            row = world.random.choice(waiting)
+            ref = load_ref(row.text)
             if not world.producers[0].controller.features.holds(ref):
                 return
             twin = world.start_producer("twin").controller  # with a store of its own
@@ -539,8 +539,8 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
             copy = twin.features.put(
                 ref.sample_id, copies, num_supervised=ref.num_supervised, source="", provenance=ref.provenance
             )
-            assert twin.commit([(entry.key, copy)]) == [False]
-            late.append(entry.key)
+            assert twin.commit([(row.key, copy)]) == [False]
+            late.append(row.key)
 
     world.events.append(again)
     world.check(world.train(), expected)
@@ -569,7 +569,7 @@ def test_a_metadata_store_that_is_emptied_is_refused_and_loses_nothing(tmp_path,
         controller = world.producers[0].controller
         if not emptied and len(world.history) > 8 + seed:
             emptied.append(len(world.history))
-            controller.metadata.forget([entry.key for entry in controller.metadata.entries(STATES)])
+            controller.metadata.remove([row.key for row in controller.metadata.find(STATES)])
 
     world.events.append(empty)
     with pytest.raises(UserError, match="resume with --ckpt_path last"):

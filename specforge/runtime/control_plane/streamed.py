@@ -142,25 +142,14 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             ahead: the batches that a rank will ask for, up to the end of the run.
         """
         if self.rank == 0:
-            self.controller.rewind(step)
-            self.controller.durable(step)
-            self.controller.reconcile()  # before queueing: lost samples are then queued in their turn
-            self._forget_waiting(ahead)
-            self.controller.remove_orphans()  # of forgotten leases
+            wanted = set(self.kept)
+            for rank in range(self.world_size):
+                wanted.update(self.budget.window(ahead(rank), self.stamp))
+            # Other queued prompts are queued again in their turn. Left queued, they would precede the held-out samples,
+            # which a stopped run drops, and the first validation would wait until all of them are produced.
+            self.controller.resume(step, keep=wanted, queued=self.kept)
         self._barrier("the control plane is at the step of the checkpoint")
         self.queue(ahead(self.rank))
-
-    def _forget_waiting(self, ahead: Callable[[int], Iterator[Batch]]) -> None:
-        """Drop all that is queued, and all that is beyond the budget or has another stamp.
-
-        Queued prompts are queued again in their turn. Left queued, they would precede the held-out samples, which a
-        stopped run drops, and the first validation would wait until all of them are produced.
-        """
-        wanted = set(self.kept)
-        for rank in range(self.world_size):
-            wanted.update(self.budget.window(ahead(rank), self.stamp))
-        waiting = self.controller.metadata.entries((QUEUED, LEASED, COMMITTED))
-        self.controller.forget([x.key for x in waiting if x.key not in (self.kept if x.state == QUEUED else wanted)])
 
     def queue(self, ahead: Iterator[Batch]) -> None:
         """Queue batches from here on, as many as fit, and more whenever there is room again.

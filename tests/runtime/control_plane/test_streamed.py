@@ -16,12 +16,13 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key
-from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, STATES, TRAINED, MemoryMetadataStore
+from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, STATES, TRAINED
 from specforge.runtime.control_plane.streamed import Budget, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
+from tests.runtime.control_plane.memory import MemoryMetadataStore
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,), last_hidden_states=False), "float32")
 SPEC = StrategySpec("any", PROVENANCE.capture, ("aux_hidden_states",), 1, 1)
@@ -280,20 +281,20 @@ def test_what_is_upcoming_is_what_every_rank_gets():
 def damaged_record(samples: StreamedSamples, key: str, change) -> None:
     metadata = samples.controller.metadata
     if change is None:
-        metadata.forget([key])
+        metadata.remove([key])
     else:
-        change(metadata._rows[key])
+        metadata._rows[key].update(change)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         None,
-        lambda row: setattr(row, "state", "nonsense"),
-        lambda row: setattr(row, "state", "trained"),
-        lambda row: setattr(row, "state", "durable"),
-        lambda row: (setattr(row, "state", "committed"), setattr(row, "ref", "damaged")),
-        lambda row: (setattr(row, "state", "committed"), setattr(row, "ref", "")),
+        {"state": "nonsense"},
+        {"state": "trained"},
+        {"state": "durable"},
+        {"state": "committed", "ref": "damaged"},
+        {"state": "committed", "ref": ""},
     ],
 )
 def test_a_sample_whose_record_is_lost_or_damaged_is_queued_again(change):
@@ -313,11 +314,11 @@ def test_a_sample_whose_record_is_lost_before_its_step_is_recorded_stops_nothing
     names = [ref.sample_id for ref in REFS[:2]]
     for ref in REFS[:2]:
         samples.get(ref)
-    samples.controller.metadata.forget([sample_key(names[0], 0)])
+    samples.controller.metadata.remove([sample_key(names[0], 0)])
     samples.trained(names, 0, 1)
     assert "its record is gone from the metadata store" in caplog.text
     assert samples.controller.counts()[TRAINED] == 1
-    samples.controller.metadata.forget([entry.key for entry in samples.controller.metadata.entries(STATES)])
+    samples.controller.metadata.remove([row.key for row in samples.controller.metadata.find(STATES)])
     with pytest.raises(UserError, match=r"resume with --ckpt_path last"):
         samples.trained(names, 0, 1)
     with pytest.raises(UserError, match=r"resume with --ckpt_path last"):
