@@ -27,7 +27,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, Seconds
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED, MetadataStore
+from specforge.runtime.control_plane.metadata import STATES, MetadataStore, State
 from specforge.runtime.control_plane.streamed import bottleneck
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
@@ -232,7 +232,7 @@ def _sizes(metadata: MetadataStore) -> dict[str, int]:
     """Bytes per token of the samples produced so far, by what is captured."""
     found: dict[str, int] = {}
     controller = DataFlowController(metadata, FeatureStore(MemoryBackend()))
-    for ref in controller.references((COMMITTED, DELIVERED, TRAINED, DURABLE)):
+    for ref in controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE)):
         capture = ref.provenance.capture
         last = " and the last hidden states" if capture.last_hidden_states else ""
         found.setdefault(f"layers {list(capture.layer_ids)}{last}", ref.nbytes // max(1, ref.num_tokens))
@@ -257,9 +257,9 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
     counts, elapsed = controller.counts(), time.monotonic() - since
     produced, trained = (
         (sum(counts[s] for s in states) - sum(before[s] for s in states)) / max(elapsed, 1e-9)
-        for states in ((COMMITTED, DELIVERED, TRAINED, DURABLE), (TRAINED, DURABLE))
+        for states in ((State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE), (State.TRAINED, State.DURABLE))
     )
-    held = controller.references((COMMITTED, DELIVERED, TRAINED))
+    held = controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED))
     held = [ref for ref in held if controller.features.holds(ref)]
     dead = controller.dead_letters()
     lines = [
