@@ -1,12 +1,12 @@
-"""The control plane: samples a second committed and delivered, and what it costs a training step.
+"""The control plane: samples committed and delivered per second, and its cost per training step.
 
     python -m benchmarks.control_plane --json control.json
 
-Throughput: prompts of 512 tokens are ingested beforehand; timed is lease, commit, deliver, trained and durable
-of batches, references encoded and decoded, over an in-memory feature store that is told of every one. Redis is a
-server on the loopback, started here. Overhead: what deliver and trained of one batch of 8 samples take, relative to a
-step of 50 ms. Medians of the repetitions, the stores in turn. ``--clock cpu`` counts this process's CPU time (so not
-the Redis server's) instead of the wall's, for machines that others use.
+Throughput: prompts of 512 tokens are ingested first; the benchmark times lease, commit, deliver, trained and durable
+in batches, including the encoding and decoding of references, over an in-memory feature store that holds everything.
+Redis is a server on the loopback, started here. Overhead: the time of deliver and trained for one batch of 8 samples,
+relative to a step of 50 ms. Results are medians over the repetitions, with the stores in turn. ``--clock cpu`` counts
+this process's CPU time (not the Redis server's) instead of wall time, for shared machines.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ SPECS = tuple(
 
 
 class Tensorless(MemoryBackend):
-    """Says that it holds whatever is asked for, so that only the control plane is timed."""
+    """Holds every sample, so that only the control plane is timed."""
 
     def holds(self, key: str, uri: str) -> bool:
-        """Yes."""
+        """Always."""
         return True
 
 
 def make_ref(sample_id: str) -> SampleRef:
-    """What a worker would have put."""
+    """A reference such as a producer commits."""
     size = 512 * (2 * 16384 + 5)
     uri = f"{sample_id[:2]}/{sample_id}.1-0123456789abcdef.safetensors"
     return SampleRef(sample_id, 1, SPECS, 512, 400, size, "0" * 16, uri, "data.jsonl, line 1", PROVENANCE)
@@ -60,7 +60,7 @@ def make_ref(sample_id: str) -> SampleRef:
 def throughput(
     metadata: MetadataStore, samples: int, batch: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Samples a second of each stage, and milliseconds of deliver and trained at a step of 8 samples."""
+    """Samples per second of each stage, and milliseconds of deliver and trained for a step of 8 samples."""
     control = DataFlowController(metadata, FeatureStore(Tensorless()))
     names = [content_id(i) for i in range(samples)]
     task = PromptTask("t" * 32, tuple(range(512)), (1,) * 512, "data.jsonl, line 1")

@@ -35,7 +35,7 @@ from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED
+from specforge.runtime.control_plane.metadata import State
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import ShardBackend
 from specforge.runtime.data_plane.store import FeatureBackend, FeatureStore
@@ -121,7 +121,7 @@ def produce(
         start = time.perf_counter()
         producer.run(threading.Event(), idle_seconds=0.1)
         seconds = ends[-1] - start
-        assert controller.counts()[COMMITTED] == len(tasks)
+        assert controller.counts()[State.COMMITTED] == len(tasks)
         for key, uri in backend.stored():
             backend.remove(key, uri)
         metadata.close()

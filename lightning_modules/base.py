@@ -166,14 +166,17 @@ class DraftModule(pl.LightningModule):
     @property
     def head_dtype(self) -> torch.dtype:
         """bf16 under a bf16 precision, else fp32."""
-        trainer = self._trainer
-        return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else torch.float32
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # not attached to a trainer
+            return torch.float32
+        return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
     # Training.
 
     def configure_model(self) -> None:
         """Shard the draft over the devices where the strategy has a mesh (``fsdp2``); once."""
-        mesh = getattr(self, "_device_mesh", None)
+        mesh = self.device_mesh
         if mesh is None or isinstance(self.draft, FSDPModule):
             return
         # The draft is one layer and a head: one group of shards, gathered once a step, is all there is to gain.
@@ -221,10 +224,6 @@ class DraftModule(pl.LightningModule):
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput:
         """Drafted chains of the held-out documents; a rank's empty batch runs too, for a sharded draft's sake."""
         return self.compute(batch, self.target_head(batch.input_ids.device), positions=self.gamma)
-
-    def test_step(self, batch: TrainBatch, batch_idx: int) -> StepOutput:
-        """As :meth:`validation_step`."""
-        return self.validation_step(batch, batch_idx)
 
     def empty_output(self, positions: int, states: Tensor, spans: Sequence[tuple[int, int]] = ()) -> StepOutput:
         """Output of a batch without supervised rows: zero, but with the draft's states and parameters in its graph.

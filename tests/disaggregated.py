@@ -14,7 +14,7 @@ from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import DURABLE, STATES
+from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.data_plane.store import FeatureStore
 from tests.tiny import recipe
 
@@ -108,6 +108,6 @@ def stored_bytes(folder: Path) -> int:
 def assert_nothing_is_left(where: dict[str, str], trained: int) -> None:
     """So many samples are durable, and there is no other sample, lease or byte."""
     controller = control(where)
-    assert controller.counts() == {**dict.fromkeys(STATES, 0), DURABLE: trained}
+    assert controller.counts() == {**dict.fromkeys(STATES, 0), State.DURABLE: trained}
     assert controller.features.backend.stored() == []
     controller.metadata.close()

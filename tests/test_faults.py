@@ -47,7 +47,7 @@ from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
-from specforge.runtime.control_plane.metadata import COMMITTED, DELIVERED, DURABLE, STATES, TRAINED
+from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.data_plane.store import FeatureStore
 from tests.disaggregated import places, stored_bytes
 
@@ -274,8 +274,8 @@ class World:
         controller = self.producers[0].controller
         counts = controller.counts()
         if durable is not None:
-            assert counts == {**dict.fromkeys(STATES, 0), DURABLE: durable}
-        assert not any(counts[state] for state in STATES if state != DURABLE)
+            assert counts == {**dict.fromkeys(STATES, 0), State.DURABLE: durable}
+        assert not any(counts[state] for state in STATES if state != State.DURABLE)
         controller.remove_orphans()
         assert controller.features.backend.stored() == []
 
@@ -474,7 +474,7 @@ def test_a_put_that_takes_longer_than_a_lease_keeps_it(tmp_path):
     slow.renew, slow.features.backend.write = renewing, slow_write
     Producer(slow, lambda dtype: Engine(), "f" * 8, "slow").run(stop)
     assert found == [[], 1]
-    assert slow.counts()[COMMITTED] == 1
+    assert slow.counts()[State.COMMITTED] == 1
 
 
 def test_producers_that_die_with_bytes_in_the_store_never_exceed_its_limit(tmp_path, expected, dying, fault_seed):
@@ -526,7 +526,9 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
     late: list[str] = []
 
     def again() -> None:
-        waiting = world.producers[0].controller.metadata.find((COMMITTED, DELIVERED, TRAINED), text="ref")
+        waiting = world.producers[0].controller.metadata.find(
+            (State.COMMITTED, State.DELIVERED, State.TRAINED), text="ref"
+        )
         if waiting and world.random.random() < 0.5:
             row = world.random.choice(waiting)
             ref = load_ref(row.text)

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from specforge.runtime.addresses import open_metadata
-from specforge.runtime.control_plane.metadata import DURABLE, STATES
+from specforge.runtime.control_plane.metadata import STATES, State
 from tests.runtime.control_plane.redis_server import redis_server
 from tests.test_faults import World, dying, expected  # noqa: F401 - fixtures
 
@@ -96,7 +96,7 @@ def damaged(world: World, damage: Callable[[random.Random], None], times: int) -
 def check(world: World, weights, expected) -> None:
     """As at the end of any run, but for records that were made up in states that nobody takes them out of."""
     metadata = open_metadata(world.where["metadata"])
-    metadata.remove([row.key for row in metadata.find(set(STATES) - {DURABLE})])
+    metadata.remove([row.key for row in metadata.find(set(STATES) - {State.DURABLE})])
     metadata.close()
     world.check(weights, expected, durable=None)
 

@@ -1,4 +1,4 @@
-"""Where the parts of a disaggregated run meet, by address: the metadata store and the feature store."""
+"""The stores of a disaggregated run by address: the metadata store and the feature store."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _REDIS_OPTIONS = {
 
 
 def open_backend(address: str, create: bool = True) -> FeatureBackend:
-    """The feature store's backend at an address: a folder that all processes see, or ``mooncake://...``.
+    """Backend of the feature store at an address: a folder that all processes can access, or ``mooncake://...``.
 
     Args:
-        address: of the store.
-        create: make a folder that is missing; else it is refused.
+        address: address of the store.
+        create: create a missing folder; otherwise it is an error.
 
     Raises:
-        UserError: there is no store of that kind, or the folder is missing or cannot be made.
+        UserError: the kind of store is unknown, or the folder is missing or cannot be created.
     """
     scheme, path = _local(address, "store")
     if scheme == "mooncake":
@@ -52,8 +52,8 @@ def open_backend(address: str, create: bool = True) -> FeatureBackend:
         return MooncakeBackend(address)
     if scheme != "file":
         raise UserError(
-            f"store {shown(address)}: no store of the kind {scheme}; name a folder that all processes see, or "
-            "mooncake://"
+            f"store {shown(address)}: unknown kind of store {scheme}://; give a folder that all processes can access, "
+            "or mooncake://"
         )
     try:
         return SharedDirBackend(path, create)
@@ -62,16 +62,16 @@ def open_backend(address: str, create: bool = True) -> FeatureBackend:
 
 
 def open_metadata(address: str, create: bool = True) -> MetadataStore:
-    """The metadata store at an address.
+    """Metadata store at an address.
 
-    A file is SQLite, for one host. ``redis://`` and, with TLS, ``rediss://host:port/0`` is Redis; behind ``#`` may
-    stand a namespace, for runs that share a server. Certificates are given as redis-py wants them
-    (``?ssl_ca_certs=ca.pem&ssl_certfile=...&ssl_keyfile=...``), and a password by ``?password_file=FILE``, so that no
-    command line or configuration shows it.
+    A file is SQLite, for one host. ``redis://host:port/0``, or ``rediss://`` for TLS, is Redis; ``#NAME`` at the end
+    is the namespace of a run that shares a server. Certificates are options of redis-py
+    (``?ssl_ca_certs=ca.pem&ssl_certfile=...&ssl_keyfile=...``); a password is read from ``?password_file=FILE``, so
+    that it appears in no command line or configuration.
 
     Args:
-        address: of the store.
-        create: make a file that is missing; else it is refused.
+        address: address of the store.
+        create: create a missing file; otherwise it is an error.
 
     Raises:
         UserError: it cannot be opened.
@@ -81,22 +81,22 @@ def open_metadata(address: str, create: bool = True) -> MetadataStore:
         return SQLiteMetadataStore(path, create=create)
     where = f"metadata {shown(address)}"
     if scheme not in ("redis", "rediss"):
-        raise UserError(f"{where}: give a file (SQLite), or redis:// or rediss://")
+        raise UserError(f"{where}: give a file (SQLite), redis:// or rediss://")
     from specforge.runtime.control_plane.redis import RedisMetadataStore
 
     try:
         parts = urlsplit(address)
         _ = parts.port
     except ValueError as error:
-        raise UserError(f"{where}: is not an address, such as {scheme}://127.0.0.1:6379/0") from error
+        raise UserError(f"{where}: is not an address such as {scheme}://127.0.0.1:6379/0") from error
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     unknown = sorted(set(options) - _REDIS_OPTIONS)
     if unknown:
-        raise UserError(f"{where}: has no option {unknown[0]}; there are {', '.join(sorted(_REDIS_OPTIONS))}")
+        raise UserError(f"{where}: has no option {unknown[0]}; choose from {', '.join(sorted(_REDIS_OPTIONS))}")
     if scheme == "redis" and any(name.startswith("ssl_") for name in options):
-        raise UserError(f"{where}: certificates are for TLS; write the address as rediss://")
+        raise UserError(f"{where}: certificates require TLS; write the address as rediss://")
     if not re.fullmatch(r"/?\d*", parts.path, re.ASCII):
-        raise UserError(f"{where}: a database of Redis is a number, and a run's name stands behind #")
+        raise UserError(f"{where}: a database of Redis is a number; put the name of the run after #")
     password_file = options.pop("password_file", None)
     password = None if password_file is None else read_secret(Path(password_file), "password_file")
     url = urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(options), ""))
@@ -104,13 +104,13 @@ def open_metadata(address: str, create: bool = True) -> MetadataStore:
 
 
 def shown(address: str) -> str:
-    """An address without the user and the password that may be in it."""
+    """An address without the user name and password that it may contain."""
     scheme, separator, rest = address.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else address
 
 
 def is_there(address: str) -> bool:
-    """Whether a file or folder is at an address; servers are taken to be."""
+    """Whether the file or folder at an address exists; servers are assumed to."""
     scheme, path = _local(address, "address")
     return scheme != "file" or path.exists()
 
@@ -119,5 +119,5 @@ def _local(address: str, what: str) -> tuple[str, Path]:
     scheme, separator, rest = address.partition("://")
     path = rest if separator else address
     if not path.strip():
-        raise UserError(f"{what} {address!r}: names nothing")
+        raise UserError(f"{what} {address!r}: is empty")
     return scheme if separator else "file", Path(path).expanduser()

@@ -13,7 +13,7 @@ from specforge.errors import UserError
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
-from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, QUEUED, STATES
+from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore, StoreFullError
 from tests.runtime.control_plane.memory import MemoryMetadataStore
@@ -58,14 +58,14 @@ def test_each_prompt_by_itself_or_several_in_a_pass():
         assert producer.once()
         assert not producer.once()
         assert engine.passes == passes
-        counts(producer, **{COMMITTED: 4})
+        counts(producer, **{State.COMMITTED: 4})
         assert producer.controller.features.stat().samples == 0  # they are the trainer's now
 
 
 def test_no_more_prompts_in_hand_than_allowed():
     producer = made(Engine(), max_prompts=3)
     producer.once()
-    counts(producer, **{COMMITTED: 3, QUEUED: 1})
+    counts(producer, **{State.COMMITTED: 3, State.QUEUED: 1})
 
 
 def test_two_epochs_of_a_sample_are_produced_once():
@@ -74,7 +74,7 @@ def test_two_epochs_of_a_sample_are_produced_once():
     producer.controller.ingest(TASKS, 1, PROVENANCE)
     while producer.once():
         pass
-    counts(producer, **{COMMITTED: 8})
+    counts(producer, **{State.COMMITTED: 8})
     assert len(engine.passes) == 4
 
 
@@ -91,15 +91,15 @@ def test_leases_are_renewed_while_the_target_runs():
     others = DataFlowController(producer.controller.metadata, producer.controller.features, lease_seconds=0.1)
     producer.run(threading.Event(), idle_seconds=0.1)
     assert found == [0]
-    counts(producer, **{COMMITTED: 4})
+    counts(producer, **{State.COMMITTED: 4})
 
 
 def test_a_stopped_producer_gives_back_what_it_has_not_begun():
     stop = threading.Event()
     producer = made(Engine(lambda ids: stop.set()))
     producer.run(stop)
-    counts(producer, **{COMMITTED: 1, QUEUED: 3})
-    assert all(row.tries == 0 for row in producer.controller.metadata.find((QUEUED,)))
+    counts(producer, **{State.COMMITTED: 1, State.QUEUED: 3})
+    assert all(row.tries == 0 for row in producer.controller.metadata.find((State.QUEUED,)))
 
 
 def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
@@ -110,7 +110,7 @@ def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
     producer = made(Engine(fail))
     while producer.once():
         pass
-    counts(producer, **{COMMITTED: 3, DEAD: 1})
+    counts(producer, **{State.COMMITTED: 3, State.DEAD: 1})
     assert producer.controller.dead_letters()[0].reason == "the target failed: out of memory"
 
 
@@ -122,8 +122,8 @@ def test_a_failure_does_not_touch_what_the_passes_before_have_made():
     engine = Engine(fail)
     producer = made(engine)
     producer.once()
-    counts(producer, **{COMMITTED: 3, QUEUED: 1})
-    (again,) = producer.controller.metadata.find((QUEUED,))
+    counts(producer, **{State.COMMITTED: 3, State.QUEUED: 1})
+    (again,) = producer.controller.metadata.find((State.QUEUED,))
     assert (len(engine.passes), again.tries) == (4, 1)
 
 
@@ -145,7 +145,7 @@ def test_a_pass_is_stored_while_the_next_one_runs():
     producer = made(engine)
     producer.controller.features.backend = SlowBackend(lambda: begun.wait(60) or pytest.fail("nobody began"))
     producer.once()
-    counts(producer, **{COMMITTED: 4})
+    counts(producer, **{State.COMMITTED: 4})
 
 
 def test_a_sample_that_is_being_stored_is_waited_for_when_another_epoch_wants_it():
@@ -154,14 +154,14 @@ def test_a_sample_that_is_being_stored_is_waited_for_when_another_epoch_wants_it
     producer.controller.ingest(TASKS, 1, PROVENANCE)
     producer.controller.features.backend = SlowBackend(lambda: threading.Event().wait(0.05))
     producer.run(threading.Event(), idle_seconds=0.1)
-    counts(producer, **{COMMITTED: 8})
+    counts(producer, **{State.COMMITTED: 8})
 
 
 def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
     flushed: list[int] = []
 
     def done() -> None:
-        flushed.append(producer.controller.counts()[COMMITTED])
+        flushed.append(producer.controller.counts()[State.COMMITTED])
         if len(flushed) == 2:
             raise StoreFullError("no room")
 
@@ -169,7 +169,7 @@ def test_what_did_not_fit_is_known_at_the_flush_and_produced_again():
     producer = made(engine)
     producer.controller.features.backend = SlowBackend(done)
     producer.run(threading.Event(), idle_seconds=0.1)
-    counts(producer, **{COMMITTED: 4})
+    counts(producer, **{State.COMMITTED: 4})
     assert flushed[:2] == [0, 1]
     assert len(engine.passes) == 3 + 3
     assert len(producer.controller.features.backend.stored()) == 4
@@ -186,14 +186,14 @@ def test_a_bad_sample_costs_the_others_of_its_pass_nothing():
     engine = Failing()
     producer = made(engine, batch_tokens=100)
     producer.once()
-    counts(producer, **{COMMITTED: 3, QUEUED: 1})
-    (again,) = producer.controller.metadata.find((QUEUED,))
+    counts(producer, **{State.COMMITTED: 3, State.QUEUED: 1})
+    (again,) = producer.controller.metadata.find((State.QUEUED,))
     assert "holds NaN" in again.reason
     producer.once()
-    counts(producer, **{COMMITTED: 4})
+    counts(producer, **{State.COMMITTED: 4})
     assert engine.passes == [4, 1]
     features = producer.controller.features
-    for row in producer.controller.metadata.find((COMMITTED,), text="ref"):
+    for row in producer.controller.metadata.find((State.COMMITTED,), text="ref"):
         assert features.holds(load_ref(row.text))
     assert len(features.backend.stored()) == 4
 
@@ -221,7 +221,7 @@ def test_a_full_store_is_waited_for():
     features.disown = disown
     disown(held)
     thread.join()
-    counts(producer, **{COMMITTED: 4})
+    counts(producer, **{State.COMMITTED: 4})
 
 
 def test_another_target_is_refused_and_nothing_stays_leased():
@@ -229,7 +229,7 @@ def test_another_target_is_refused_and_nothing_stays_leased():
     producer.fingerprint = "g" * 8
     with pytest.raises(UserError, match="the same target"):
         producer.run(threading.Event())
-    counts(producer, **{QUEUED: 4})
+    counts(producer, **{State.QUEUED: 4})
 
 
 NO_LAYER = replace(PROVENANCE, capture=CapturePolicy((99,)))
@@ -255,7 +255,7 @@ def test_a_prompt_that_no_target_can_read_is_given_up_at_once_and_the_others_go_
     producer.controller.ingest({"bad": task}, 0, provenance)
     while producer.once():
         pass
-    counts(producer, **{COMMITTED: 4, DEAD: 1})
+    counts(producer, **{State.COMMITTED: 4, State.DEAD: 1})
     (letter,) = producer.controller.dead_letters()
     assert (letter.key, letter.tries, letter.reason) == ("bad@0", 1, reason)
 
@@ -271,7 +271,7 @@ def test_whatever_the_target_raises_of_one_prompt_costs_only_that_one(error):
     producer = made(Engine(fail), batch_tokens=100)
     while producer.once():
         pass
-    counts(producer, **{COMMITTED: 3, DEAD: 1})
+    counts(producer, **{State.COMMITTED: 3, State.DEAD: 1})
     (letter,) = producer.controller.dead_letters()
     assert letter.tries == 2
     assert letter.reason.startswith("the target failed: ")
@@ -290,8 +290,8 @@ def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_promp
     producer = made(Broken(lambda ids: broken.append("x") or (_ for _ in ()).throw(RuntimeError("assert"))))
     with pytest.raises(UserError, match=r"the target failed: assert; the target no longer works .device-side assert."):
         producer.run(threading.Event())
-    counts(producer, **{QUEUED: 4})
-    assert [row.tries for row in producer.controller.metadata.find((QUEUED,))] == [1, 0, 0, 0]
+    counts(producer, **{State.QUEUED: 4})
+    assert [row.tries for row in producer.controller.metadata.find((State.QUEUED,))] == [1, 0, 0, 0]
 
 
 def test_samples_of_other_features_of_one_prompt_are_told_apart():
@@ -301,8 +301,8 @@ def test_samples_of_other_features_of_one_prompt_are_told_apart():
     names = {f"{name}-half": task for name, task in TASKS.items()}
     producer.controller.ingest(names, 0, half)
     producer.once()
-    counts(producer, **{COMMITTED: 8})
-    kinds = {ref.sample_id: ref.provenance for ref in producer.controller.references((COMMITTED,))}
+    counts(producer, **{State.COMMITTED: 8})
+    kinds = {ref.sample_id: ref.provenance for ref in producer.controller.references((State.COMMITTED,))}
     assert kinds == dict.fromkeys(TASKS, PROVENANCE) | dict.fromkeys(names, half)
 
 
@@ -319,5 +319,5 @@ def test_what_was_forgotten_meanwhile_is_neither_committed_nor_failed():
     producer = made(Engine(forget), max_prompts=99)
     producer.controller.ingest({names[0]: TASKS[names[0]]}, 1, PROVENANCE)
     producer.once()
-    counts(producer, **{COMMITTED: 1})
+    counts(producer, **{State.COMMITTED: 1})
     assert len(producer.controller.features.backend.stored()) == 1

@@ -34,7 +34,6 @@ class State(StrEnum):
 
 
 STATES = tuple(state for state in State if state is not State.CLAIMED)
-QUEUED, LEASED, COMMITTED, DELIVERED, TRAINED, DURABLE, DEAD = STATES
 
 Text = Literal["", "task", "ref"]  # a long column that is read only on request: the prompt, or the reference
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.files import first_line
 from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text, unusable
 
@@ -77,7 +78,11 @@ return new
 """,
     "get": """
 local rows = {}
-for i, key in ipairs(cjson.decode(ARGV[1])) do rows[i], reply[i + 1] = read(key, ARGV[2]) end
+for i, key in ipairs(cjson.decode(ARGV[1])) do
+  local row, long = read(key, ARGV[2])
+  rows[i] = row
+  if ARGV[2] ~= '' then reply[i + 1] = long end
+end
 return rows
 """,
     "find": """
@@ -91,7 +96,8 @@ for _, state in ipairs(cjson.decode(ARGV[1])) do
       local row, long = read(key, text)
       if row and row[STATE] == state then
         n = n + 1
-        found[n], reply[n + 1] = row, long
+        found[n] = row
+        if text ~= '' then reply[n + 1] = long end
       else
         clean = redis.call('ZREM', set(state), key) == 0 and clean
         strays[#strays + 1] = key
@@ -108,8 +114,10 @@ local function conflict()
   for _, move in ipairs(moves) do
     for _, key in ipairs(move[1]) do
       local i = #rows + 1
-      rows[i], reply[i + 1] = read(key, text)  -- the text even if it is empty
-      repair(key, rows[i])
+      local row, long = read(key, text)
+      rows[i] = row
+      if text ~= '' then reply[i + 1] = long end
+      repair(key, row)
     end
   end
   return {false, rows}
@@ -218,7 +226,7 @@ class RedisMetadataStore:
             from redis.backoff import ExponentialBackoff, NoBackoff
             from redis.retry import Retry
         except ImportError as error:
-            raise UserError("metadata in Redis needs its package: python -m pip install 'specforge[redis]'") from error
+            raise UserError(f"metadata in Redis needs the package redis: {install_hint('redis')}") from error
         tls = {"ssl_ca_certs": ca_file, "ssl_certfile": cert_file, "ssl_keyfile": key_file}
         options: dict[str, Any] = {"username": username, "password": password}
         if url.startswith("rediss://"):
@@ -268,9 +276,7 @@ class RedisMetadataStore:
 
     def get(self, keys: Sequence[str], text: Text = "") -> list[Row | None]:
         """See :class:`MetadataStore`."""
-        return [
-            _row(row, long) if row else None for row, long in zip(*self._run("get", _json(keys), text), strict=True)
-        ]
+        return _rows(*self._run("get", _json(keys), text))
 
     def find(
         self,
@@ -283,8 +289,10 @@ class RedisMetadataStore:
     ) -> list[Row]:
         """See :class:`MetadataStore`."""
         bounds = "-inf" if after is None else f"({after!r}", "+inf" if until is None else repr(until)
-        found = self._run("find", _json(list(states)), text, *bounds, -1 if limit is None else limit)
-        return [_row(row, long) for row, long in sorted(zip(*found, strict=True))]  # a row begins with its number
+        rows, texts = self._run("find", _json(list(states)), text, *bounds, -1 if limit is None else limit)
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # the order of insertion
+        found = _rows(rows, texts)
+        return [row for i in order if (row := found[i]) is not None]
 
     def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
         """See :class:`MetadataStore`."""
@@ -293,8 +301,7 @@ class RedisMetadataStore:
         keys = [key for move in moves for key in move.keys]
         if done:
             return dict(zip(keys, texts, strict=True)) if text else {}
-        found = zip(keys, rows, texts, strict=True)
-        raise Conflict({key: _row(row, long) if row else None for key, row, long in found})
+        raise Conflict(dict(zip(keys, _rows(rows, texts), strict=True)))
 
     def remove(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""
@@ -329,9 +336,15 @@ class RedisMetadataStore:
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # Lua rejects escaped lone surrogates
 
 
-def _row(values: Sequence[Any], text: str) -> Row:
-    _, key, state, owner, deadline, tries, step, reason = values
-    return Row(key, State(state), owner, float(deadline), tries, step, reason, text)
+def _rows(found: Sequence[Any], texts: Sequence[str]) -> list[Row | None]:
+    rows: list[Row | None] = []
+    for values, text in zip(found, texts or [""] * len(found), strict=True):
+        if values:
+            _, key, state, owner, deadline, tries, step, reason = values
+            rows.append(Row(key, State(state), owner, float(deadline), tries, step, reason, text))
+        else:
+            rows.append(None)
+    return rows
 
 
 def _meaning(error: Exception) -> str:

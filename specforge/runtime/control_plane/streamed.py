@@ -20,16 +20,7 @@ from specforge.contracts import ExpectedSample, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key, stamped
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DEAD,
-    DELIVERED,
-    DURABLE,
-    LEASED,
-    QUEUED,
-    TRAINED,
-    StateError,
-)
+from specforge.runtime.control_plane.metadata import State, StateError
 from specforge.runtime.data_plane.store import BadSampleError, SampleStore
 
 logger = logging.getLogger(__name__)
@@ -240,9 +231,9 @@ class StreamedSamples(SampleStore[ExpectedSample]):
                     return found
                 self.controller.lost([key])
             except StateError as error:
-                if error.state == DEAD:
+                if error.state == State.DEAD:
                     raise BadSampleError(sample.sample_id, self._failure_reason(key)) from None
-                if error.state not in (QUEUED, LEASED):
+                if error.state not in (State.QUEUED, State.LEASED):
                     self._restore(sample, epoch, error)
             waited = time.monotonic() - started
             if before is None:
@@ -349,8 +340,8 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         seconds, delivered, produced = (new - old for new, old in zip(mark, self._mark, strict=True))
         self._mark = mark
         return {
-            "ready": float(counts[COMMITTED]),
-            "queued": float(counts[QUEUED] + counts[LEASED]),
+            "ready": float(counts[State.COMMITTED]),
+            "queued": float(counts[State.QUEUED] + counts[State.LEASED]),
             "bytes": float(self._nbytes),
             "read_per_second": delivered / max(seconds, 1e-9),
             "produced_per_second": max(0, produced) / max(seconds, 1e-9),
@@ -452,7 +443,7 @@ def _foreign_store(error: StateError) -> UserError:
 
 
 def _count_produced(counts: Mapping[str, int]) -> int:
-    return sum(counts[state] for state in (COMMITTED, DELIVERED, TRAINED, DURABLE))
+    return sum(counts[state] for state in (State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE))
 
 
 def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stalled: int = 0) -> str:
@@ -464,7 +455,7 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
         unfinished: leased prompts whose features are partly written.
         stalled: leased prompts whose leases have expired.
     """
-    queued, leased = counts[QUEUED], counts[LEASED]
+    queued, leased = counts[State.QUEUED], counts[State.LEASED]
     if stalled:
         return (
             f"a producer has stopped responding ({stalled} prompts leased): it died or cannot reach the metadata "
@@ -480,8 +471,8 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
         )
     if queued:
         return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"
-    if counts[COMMITTED]:
-        return f"the trainer is the bottleneck: {counts[COMMITTED]} samples are ready and nothing is queued"
-    if not counts[DELIVERED] + counts[TRAINED]:
+    if counts[State.COMMITTED]:
+        return f"the trainer is the bottleneck: {counts[State.COMMITTED]} samples are ready and nothing is queued"
+    if not counts[State.DELIVERED] + counts[State.TRAINED]:
         return "nothing is queued and nothing is being trained: no trainer is running, or it has finished"
     return "the store is full of samples that wait to be trained or for a checkpoint; raise max_bytes"

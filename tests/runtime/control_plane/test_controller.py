@@ -24,17 +24,7 @@ from specforge.runtime.control_plane.controller import (
     load_ref,
     sample_key,
 )
-from specforge.runtime.control_plane.metadata import (
-    COMMITTED,
-    DEAD,
-    DELIVERED,
-    DURABLE,
-    LEASED,
-    QUEUED,
-    STATES,
-    TRAINED,
-    StateError,
-)
+from specforge.runtime.control_plane.metadata import STATES, State, StateError
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
@@ -93,7 +83,7 @@ def test_a_sample_goes_from_prompt_to_durable_and_its_features_go(control):
     assert control.features.stat().samples == 6
     assert control.durable(1) == 4
     assert control.features.stat().samples == 2
-    assert control.counts() == {**dict.fromkeys(STATES, 0), DURABLE: 4, DELIVERED: 2}
+    assert control.counts() == {**dict.fromkeys(STATES, 0), State.DURABLE: 4, State.DELIVERED: 2}
 
 
 def test_features_kept_until_trained_are_produced_again_when_the_run_goes_back(control):
@@ -108,7 +98,7 @@ def test_features_kept_until_trained_are_produced_again_when_the_run_goes_back(c
     control.free(keys[2:4])
     assert control.features.stat().samples == 2
     assert sorted(control.rewind(1)) == keys[2:]
-    assert control.counts() == {**dict.fromkeys(STATES, 0), DURABLE: 2, QUEUED: 2, COMMITTED: 2}
+    assert control.counts() == {**dict.fromkeys(STATES, 0), State.DURABLE: 2, State.QUEUED: 2, State.COMMITTED: 2}
     assert produce(control) == keys[2:4]
 
 
@@ -123,7 +113,7 @@ def test_a_dead_producer_is_taken_over_and_its_late_commit_recognised(tmp_path, 
     clock.now += 10.0
     (taken,) = quick.lease("quick", 1)
     assert (taken.key, taken.task.attempt) == (mine.key, 1)
-    assert slow.fail("slow", mine, "too late to matter") == LEASED
+    assert slow.fail("slow", mine, "too late to matter") == State.LEASED
     late = put(slow.features, "s0")
     assert slow.commit([(mine.key, late)]) == [True]
     assert quick.commit([(taken.key, put(quick.features, "s0"))]) == [False]
@@ -165,7 +155,7 @@ def test_a_late_duplicate_of_a_durable_sample_leaves_nothing(control):
     control.durable(1)
     assert control.commit([(key, put(control.features, "s0"))]) == [False]
     assert control.features.stat().samples == 0
-    assert control.counts()[DURABLE] == 1
+    assert control.counts()[State.DURABLE] == 1
 
 
 def test_the_next_epoch_uses_features_that_are_still_held(control):
@@ -192,7 +182,7 @@ def test_forgotten_samples_leave_nothing_and_may_come_again(control):
     keys = produce(control, count=2)
     control.forget([*keys, "s5@0"])
     assert control.features.stat().samples == 0
-    assert control.counts()[QUEUED] == 3
+    assert control.counts()[State.QUEUED] == 3
     assert control.ingest(TASKS) == 3
 
 
@@ -204,7 +194,7 @@ def test_features_freed_early_are_produced_again_when_the_run_goes_back(control)
     control.free(keys[:2])
     assert control.features.stat().samples == 4
     control.rewind(0)
-    assert control.counts()[QUEUED] == 2
+    assert control.counts()[State.QUEUED] == 2
     assert sorted(produce(control)) == keys[:2]
 
 
@@ -228,7 +218,7 @@ def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
 
     def meanwhile(states, **options):
         found = find(states, **options)
-        if states == (LEASED,):
+        if states == (State.LEASED,):
             others.commit([(leased.key, ref)])
         return found
 
@@ -240,7 +230,7 @@ def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
 
 def test_failures_end_as_visible_dead_letters(control):
     control.ingest({"s0": TASKS["s0"]})
-    for state in (QUEUED, DEAD):
+    for state in (State.QUEUED, State.DEAD):
         (leased,) = control.lease("w", 1)
         assert control.fail("w", leased, "s0: aux_hidden_states holds NaN") == state
     assert control.lease("w", 1) == []
@@ -335,7 +325,7 @@ def test_no_tensor_crosses_the_control_plane(task, ref, thing):
     control = DataFlowController(MemoryMetadataStore(), FeatureStore(MemoryBackend()))
     with pytest.raises(TypeError):
         control.ingest({"s1": TASKS["s1"], "s0": task})
-    assert control.counts()[QUEUED] == 0
+    assert control.counts()[State.QUEUED] == 0
     control.ingest({"s0": TASKS["s0"]})
     (leased,) = control.lease("w", 1)
     with pytest.raises(TypeError):
@@ -350,7 +340,7 @@ def test_no_tensor_crosses_the_control_plane(task, ref, thing):
     ):
         with pytest.raises(TypeError, match="cannot cross the control plane"):
             forbidden()
-    assert control.counts()[LEASED] == 1
+    assert control.counts()[State.LEASED] == 1
 
 
 def test_references_survive_the_crossing():
@@ -379,7 +369,7 @@ class Machine(RuleBasedStateMachine):
         self.history: list[tuple[int, str]] = []
         assert self.control.ingest({name: TASKS[name] for name in NAMES[:4]}) == 4
         for name in NAMES[:4]:
-            self.state[sample_key(name, 0)], self.tries[sample_key(name, 0)] = QUEUED, 0
+            self.state[sample_key(name, 0)], self.tries[sample_key(name, 0)] = State.QUEUED, 0
 
     def open(self):
         return MemoryMetadataStore()
@@ -427,21 +417,21 @@ class Machine(RuleBasedStateMachine):
         keys = [sample_key(name, 0) for name in names]
         new = [key for key in keys if key not in self.state]
         assert self.control.ingest({name: TASKS[name] for name in names}) == len(new)
-        self.state |= dict.fromkeys(new, QUEUED)
+        self.state |= dict.fromkeys(new, State.QUEUED)
         self.tries |= dict.fromkeys(new, 0)
 
     def lease(self, data, owner):
         count = data.draw(st.integers(1, 4))
-        for key in self.of(LEASED):
+        for key in self.of(State.LEASED):
             if self.owner[key][1] <= self.clock.now:
-                self.state[key] = DEAD if self.tries[key] >= 2 else QUEUED
-        expected = self.of(QUEUED)[:count]
+                self.state[key] = State.DEAD if self.tries[key] >= 2 else State.QUEUED
+        expected = self.of(State.QUEUED)[:count]
         leased = self.control.lease(owner, count)
         assert [x.key for x in leased] == expected
         assert [x.task.attempt for x in leased] == [self.tries[key] for key in expected]
         assert not self.stored() & {x.sample_id for x in leased if x.task.attempt}  # what the dead put is gone
         for key in expected:
-            self.state[key], self.owner[key] = LEASED, (owner, self.clock.now + 10.0)
+            self.state[key], self.owner[key] = State.LEASED, (owner, self.clock.now + 10.0)
             self.tries[key] += 1
         self.hands += leased
 
@@ -452,24 +442,24 @@ class Machine(RuleBasedStateMachine):
         held = self.control.renew(owner, self.hands)
         for leased, mine in zip(self.hands, held, strict=True):
             key = leased.key
-            assert mine == (self.state[key] == LEASED and self.owner[key][0] == owner)
+            assert mine == (self.state[key] == State.LEASED and self.owner[key][0] == owner)
             if mine:
                 self.owner[key] = (owner, self.clock.now + 10.0)
 
     def release(self, data, owner):
-        mine = [key for key in self.of(LEASED) if self.owner[key][0] == owner]
+        mine = [key for key in self.of(State.LEASED) if self.owner[key][0] == owner]
         assert self.control.release(owner) == len(mine)
         assert not self.stored() & {key.rpartition("@")[0] for key in mine}
         for key in mine:
-            self.state[key] = QUEUED
+            self.state[key] = State.QUEUED
             self.tries[key] -= 1
 
     def fail(self, data, owner):
         leased = data.draw(st.sampled_from(self.hands))
         key = leased.key
-        holds = self.state[key] == LEASED and self.owner[key][0] == owner
+        holds = self.state[key] == State.LEASED and self.owner[key][0] == owner
         if holds and self.tries[key] == leased.task.attempt + 1:
-            self.state[key] = DEAD if self.tries[key] >= 2 else QUEUED
+            self.state[key] = State.DEAD if self.tries[key] >= 2 else State.QUEUED
         assert self.control.fail(owner, leased, "failed") == self.state[key]
 
     def commit(self, data, owner):
@@ -478,14 +468,14 @@ class Machine(RuleBasedStateMachine):
         chosen = [x for x in chosen if x.sample_id not in self.features]
         new = self.control.commit([(x.key, put(self.features, x.sample_id)) for x in chosen])
         for leased, fresh in zip(chosen, new, strict=True):
-            assert fresh == (self.state[leased.key] in (QUEUED, LEASED, DEAD))
+            assert fresh == (self.state[leased.key] in (State.QUEUED, State.LEASED, State.DEAD))
             if fresh:
-                self.state[leased.key] = COMMITTED
+                self.state[leased.key] = State.COMMITTED
 
     def die_with_bytes(self, data, owner):
         """Between put and commit."""
         leased = data.draw(st.sampled_from(self.hands))
-        if self.state[leased.key] == LEASED and leased.sample_id not in self.features:
+        if self.state[leased.key] == State.LEASED and leased.sample_id not in self.features:
             put(self.features, leased.sample_id)
 
     def stored(self) -> set[str]:
@@ -500,43 +490,43 @@ class Machine(RuleBasedStateMachine):
         return {key: name for key, name in names.items() if name in stored}
 
     def deliver(self, data):
-        if not self.of(COMMITTED):
+        if not self.of(State.COMMITTED):
             return
-        keys = data.draw(st.lists(st.sampled_from(self.of(COMMITTED)), min_size=1, unique=True))
+        keys = data.draw(st.lists(st.sampled_from(self.of(State.COMMITTED)), min_size=1, unique=True))
         refs = self.control.deliver(keys)
         assert [sample_key(ref.sample_id, 0) for ref in refs] == keys
-        self.state |= dict.fromkeys(keys, DELIVERED)
+        self.state |= dict.fromkeys(keys, State.DELIVERED)
 
     def a_wrong_delivery(self, data):
-        wrong = self.of(QUEUED, LEASED, TRAINED, DURABLE, DEAD)
+        wrong = self.of(State.QUEUED, State.LEASED, State.TRAINED, State.DURABLE, State.DEAD)
         if wrong:
             with pytest.raises(StateError):
-                self.control.deliver([*self.of(COMMITTED), data.draw(st.sampled_from(wrong))])
+                self.control.deliver([*self.of(State.COMMITTED), data.draw(st.sampled_from(wrong))])
 
     def train(self, data):
-        if not self.of(DELIVERED):
+        if not self.of(State.DELIVERED):
             return
-        keys = data.draw(st.lists(st.sampled_from(self.of(DELIVERED)), min_size=1, unique=True))
+        keys = data.draw(st.lists(st.sampled_from(self.of(State.DELIVERED)), min_size=1, unique=True))
         self.step += 1
         self.control.trained(keys, self.step)
         for key in keys:
-            self.state[key], self.step_of[key] = TRAINED, self.step
+            self.state[key], self.step_of[key] = State.TRAINED, self.step
             self.history.append((self.step, key))
 
     def save(self, data):
         self.saved = self.step
-        keys = self.of(TRAINED)
+        keys = self.of(State.TRAINED)
         assert self.control.durable(self.step) == len(keys)
-        self.state |= dict.fromkeys(keys, DURABLE)
+        self.state |= dict.fromkeys(keys, State.DURABLE)
 
     def the_trainer_dies(self, data=None):
         self.step = self.saved
         self.history = [(step, key) for step, key in self.history if step <= self.saved]
-        back = self.of(DELIVERED, TRAINED)
+        back = self.of(State.DELIVERED, State.TRAINED)
         held = self.held(back)
         assert sorted(self.control.rewind(self.saved)) == sorted(back)
         for key in back:
-            self.state[key] = COMMITTED if key in held else QUEUED
+            self.state[key] = State.COMMITTED if key in held else State.QUEUED
             self.tries[key] = self.tries[key] if key in held else 0
 
     def a_sample_is_lost(self, data):
@@ -545,31 +535,31 @@ class Machine(RuleBasedStateMachine):
             self.features.backend.remove(f"{name}.{self.features._entries[name].generation}", "")
 
     def everything_restarts(self, data):
-        held = self.held(self.of(COMMITTED, DELIVERED, TRAINED))
-        leased = {key.rpartition("@")[0] for key in self.of(LEASED)}
+        held = self.held(self.of(State.COMMITTED, State.DELIVERED, State.TRAINED))
+        leased = {key.rpartition("@")[0] for key in self.of(State.LEASED)}
         stored = {name for name, _ in self.features.backend.stored() if name.rpartition(".")[0] not in leased}
         self.features = FeatureStore(self.features.backend)
         self.reopen()
         self.restart()
         found = self.control.reconcile()
         assert found.orphans == len(stored - set(held.values()))
-        lost = [key for key in self.of(COMMITTED, DELIVERED) if key not in held]
+        lost = [key for key in self.of(State.COMMITTED, State.DELIVERED) if key not in held]
         assert found.lost == len(lost)
         for key in lost:
-            self.state[key], self.tries[key] = QUEUED, 0
+            self.state[key], self.tries[key] = State.QUEUED, 0
         self.the_trainer_dies()
 
     @invariant()
     def the_states_are_the_models(self):
         counts = self.control.counts()
         assert counts == {s: len(self.of(s)) for s in STATES}
-        assert [x.key for x in self.control.dead_letters()] == self.of(DEAD)
+        assert [x.key for x in self.control.dead_letters()] == self.of(State.DEAD)
 
     @invariant()
     def nothing_is_trained_twice_in_the_surviving_history(self):
         keys = [key for _, key in self.history]
         assert len(keys) == len(set(keys))
-        assert set(keys) == set(self.of(TRAINED, DURABLE))
+        assert set(keys) == set(self.of(State.TRAINED, State.DURABLE))
 
 
 class SQLiteMachine(Machine):

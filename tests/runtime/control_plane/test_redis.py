@@ -14,7 +14,7 @@ from specforge.errors import UserError
 from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import Claim, claim, resign
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED, STATES, StateError
+from specforge.runtime.control_plane.metadata import STATES, State, StateError
 from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
@@ -87,9 +87,9 @@ def test_a_user_that_may_not_ask_for_the_policy_is_let_in_and_one_that_may_not_w
     )
     client.acl_setuser("nobody", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+@connection"])
     writer = RedisMetadataStore(f"redis://writer:x@127.0.0.1:{port}/0", namespace="acl")
-    advance(Control(writer), filled(Control(writer)), COMMITTED)
+    advance(Control(writer), filled(Control(writer)), State.COMMITTED)
     reader = RedisMetadataStore(f"redis://reader:x@127.0.0.1:{port}/0", namespace="acl")
-    assert reader.counts()[COMMITTED] == 4
+    assert reader.counts()[State.COMMITTED] == 4
     words = one_line(lambda: reader.add([("k", "task")]))
     assert "this user lacks a permission that is needed" in words
     words = one_line(lambda: RedisMetadataStore(f"redis://nobody:x@127.0.0.1:{port}/0"))
@@ -111,8 +111,8 @@ def test_a_user_that_may_not_ask_for_the_policy_is_let_in_and_one_that_may_not_w
         ("redis://127.0.0.1:1/0?password_file=", "cannot be read"),
         ("rediss://127.0.0.1:1/0?ssl_ca_certs=nowhere", "metadata in Redis at"),
         ("redi://user:secret@host", "give a file"),
-        ("", "names nothing"),
-        ("redis://", "names nothing"),
+        ("", "is empty"),
+        ("redis://", "is empty"),
     ],
 )
 def test_a_bad_address_is_one_line_without_a_password(address, words):
@@ -135,12 +135,12 @@ def test_something_else_under_the_namespace_is_said_at_connect(port, client, tmp
 
 
 def test_a_full_memory_is_one_line_and_loses_nothing(client, store):
-    advance(Control(store), filled(Control(store)), COMMITTED)
+    advance(Control(store), filled(Control(store)), State.COMMITTED)
     client.config_set("maxmemory", 1)
     for action in (lambda: store.add([("new", "task")]), lambda: claim(store, "me", 0.0, 9.0)):
         assert "its memory is full" in one_line(action)
     client.config_set("maxmemory", 0)
-    assert store.counts()[COMMITTED] == 4
+    assert store.counts()[State.COMMITTED] == 4
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_a_ghost_in_a_set_is_left_out_with_a_warning(store, client, space, caplo
     assert [prompt.key for prompt in control.lease("w", 9)] == keys
     control.durable(5)
     control.rewind(0)
-    assert states(store) == dict.fromkeys(keys, LEASED)
-    assert client.zcard(f"{space}:{state}") == (4 if state == LEASED else 0)
+    assert states(store) == dict.fromkeys(keys, State.LEASED)
+    assert client.zcard(f"{space}:{state}") == (4 if state == State.LEASED else 0)
     assert "left out 2 keys that are not in the state they were listed in: " in caplog.text
     assert "ghost@0" in caplog.text
     assert "\x1b" not in caplog.text
@@ -232,20 +232,20 @@ def test_a_damaged_sample_is_as_if_it_had_never_been_there(store, client, space,
     assert control.renewed("w", ["k1@0"], 0.0) == [False]
     assert uris(control, ["k1@0"]) == [None]
     assert store.add([("k1@0", "again")]) == [True]
-    expected = {key: QUEUED if key == "k1@0" else state for key in keys}
+    expected = {key: State.QUEUED if key == "k1@0" else state for key in keys}
     assert states(store) == expected
     assert {name: n for name, n in store.counts().items() if n} == (
-        {QUEUED: 4} if state == QUEUED else {QUEUED: 1, state: 3}
+        {State.QUEUED: 4} if state == State.QUEUED else {State.QUEUED: 1, state: 3}
     )
 
 
-@pytest.mark.parametrize("state", [QUEUED, LEASED, COMMITTED])
+@pytest.mark.parametrize("state", [State.QUEUED, State.LEASED, State.COMMITTED])
 def test_a_sample_that_was_taken_out_of_its_set_comes_back_when_it_is_asked_for(store, client, space, state):
     control = Control(store)
     keys = filled(control)
     advance(control, keys, state)
     client.delete(f"{space}:{state}")
-    if state == COMMITTED:
+    if state == State.COMMITTED:
         assert control.deliver(keys) == [ref(key) for key in keys]
         return
     for key in keys:
@@ -327,7 +327,7 @@ def test_the_rows_of_an_earlier_revision_are_read(store, client, space):
     client.set(f"{space}:seq", len(STATES))
     client.hset(f"{space}:trainer", mapping={"holder": "one that died", "deadline": 3.0})
     assert [(row.key, row.state) for row in store.find(STATES)] == [(f"s@{i}", x) for i, x in enumerate(STATES, 1)]
-    assert [(row.owner, row.deadline, row.tries, row.text) for row in store.find((LEASED,), text="ref")] == [
+    assert [(row.owner, row.deadline, row.tries, row.text) for row in store.find((State.LEASED,), text="ref")] == [
         ("w", 12.5, 1, "r")
     ]
     assert claim(store, "me", 0.0, 9.0) == Claim("me", 9.0)

@@ -16,7 +16,7 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect, sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key
-from specforge.runtime.control_plane.metadata import COMMITTED, QUEUED, STATES, TRAINED
+from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.control_plane.streamed import Budget, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.local import MemoryBackend
@@ -91,7 +91,7 @@ def test_room_is_filled_again_when_it_is_low():
         samples.get(REFS[step - 1])
         samples.trained(names[step - 1 : step], 0, step)
         samples.reserve([])
-        assert samples.controller.counts()[QUEUED] == waiting
+        assert samples.controller.counts()[State.QUEUED] == waiting
         names += produce(samples)
 
 
@@ -102,7 +102,7 @@ def test_trained_samples_are_deleted_where_others_are_fetched_not_where_training
 
     def watched(key, uri):
         threads.append(threading.current_thread())
-        queued = samples.controller.counts()[QUEUED]
+        queued = samples.controller.counts()[State.QUEUED]
         assert len(backend.stored()) + queued <= 8  # room is given away afterwards
         remove(key, uri)
 
@@ -112,12 +112,12 @@ def test_trained_samples_are_deleted_where_others_are_fetched_not_where_training
     produce(samples)
     for step, batch in enumerate(loader, 1):
         samples.trained(batch.sample_ids, 0, step)
-    fetching, queued = len(threads), samples.controller.counts()[QUEUED]
+    fetching, queued = len(threads), samples.controller.counts()[State.QUEUED]
     assert 4 <= fetching < 8
     assert {thread.name.partition("_")[0] for thread in threads} == {"features"}
     samples.close()
     assert threads[fetching:] == (8 - fetching) * [threading.current_thread()]
-    assert samples.controller.counts()[QUEUED] == queued
+    assert samples.controller.counts()[State.QUEUED] == queued
     assert samples.controller.features.stat().samples == 0
 
 
@@ -135,7 +135,7 @@ def test_what_waits_for_a_checkpoint_does_not_lock_out_the_next_batch(caplog):
     assert samples.controller.features.stat().samples == 2
     assert "deleted early" in caplog.text
     samples.controller.rewind(1)
-    assert samples.controller.counts()[COMMITTED] == 2
+    assert samples.controller.counts()[State.COMMITTED] == 2
 
 
 def test_who_reads_the_last_batch_that_is_queued_makes_room_for_one_more(caplog):
@@ -150,7 +150,7 @@ def test_who_reads_the_last_batch_that_is_queued_makes_room_for_one_more(caplog)
             samples.get(ref)
         samples.trained([ref.sample_id for ref in REFS[2 * n : 2 * n + 2]], 0, n + 1)
         assert samples.controller.features.stat().samples == stored
-        assert samples.controller.counts()[QUEUED] == queued
+        assert samples.controller.counts()[State.QUEUED] == queued
     assert "deleted early" in caplog.text
 
 
@@ -317,7 +317,7 @@ def test_a_sample_whose_record_is_lost_before_its_step_is_recorded_stops_nothing
     samples.controller.metadata.remove([sample_key(names[0], 0)])
     samples.trained(names, 0, 1)
     assert "its record is gone from the metadata store" in caplog.text
-    assert samples.controller.counts()[TRAINED] == 1
+    assert samples.controller.counts()[State.TRAINED] == 1
     samples.controller.metadata.remove([row.key for row in samples.controller.metadata.find(STATES)])
     with pytest.raises(UserError, match=r"resume with --ckpt_path last"):
         samples.trained(names, 0, 1)
