@@ -215,10 +215,11 @@ class FeatureDataLoader(Generic[SampleT]):
 
     def _until_end(self, length: RunLength, rank: int) -> Iterator[tuple[int, list[SampleT]]]:
         for epoch, number, samples in self.upcoming(rank):
+            if number >= length.batches:  # left out by trainer.limit_train_batches
+                continue
             if length.ends_before(epoch, number):
                 return
-            if number < length.batches:
-                yield epoch, samples
+            yield epoch, samples
 
     def _batches(self, epoch: int, rank: int) -> Iterator[list[SampleT]]:
         batches = self.plan.epoch(epoch)[rank :: self.world_size]
