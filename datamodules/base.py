@@ -75,7 +75,8 @@ class FeatureDataModule(pl.LightningDataModule):
         """A fresh stream over the training samples."""
         part = self.split("train")
         assert part is not None
-        return self._loader(self.sample_refs(), part[1], shuffle=True, **self.limits)
+        plan = self.trainer.lightning_module.training_plan  # type: ignore[union-attr]
+        return self._loader(self.sample_refs(), part[1], shuffle=True, plan_batch=plan, **self.limits)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
         """The held-out samples, in order; nothing where none are held out."""

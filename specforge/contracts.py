@@ -341,6 +341,7 @@ class TrainBatch:
         spans: supervised tokens as flat ``(start, stop)`` runs; host copy of ``loss_mask``.
         sample_ids: identity of each document.
         cursor: position of the stream after this batch, handed back by the acknowledgement.
+        plan: the algorithm's index tensors for training on this batch, made by the loader; None if it made none.
     """
 
     input_ids: Tensor
@@ -350,6 +351,7 @@ class TrainBatch:
     spans: tuple[tuple[int, int], ...]
     sample_ids: tuple[str, ...] = ()
     cursor: Any = field(default=None, compare=False)
+    plan: Any = field(default=None, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -363,7 +365,8 @@ class TrainBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         """The batch with its tensors on ``device``."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return moved if self.plan is None else dataclasses.replace(moved, plan=self.plan.to(device))
 
     def pin_memory(self) -> TrainBatch:
         """The batch in page-locked memory."""

@@ -190,7 +190,7 @@ def known_keys(parser: Any) -> list[str]:
     for base, classes in (("model", models), ("data", _subclasses(pl.LightningDataModule))):
         for cls in classes:
             if cls.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
-                keys += [f"{base}.init_args.{name}" for name in inspect.signature(cls).parameters]
+                keys += jsonargparse.ArgumentParser().add_class_arguments(cls, f"{base}.init_args")
     return keys
 
 

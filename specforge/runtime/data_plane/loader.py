@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -54,6 +54,7 @@ class FeatureDataLoader:
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches in page-locked memory.
+        plan_batch: makes the plan of a batch, in the thread that fetches it; None leaves batches without.
 
     Raises:
         UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``, or a number is out of range.
@@ -75,6 +76,7 @@ class FeatureDataLoader:
         bad_samples: str = "error",
         pad_to: int = 1,
         pin_memory: bool = False,
+        plan_batch: Callable[[TrainBatch], Any] | None = None,
     ) -> None:
         check_refs(refs, spec)
         if prefetch < 0 or pad_to < 1:
@@ -82,7 +84,7 @@ class FeatureDataLoader:
         self.refs, self.store, self.spec = list(refs), store, spec
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.bad_samples = prefetch, bad_samples
-        self.pad_to, self.pin_memory = pad_to, pin_memory
+        self.pad_to, self.pin_memory, self.plan_batch = pad_to, pin_memory, plan_batch
         self.quarantined: dict[str, str] = {}
         try:
             self.plan = BatchPlan(
@@ -211,6 +213,7 @@ class FeatureDataLoader:
             for lease in leases:
                 self.store.release(lease)
         batch.cursor = cursor
+        batch.plan = None if self.plan_batch is None else self.plan_batch(batch)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _quarantine(self, ref: SampleRef, error: BadSampleError) -> None:
