@@ -23,7 +23,7 @@ from specforge.errors import UserError
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import BlockLoss, Correction
+from specforge.losses import Correction, TiledLoss
 from specforge.modeling.draft.dflash.drafter import BlockDrafter, Corrector
 from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.draft.dflash.plan import BlockPlan, plan_blocks, sample_anchors, starts
@@ -203,7 +203,7 @@ class BlockFamilyModule(DraftModule):
 
     def _losses(
         self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, states: Tensor, label: str
-    ) -> tuple[Tensor, BlockLoss]:
+    ) -> tuple[Tensor, TiledLoss]:
         """Which drafts are in the loss, ``[M]``, and their losses."""
         labels = self.draft.draft_ids(self._labels(batch, head, plan, label))
         trained = (labels >= 0) & (torch.arange(len(labels), device=labels.device) < plan.count)
@@ -232,7 +232,7 @@ class BlockFamilyModule(DraftModule):
         return label == "target"
 
     @abstractmethod
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         """Loss of the drafts."""
 
     def _weights(self, drafts: Supervised) -> Tensor:

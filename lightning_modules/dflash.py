@@ -13,7 +13,8 @@ import torch
 from lightning_modules.block_family import BlockFamilyModule, Supervised
 from specforge.contracts import TrainBatch
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import BlockLoss, DPace, block_loss
+from specforge.losses import TeacherRows, TiledLoss, tiled_loss
+from specforge.losses.blocks import DPace
 from specforge.modeling.draft.dflash.export import DFlashFormat
 from specforge.modeling.draft.format import DraftFormat
 from specforge.options import Share
@@ -42,11 +43,11 @@ class DFlashModule(BlockFamilyModule):
         super().__init__(*draft, **training)
         self.weights, self.alpha = weights, alpha
 
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         plan, states, labels, trained = drafts
-        output = head.sliced(self.draft.target_ids)
+        output, teacher = head.sliced(self.draft.target_ids), TeacherRows(labels)
         if self.weights == "decay":
-            return block_loss(states, output, labels, self._weights(drafts), chunk=self.chunk)
+            return tiled_loss(states, output, teacher, self._weights(drafts), chunk=self.chunk)
         weigh = DPace(plan.block, plan.depth, self.draft.drafts, self.alpha, self.weights)
         weights = trained.to(torch.promote_types(states.dtype, torch.float32))
-        return block_loss(states, output, labels, weights, weigh=weigh, firsts=plan.firsts, chunk=self.chunk)
+        return tiled_loss(states, output, teacher, weights, weigh=weigh, firsts=plan.firsts, chunk=self.chunk)

@@ -17,8 +17,8 @@ from lightning_modules.block_family import BlockFamilyModule, Supervised
 from specforge.contracts import TrainBatch
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import BlockLoss, Correction, block_loss
-from specforge.losses.candidates import Candidates
+from specforge.losses import Correction, TeacherRows, TiledLoss, tiled_loss
+from specforge.losses.blocks import Candidates
 from specforge.modeling.draft.dflash.dflash2 import DFlash2, DynamicConv, SelectingCorrector
 from specforge.modeling.draft.dflash.export import DFlashFormat
 from specforge.modeling.draft.dflash.plan import BlockPlan
@@ -73,7 +73,7 @@ class DFlash2Module(BlockFamilyModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> SelectingCorrector:
         return SelectingCorrector(self.draft, dtype)
 
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         plan, states, labels, trained = drafts
         chooser = self.draft.candidate_selector
         objective = Candidates(
@@ -81,6 +81,6 @@ class DFlash2Module(BlockFamilyModule):
         )
         weights = self._weights(drafts)
         output = head.sliced(self.draft.target_ids)
-        result = block_loss(states, output, labels, weights, objective=objective, chunk=self.chunk)
+        result = tiled_loss(states, output, TeacherRows(labels), weights, objective, chunk=self.chunk)
         loss = result.loss + self.selector * (objective.entropy() * weights).sum()
-        return BlockLoss(loss, result.losses, objective.hits & trained)
+        return TiledLoss(loss, result.losses, objective.hits & trained)

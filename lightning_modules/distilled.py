@@ -19,7 +19,7 @@ from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import OutputHead, TargetHead
-from specforge.losses import TeacherRows, chunked_distillation, feature_distance, make_objective
+from specforge.losses import TeacherRows, feature_distance, make_objective, tiled_loss
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.unroll import UnrollPlan, plan_unroll
 from specforge.options import NonNegativeFloat, PositiveInt
@@ -179,18 +179,28 @@ class DistilledModule(DraftModule):
         last = batch.features[LAST_HIDDEN_STATES][students.labels - 1]
         labels, log_sum = self._labels(batch, head, students.labels, last, label)
         weights = weights_by_position.to(last.device) * students.valid * (labels >= 0).unsqueeze(1)
-        teacher = TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, labels)
-        columns = zip(students.by_head(students.index), students.by_head(weights), strict=True)
+        teacher = TeacherRows(labels, last, head.sliced(self.draft.target_ids), log_sum)
+        columns = students.by_head(students.index), students.by_head(weights)
         results = [
-            chunked_distillation(
-                states, matrix, index, weight, teacher, self.objective, bias=students.bias, chunk=self.chunk
+            tiled_loss(
+                states,
+                OutputHead(matrix, students.bias),
+                teacher,
+                weight,
+                self.objective,
+                students=index,
+                chunk=self.chunk,
             )
-            for states, matrix, (index, weight) in zip(students.states, students.heads, columns, strict=True)
+            for states, matrix, index, weight in zip(students.states, students.heads, *columns, strict=True)
         ]
         loss = torch.stack([result.loss for result in results]).sum()
-        losses = torch.cat([result.losses for result in results])
-        hits = torch.cat([result.hits for result in results], dim=1)
-        return _Rows(loss, losses, hits, weights, last)
+        losses = torch.cat(
+            [
+                torch.where(weight != 0, result.losses, 0.0).sum(0)
+                for result, weight in zip(results, students.by_head(weights), strict=True)
+            ]
+        )
+        return _Rows(loss, losses, torch.cat([result.hits for result in results], dim=1), weights, last)
 
     def _labels(
         self, batch: TrainBatch, head: TargetHead, tokens: Tensor, last: Tensor, label: str

@@ -19,7 +19,7 @@ from lightning_modules.block_family import BlockFamilyModule, Supervised
 from specforge.contracts import TrainBatch
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import BlockLoss, Correction, block_loss
+from specforge.losses import Correction, TeacherRows, TiledLoss, tiled_loss
 from specforge.modeling.draft.dflash.domino import Domino, DominoCorrector
 from specforge.modeling.draft.dflash.export import DominoFormat
 from specforge.modeling.draft.dflash.plan import BlockPlan
@@ -88,12 +88,12 @@ class DominoModule(BlockFamilyModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> DominoCorrector:
         return DominoCorrector(self.draft, head.embed, dtype)
 
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         plan, states, labels, _ = drafts
-        return block_loss(
+        return tiled_loss(
             states,
             head.sliced(self.draft.target_ids),
-            labels,
+            TeacherRows(labels),
             self._weights(drafts),
             correction=self._correction(batch, head, plan, states),
             base_share=self.base_share,

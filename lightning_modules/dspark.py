@@ -19,7 +19,8 @@ from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
+from specforge.losses import Correction, TeacherRows, TiledLoss, tiled_loss
+from specforge.losses.blocks import Acceptance
 from specforge.modeling.draft.dflash.dspark import DSpark, MarkovCorrector
 from specforge.modeling.draft.dflash.export import DSparkFormat
 from specforge.modeling.draft.dflash.plan import BlockPlan
@@ -87,33 +88,31 @@ class DSparkModule(BlockFamilyModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> MarkovCorrector:
         return MarkovCorrector(self.draft, dtype)
 
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         plan, states, labels, _ = drafts
         output = head.sliced(self.draft.target_ids).to(states.dtype)
         last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
         partial = len(output) < len(head.head)
-        # Consecutive rows of one label share a teacher row.
+        # Rows of one label follow one another, so that they share a teacher row.
         order = plan.labels.argsort(stable=True)
-        objective = Acceptance(
-            output, last, plan.labels[order], head.rows(last).log_sum if partial else None, self.ce, self.l1
-        )
-        before = self._before(batch, plan, states)
-        correction = self._corrected(before, plan, states)
-        weights = self._weights(drafts)
-        result = block_loss(
-            states[order],
+        log_sum = head.rows(last).log_sum if partial else None
+        teacher = TeacherRows(labels[order], last, output, log_sum, hidden_index=plan.labels[order] - 1)
+        objective = Acceptance(self.ce, self.l1, states)
+        before, weights = self._before(batch, plan, states), self._weights(drafts)
+        result = tiled_loss(
+            states,
             output,
-            labels[order],
-            weights[order],
-            correction=correction._replace(states=correction.states[order]),
-            objective=objective,
+            teacher,
+            weights[order].unsqueeze(1),
+            objective,
+            students=order.unsqueeze(1),
+            correction=self._corrected(before, plan, states),
             chunk=self.chunk,
         )
-        back = order.argsort()
-        loss = result.loss
+        back, loss = order.argsort(), result.loss
         logits = self.draft.confidence(before, states)
         if logits is not None and self.confidence:
             aim = objective.accept[back]
             entropy = F.binary_cross_entropy_with_logits(logits.to(aim.dtype), aim, reduction="none")
             loss = loss + self.confidence * (entropy * weights).sum()
-        return BlockLoss(loss, result.losses[back], result.hits[back])
+        return TiledLoss(loss, result.losses[back, 0], result.hits[back, 0])

@@ -149,13 +149,13 @@ def test_validation_chains_are_the_corrected_greedy_choices(small_target, fields
 def test_the_base_counts_less_with_every_step(target, features, tmp_path, monkeypatch):
     """λ is 1 at the first of 8 steps and 0 after half of them; evaluation never counts the base."""
     shares: list[float] = []
-    plain = lightning_modules.domino.block_loss
+    plain = lightning_modules.domino.tiled_loss
 
     def spy(*args, base_share: float, **options):
         shares.append(base_share if torch.is_grad_enabled() else -base_share)
         return plain(*args, base_share=base_share, **options)
 
-    monkeypatch.setattr(lightning_modules.domino, "block_loss", spy)
+    monkeypatch.setattr(lightning_modules.domino, "tiled_loss", spy)
     fields = {"block_size": 4, "num_hidden_layers": 1, "dflash_config": {"gru_hidden_dim": 8, "emb_dim": 4}}
     path = recipe(
         target,
