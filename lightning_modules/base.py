@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
-from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBatch
+from specforge.contracts import CapturePolicy, Sample, StrategySpec, TrainBatch, TrainingData
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
@@ -216,7 +216,7 @@ class DraftModule(pl.LightningModule):
                     f"({ref.provenance.target_fingerprint[:8]}), but model.target is {self.target.name} "
                     f"({self.target.fingerprint[:8]})"
                 )
-        counts = getattr(self._datamodule(), "token_counts", lambda: None)()
+        counts = self.data.token_counts() if self.data is not None else None
         if self._has_vocabulary or counts is None or stage != "fit":
             return
         if not counts.supervised.shape == counts.context.shape == self.draft.t2d.shape:
@@ -231,12 +231,15 @@ class DraftModule(pl.LightningModule):
             f"draft vocabulary: {len(ids)} of {len(self.draft.t2d)} tokens, {coverage(counts, ids):.1%} of the answers"
         )
 
-    def training_samples(self) -> Sequence[SampleRef]:
-        """References of the samples of the run; none if the run has no feature data."""
-        return getattr(self._datamodule(), "sample_refs", list)()  # type: ignore[no-any-return]
+    @property
+    def data(self) -> TrainingData | None:
+        """The datamodule of the run; None for a run on bare loaders."""
+        data: TrainingData | None = self.trainer.datamodule
+        return data
 
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+    def training_samples(self) -> Sequence[Sample]:
+        """The samples to train on; none in a run on bare loaders."""
+        return self.data.sample_refs() if self.data is not None else ()
 
     def batch_plan(self, batch: TrainBatch) -> Any:
         """The batch's training plan on the batch's device; made here if the loader has not."""
@@ -306,7 +309,9 @@ class DraftModule(pl.LightningModule):
         if self.trainer.max_steps > 0:
             limits.append(self.trainer.max_steps)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
-            batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+            if self.data is None:
+                raise UserError("trainer: set max_steps; without a datamodule the length of an epoch is unknown")
+            batches = self.data.batches_per_epoch()
             limit = self.trainer.limit_train_batches
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             limits.append(self.trainer.max_epochs * -(-batches // self.trainer.accumulate_grad_batches))

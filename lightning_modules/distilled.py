@@ -21,7 +21,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.losses import TeacherRows, feature_distance, make_objective, tiled_loss
 from specforge.modeling.draft import Draft
-from specforge.modeling.draft.unroll import UnrollPlan, plan_unroll
+from specforge.modeling.draft.eagle3.plan import UnrollPlan, plan_unroll
 from specforge.options import NonNegativeFloat, PositiveInt
 
 

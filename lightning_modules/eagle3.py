@@ -19,8 +19,8 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.modeling.draft.eagle3.export import Eagle3Format
 from specforge.modeling.draft.eagle3.network import Eagle3Draft
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.options import NonNegativeFloat, PositiveInt
 
 

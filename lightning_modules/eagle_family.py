@@ -11,7 +11,7 @@ from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.family import FusedDraft
+from specforge.modeling.draft.eagle3.network import EagleDraft
 from specforge.modeling.draft.starting import (
     SavedDraft,
     distinct_layers,
@@ -36,7 +36,7 @@ class EagleFamilyModule(DistilledModule):
         weights: ``[T]`` weight of each trained position in the loss.
     """
 
-    draft: FusedDraft
+    draft: EagleDraft
 
     def __init__(
         self,

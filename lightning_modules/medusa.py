@@ -18,12 +18,12 @@ from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.heads.drafter import HeadsDrafter
 from specforge.modeling.draft.heads.export import HeadsFormat, MedusaFormat
 from specforge.modeling.draft.heads.network import HeadsDraft
 from specforge.modeling.draft.starting import SavedDraft, draft_config_for, load_weights
-from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.options import NonNegativeFloat, PositiveInt
 
 

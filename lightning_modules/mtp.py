@@ -17,6 +17,7 @@ from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.modeling.draft.mtp.network import MTPDraft
@@ -27,7 +28,6 @@ from specforge.modeling.draft.starting import (
     layer_fields,
     load_weights,
 )
-from specforge.modeling.draft.unroll import UnrollPlan
 from specforge.options import PositiveFloat, PositiveInt
 
 

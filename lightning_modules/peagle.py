@@ -20,10 +20,10 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.peagle.drafter import ParallelDrafter
+from specforge.modeling.draft.peagle.drafter import PEagleDrafter
 from specforge.modeling.draft.peagle.export import PEagleFormat
 from specforge.modeling.draft.peagle.network import PEagleDraft
-from specforge.modeling.draft.peagle.plan import DepthSampling, ParallelPlan, plan_parallel
+from specforge.modeling.draft.peagle.plan import DepthSampling, PEaglePlan, plan_peagle
 from specforge.options import PositiveInt, PositiveShare, Share
 
 
@@ -77,24 +77,24 @@ class PEagleModule(EagleFamilyModule):
         if not self.starts_from_draft and stage == "fit":
             self.draft.start_embedding(self.target)
 
-    def training_plan(self, batch: TrainBatch) -> ParallelPlan:
+    def training_plan(self, batch: TrainBatch) -> PEaglePlan:
         """Plan of sampled elements; a document's sample depends on the document and the epoch alone."""
         names = batch.sample_ids or [str(number) for number in range(len(batch.lengths))]
         seeds = [int(content_id(name, self.current_epoch), 16) for name in names]
-        return plan_parallel(batch.lengths, batch.spans, self.depths, batch.num_tokens, self.sampling, seeds)
+        return plan_peagle(batch.lengths, batch.spans, self.depths, batch.num_tokens, self.sampling, seeds)
 
-    def full_plan(self, batch: TrainBatch, positions: int) -> ParallelPlan:
+    def full_plan(self, batch: TrainBatch, positions: int) -> PEaglePlan:
         """Plan of all elements."""
-        return plan_parallel(batch.lengths, batch.spans, positions, batch.num_tokens)
+        return plan_peagle(batch.lengths, batch.spans, positions, batch.num_tokens)
 
-    def students(self, batch: TrainBatch, head: TargetHead, plan: ParallelPlan) -> Students:
+    def students(self, batch: TrainBatch, head: TargetHead, plan: PEaglePlan) -> Students:
         """Run the planned elements."""
         states = self.draft(batch.features[AUX_HIDDEN_STATES], batch.input_ids, head.embedding, plan)
         heads = [self.draft.lm_head.weight]
         return Students(states[None], heads, plan.labels, plan.students, plan.valid, plan.count, plan.num_elements)
 
-    def drafter(self, head: TargetHead, dtype: torch.dtype) -> ParallelDrafter:
+    def drafter(self, head: TargetHead, dtype: torch.dtype) -> PEagleDrafter:
         """A parallel drafter with the current weights."""
         draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
         ids, size = draft.target_ids.clone(), self.target.vocab_size
-        return ParallelDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)
+        return PEagleDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)

@@ -29,12 +29,12 @@ from specforge.inference.target_head import TargetHead
 from specforge.modeling.draft import canonical
 from specforge.modeling.draft.fields import quoted
 from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.plan import Plan
 from specforge.modeling.draft.registry import find_draft_config
 from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
 from specforge.modeling.draft.standalone.export import StandaloneFormat
 from specforge.modeling.draft.standalone.network import StandaloneDraft, changes_of, config_like
 from specforge.modeling.draft.starting import SavedDraft, load_weights
-from specforge.modeling.draft.unroll import Plan
 
 
 @dataclass(frozen=True)

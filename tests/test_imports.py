@@ -75,8 +75,6 @@ def test_lightning_is_imported_only_where_training_is():
     for module, path in modules():
         if module.startswith(("specforge.callbacks", "lightning_modules", "datamodules", "specforge.cli.fit")):
             continue
-        if module == "specforge.eval.evaluate":  # it asks for its version
-            continue
         found = [name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")]
         assert not found, f"{module} imports {found}"
 

@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from specforge import stopping
-from specforge.callbacks.ledger import SampleLedger
 from specforge.callbacks.resume import ExactResume
 from specforge.errors import UserError
 from specforge.export.checkpoint import checkpoint_bytes, read_checkpoint
@@ -187,9 +186,7 @@ class LastCheckpoint(DraftCheckpoint):
             self.write(trainer, path)
             self.point(trainer, "last.ckpt", path)
             trainer.strategy.barrier("the checkpoint is complete")
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SampleLedger):
-                    callback.saved(trainer)
+            trainer.train_dataloader.durable(trainer.global_step)
             self._rotate(trainer)
 
     def _rotate(self, trainer: pl.Trainer) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lightning_modules.loading import find_algorithm, load_module
 from specforge.cli.serve import serve_target, store_up
 from specforge.contracts import Provenance
 from specforge.errors import UserError, escaped
+from specforge.eval.table import COLUMNS, table_notes, table_rows, table_title
 from specforge.files import check_json, write_file
 from specforge.inference.target_files import TargetFiles
 from specforge.options import (
@@ -32,7 +34,7 @@ from specforge.options import (
     Seconds,
     Seed,
 )
-from specforge.system import keep_freed_memory, pick_device
+from specforge.system import keep_freed_memory, peak_memory, pick_device
 
 _console = Console(highlight=False)
 
@@ -439,7 +441,8 @@ def evaluate(
     from specforge.data.templates import ChatTemplate
     from specforge.decoding.verify import Sampling
     from specforge.eval.cache import EvalCache
-    from specforge.eval.evaluate import EvaluateOptions, Evaluation, as_json, versions
+    from specforge.eval.evaluate import EvaluateOptions, Evaluation, as_json
+    from specforge.eval.report import versions
 
     if json is not None:
         check_json(json, "run", "methods")
@@ -466,10 +469,22 @@ def evaluate(
         baselines,
     )
     ends = sorted(template.end_ids)
-    evaluation = Evaluation(files, module, ends, template.fingerprint, EvalCache(cache), options, _say)
-    results = evaluation.run([_prompt(task) for task in tasks])
+    with _progress("prompts decoded") as bar:
+        task = bar.add_task("evaluate", total=None, rate="")
+        evaluation = Evaluation(
+            files,
+            module,
+            ends,
+            template.fingerprint,
+            EvalCache(cache),
+            options,
+            _say,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        results = evaluation.run([_prompt(task) for task in tasks])
     run = _run_fields(module, draft, folder, len(tasks), options)
     run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    run |= {"peak_memory": peak_memory(place)}
     print_table(results, run)
     if json is not None:
         _write_results(json, as_json(results, run))
@@ -556,33 +571,16 @@ def _answer(task: Any) -> list[int]:
 
 
 def print_table(results: list[Any], run: dict[str, Any]) -> None:
-    """The evaluation as a table of 80 columns, and what it does not hold as lines below."""
-    name = Path(run["target"]).name
-    table = Table(title=f"{name}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}")
-    for column in ("method", "tau", "95 % interval", "offline tau", "tok/s", "speed-up", "lossless"):
+    """Print the evaluation as a table of 80 columns, with notes below it."""
+    methods = [asdict(result) for result in results]
+    table = Table(title=table_title(run))
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for r in results:
-        table.add_row(
-            r.method,
-            f"{r.tau:.3f}",
-            "{:.2f} - {:.2f}".format(*r.tau_ci95) if r.tau_ci95 else "-",
-            f"{r.offline_tau:.3f}",
-            "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
-            "-" if r.speedup is None else f"{r.speedup:.2f}x",
-            "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" +{r.ties} ties" if r.ties else ""),
-        )
+    for row in table_rows(methods):
+        table.add_row(*row)
     _console.print(table)
-    for r in results:
-        if r.acceptance_per_position:
-            rates = " ".join(f"{a:.2f}" for a in r.acceptance_per_position)
-            _say(f"{r.method}: acceptance by position {rates}")
-    timed = [r for r in results if r.speed_identical is not None]
-    if timed and run["temperature"] == 0:
-        same = ", ".join(f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none")
-        _console.print(
-            f"lossless: answers identical to the target's, in {run['dtype']}. Timed in {run['speed_dtype']}, where "
-            f"near-ties flip with the shape of a product: identical there {same}."
-        )
+    for note in table_notes(run, methods):
+        _say(note)
 
 
 def write_json(path: Path, content: Any) -> None:

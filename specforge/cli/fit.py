@@ -33,7 +33,6 @@ from specforge.callbacks.checkpoint import (
     check_folder,
     find_checkpoint,
 )
-from specforge.callbacks.ledger import SampleLedger
 from specforge.callbacks.loop import FitLoop
 from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
@@ -291,7 +290,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], preemption: Preemption) -> None:
-    always = [ExactResume(), SampleLedger(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
+    always = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
     command = type("Command", (TrainingCLI,), {"command": argv[0]})
     sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
     command(

@@ -26,7 +26,7 @@ _TILE_BYTES = {"cpu": 4 << 20}
 _TILE_BYTES_ACCELERATOR = 512 << 20
 # Teacher rows are computed for this many tiles at once: T times fewer than students, they make thin products.
 _TEACHER_TILES = 4
-# Tiles that end with a block are padded to a multiple of this (see specforge.modeling.draft.unroll.ROUND).
+# Tiles that end with a block are padded to a multiple of this (see specforge.modeling.draft.plan.ROUND).
 _ROUND = 32
 
 Weigh = Callable[[slice, Tensor], Tensor]
@@ -78,7 +78,7 @@ def default_chunk(vocabulary: int, students: int, device: torch.device) -> int:
     """Labels of a tile whose fp32 logits fit the cache of a CPU core, or are enough to fill a GPU."""
     tile = _TILE_BYTES.get(device.type, _TILE_BYTES_ACCELERATOR)
     labels = max(1, tile // (4 * vocabulary * students))
-    # A power of two, so that few shapes occur (see specforge.modeling.draft.unroll.ROUND).
+    # A power of two, so that few shapes occur (see specforge.modeling.draft.plan.ROUND).
     return 1 << (labels.bit_length() - 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,25 +16,25 @@ from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.checks import check_stored
-from specforge.modeling.draft.fields import draft_rope, quoted
+from specforge.modeling.draft.fields import draft_rope, quoted, rope_fields
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.registry import Draft, as_trained, canonical, config_fields, find_draft_config, read_draft
-from specforge.modeling.draft.standalone.network import spread
+from specforge.modeling.layers.decoder_layer import ROPE_TYPES, RotaryTable
 
 CHECKPOINT_KEY = "specforge"
-# Checkpoints without it were written before drafts refused fields that they do not read.
+# Checkpoints without a version were written before drafts rejected fields that they do not read.
 CONFIG_VERSION = 1
 
 
 class SavedDraft(NamedTuple):
-    """A draft on disk that a run starts from.
+    """A draft on disk from which a run starts.
 
     Attributes:
-        path: a SpecForge checkpoint, or a folder in the field's own form.
-        config: its config, as SpecForge writes it.
+        path: a SpecForge checkpoint, or the folder of a published draft.
+        config: its config in SpecForge's own form.
         tensors: its tensors as stored.
-        form: the names of a folder's tensors; None for a checkpoint.
-        steps: optimizer steps that a checkpoint was trained for.
+        form: format of a folder; None for a checkpoint.
+        steps: optimizer steps of a checkpoint.
     """
 
     path: Path
@@ -47,7 +48,7 @@ class SavedDraft(NamedTuple):
         """Read a checkpoint or a folder.
 
         Raises:
-            UserError: it is neither, or damaged.
+            UserError: the path is neither, or its content is damaged.
         """
         path = Path(path)
         if path.is_dir():
@@ -63,15 +64,15 @@ class SavedDraft(NamedTuple):
 
     @classmethod
     def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
-        """The draft that ``init_from`` names; None if it is None or one of ``others``, which do not name a draft."""
+        """The draft at ``init_from``; None if that is None or one of the keywords in ``others``."""
         return None if init_from is None or init_from in others else cls.read(init_from, form)
 
 
 def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The draft config of a checkpoint, from the entry that :meth:`DraftModule.on_save_checkpoint` adds.
+    """The draft config in a checkpoint's own entry (:data:`CHECKPOINT_KEY`).
 
     Raises:
-        UserError: the entry has none.
+        UserError: the entry has no draft config.
     """
     if not isinstance(saved, Mapping) or "draft_config" not in saved:
         raise UserError(f"{where}: not a SpecForge checkpoint")
@@ -88,13 +89,13 @@ def draft_config_for(
     """The draft config of a run.
 
     Args:
-        target: the target it must fit.
-        given: path of a JSON file, or name of a shipped one; or fields to change; or None.
-        defaults: the algorithm's config for this target, which ``given`` changes.
-        source: the draft that the run starts from; if there is one, ``given`` changes its config instead.
+        target: the target that the draft must fit.
+        given: path of a JSON file or name of a shipped one; or fields to change; or None.
+        defaults: the algorithm's config for this target, to which the changes apply.
+        source: the draft from which the run starts; the changes apply to its config instead.
 
     Returns:
-        The fields, and what to call them in an error message.
+        The fields, and their name for error messages.
 
     Raises:
         UserError: the file cannot be read, or a field does not fit the target.
@@ -123,7 +124,7 @@ def draft_config_for(
 
 
 def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Fill in the default captured layers of a draft with fused features, as servers do."""
+    """Fill in the default captured layers of an EAGLE draft, as servers do."""
     own = config.get("eagle_config", {})
     if "eagle_config" in defaults and isinstance(own, Mapping):
         config["eagle_config"] = {**defaults["eagle_config"], **own}
@@ -147,24 +148,24 @@ def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> di
 def layer_fields(target: TargetFiles) -> dict[str, Any]:
     """Fields of a draft config whose layers have the target's dimensions and positions.
 
-    The layers are Llama layers, whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
+    They describe Llama layers whatever the target's layers are: gated MLPs, RMS norms, rotary positions.
 
     Raises:
-        UserError: the target's config does not say how many attention heads it has.
+        UserError: the target's config has no number of attention heads.
     """
     config, hidden = target.config, target.hidden_size
-    heads = _first(config, ("num_attention_heads",))
+    heads = _first_size(config, ("num_attention_heads",))
     if heads is None:
         raise UserError(f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file")
-    kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
-    head_dim = _first(config, ("head_dim",)) or hidden // heads
+    kv_heads = _first_size(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    head_dim = _first_size(config, ("head_dim",)) or hidden // heads
     # LlamaConfig accepts only numbers of heads that divide the hidden size.
     heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
-    positions = _first(config, ("max_position_embeddings",))
+    positions = _first_size(config, ("max_position_embeddings",))
     rope = draft_rope(config)
     return {
         "hidden_size": hidden,
-        "intermediate_size": _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
+        "intermediate_size": _first_size(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
         or 4 * hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": math.gcd(heads, kv_heads),
@@ -177,8 +178,8 @@ def layer_fields(target: TargetFiles) -> dict[str, Any]:
     }
 
 
-def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first of some fields that is a size; of a list with an entry for each layer, the last entry."""
+def _first_size(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of the named fields that is a size; for a list with one entry per layer, its last entry."""
     for name in names:
         value = config.get(name)
         value = value[-1] if isinstance(value, list) and value else value
@@ -188,22 +189,22 @@ def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
 
 
 def initialise(module: torch.nn.Module) -> None:
-    """Draw the matrix of a linear layer anew, as the targets' own are drawn."""
+    """Draw a linear layer's matrix from a normal distribution with standard deviation 0.02, as targets do."""
     if isinstance(module, torch.nn.Linear):
         torch.nn.init.normal_(module.weight, std=0.02)
 
 
 def initialise_layers(module: torch.nn.Module) -> None:
-    """Like :func:`initialise`, and biases start at zero."""
+    """As :func:`initialise`, with biases of zero."""
     initialise(module)
     if isinstance(module, torch.nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
 
 
 def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
-    """An algorithm's choice of layers; for a target of so few that some of them coincide, as many as there are.
+    """An algorithm's choice of layers, or evenly spaced ones if the target has too few for the choice to be distinct.
 
-    The last layer is left out, because servers capture what enters the layer above.
+    The last layer is never chosen, because servers capture the input of the layer above.
     """
     if min(chosen) >= 0 and len(set(chosen)) == len(chosen):
         return chosen
@@ -211,22 +212,62 @@ def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
     return spread(min(len(chosen), below), below)
 
 
-def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
-    """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
+def spread(count: int, layers: int) -> list[int]:
+    """``count`` evenly spaced layers of a model, including the first and the last."""
+    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
+    """Copy a tensor of the target, named ``what`` in error messages, into a parameter.
 
     Raises:
-        UserError: it is another network, or tensors are missing, unknown or damaged, or have another shape.
+        UserError: it has another shape.
+    """
+    if parameter.shape != value.shape:
+        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+    parameter.copy_(value)
+
+
+def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
+    """The rotary positions to use when a draft's layer is compared with the target's.
+
+    A derived draft may have simpler positions than the target (:func:`draft_rope`), which is no reason to reject it:
+    the comparison then uses the target's positions. Positions chosen by the user are compared as they are.
+
+    Args:
+        own: the draft's table.
+        config: the draft's config.
+        target: the target.
+    """
+
+    def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
+        if rope is None or rope["rope_type"] not in ROPE_TYPES:
+            return None
+        changed = copy.copy(config)
+        changed.rope_parameters = dict(rope)
+        return RotaryTable(changed)
+
+    if table(draft_rope(target.config)) in (None, own):
+        return own
+    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
+
+
+def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
+    """Load the weights of a draft on disk: a SpecForge checkpoint, or the folder of a published draft.
+
+    Raises:
+        UserError: it is a different network, or a tensor is missing, unknown, damaged or of another shape.
     """
     if not isinstance(source, SavedDraft):
         source = SavedDraft.read(source, form)
     path = source.path
-    # A block drafter can be trained further with blocks of another size.
+    # A block drafter may continue training with another block size.
     found = draft.difference(source.config, str(path), ignored=("block_size",))
     if found is not None:
         name, theirs, mine = found
         raise UserError(
             f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
-            "out of model.draft_config (or model.layer_ids) to continue with what was trained"
+            "out of model.draft_config (or model.layer_ids) to continue with the trained network"
         )
     tensors = source.tensors
     if source.form is not None:
