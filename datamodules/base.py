@@ -112,10 +112,6 @@ class FeatureDataModule(pl.LightningDataModule):
             return []
         return self._loader(*part, shuffle=False, acknowledged=False, batch_size=self.val_batch_size)
 
-    def test_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The loader of the held-out samples."""
-        return self.val_dataloader()
-
     def _loader(self, samples: Sequence[Sample], store: SampleStore[Any], **options: Any) -> FeatureDataLoader:
         return FeatureDataLoader(
             samples,

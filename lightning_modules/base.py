@@ -190,14 +190,17 @@ class DraftModule(pl.LightningModule):
     @property
     def head_dtype(self) -> torch.dtype:
         """bf16 under a bf16 precision, else fp32."""
-        trainer = self._trainer
-        return torch.bfloat16 if trainer is not None and "bf16" in str(trainer.precision) else torch.float32
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # not attached to a trainer
+            return torch.float32
+        return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
     # Training.
 
     def configure_model(self) -> None:
         """Shard the draft if the strategy has a device mesh (``fsdp2``)."""
-        mesh = getattr(self, "_device_mesh", None)
+        mesh = self.device_mesh
         if mesh is None or isinstance(self.draft, FSDPModule):
             return
         # The draft is one layer and a head, so a single FSDP group, gathered once per step, suffices.
@@ -255,10 +258,6 @@ class DraftModule(pl.LightningModule):
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> ValidationOutput:
         """Drafted chains of held-out documents; an empty batch runs too, because a sharded draft needs all ranks."""
         return self.validation_chains(batch, self.target_head(batch.input_ids.device), self.gamma)
-
-    def test_step(self, batch: TrainBatch, batch_idx: int) -> ValidationOutput:
-        """Same as :meth:`validation_step`."""
-        return self.validation_step(batch, batch_idx)
 
     def empty_output(self, positions: int, states: Tensor) -> StepOutput:
         """Output of a batch without supervised rows: a zero loss with the draft's parameters in its graph.

@@ -28,6 +28,7 @@ from specforge.data.turns import Refusal
 from specforge.errors import UserError
 from specforge.files import disk_error, first_line, parse_json, write_file
 from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.options import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 
 _START = b'{"id": '
 
@@ -37,18 +38,18 @@ class RegenerateOptions:
     """How answers are generated.
 
     Args:
-        max_new_tokens: most tokens of an answer; one that reaches it is marked as cut off.
-        batch_size: conversations at a time.
-        temperature: 0 for greedy.
-        top_p: nucleus of sampling.
-        seed: of sampling.
+        max_new_tokens: maximum number of tokens of an answer; an answer that reaches it is marked as truncated.
+        batch_size: number of conversations answered together.
+        temperature: sampling temperature; 0 for greedy decoding.
+        top_p: nucleus sampling: sample from the smallest set of tokens with this total probability.
+        seed: random seed for sampling.
     """
 
-    max_new_tokens: int = 512
-    batch_size: int = 32
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: PositiveInt = 512
+    batch_size: PositiveInt = 32
+    temperature: NonNegativeFloat = 0.0
+    top_p: PositiveShare = 1.0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def test_a_fault_of_an_algorithm_keeps_its_stack_trace(hook, target, features, t
         main(["fit", "--config", str(recipe(target, features, tmp_path, trainer__max_steps=2))])
 
 
-def fails_while_it_refuses(argv: list[str]) -> int:
+def fails_while_it_refuses() -> int:
     """A command with a fault."""
     try:
         raise UserError("a mistake")
