@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import lightning.pytorch as pl
 import torch
 
-from specforge.contracts import Sample, StrategySpec, TokenCounts
+from specforge.contracts import Sample, StrategySpec, TokenCounts, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.options import NonNegativeInt, PositiveInt, Seed
@@ -24,6 +24,9 @@ class Algorithm(Protocol):
 
     spec: StrategySpec
     target: TargetFiles
+
+    def training_plan(self, batch: TrainBatch) -> Any:
+        """Index tensors of a training batch, on the CPU."""
 
 
 class Split(NamedTuple):
@@ -99,7 +102,8 @@ class FeatureDataModule(pl.LightningDataModule):
         """A new loader of the training samples."""
         part = self.split("train")
         assert part is not None
-        return self._loader(self.sample_refs(), part.store, shuffle=True, **self.limits)
+        plan = self.module.training_plan
+        return self._loader(self.sample_refs(), part.store, shuffle=True, plan_batch=plan, **self.limits)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
         """A loader of the held-out samples, in order; empty where none are held out."""

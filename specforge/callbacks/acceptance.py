@@ -45,7 +45,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
             answers[document] = (*answers[document], chain)
         for chains in answers.values():
             self._metric.update(chains)
-        self._loss += torch.tensor([float(outputs.losses[0]), outputs.count], dtype=torch.float64)
+        self._loss += torch.tensor([float(outputs.loss), outputs.num_supervised], dtype=torch.float64)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Log the results over all ranks."""

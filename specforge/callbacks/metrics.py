@@ -95,7 +95,7 @@ class TrainingMetrics(pl.Callback):
         row = torch.stack([output.losses.float(), output.hits.float(), output.rows.float()])
         self._sums = row if self._sums is None else self._sums.to(row.device) + row
         self._tokens += sum(batch.lengths)
-        self._supervised += output.count
+        self._supervised += output.num_supervised
         step = trainer.global_step
         if is_time_to_log(trainer) and step != self._logged_step:
             self._logged_step = step
