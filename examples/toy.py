@@ -11,7 +11,6 @@ from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft, build_draft, register_draft
-from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.starting import load_weights
 

@@ -178,18 +178,8 @@ def test_status_names_states_dead_letters_and_the_bottleneck(target, prompts, tm
     assert main(["status", *words, "--revive", "true"]) == 0
     text = capsys.readouterr().out
     assert "2 queued" in text
-<<<<<<< HEAD
     assert "given up: s0@0 after 1 tries: s0: holds NaN" in text
     assert controller.counts()[State.QUEUED] == 3
-=======
-<<<<<<< HEAD
-    assert "given up: s0@0 after 1 tries: s0: holds NaN" in text
-    assert controller.counts()[QUEUED] == 3
-=======
-    assert "dead: s0@0 after 1 tries: s0: holds NaN" in text
-    assert controller.counts()[State.QUEUED] == 3
->>>>>>> e/control
->>>>>>> e/data
 
 
 def test_status_makes_nothing(target, tmp_path, capsys):
