@@ -1,19 +1,16 @@
 """A recurrent draft: state' = tanh(W [state; embedding of the next token]), logits = lm_head state'."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from lightning_modules.distilled import DistilledModule, unrolled
-from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
-from specforge.losses import make_objective
 from specforge.modeling.draft import Draft, build_draft, register_draft
-from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.starting import load_weights
 
@@ -60,8 +57,6 @@ class ToyModule(DistilledModule):
         init_from: checkpoint or folder to start from.
         layer: layer of the target that gives the first state.
         steps: number of draft positions to train.
-        gamma: tokens drafted per round in validation.
-        optimizer: optimizer and learning-rate schedule.
     """
 
     algorithm = "toy"  # name in tables and checkpoints
@@ -75,8 +70,8 @@ class ToyModule(DistilledModule):
         init_from: str | None = None,
         layer: int = 1,
         steps: int = 3,
-        gamma: int = 4,
-        optimizer: OptimizerOptions = OptimizerOptions(),
+        label: Literal["target", "data"] = "data",  # the base's default is "target"
+        **training: Any,  # options of the base classes: loss, gamma, optimizer, ...
     ):
         files = TargetFiles.find(target)
         defaults = {
@@ -94,12 +89,9 @@ class ToyModule(DistilledModule):
             draft,
             CapturePolicy((draft.config.layer,)),
             weights=torch.ones(steps),
-            objective=make_objective("kl"),
-            label="data",
-            chunk=None,
             has_vocabulary=init_from is not None,
-            optimizer=optimizer,
-            gamma=gamma,
+            label=label,
+            **training,
         )
 
     @classmethod
@@ -107,10 +99,8 @@ class ToyModule(DistilledModule):
         """Layers that `specforge capture` stores, in addition to the input of lm_head."""
         return [1]
 
-    def students(self, batch, head, positions=None):
-        """The draft's states and the tokens that they predict: for training, or at all ``positions``."""
-        steps = positions or len(self.weights)
-        plan = plan_unroll(batch.lengths, batch.spans, steps, batch.num_tokens).to(batch.input_ids.device)
+    def students(self, batch, head, plan):
+        """The draft's states and the tokens that they predict; ``plan`` chooses the rows."""
         state, states = batch.features[AUX_HIDDEN_STATES][plan.rows].float(), []
         for tokens in plan.row_tokens:
             state = self.draft(state, head.embed(batch.input_ids[tokens]))
