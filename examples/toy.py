@@ -70,7 +70,7 @@ class ToyModule(DistilledModule):
         init_from: str | None = None,
         layer: int = 1,
         steps: int = 3,
-        label: Literal["target", "data"] = "data",  # another default than the base class's
+        label: Literal["target", "data"] = "data",  # the base's default is "target"
         **training: Any,  # options of the base classes: loss, gamma, optimizer, ...
     ):
         files = TargetFiles.find(target)
@@ -100,7 +100,7 @@ class ToyModule(DistilledModule):
         return [1]
 
     def students(self, batch, head, plan):
-        """The draft's states and the tokens that they predict."""
+        """The draft's states and the tokens that they predict; ``plan`` chooses the rows."""
         state, states = batch.features[AUX_HIDDEN_STATES][plan.rows].float(), []
         for tokens in plan.row_tokens:
             state = self.draft(state, head.embed(batch.input_ids[tokens]))
