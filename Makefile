@@ -1,19 +1,20 @@
-# make quickstart: train, measure and export a draft for a real model on two CPU cores
-# make test:       the whole test suite
-# Both make .venv first. Without a GPU they install the CPU build of torch; with one, your own torch is kept.
+# make quickstart: train, evaluate and export a draft for a real model on two CPU cores
+# make test:       run the whole test suite
+# Both create .venv first. On a machine without a GPU they install the CPU build of torch; with a GPU they keep your torch.
 
 VENV ?= .venv
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null)
+EXTRAS ?= dev,gguf,redis
 CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
-# Where PyTorch publishes CPU builds; left out where it does not answer, the package index then serves torch.
+# PyTorch's index of CPU builds. If it does not answer, torch comes from the package index.
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 SPECFORGE := $(VENV)/bin/specforge
 TARGET := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -21,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
 	index=$$($(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=3)" 2>/dev/null \
 	  && echo --extra-index-url $(CPU_WHEELS)); \
-	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[dev,gguf,redis]'
+	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 quickstart: install
@@ -37,7 +38,7 @@ quickstart: install
 	  --max_new_tokens 80 --batch_size 64 --speed_prompts 0 --json $(RUN)/evaluation-unseen.json
 
 test: install
-	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal # it compares runs to the bit, on CPUs
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal # bit-identical runs, on the CPU
 	$(if $(GPU),$(VENV)/bin/python -m pytest tests/test_gpu.py tests/modeling/layers/test_flex_attention.py \
 	  tests/test_algorithms.py::test_two_ranks_are_one_whole_or_sharded)
 
@@ -47,5 +48,14 @@ lint: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell
 
+docs: .docs/.installed # the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict
+
+.docs/.installed: pyproject.toml # an environment of its own, without torch
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet $$($(PYTHON) -c \
+	  "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .docs build dist *.egg-info

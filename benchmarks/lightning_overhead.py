@@ -77,10 +77,10 @@ def bare(module: DraftModule, batch: TrainBatch, steps: int) -> None:
     optimizer, schedule = build_optimizer(module.optimizer_options, module.draft, steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        output = module.compute(batch, head)
+        output = module.training_loss(batch, head)
         output.loss.backward()
         grads = [p.grad for p in module.draft.parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, 1.0 / output.count)
+        torch._foreach_mul_(grads, 1.0 / output.num_supervised)
         torch.nn.utils.clip_grad_norm_(module.draft.parameters(), 0.5)
         optimizer.step()
         schedule.step()

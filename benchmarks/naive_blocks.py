@@ -62,7 +62,7 @@ def block_states(draft: DFlash, batch: TrainBatch, embedding: Tensor, anchors: T
 def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tensor) -> Tensor:
     """Sum of the weighted losses, labels from the data, the whole vocabulary."""
     draft = module.draft
-    plan = module._plan(batch, None)
+    plan = module.training_plan(batch)
     anchors = plan.anchors[: plan.blocks]
     states = block_states(draft, batch, embedding, anchors)[:, 1 - draft.shift :]
     labels = anchors.unsqueeze(1) + 1 + torch.arange(draft.drafts)
@@ -83,7 +83,7 @@ def naive_loss(module: Any, batch: TrainBatch, embedding: Tensor, lm_head: Tenso
             labels.shape
         )
         entropy = torch.lerp(final, entropy, module.base_share)
-    if module.weights == "dpace":
+    if module.algorithm == "dflash" and module.weights == "dpace":
         smooth = torch.where(valid, (1 - module.alpha) * (-entropy.detach()).exp() + module.alpha, 1.0)
         weights = (smooth.cumprod(1) * valid).flip(1).cumsum(1).flip(1) * valid
     return (entropy * weights).sum()

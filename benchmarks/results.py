@@ -1,12 +1,12 @@
-"""One table of every algorithm: trained for the same supervised tokens, measured on the same prompts.
+"""One table of all algorithms, trained for the same number of supervised tokens and measured on the same prompts.
 
     python -m benchmarks.results --tokens 400000
 
-Every recipe `*-smollm2.yaml` in configs/ that trains offline, and quickstart.yaml as `eagle3`, is trained on the same
-features for as many optimizer steps as make up the budget at its batch, then evaluated. Each training and each
-evaluation is a process of its own; what is done already is not done again, so the command can be stopped and started.
-It writes docs/results.md, and docs/results.json in the form of `specforge evaluate --json`. On a GPU the columns of
-cost are wall time and GPU memory.
+Trains every recipe `*-smollm2.yaml` in configs/ that trains offline, and quickstart.yaml as `eagle3`, on the same
+features. The number of optimizer steps follows from the token budget and the recipe's batch size. Each training and
+each evaluation runs in a process of its own. You can interrupt the command; finished ones are not repeated. It writes
+docs/results.md, and docs/results.json in the format of `specforge evaluate --json`. On a GPU the cost columns are wall
+time and GPU memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CLOCK = "training.json"
 
 
 class StepClock(pl.Callback):
-    """Time, supervised tokens and peak memory of a training, written into the run's folder at its end.
+    """Writes time, supervised tokens and peak memory of a training into the run's folder.
 
     Args:
-        skip: first steps of the process, which set up what later ones reuse, are not timed.
+        skip: number of steps at the start of the process that are not timed, because they allocate and compile.
     """
 
     def __init__(self, skip: int = 3) -> None:
@@ -49,11 +49,11 @@ class StepClock(pl.Callback):
         return {"supervised": self._supervised}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the count."""
         self._supervised = state_dict["supervised"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start, first from here, then again behind the steps that are skipped."""
+        """Start the clock; it restarts after the skipped steps."""
         self._begin = trainer.global_step
         self._mark(self._begin)
 
@@ -68,7 +68,7 @@ class StepClock(pl.Callback):
             self._mark(step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write what a whole training cost."""
+        """Write the cost, if the training is complete."""
         steps = trainer.global_step - self._since
         if trainer.global_step < trainer.max_steps or not steps:
             return
@@ -89,7 +89,7 @@ class StepClock(pl.Callback):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: its name, its recipe, where it is trained, and for how many steps."""
+    """A row of the table: its name, its recipe, the run's folder, and the number of steps."""
 
     name: str
     recipe: Path
@@ -98,17 +98,17 @@ class Entry:
 
     @property
     def checkpoint(self) -> Path:
-        """Where its weights are."""
+        """The final checkpoint."""
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
     def evaluation(self) -> Path:
-        """What it earned, with the settings of that."""
+        """The evaluation, with its settings."""
         return self.folder / "result.json"
 
 
 def find_recipes(configs: Path) -> dict[str, Path]:
-    """Recipes of the small target that train offline, by the name of their row."""
+    """Recipes for the small target that train offline, by row name."""
     paths = [configs / f"{stem}.yaml" for stem in NAMED_OTHERWISE]
     paths = [p for p in paths if p.exists()] + sorted(configs.glob(f"*{SUFFIX}.yaml"))
     paths = [p for p in paths if "features" in yaml.safe_load(p.read_text())["data"]["init_args"]]
@@ -116,7 +116,7 @@ def find_recipes(configs: Path) -> dict[str, Path]:
 
 
 def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None = None) -> int:
-    """Optimizer steps of a recipe, at its own batch by default, that see about ``tokens`` supervised tokens."""
+    """Number of optimizer steps in which a recipe sees about ``tokens`` supervised tokens, by default at its batch."""
     from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
     refs = FeatureFolder.open(features / "train").refs
@@ -131,20 +131,20 @@ def steps_for(recipe: Path, features: Path, tokens: int, batch_size: int | None 
 
 
 def specforge(*words: object) -> None:
-    """Run a command of SpecForge in a process of its own."""
+    """Run a SpecForge command in a process of its own."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 def train(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
-    """What training cost; trained only if it is not trained yet, from where it was stopped."""
+    """Train, or resume, unless it is done; returns the cost."""
     path = entry.folder / CLOCK
     if not path.exists() or json.loads(path.read_text())["steps"] != entry.steps:
         print(f"{entry.name}: {entry.steps} steps of {entry.recipe.name}", flush=True)
         path.unlink(missing_ok=True)
         entry.evaluation.unlink(missing_ok=True)
-        # The same data and seed for all, and no validation while training.
+        # The same data and seed for all; no validation during training.
         replaced = {
             "--seed_everything": options.seed,
             "--model.target": options.target,
@@ -168,7 +168,7 @@ def train(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(entry: Entry, options: argparse.Namespace, baselines: bool) -> dict[str, Any]:
-    """The content of `specforge evaluate --json`; evaluated only if this is not done yet."""
+    """Evaluate, unless it is done; returns the content of `specforge evaluate --json`."""
     settings = {
         "gamma": options.gamma,
         "seed": options.seed,
@@ -201,7 +201,7 @@ def evaluate(entry: Entry, options: argparse.Namespace, baselines: bool) -> dict
 
 
 def collect(entries: list[Entry], options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Train and evaluate all; the table's content, and the names of those that failed."""
+    """Train and evaluate all entries; returns the content of the table and the names of those that failed."""
     methods: list[dict[str, Any]] = []
     training: dict[str, Any] = {}
     run: dict[str, Any] = {}
@@ -224,22 +224,23 @@ def collect(entries: list[Entry], options: argparse.Namespace) -> tuple[dict[str
 
 
 _HOW = """
-Every algorithm on {name}: trained from its recipe for about {tokens:,} supervised tokens on the same features, then
-measured by decoding the same {num_prompts} held-out prompts ({sampling}, γ = {gamma}, at most {max_new_tokens} new
-tokens, seed {seed}). τ counts the bonus token; its interval is clustered by prompt. Offline τ is the same rounds
-replayed over the target's own answers.
+All algorithms on {name}. Each draft is trained from its recipe for about {tokens:,} supervised tokens on the same
+features, then measured by decoding the same {num_prompts} held-out prompts ({sampling}, γ = {gamma}, at most
+{max_new_tokens} new tokens, seed {seed}). τ is the acceptance length, with the bonus token; its interval is clustered
+by prompt. Offline τ replays the same rounds over the target's own answers. These are single seeds, and only EAGLE-3's
+recipe was tuned: do not read the table as a ranking of the papers.
 """
 _SPEED = """
-Speed: {speed_prompts} prompts one at a time in {speed_dtype} on {device} with {threads} threads; each speed-up is over
-plain decoding in the same process.
+Speed is measured on {speed_prompts} prompts, one at a time, in {speed_dtype} on {device} with {threads} threads; each
+speed-up is relative to plain decoding in the same process.
 """
 
 
-def page(content: dict[str, Any], command: str, note: str = "") -> str:
-    """The table in Markdown."""
+def page(content: dict[str, Any]) -> str:
+    """The results as a page in Markdown."""
     run, training = content["run"], content["training"]
     gpu = any("peak_gpu_mib" in cost for cost in training.values())
-    costs = ("s a step", "peak GPU, MiB") if gpu else ("CPU-s a step", "peak RSS, MiB")
+    costs = ("s per step", "peak GPU, MiB") if gpu else ("CPU-s per step", "peak RSS, MiB")
     head = (
         "method",
         "parameters",
@@ -255,14 +256,19 @@ def page(content: dict[str, Any], command: str, note: str = "") -> str:
         "lossless",
     )
     sampling = "greedy" if run["temperature"] == 0 else f"temperature {run['temperature']}"
-    how = _HOW + (_SPEED if run["speed_prompts"] else "") + note
+    how = _HOW + (_SPEED if run["speed_prompts"] else "")
+    paragraphs = [how.format(**run, name=Path(run["target"]).name, sampling=sampling), content["note"]]
     rows = [_row(method, training.get(method["method"])) for method in content["methods"]]
     lines = [
-        "# Results",
+        content["title"],
         "",
-        textwrap.fill(" ".join(how.split()).format(**run, name=Path(run["target"]).name, sampling=sampling), 120),
-        "",
-        f"Made by `{command}`.",
+        *(
+            line
+            for text in paragraphs
+            if text
+            for line in (textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False), "")
+        ),
+        f"Reproduce with `{content['command']}`.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -311,17 +317,18 @@ def _row(method: dict[str, Any], cost: dict[str, Any] | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Train, evaluate, write; returns 1 if an algorithm failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400_000, help="supervised tokens to train each for")
+    parser.add_argument("--tokens", type=int, default=400_000, help="supervised tokens per training")
     parser.add_argument("--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--features", type=Path, default=Path("runs/quickstart/features"))
     parser.add_argument("--prompts", type=Path, default=Path("runs/quickstart/prompts"))
     parser.add_argument("--configs", type=Path, default=ROOT / "configs")
-    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="where they are trained")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page and its figures")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder for the runs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the page and its JSON")
     parser.add_argument("--name", default="results", help="name of the page, without .md")
-    parser.add_argument("--note", default="", help="what else the page should say")
-    parser.add_argument("--batch_size", type=int, help="documents a step, in place of the recipes'")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the rows")
+    parser.add_argument("--title", default="Results", help="title of the page")
+    parser.add_argument("--note", default="", help="paragraph to add to the page")
+    parser.add_argument("--batch_size", type=int, help="documents per step, instead of the recipes' own")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to measure (default: all)")
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--num_prompts", type=int)
@@ -339,12 +346,13 @@ def main(argv: list[str] | None = None) -> int:
     if not content["methods"]:
         print("nothing was measured", file=sys.stderr)
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    # Where things lie does not belong in the page.
+    # Paths do not belong in the page.
     given = {k: v for k, v in vars(options).items() if isinstance(v, int) and v != parser.get_default(k)}
     command = " ".join(["python -m benchmarks.results", *(f"--{k} {v}" for k, v in given.items())])
-    (options.output / f"{options.name}.md").write_text(page(content, command, options.note))
+    content |= {"title": f"# {options.title}", "command": command, "note": options.note}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{options.name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (options.output / f"{options.name}.md").write_text(page(content))
     print(f"wrote {options.output / f'{options.name}.md'}")
     return 1 if failed else 0
 

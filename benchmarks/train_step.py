@@ -133,7 +133,7 @@ def fast_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[]
 
     def step() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = module.compute(batch, head).loss
+            loss = module.training_loss(batch, head).loss
         loss.backward()
         return loss.detach()
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import lightning.pytorch as pl
 import torch
 
-from specforge.contracts import Sample, StrategySpec, TokenCounts
+from specforge.contracts import Sample, StrategySpec, TokenCounts, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.options import NonNegativeInt, PositiveInt, Seed
@@ -24,6 +24,9 @@ class Algorithm(Protocol):
 
     spec: StrategySpec
     target: TargetFiles
+
+    def training_plan(self, batch: TrainBatch) -> Any:
+        """Index tensors of a training batch, on the CPU."""
 
 
 class Split(NamedTuple):
@@ -99,7 +102,8 @@ class FeatureDataModule(pl.LightningDataModule):
         """A new loader of the training samples."""
         part = self.split("train")
         assert part is not None
-        return self._loader(self.sample_refs(), part.store, shuffle=True, **self.limits)
+        plan = self.module.training_plan
+        return self._loader(self.sample_refs(), part.store, shuffle=True, plan_batch=plan, **self.limits)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
         """A loader of the held-out samples, in order; empty where none are held out."""
@@ -107,10 +111,6 @@ class FeatureDataModule(pl.LightningDataModule):
         if part is None:
             return []
         return self._loader(*part, shuffle=False, acknowledged=False, batch_size=self.val_batch_size)
-
-    def test_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The loader of the held-out samples."""
-        return self.val_dataloader()
 
     def _loader(self, samples: Sequence[Sample], store: SampleStore[Any], **options: Any) -> FeatureDataLoader:
         return FeatureDataLoader(

@@ -1,6 +1,6 @@
-"""What drafts share that learn the target's distribution row by row: their losses, hits, chains and logits.
+"""Base of drafts that learn the target's distribution row by row: their losses, hits, chains and logits.
 
-A subclass says which states predict which label (:meth:`DistilledModule.students`); everything else follows from that.
+A subclass states which of its states predicts which token (:meth:`DistilledModule.students`); the rest follows.
 """
 
 from __future__ import annotations
@@ -8,41 +8,40 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_modules.base import DraftModule, LogitTile, StepOutput
-from lightning_modules.optimizers import OptimizerOptions
+from lightning_modules.base import DraftModule, LogitTile, StepOutput, ValidationOutput
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
 from specforge.errors import UserError
 from specforge.eval.tau import chains
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import OutputHead, TargetHead
-from specforge.losses import TeacherRows, chunked_distillation, feature_distance
-from specforge.losses.objectives import Objective
+from specforge.losses import TeacherRows, feature_distance, make_objective, tiled_loss
 from specforge.modeling.draft import Draft
-from specforge.modeling.draft.eagle3.plan import UnrollPlan
+from specforge.modeling.draft.eagle3.plan import UnrollPlan, plan_unroll
+from specforge.options import NonNegativeFloat, PositiveInt
 
 
 @dataclass(frozen=True)
 class Students:
-    """Which states predict which label.
+    """Which state predicts which label.
 
     Shape legend: G heads, S states of each, H hidden size, D draft vocabulary, M labels, T positions.
 
     Attributes:
-        states: ``[G, S, H]`` the draft's normed states; the g-th head and its states are those of the positions
-            ``g T/G`` up to ``(g+1) T/G``.
+        states: ``[G, S, H]`` the draft's normed states; head g and its states belong to the positions ``g T/G`` up to
+            ``(g+1) T/G``.
         heads: the G matrices ``[D, H]``.
         labels: ``[M]`` flat token of each label; padded at the end.
-        index: ``[M, T]`` the state that predicts label m at position t; any where there is none. T is 1 where all
+        index: ``[M, T]`` the state that predicts label m at position t; any where there is none. T is 1 if all
             positions are alike.
-        valid: ``[M, T]`` whether it exists.
-        supervised: how many of the labels are not padding.
-        count: what the sum of the losses is divided by.
-        bias: ``[D]`` added to the logits of all heads; None where they have none.
+        valid: ``[M, T]`` whether that state exists.
+        num_labels: labels before the padding.
+        num_supervised: number by which the sum of the training losses is divided.
+        bias: ``[D]`` added to the logits of all heads; None if there is none.
     """
 
     states: Tensor
@@ -50,8 +49,8 @@ class Students:
     labels: Tensor
     index: Tensor
     valid: Tensor
-    supervised: int
-    count: int
+    num_labels: int
+    num_supervised: int
     bias: Tensor | None = None
 
     def by_head(self, columns: Tensor) -> tuple[Tensor, ...]:
@@ -59,25 +58,38 @@ class Students:
         return columns.chunk(len(self.heads), dim=1)
 
 
+class _Rows(NamedTuple):
+    """Losses of all rows: their weighted sum, sums ``[T]``, hits and weights ``[M, T]``, target states ``[M, H]``."""
+
+    loss: Tensor
+    losses: Tensor
+    hits: Tensor
+    weights: Tensor
+    target_hidden: Tensor
+
+
 class DistilledModule(DraftModule):
-    """Base of drafts that are distilled.
+    """Base of drafts that are distilled from the target.
 
     Args:
-        target: the target.
-        draft: the network.
-        capture: what it reads of the target.
-        weights: ``[T]`` of each trained position in the loss.
-        objective: the loss of a row.
-        label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
-        chunk: labels of a loss tile; by default what fits the cache.
+        target: the target's files.
+        draft: the draft network.
+        capture: features that the draft reads.
+        weights: ``[T]`` weight of each trained position in the loss.
         has_vocabulary: whether the draft comes with its vocabulary.
-        optimizer: optimizer and schedule.
-        gamma: tokens drafted a round in validation.
-        min_tokens: of a document that supervises anything.
-        feature_weight: weight of the feature distance, where there is one head.
-        start: copies weights from the target once the draft vocabulary is known, or checks those that were copied;
-            None if there are none.
+        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or a weight for
+            each of several by name.
+        lk_eta: η of ``lk_lambda``.
+        topk: K of ``topk``.
+        label: the token that counts as right: the ``target``'s most likely one, or the one in the ``data``. They agree
+            if the target wrote the data greedily; ``data`` then saves a product with the whole vocabulary.
+        chunk: labels per loss tile; sized to the cache by default. It does not change the result.
     """
+
+    min_tokens = 3  # the shortest document that supervises anything
+    feature_weight = 0.0
+    start: Callable[[TargetFiles], None] | None = None
+    """Copies weights from the target once the draft vocabulary is known, or checks those already copied."""
 
     def __init__(
         self,
@@ -86,78 +98,109 @@ class DistilledModule(DraftModule):
         capture: CapturePolicy,
         *,
         weights: Tensor,
-        objective: Objective,
-        label: Literal["target", "data"],
-        chunk: int | None,
         has_vocabulary: bool,
-        optimizer: OptimizerOptions,
-        gamma: int,
-        min_tokens: int = 3,
-        feature_weight: float = 0.0,
-        start: Callable[[TargetFiles], None] | None = None,
+        loss: str | dict[str, float] = "kl",
+        lk_eta: NonNegativeFloat = 3.0,
+        topk: PositiveInt = 10,
+        label: Literal["target", "data"] = "target",
+        chunk: PositiveInt | None = None,
+        **training: Any,
     ) -> None:
         spec = StrategySpec(
             algorithm=self.algorithm,
             capture=capture,
             features=(AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if capture.layer_ids else (LAST_HIDDEN_STATES,),
             positions=len(weights),
-            min_tokens=min_tokens,
+            min_tokens=self.min_tokens,
         )
-        super().__init__(target, draft, spec, has_vocabulary=has_vocabulary, optimizer=optimizer, gamma=gamma)
-        self.weights, self.objective, self.label, self.chunk = weights, objective, label, chunk
-        self.feature_weight, self.start = feature_weight, start
-        self._refused: UserError | None = None
+        super().__init__(target, draft, spec, has_vocabulary=has_vocabulary, **training)
+        self.weights, self.label, self.chunk = weights, label, chunk
+        self.objective = make_objective(loss, lk_eta, topk)
+        self._start_error: UserError | None = None
 
     def setup(self, stage: str) -> None:
-        """Copy what starts at the target; only now is the draft vocabulary known."""
+        """Copy weights from the target, now that the draft vocabulary is known."""
         super().setup(stage)
         if self.start is not None and stage == "fit":
             try:
                 self.start(self.target)
             except UserError as error:
-                self._refused = error
+                self._start_error = error
 
     def on_train_start(self) -> None:
-        """Raise the refusal of :meth:`setup`, unless the weights come from a checkpoint that the run resumes."""
+        """Raise the error of :meth:`setup`, unless the weights come from a checkpoint that the run resumes."""
         super().on_train_start()
-        if self._refused is not None and self.trainer.ckpt_path is None:
-            raise self._refused
+        if self._start_error is not None and self.trainer.ckpt_path is None:
+            raise self._start_error
+
+    def training_plan(self, batch: TrainBatch) -> Any:
+        """Plan of the trained positions."""
+        return self.full_plan(batch, self.spec.positions)
+
+    def full_plan(self, batch: TrainBatch, positions: int) -> Any:
+        """Plan in which every label has its student at each of ``positions``; by default an unrolled one."""
+        return plan_unroll(batch.lengths, batch.spans, positions, batch.num_tokens)
 
     @abstractmethod
-    def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
-        """Run the draft: as in training, or so that every label has its students at all ``positions``."""
+    def students(self, batch: TrainBatch, head: TargetHead, plan: Any) -> Students:
+        """Run the draft on a batch, as planned; the plan is on the batch's device."""
 
-    def compute(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> StepOutput:
-        """Losses of a batch; with ``positions``, chains of that length against the data tokens."""
-        students = self.students(batch, head, positions)
-        steps = positions or len(self.weights)
-        if not students.supervised:
-            return self.empty_output(steps, students.states, batch.spans if positions else ())
+    def _all_students(self, batch: TrainBatch, head: TargetHead, positions: int) -> Students:
+        return self.students(batch, head, self.full_plan(batch, positions).to(batch.input_ids.device))
+
+    def training_loss(self, batch: TrainBatch, head: TargetHead) -> StepOutput:
+        """Loss of a batch under its plan."""
+        students, positions = self.students(batch, head, self.batch_plan(batch)), len(self.weights)
+        if not students.num_labels:
+            return self.empty_output(positions, students.states)
+        rows = self._losses(batch, head, students, self.label, self.weights)
+        loss = rows.loss
+        if self.feature_weight:
+            distance = feature_distance(students.states[0], students.index, rows.weights, rows.target_hidden)
+            loss = loss + self.feature_weight * distance
+        hits, counts = ((x & students.valid).sum(0).expand(positions) for x in (rows.hits, students.valid))
+        return StepOutput(loss, students.num_supervised, rows.losses.expand(positions), hits, counts)
+
+    def validation_chains(self, batch: TrainBatch, head: TargetHead, positions: int) -> ValidationOutput:
+        """Chains of ``positions`` drafted tokens from every token of the answers, compared with the data."""
+        students = self._all_students(batch, head, positions)
+        count = students.num_labels
+        if not count:
+            missed = torch.zeros(0, positions, dtype=torch.bool).numpy()
+            return ValidationOutput(torch.zeros(()), 0, tuple(chains(missed, [], batch.spans)))
+        rows = self._losses(batch, head, students, "data", torch.ones(students.index.shape[1]))
+        hits = rows.hits[:count].expand(-1, positions).cpu().numpy()
+        found = tuple(chains(hits, students.labels[:count].tolist(), batch.spans))
+        return ValidationOutput(rows.losses[0], count, found)
+
+    def _losses(
+        self, batch: TrainBatch, head: TargetHead, students: Students, label: str, weights_by_position: Tensor
+    ) -> _Rows:
         last = batch.features[LAST_HIDDEN_STATES][students.labels - 1]
-        label = "data" if positions else self.label
         labels, log_sum = self._labels(batch, head, students.labels, last, label)
-        by_position = torch.ones(students.index.shape[1]) if positions else self.weights
-        weights = by_position.to(last.device) * students.valid * (labels >= 0).unsqueeze(1)
-        teacher = TeacherRows(last, head.sliced(self.draft.target_ids), log_sum, labels)
-        columns = zip(students.by_head(students.index), students.by_head(weights), strict=True)
+        weights = weights_by_position.to(last.device) * students.valid * (labels >= 0).unsqueeze(1)
+        teacher = TeacherRows(labels, last, head.sliced(self.draft.target_ids), log_sum)
+        columns = students.by_head(students.index), students.by_head(weights)
         results = [
-            chunked_distillation(
-                states, matrix, index, weight, teacher, self.objective, bias=students.bias, chunk=self.chunk
+            tiled_loss(
+                states,
+                OutputHead(matrix, students.bias),
+                teacher,
+                weight,
+                self.objective,
+                students=index,
+                chunk=self.chunk,
             )
-            for states, matrix, (index, weight) in zip(students.states, students.heads, columns, strict=True)
+            for states, matrix, index, weight in zip(students.states, students.heads, *columns, strict=True)
         ]
         loss = torch.stack([result.loss for result in results]).sum()
-        losses = torch.cat([result.losses for result in results]).expand(steps)
-        right = torch.cat([result.hits for result in results], dim=1)
-        if self.feature_weight:
-            distance = feature_distance(students.states[0], students.index, weights, last)
-            loss = loss + self.feature_weight * distance
-        found: tuple[Any, ...] = ()
-        if positions:
-            known = students.labels[: students.supervised].tolist()
-            found = tuple(chains(right[: len(known)].expand(-1, steps).cpu().numpy(), known, batch.spans))
-        hits, rows = (x.sum(0).expand(steps) for x in (right & students.valid, students.valid))
-        return StepOutput(loss, students.count, losses, hits, rows, found)
+        losses = torch.cat(
+            [
+                torch.where(weight != 0, result.losses, 0.0).sum(0)
+                for result, weight in zip(results, students.by_head(weights), strict=True)
+            ]
+        )
+        return _Rows(loss, losses, torch.cat([result.hits for result in results], dim=1), weights, last)
 
     def _labels(
         self, batch: TrainBatch, head: TargetHead, tokens: Tensor, last: Tensor, label: str
@@ -171,11 +214,11 @@ class DistilledModule(DraftModule):
 
     @torch.no_grad()
     def draft_logits(self, batch: TrainBatch, head: TargetHead, positions: int) -> Iterator[LogitTile]:
-        """Logits of every supervised token's ``positions`` students, 256 labels at a time."""
-        students = self.students(batch, head, positions)
+        """Logits of every supervised token at all ``positions``, 256 labels at a time."""
+        students = self._all_students(batch, head, positions)
         heads = [OutputHead(matrix, students.bias).to(students.states.dtype) for matrix in students.heads]
-        for start in range(0, students.supervised, 256):
-            part = slice(start, min(start + 256, students.supervised))
+        for start in range(0, students.num_labels, 256):
+            part = slice(start, min(start + 256, students.num_labels))
             rows = zip(students.states, students.by_head(students.index[part]), heads, strict=True)
             tiles = [head.scores(states[index]) for states, index, head in rows]
             logits = torch.cat(tiles, dim=1).float()
@@ -186,7 +229,13 @@ class DistilledModule(DraftModule):
 
 
 def unrolled(states: Tensor, head: OutputHead | Tensor, plan: UnrollPlan) -> Students:
-    """Students of a network that was applied T times: its states ``[T, R, H]`` and its head (or the head's matrix)."""
+    """Students of a network that was applied T times.
+
+    Args:
+        states: ``[T, R, H]`` the normed states of each application.
+        head: the draft's head, or its matrix ``[D, H]``.
+        plan: names the R rows and the labels that they predict.
+    """
     head = head if isinstance(head, OutputHead) else OutputHead(head)
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]

@@ -2,53 +2,40 @@
 
 Slot k of the block at anchor a predicts token a + 1 + k (k = 0 .. b-1), given the true token a + k. The loss is
 Σ w (0.1 CE + 0.9 ‖q - p‖₁ + 1.0 BCE(confidence, 1 - ‖q - p‖₁ / 2)) / (supervised slots of the optimizer window),
-w = exp(-k/γ); p is the target's distribution, q the draft's, and the BCE's aim has no gradient. A token that is not
-supervised ends its block.
+w = exp(-k/γ); p is the target's distribution, q the draft's, and the target of the BCE carries no gradient. An
+unsupervised token ends its block.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.dflash import DFlashModule, Supervised
-from lightning_modules.optimizers import OptimizerOptions
+from lightning_modules.block_family import BlockFamilyModule, Supervised
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses.blocks import Acceptance, BlockLoss, Correction, block_loss
+from specforge.losses import Correction, TeacherRows, TiledLoss, tiled_loss
+from specforge.losses.blocks import Acceptance
 from specforge.modeling.draft.dflash.dspark import DSpark, MarkovCorrector
 from specforge.modeling.draft.dflash.export import DSparkFormat
 from specforge.modeling.draft.dflash.plan import BlockPlan
 from specforge.modeling.draft.format import DraftFormat
-from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from specforge.options import NonNegativeFloat
 
 
-class DSparkModule(DFlashModule):
+class DSparkModule(BlockFamilyModule):
     """DSpark.
 
     Args:
-        target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target.
-        layer_ids: decoder layers of the target whose outputs the draft reads; by default those of the draft
-            config, else five from the second to the third from the end.
-        init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only). By default
-            at random.
-        anchors: most blocks of a document in an epoch.
-        decay: γ of the weights; by default 7, 5 or 4 for blocks of 16, 10 or fewer tokens.
+        label: the token of the cross-entropy: the one in the ``data``, or the ``target``'s most likely one.
         ce: weight of the cross-entropy.
         l1: weight of ‖q - p‖₁, which is twice the total variation.
         confidence: weight of the confidence's binary cross-entropy.
-        label: the token of the cross-entropy: the one in the ``data``, or the ``target``'s likeliest.
-        anchor_seed: of the anchors.
-        gamma: tokens drafted a round in validation, from every token of the answers; by default 4, or fewer if
-            a block drafts fewer.
-        optimizer: optimizer and schedule.
-        chunk: rows of a loss tile; by default what fits the cache. It does not change the result.
     """
 
     algorithm: ClassVar[str] = "dspark"
@@ -59,41 +46,20 @@ class DSparkModule(DFlashModule):
 
     def __init__(
         self,
-        target: str,
-        draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[NonNegativeInt] | None = None,
-        init_from: str | None = None,
-        anchors: PositiveInt = 512,
-        decay: PositiveFloat | None = None,
+        *draft: Any,
         ce: NonNegativeFloat = 0.1,
         l1: NonNegativeFloat = 0.9,
         confidence: NonNegativeFloat = 1.0,
-        label: Literal["data", "target"] = "data",
-        anchor_seed: int = 0,
-        gamma: PositiveInt | None = None,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: PositiveInt | None = None,
+        **training: Any,
     ) -> None:
         if ce + l1 == 0:
-            raise UserError("model: ce and l1 are both 0, so nothing would be learnt; set one of them")
-        super().__init__(
-            target,
-            draft_config,
-            layer_ids,
-            init_from,
-            anchors,
-            decay=decay,
-            label=label,
-            anchor_seed=anchor_seed,
-            gamma=gamma,
-            optimizer=optimizer,
-            chunk=chunk,
-        )
+            raise UserError("model: ce and l1 are both 0, so nothing would be learned; set one of them")
+        super().__init__(*draft, **training)
         self.ce, self.l1, self.confidence = ce, l1, confidence
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
-        """DFlash's, with blocks of 7 and a vanilla Markov head of rank 256."""
+        """DFlash's config with blocks of 7 and a vanilla Markov head of rank 256."""
         return {
             **super().default_draft_config(target),
             "block_size": 7,
@@ -122,33 +88,31 @@ class DSparkModule(DFlashModule):
     def _corrector(self, head: TargetHead, dtype: torch.dtype) -> MarkovCorrector:
         return MarkovCorrector(self.draft, dtype)
 
-    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> BlockLoss:
-        plan, states, labels, trained = drafts
+    def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
+        plan, states, labels, _ = drafts
         output = head.sliced(self.draft.target_ids).to(states.dtype)
         last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
         partial = len(output) < len(head.head)
-        # Rows of one label share its teacher.
+        # Rows of one label follow one another, so that they share a teacher row.
         order = plan.labels.argsort(stable=True)
-        objective = Acceptance(
-            output, last, plan.labels[order], head.rows(last).log_sum if partial else None, self.ce, self.l1
-        )
-        before = self._before(batch, plan, states)
-        correction = self._corrected(before, plan, states)
-        weights = self._decay(plan) * trained
-        result = block_loss(
-            states[order],
+        log_sum = head.rows(last).log_sum if partial else None
+        teacher = TeacherRows(labels[order], last, output, log_sum, hidden_index=plan.labels[order] - 1)
+        objective = Acceptance(self.ce, self.l1, states)
+        before, weights = self._before(batch, plan, states), self._weights(drafts)
+        result = tiled_loss(
+            states,
             output,
-            labels[order],
-            weights[order],
-            correction=correction._replace(states=correction.states[order]),
-            objective=objective,
+            teacher,
+            weights[order].unsqueeze(1),
+            objective,
+            students=order.unsqueeze(1),
+            correction=self._corrected(before, plan, states),
             chunk=self.chunk,
         )
-        back = order.argsort()
-        loss = result.loss
+        back, loss = order.argsort(), result.loss
         logits = self.draft.confidence(before, states)
         if logits is not None and self.confidence:
             aim = objective.accept[back]
             entropy = F.binary_cross_entropy_with_logits(logits.to(aim.dtype), aim, reduction="none")
             loss = loss + self.confidence * (entropy * weights).sum()
-        return BlockLoss(loss, result.losses[back], result.hits[back])
+        return TiledLoss(loss, result.losses[back, 0], result.hits[back, 0])

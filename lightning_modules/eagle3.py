@@ -2,59 +2,43 @@
 
 Row p of step s reads the embedding of token p+1+s and the draft's own state of step s-1 (at step 0 the fused
 features of token p), and predicts token p+2+s; its teacher is the target's distribution at token p+1+s.
-The loss is Σ_s decay^s Σ_rows loss / (supervised tokens of the optimizer window). Rows whose label is
-outside the draft vocabulary are dropped from the loss and count as misses.
+The loss is Σ_s decay^s Σ_rows loss / (supervised tokens of the optimizer window). Rows whose label is outside the
+draft vocabulary are dropped from the loss and count as misses.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from lightning_modules.distilled import Students, unrolled
-from lightning_modules.fused import FusedModule
-from lightning_modules.optimizers import OptimizerOptions
+from lightning_modules.eagle_family import EagleFamilyModule
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_head import OutputHead, TargetHead
-from specforge.losses import make_objective
 from specforge.modeling.draft.eagle3.export import Eagle3Format
 from specforge.modeling.draft.eagle3.network import Eagle3Draft
-from specforge.modeling.draft.eagle3.plan import plan_unroll
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
-from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt
+from specforge.options import NonNegativeFloat, PositiveInt
 
 
-class Eagle3Module(FusedModule):
-    """EAGLE-3; by options of its draft config EAGLE-3.1, by options of its loss HASS.
+class Eagle3Module(EagleFamilyModule):
+    """EAGLE-3. Options of its draft config give EAGLE-3.1, options of its loss give HASS.
 
     EAGLE-3.1 is ``fc_norm`` (a norm of each captured layer before ``fc``) and ``norm_output`` (the normed state is
-    fed back). HASS (arXiv 2408.15766) aligns the context by the same unroll and adds the losses ``topk`` and
-    ``feature_weight``.
+    fed back). HASS (arXiv 2408.15766) adds the losses ``topk`` and ``feature_weight``; its context alignment is already
+    part of EAGLE-3's unrolled training.
 
     Args:
-        target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target; ``architectures``
-            chooses the attention: ``[LlamaForCausalLMEagle3]``, or ``[Eagle3DeepseekV2ForCausalLM]`` (latent).
-        layer_ids: three decoder layers of the target whose outputs the draft reads; by default those of the
-            draft config, else the second, the middle and the fourth from the end.
-        init_from: start from a SpecForge checkpoint or a draft in the field's own form (weights only); or
-            ``target``: from the target's own last layer and head. By default at random.
-        steps: T, how many drafted positions are trained.
+        draft_config: JSON file of the draft's config, or fields that replace those derived from the target;
+            ``architectures`` chooses the attention: ``[LlamaForCausalLMEagle3]``, or ``[Eagle3DeepseekV2ForCausalLM]``
+            for latent attention.
+        steps: T, number of drafted positions to train.
         step_decay: weight of position s is ``step_decay ** s``.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or weights by
-            those names.
-        lk_eta: η of ``lk_lambda``.
-        topk: K of ``topk``.
-        feature_weight: weight of the smooth L1 distance between the state that the draft's head reads and the
-            one that the target's reads (EAGLE, arXiv 2401.15077; HASS); meant for a head that is the target's.
-        label: the token that a row has to get right: the ``target``'s likeliest, or the one in the ``data``.
-            They are the same where the target wrote the data greedily, and ``data`` then saves a product
-            with the whole vocabulary.
-        gamma: tokens drafted a round in validation.
-        optimizer: optimizer and schedule.
-        chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
+        feature_weight: weight of the smooth L1 distance between the states that the draft's and the target's head read
+            (EAGLE, arXiv 2401.15077; HASS). Useful if the draft's head starts as the target's.
     """
 
     algorithm: ClassVar[str] = "eagle3"
@@ -64,45 +48,22 @@ class Eagle3Module(FusedModule):
 
     def __init__(
         self,
-        target: str,
-        draft_config: str | dict[str, Any] | None = None,
-        layer_ids: list[NonNegativeInt] | None = None,
-        init_from: str | None = None,
+        *draft: Any,
         steps: PositiveInt = 7,
         step_decay: NonNegativeFloat = 0.8,
-        loss: str | dict[str, float] = "kl",
-        lk_eta: NonNegativeFloat = 3.0,
-        topk: PositiveInt = 10,
         feature_weight: NonNegativeFloat = 0.0,
-        label: Literal["target", "data"] = "target",
-        gamma: PositiveInt = 4,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: PositiveInt | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(
-            target,
-            draft_config,
-            layer_ids,
-            init_from,
-            weights=step_decay ** torch.arange(steps),
-            objective=make_objective(loss, lk_eta, topk),
-            feature_weight=feature_weight,
-            label=label,
-            gamma=gamma,
-            optimizer=optimizer,
-            chunk=chunk,
-        )
-        self.steps, self.step_decay = steps, step_decay
+        super().__init__(*draft, weights=step_decay ** torch.arange(steps), **training)
+        self.steps, self.step_decay, self.feature_weight = steps, step_decay, feature_weight
 
-    def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
+    def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:
         """Unroll the draft over the batch."""
-        plan = plan_unroll(batch.lengths, batch.spans, positions or self.steps, batch.num_tokens)
-        plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], head.embed(batch.input_ids), plan)
         return unrolled(states, OutputHead(self.draft.lm_head.weight), plan)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
-        """A chain drafter with the present weights."""
+        """A chain drafter with the current weights."""
         draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
         ids, size = draft.target_ids.clone(), self.target.vocab_size
         return ChainDrafter(draft.decoder(dtype), head.embed, ids, size, reads)

@@ -1,7 +1,8 @@
-"""Algorithms by name, and the modules of trained drafts."""
+"""Algorithms by name, and modules of trained drafts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from specforge.modeling.draft.starting import saved_config
 
 
 def algorithms() -> dict[str, type[DraftModule]]:
-    """Every built-in algorithm's module by the algorithm's name, whatever names the user's own modules have."""
+    """The built-in algorithms: their modules by name."""
     found: dict[str, type[DraftModule]] = {}
     pending: list[type[DraftModule]] = [DraftModule]  # type: ignore[type-abstract]
     while pending:
@@ -26,13 +27,14 @@ def algorithms() -> dict[str, type[DraftModule]]:
 
 
 def find_algorithm(name: str) -> Any:
-    """A draft module by its algorithm's name, or by class path, which runs the code of the module that it names.
+    """The module class of an algorithm.
 
     Args:
-        name: from the user, never from a file.
+        name: name of a built-in algorithm, or a class path. A class path runs the code of its Python module, so it must
+            come from the user, never from a file.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such algorithm.
     """
     if "." not in name:
         known = algorithms()
@@ -54,54 +56,58 @@ def find_algorithm(name: str) -> Any:
 
 
 def load_module(draft: Path, target: str | None, algorithm: str | None = None) -> Any:
-    """The module of a trained draft, from a checkpoint or a draft's folder.
+    """The module of a trained draft.
 
     Args:
-        draft: checkpoint or folder; no code that it names is run.
-        target: what it drafts for; by default what a checkpoint was trained on.
-        algorithm: name or class path of its algorithm; by default the built-in one that the draft is of.
+        draft: SpecForge checkpoint or a draft's folder; code that it names is not run.
+        target: folder or hub name of the target; by default the one that the checkpoint was trained on.
+        algorithm: name or class path of the draft's algorithm; by default the built-in one.
 
     Raises:
-        UserError: it is neither, or the target or the algorithm is not known or not the one it was trained with.
+        UserError: the draft cannot be read, or its target or algorithm is unknown or not the one it was trained with.
     """
-    named = None if algorithm is None else find_algorithm(algorithm)  # which makes its networks known, too
+    cls: Any
+    requested = None if algorithm is None else find_algorithm(algorithm)  # its import registers its networks
     if draft.is_dir():
         config, _ = read_draft(draft)
         if target is None:
-            raise UserError(f"{draft}: say which --target it drafts for")
-        cls, fingerprint = named or _of_folder(config, draft), None
-        is_its = bool(set(cls.architectures) & set(config.get("architectures") or []))
+            raise UserError(f"{draft}: a draft's folder does not name its target; give it with --target")
+        cls, fingerprint = requested or _algorithm_of_folder(config, draft), None
+        matches = _has_architecture(cls, config)
     else:
         saved = read_checkpoint(draft)["specforge"]
         config, fingerprint = saved_config(saved, str(draft)), saved["target_fingerprint"]
         target = target or saved["target"]
-        cls = named or _of_checkpoint(saved, draft)
-        is_its = cls.algorithm == saved["algorithm"]
-    if not is_its:
-        raise UserError(f"{draft}: is not a draft of {cls.algorithm}, which --algorithm names")
+        cls = requested or _algorithm_of_checkpoint(saved, draft)
+        matches = cls.algorithm == saved["algorithm"]
+    if not matches:
+        raise UserError(f"{draft}: is not a draft of {cls.algorithm}, the algorithm given by --algorithm")
     module = cls(target=target, draft_config=dict(config), init_from=str(draft))
     if fingerprint is not None and module.target.fingerprint != fingerprint:
         raise UserError(f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})")
     return module
 
 
-def _of_folder(config: dict[str, Any], draft: Path) -> Any:
-    """The built-in algorithm of a draft in the field's own form."""
+def _has_architecture(cls: type[DraftModule], config: Mapping[str, Any]) -> bool:
+    return bool(set(cls.architectures) & set(config.get("architectures") or []))
+
+
+def _algorithm_of_folder(config: Mapping[str, Any], draft: Path) -> type[DraftModule]:
     for cls in algorithms().values():
-        if set(cls.architectures) & set(config.get("architectures") or []):
+        if _has_architecture(cls, config):
             return cls
     raise UserError(
-        f"{draft}: no algorithm of SpecForge's has the architecture {str(config.get('architectures'))[:200]}; "
-        "name your own with --algorithm my_module.MyModule"
+        f"{draft}: no built-in algorithm has the architecture {str(config.get('architectures'))[:200]}; name your own "
+        "with --algorithm my_module.MyModule"
     )
 
 
-def _of_checkpoint(saved: dict[str, Any], draft: Path) -> Any:
-    """The built-in algorithm of a checkpoint. A class of others is named, not imported: it may be anything."""
+def _algorithm_of_checkpoint(saved: Mapping[str, Any], draft: Path) -> type[DraftModule]:
+    """The built-in algorithm of a checkpoint. Any other class is reported but not imported: its code may be harmful."""
     path, name = str(saved.get("class_path", "lightning_modules")), saved["algorithm"]
     if path.split(".")[0] == "lightning_modules" and name in algorithms():
         return algorithms()[name]
     raise UserError(
-        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not SpecForge's; if you trust "
+        f"{draft}: is a draft of the algorithm {name[:80]!r} in {path[:200]!r}, which is not built in; if you trust "
         "that code, name it: --algorithm my_module.MyModule"
     )

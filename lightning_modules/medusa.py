@@ -1,7 +1,9 @@
-"""Medusa-1: heads on the frozen target's last hidden state (arXiv 2401.10774).
+"""Medusa-1 and Hydra: heads on the frozen target's last hidden state (arXiv 2401.10774, 2402.05109).
 
-Head k (from 0) predicts token p+2+k from the last hidden state of token p; the target itself predicts p+1. The loss
-is Σ_k decay^k Σ_rows loss / (supervised tokens of the optimizer window), with cross-entropy on the data tokens.
+Head k (from 0) predicts token p+2+k from the last hidden state of token p; the target itself predicts p+1. Hydra makes
+the heads sequential: head k also reads the embeddings of tokens p+1 .. p+1+k, in training those of the data (teacher
+forcing), in decoding the committed token and the tokens drafted by the heads before it. The loss is
+Σ_k decay^k Σ_rows loss / (supervised tokens of the optimizer window), by default cross-entropy on the data tokens.
 Rows whose label is outside the draft vocabulary are dropped from the loss and count as misses.
 """
 
@@ -12,16 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lightning_modules.distilled import DistilledModule, Students
-from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses import make_objective
-from specforge.modeling.draft.eagle3.plan import plan_unroll
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.heads.drafter import HeadsDrafter
-from specforge.modeling.draft.heads.export import MedusaFormat
+from specforge.modeling.draft.heads.export import HeadsFormat, MedusaFormat
 from specforge.modeling.draft.heads.network import HeadsDraft
 from specforge.modeling.draft.starting import SavedDraft, draft_config_for, load_weights
 from specforge.options import NonNegativeFloat, PositiveInt
@@ -32,18 +32,13 @@ class MedusaModule(DistilledModule):
 
     Args:
         target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target:
-            ``num_draft_heads`` (K, default 4), ``num_head_blocks`` (residual blocks of a head, default 1),
+        draft_config: JSON file of the draft's config, or fields that replace those derived from the target:
+            ``num_draft_heads`` (K, default 4), ``num_head_blocks`` (residual blocks per head, default 1),
             ``draft_vocab_size``.
-        init_from: start from a SpecForge checkpoint or a draft on disk (weights only). By default from the target:
-            its head's rows in every linear head, and blocks at zero.
+        init_from: weights to start from: a SpecForge checkpoint or a draft on disk. By default every linear head is a
+            copy of the target's and the residual blocks are zero.
         head_decay: weight of head k is ``head_decay ** k``.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
-        lk_eta: η of ``lk_lambda``.
-        label: the token that a row has to get right: the one in the ``data``, or the ``target``'s likeliest.
-        gamma: tokens drafted a round in validation, at most K; by default min(4, K).
-        optimizer: optimizer and schedule.
-        chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
+        gamma: tokens drafted per round in validation, at most K; by default min(4, K).
     """
 
     algorithm: ClassVar[str] = "medusa"
@@ -59,11 +54,9 @@ class MedusaModule(DistilledModule):
         init_from: str | None = None,
         head_decay: NonNegativeFloat = 0.8,
         loss: str | dict[str, float] = "ce",
-        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["data", "target"] = "data",
         gamma: PositiveInt | None = None,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: PositiveInt | None = None,
+        **training: Any,
     ) -> None:
         files = TargetFiles.find(target)
         source = SavedDraft.named(init_from, self.export_format)
@@ -79,14 +72,13 @@ class MedusaModule(DistilledModule):
             draft,
             self.capture_policy(files),
             weights=head_decay ** torch.arange(len(draft.heads)),
-            objective=make_objective(loss, lk_eta),
+            has_vocabulary=source is not None,
+            loss=loss,
             label=label,
-            chunk=chunk,
-            has_vocabulary=init_from is not None,
-            optimizer=optimizer,
             gamma=gamma,
-            start=draft.start_from_target if init_from is None else None,
+            **training,
         )
+        self.start = draft.start_from_target if source is None else None
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
@@ -100,23 +92,37 @@ class MedusaModule(DistilledModule):
             "num_head_blocks": 1,
         }
 
-    def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
-        """Run the heads, each on the rows that some label needs.
+    def full_plan(self, batch: TrainBatch, positions: int) -> UnrollPlan:
+        """Plan of one position per head.
 
         Raises:
             UserError: there are fewer heads than ``positions``.
         """
-        draft = self.draft
-        steps = positions or len(draft.heads)
-        if steps > len(draft.heads):
-            raise UserError(f"{steps} tokens a round, but the draft has {len(draft.heads)} heads")
-        plan = plan_unroll(batch.lengths, batch.spans, steps, batch.num_tokens).to(batch.input_ids.device)
+        if positions > len(self.draft.heads):
+            raise UserError(f"{positions} tokens per round, but the draft has {len(self.draft.heads)} heads")
+        plan: UnrollPlan = super().full_plan(batch, positions)
+        return plan
+
+    def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:
+        """Run the heads, each on the rows that some label needs."""
         embeds = [head.embed(batch.input_ids[tokens]) for tokens in plan.row_tokens]
-        states = draft(batch.features[LAST_HIDDEN_STATES][plan.rows], embeds)
-        heads = [each.lm_head.weight for each in draft.each[:steps]]
+        states = self.draft(batch.features[LAST_HIDDEN_STATES][plan.rows], embeds)
+        heads = [each.lm_head.weight for each in self.draft.each[: plan.steps]]
         return Students(states, heads, plan.labels, plan.students, plan.valid, plan.count, plan.count)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> HeadsDrafter:
-        """A drafter of one token a head with the present weights."""
+        """A drafter of one token per head with the current weights."""
         draft = self.draft
         return HeadsDrafter(draft.decoder(dtype), head.embed, draft.target_ids.clone(), self.target.vocab_size)
+
+
+class HydraModule(MedusaModule):
+    """Hydra, with the options of Medusa.
+
+    Two parts of Hydra++ are options: its teacher loss is ``loss: kl``, its deeper MLP ``num_head_blocks`` of the
+    draft config.
+    """
+
+    algorithm: ClassVar[str] = "hydra"
+    architectures: ClassVar[tuple[str, ...]] = ("HydraDraft",)
+    export_format: ClassVar[DraftFormat] = HeadsFormat()

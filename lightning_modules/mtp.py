@@ -2,8 +2,8 @@
 
 Row p of step s reads the embedding of token p+1+s and the module's own output of step s-1 (at step 0 the target's
 last hidden state of token p), and predicts token p+2+s through the target's frozen head. The loss is
-Σ_s α_s Σ_rows loss / (supervised tokens of the optimizer window), α_s = β^s / Σ_j β^j. A query sees what it sees in
-decoding: the step-0 keys of its document, and its own of the later steps.
+Σ_s α_s Σ_rows loss / (supervised tokens of the optimizer window), α_s = β^s / Σ_j β^j. A query attends to the keys
+that it has in decoding: those of step 0 in its document, and its own of later steps.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lightning_modules.distilled import DistilledModule, Students, unrolled
-from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.losses import make_objective
-from specforge.modeling.draft.eagle3.plan import plan_unroll
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.modeling.draft.mtp.network import MTPDraft
@@ -30,25 +28,19 @@ from specforge.modeling.draft.starting import (
     layer_fields,
     load_weights,
 )
-from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
+from specforge.options import PositiveFloat, PositiveInt
 
 
 class MTPModule(DistilledModule):
-    """One MTP module, applied again for every position.
+    """One MTP module, applied once per drafted position.
 
     Args:
         target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target.
-        init_from: ``target_mtp``: the target's own MTP weights; ``target``: its last layer and final norm; or a
-            SpecForge checkpoint or a draft on disk (weights only). By default at random.
-        steps: K, how many drafted positions are trained.
+        draft_config: JSON file of the draft's config, or fields that replace those derived from the target.
+        init_from: weights to start from: ``target_mtp`` for the target's own MTP module, ``target`` for its last layer
+            and final norm, a SpecForge checkpoint, or a draft on disk. Random by default.
+        steps: K, number of drafted positions to train.
         step_decay: β of the weights.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``lk_alpha``, ``lk_lambda``, or weights by those names.
-        lk_eta: η of ``lk_lambda``.
-        label: the token that a row has to get right: the one in the ``data``, or the ``target``'s likeliest.
-        gamma: tokens drafted a round in validation.
-        optimizer: optimizer and schedule.
-        chunk: labels of a loss tile; by default what fits the cache. It does not change the result.
     """
 
     algorithm: ClassVar[str] = "mtp"
@@ -65,11 +57,9 @@ class MTPModule(DistilledModule):
         steps: PositiveInt = 3,
         step_decay: PositiveFloat = 0.6,
         loss: str | dict[str, float] = "ce",
-        lk_eta: NonNegativeFloat = 3.0,
         label: Literal["data", "target"] = "data",
         gamma: PositiveInt = 3,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
-        chunk: PositiveInt | None = None,
+        **training: Any,
     ) -> None:
         files = TargetFiles.find(target)
         if init_from == "target_mtp":
@@ -90,19 +80,18 @@ class MTPModule(DistilledModule):
             draft,
             self.capture_policy(files),
             weights=decay / decay.sum(),
-            objective=make_objective(loss, lk_eta),
-            label=label,
-            chunk=chunk,
             has_vocabulary=source is not None,
-            optimizer=optimizer,
+            loss=loss,
+            label=label,
             gamma=gamma,
-            start=draft.check_start if init_from == "target" else None,
+            **training,
         )
+        self.start = draft.check_start if init_from == "target" else None
         self.steps = steps
 
     @staticmethod
     def default_draft_config(target: TargetFiles) -> dict[str, Any]:
-        """A layer of the target's own dimensions and form, over its whole vocabulary."""
+        """A layer of the target's dimensions and architecture, over its whole vocabulary."""
         config, family = target.config, mtp_family(target)
         latent = (
             "q_lora_rank",
@@ -135,15 +124,13 @@ class MTPModule(DistilledModule):
             "mask_first": family is not None and family.mask_first,
         }
 
-    def students(self, batch: TrainBatch, head: TargetHead, positions: int | None = None) -> Students:
-        """Apply the module again and again, over the batch."""
-        plan = plan_unroll(batch.lengths, batch.spans, positions or self.steps, batch.num_tokens)
-        plan = plan.to(batch.input_ids.device)
+    def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:
+        """Unroll the module over the batch."""
         states = self.draft(batch.features[LAST_HIDDEN_STATES], head.embed(batch.input_ids), plan)
         return unrolled(states, head.sliced(self.draft.target_ids), plan)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:
-        """A chain drafter with the present weights and the target's head."""
+        """A chain drafter with the current weights and the target's head."""
         ids, size = self.draft.target_ids.clone(), self.target.vocab_size
         decoder = self.draft.decoder(head.sliced(self.draft.target_ids), dtype)
         return ChainDrafter(decoder, head.embed, ids, size, self.spec.capture)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of every draft."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class OptimizerOptions:
     """How the draft's weights are updated.
 
     Args:
-        name: ``adamw``, or ``muon`` (Muon for the layers' matrices, AdamW for the rest).
-        lr: peak learning rate. Muon's updates are scaled to the size of AdamW's, so one value serves both.
-        betas: of AdamW.
-        weight_decay: decoupled, on matrices only.
-        schedule: after the warm-up: ``cosine``, ``linear``, ``constant``, or ``wsd`` (constant, then linear decay).
-        warmup_ratio: share of all steps in which the rate rises linearly from 0.
-        decay_ratio: share of all steps in which ``wsd`` decays, at the end.
-        min_lr_ratio: rate at the last step, relative to the peak.
+        name: ``adamw``, or ``muon`` (Muon for the matrices of layers, AdamW for all other parameters).
+        lr: peak learning rate. Muon's updates are scaled to AdamW's, so one value suits both.
+        betas: AdamW's decay rates of the first and second moment.
+        weight_decay: decoupled weight decay of matrices; other parameters are not decayed.
+        schedule: shape after warm-up: ``cosine``, ``linear``, ``constant`` or ``wsd`` (constant, then linear decay).
+        warmup_ratio: share of all steps over which the learning rate rises linearly from 0.
+        decay_ratio: share of all steps, at the end, over which ``wsd`` decays.
+        min_lr_ratio: learning rate at the last step, relative to the peak.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -63,14 +63,17 @@ def lr_factor(options: OptimizerOptions, total_steps: int) -> Callable[[int], fl
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon for matrices and AdamW for everything else, as one optimizer (and one entry in a checkpoint).
+    """Muon for some matrices and AdamW for all other parameters.
+
+    It is one optimizer because Lightning counts a global step, clips gradients and steps the schedule per optimizer:
+    two would need manual optimization, and every step would count twice.
 
     Args:
         matrices: parameters for Muon (Jordan et al. 2024), its update scaled to AdamW's RMS (arXiv 2502.16982).
         others: parameters for AdamW.
         lr: learning rate of both.
-        betas: of AdamW.
-        weight_decay: of Muon; the others are not decayed.
+        betas: AdamW's decay rates.
+        weight_decay: weight decay of Muon; the other parameters are not decayed.
     """
 
     def __init__(
@@ -85,17 +88,17 @@ class MuonWithAdamW(Optimizer):
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=0.0)
         groups = [*self._muon.param_groups, *self._adamw.param_groups]
         super().__init__(groups, {})
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        """The two halves work on this optimizer's own groups and state."""
+    def _share_state(self) -> None:
+        """Make both inner optimizers work on this optimizer's parameter groups and state."""
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both halves."""
+        """Restore the state of both inner optimizers."""
         super().load_state_dict(state_dict)
-        self._share()
+        self._share_state()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter."""
@@ -109,9 +112,12 @@ def build_optimizer(options: OptimizerOptions, draft: nn.Module, total_steps: in
     """The optimizer of a draft's trainable parameters, and its schedule.
 
     Args:
-        options: what to build.
-        draft: parameters without ``requires_grad`` are left out.
+        options: optimizer and schedule.
+        draft: the draft network; its frozen parameters are left out.
         total_steps: optimizer steps of the whole run.
+
+    Raises:
+        UserError: there is no such optimizer or schedule.
     """
     for name, kinds in get_type_hints(OptimizerOptions).items():
         if get_origin(kinds) is Literal and getattr(options, name) not in get_args(kinds):
@@ -133,5 +139,5 @@ def build_optimizer(options: OptimizerOptions, draft: nn.Module, total_steps: in
 
 
 def _is_table(name: str, matrix: torch.Tensor) -> bool:
-    """Rows of an embedding or output matrix, be it one, belong to outputs; orthogonal updates do not suit them."""
+    """Whether a matrix has a row per token or a single row; orthogonalised updates do not suit those."""
     return len(matrix) == 1 or any(part in name for part in ("lm_head", "embed", "codebook", "markov_w"))

@@ -390,6 +390,7 @@ class TrainBatch:
         spans: supervised tokens as flat ``(start, stop)`` runs; the host's copy of ``loss_mask``.
         sample_ids: sample id of each document.
         cursor: ``epoch`` of the batch, and its number in it counted from 1; the loader's position once it is trained.
+        plan: index tensors of the algorithm's training step, made by the loader; None if it made none.
     """
 
     input_ids: Tensor
@@ -399,6 +400,7 @@ class TrainBatch:
     spans: tuple[tuple[int, int], ...]
     sample_ids: tuple[str, ...] = ()
     cursor: dict[str, int] = field(default_factory=dict, compare=False)
+    plan: Any = field(default=None, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -412,7 +414,8 @@ class TrainBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         """A copy of the batch on ``device``."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return moved if self.plan is None else dataclasses.replace(moved, plan=self.plan.to(device))
 
     def pin_memory(self) -> TrainBatch:
         """A copy of the batch in page-locked memory."""

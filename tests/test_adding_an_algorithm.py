@@ -1,30 +1,33 @@
-"""The algorithm of docs/adding-an-algorithm.md, as it stands there, from outside the package and in fresh processes."""
+"""The toy algorithm of examples/ and docs/adding-an-algorithm.md, from outside the package and in fresh processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding-an-algorithm.md"
+ROOT = Path(__file__).parents[1]
+PAGE, EXAMPLES = ROOT / "docs" / "adding-an-algorithm.md", ROOT / "examples"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(("language", "name"), [("python", "toy.py"), ("yaml", "toy.yaml")])
+def test_the_page_prints_the_example(language, name):
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert block == (EXAMPLES / name).read_text()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the reader has: the module and the recipe, as the page gives them."""
+    """A reader's folder with the module and the recipe."""
     folder = tmp_path_factory.mktemp("outside")
-    (module,), (recipe,) = blocks("python"), blocks("yaml")
-    (folder / "toy.py").write_text(module)
-    (folder / "toy.yaml").write_text(recipe)
+    for name in ("toy.py", "toy.yaml"):
+        shutil.copyfile(EXAMPLES / name, folder / name)
     return folder
 
 
@@ -32,7 +35,7 @@ def specforge(folder: Path, *commands: tuple[object, ...]) -> None:
     """Run some commands in one fresh process that finds the reader's folder on its path."""
     lines = [[str(word) for word in words] for words in commands]
     code = f"from specforge.cli.main import main\nfor words in {lines!r}: assert main(words) == 0, words"
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{PAGE.parents[1]}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

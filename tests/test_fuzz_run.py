@@ -27,7 +27,7 @@ def parsed(path: Path) -> None:
     """What `specforge fit` makes of a configuration file before it builds anything."""
     with suppress(SystemExit):  # of --print_config
         try:
-            main(["fit", "--config", str(path), "--print_config"])
+            main("fit", ["--config", str(path), "--print_config"])
         except Exception as error:
             raise mistake_behind(error) or error from None
 

@@ -143,7 +143,7 @@ def test_other_drafts_of_unusual_families(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal is not None])
 def test_a_family_that_is_refused_by_name(name, tmp_path, capsys, request):
-    """In one line, before anything is captured, by the first command that can know it."""
+    """In one line, before anything is captured, by the first command that can detect it."""
     family, target, prompts = FAMILIES[name], write_family(name, tmp_path / "target"), tmp_path / "prompts"
     conversations = write_conversations(tmp_path / "conversations.jsonl", 24)
     commands = {
@@ -159,7 +159,7 @@ def test_a_family_that_is_refused_by_name(name, tmp_path, capsys, request):
     assert "\n" not in said
     assert family.refusal in said
     assert not (tmp_path / "features" / "train" / "manifest.jsonl").exists()
-    compare_with_the_page(request, row(name, target, f"refused by `{command}`: {family.why}"))
+    compare_with_the_page(request, row(name, target, f"rejected by `{command}`: {family.why}"))
 
 
 def row(name: str, target: Path, result: str) -> str:
@@ -173,7 +173,7 @@ def row(name: str, target: Path, result: str) -> str:
 
 
 def _head(files: TargetFiles) -> str:
-    parts = ["its own" if files.has_own_head() and not files.config["tie_word_embeddings"] else "the embedding"]
+    parts = ["its own" if files.has_own_head() and not files.config["tie_word_embeddings"] else "tied to the embedding"]
     if files.logit_scale != 1.0:
         parts.append(f"logits x {files.logit_scale:g}")
     if files.lm_head_bias() is not None:
@@ -202,18 +202,20 @@ def _decoding(model: Any) -> str:
 
 HEAD = """# Targets
 
-Every target that transformers runs as a causal language model is tried here the same way, as a tiny random model with
-the architecture's own config: prepare, capture, EAGLE-3 trained, decoded (every answer the target's own, in a batch and
-alone, and offline τ equal to decoded τ), exported. `pytest tests/test_targets.py` does it, and writes this page with
-`--write-docs`.
+Every architecture that transformers runs as a causal language model is tested in the same way, on a tiny random model
+with that architecture's own config: `prepare`, `capture`, `fit` (EAGLE-3), `evaluate` (every answer equals the
+target's, both in a batch and alone, and offline τ equals decoded τ), and `export`. `pytest tests/test_targets.py` runs
+this, and `pytest tests/test_targets.py --write-docs` writes this page.
 
-* **head**: what makes logits of the last state. Drafts learn the distribution that comes out of all of it; at the start
-  of each capture two tokens prove that this is so, and a target whose logits are anything else is refused.
-* **decoding** in `specforge evaluate`: many prompts in lockstep; one at a time, where the model counts positions by
-  places or changes them with the length of the text; the whole text in every round, where it has states that cannot be
-  taken back (recurrent layers, convolutions), so that speed there says nothing of a server.
+* **Output head**: the matrix that turns the last hidden state into logits, and what is applied to the result. Drafts
+  learn the distribution after all of it. At the start of each capture two tokens verify it; a target whose logits are
+  computed in another way is rejected.
+* **Decoding** is how `specforge evaluate` runs the target. *In lockstep*: many prompts at a time. *One prompt at a
+  time*: the model derives positions from cache slots, or changes them with the length of the text. *Whole text each
+  round*: the model has states that cannot be rolled back (recurrent layers, convolutions); its speed in `evaluate` says
+  nothing about a server.
 
-| family | `model_type` | head | attention beside full | decoding | |
+| family | `model_type` | output head | attention other than full | decoding | result |
 |---|---|---|---|---|---|
 """
 

@@ -1,11 +1,11 @@
-"""The quickstart's prompts: thirty-one families of everyday instructions, filled in from lists.
+"""The quickstart's prompts: 31 families of everyday instructions, filled in from lists.
 
     python configs/quickstart/prompts.py > prompts.jsonl
     specforge regenerate --data prompts.jsonl --target models/SmolLM2-135M-Instruct \
         --output configs/quickstart/conversations.jsonl --max_new_tokens 128
 
-Every family gives some prompts to train on and some to hold out; no held-out prompt is trained on. The families come
-in turns, so that the first N lines cover all of them evenly. Deterministic: the seed is fixed.
+Each family provides training prompts and held-out prompts; no prompt is both. The families take turns,
+so that the first N lines cover all of them evenly. The output is deterministic: the seed is fixed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import random
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
-# How many prompts of a family to train on and to hold out: about as many answer tokens held out of every category.
+# Training and held-out prompts per family: each category holds out about the same number of answer tokens.
 COUNTS = {"arithmetic": (80, 2), "code": (80, 2), "rewriting": (56, 2), "questions": (48, 1), "instructions": (48, 1)}
 
 
@@ -29,7 +30,7 @@ class Family:
     slots: dict[str, list[str]]
 
     def split(self, rng: random.Random) -> tuple[list[str], list[str]]:
-        """Prompts to train on, and prompts to hold out, whose main word (of the longest list) is in none of the former."""
+        """Training prompts, and held-out prompts whose key word (from the longest list) is in no training prompt."""
         train, held_out = COUNTS[self.category]
         if not self.slots:
             found = self._fill(rng, train + held_out, self.slots)
@@ -51,7 +52,7 @@ class Family:
 
 
 def words(text: str) -> list[str]:
-    """A list written with commas."""
+    """The items of a comma-separated list."""
     return [word.strip() for word in text.split(",")]
 
 
@@ -279,7 +280,8 @@ FAMILIES = (
 def main() -> None:
     """Print the conversations, the held-out ones first."""
     rng = random.Random(0)
-    held_out, train = [], []
+    held_out: list[list[dict[str, Any]]] = []
+    train: list[list[dict[str, Any]]] = []
     for family in FAMILIES:
         for rows, prompts in zip((train, held_out), family.split(rng), strict=True):
             kind = "h" if rows is held_out else ""

@@ -1,4 +1,4 @@
-"""Acceptance length of the held-out answers in every validation: exact offline τ with its interval."""
+"""Acceptance length of held-out answers in every validation: exact offline τ with its interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specforge.eval.metrics import AcceptanceLength
 class AcceptanceLengthEvaluation(pl.Callback):
     """Logs ``val/tau``, its 95 % interval, ``val/acceptance_k`` and ``val/loss``.
 
-    Works for any module whose ``validation_step`` returns the drafted chains of each answer.
+    Works for any module whose ``validation_step`` returns the chains drafted for each answer.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
         self._loss = torch.zeros(2, dtype=torch.float64)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start counting."""
+        """Reset the counters."""
         self._metric = AcceptanceLength(pl_module.gamma).to(pl_module.device)
         self._loss = torch.zeros(2, dtype=torch.float64)
 
@@ -35,7 +35,7 @@ class AcceptanceLengthEvaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the answers of each document."""
+        """Count the drafted chains of each document."""
         if self._metric is None:
             return
         answers: dict[int, tuple[Any, ...]] = dict.fromkeys(range(len(batch.lengths)), ())
@@ -45,10 +45,10 @@ class AcceptanceLengthEvaluation(pl.Callback):
             answers[document] = (*answers[document], chain)
         for chains in answers.values():
             self._metric.update(chains)
-        self._loss += torch.tensor([float(outputs.losses[0]), outputs.count], dtype=torch.float64)
+        self._loss += torch.tensor([float(outputs.loss), outputs.num_supervised], dtype=torch.float64)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Log what was counted, over all ranks."""
+        """Log the results over all ranks."""
         if self._metric is None:
             return
         result = self._metric.compute()
@@ -61,8 +61,3 @@ class AcceptanceLengthEvaluation(pl.Callback):
         values |= {f"val/acceptance_{k + 1}": a for k, a in enumerate(result["acceptance"])}
         pl_module.log_dict(values, rank_zero_only=True)
         pl_module.log("val/tau", tau.value, prog_bar=True, rank_zero_only=True)
-
-    # The test loop asks the same question of the same data.
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end

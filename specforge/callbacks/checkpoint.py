@@ -1,11 +1,11 @@
 """Checkpoints that survive a crash at any moment: atomic files, rotation, ``last`` and ``best`` by τ.
 
-Lightning's own saving writes into TMPDIR and moves the file, which is not atomic across file systems, and
-replaces its links by removing them first. Here a checkpoint is written beside its final name, synced and
-renamed, and links are replaced by a rename too. A checkpoint never holds pickled objects.
+Lightning writes a checkpoint into TMPDIR and moves it, which is not atomic across file systems, and removes a link
+before it writes the new one. Here a checkpoint is written next to its final path, synced and renamed, and links are
+replaced by renaming too. A checkpoint never contains pickled objects.
 
-Which checkpoints there are, and how good, only the files say: a state inside of a checkpoint is older than the
-files that were written behind it. A checkpoint of :class:`BestCheckpoint` holds what its own validation measured.
+Only the files tell which checkpoints exist and how good they are: the callback state in a checkpoint is older than the
+files written after it. A checkpoint of :class:`BestCheckpoint` contains the metrics of its own validation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from specforge import stopping
+from specforge.callbacks.lightning_internals import CheckpointCallback
 from specforge.callbacks.resume import ExactResume
 from specforge.errors import UserError
 from specforge.export.checkpoint import checkpoint_bytes, read_checkpoint
@@ -31,16 +31,16 @@ from specforge.options import NonNegativeInt, PositiveInt
 FOLDER = "checkpoints"
 _MEASURED = "specforge_validation"
 _STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
-_LEFTOVER = re.compile(  # of write_file and replace_link, cut off by a kill
+_LEFTOVER = re.compile(  # temporary files of write_file and replace_link
     r"\.(?:(?:step|best)-\d{8,}\.ckpt\.[a-z0-9_]{8}|(?:last|best)\.ckpt\.\d+)"
 )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads it without unpickling code."""
+    """Writes checkpoints atomically, and reads them without unpickling."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the file; the old one, if any, stays until the new one is complete.
+        """Write the file; an existing one is replaced when the new one is complete.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -56,11 +56,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-class DraftCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that believes the files alone, and saves the position behind the last optimizer step.
+class DraftCheckpoint(CheckpointCallback):
+    """ModelCheckpoint that relies on the files alone, and saves the position after the last optimizer step.
 
     Attributes:
-        named: the checkpoint that the user named to resume from, which is not removed.
+        named: the checkpoint that the user resumes from by path; it is never removed.
     """
 
     named: str | None = None
@@ -85,10 +85,10 @@ class DraftCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: the files say what there is."""
+        """Ignore the state: the files are the record."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove what a kill left half-written."""
+        """Remove temporary files of a killed run."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for path in self.folder.glob(".*.ckpt.*"):
@@ -97,16 +97,16 @@ class DraftCheckpoint(ModelCheckpoint):
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return Path(str(self.dirpath))
 
     def files(self) -> list[Path]:
-        """This callback's checkpoints, in the order of their steps."""
+        """This callback's checkpoints, ordered by step."""
         found = [path for path in self.folder.glob(f"{self.prefix}-*.ckpt") if _STEP.fullmatch(path.name)]
         return sorted(found, key=step_of)
 
     def path_of(self, trainer: pl.Trainer) -> Path:
-        """Where a checkpoint of the present step belongs."""
+        """The path of a checkpoint of the current step."""
         return Path(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
 
     def write(self, trainer: pl.Trainer, path: Path) -> None:
@@ -114,42 +114,42 @@ class DraftCheckpoint(ModelCheckpoint):
         self._writes = True
         try:
             with exact_resume(trainer).at_last_step():
-                self._save_checkpoint(trainer, str(path))
+                self.save_to(trainer, str(path))
         finally:
             self._writes = False
 
     def point(self, trainer: pl.Trainer, link: str, target: Path) -> None:
-        """Let a link point to one of the checkpoints."""
+        """Point a link to one of the checkpoints."""
         if trainer.is_global_zero and Path(os.path.realpath(self.folder / link)) != target:
             replace_link(self.folder / link, target)
 
     def remove(self, trainer: pl.Trainer, paths: Iterable[Path]) -> None:
-        """Remove checkpoints, but not the one that the user named."""
+        """Remove checkpoints, except the one that the user resumes from."""
         for path in paths:
             if trainer.is_global_zero and str(path) != os.path.realpath(self.named or ""):
                 path.unlink(missing_ok=True)
 
-    # What Lightning would do on its own.
+    # Lightning's own triggers, switched off; subclasses save in their own.
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Nothing by default."""
+        """Do nothing."""
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_validation_end(self, *_: Any) -> None:
-        """Nothing by default."""
+        """Do nothing."""
 
     def on_train_end(self, *_: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class LastCheckpoint(DraftCheckpoint):
-    """Every so many optimizer steps, and at the end; ``last.ckpt`` is a link to the newest.
+    """Periodic checkpoints (last.ckpt links to the newest).
 
     Args:
-        every_n_train_steps: how often; 0 for the end alone.
-        keep: how many of the newest to keep; -1 for all.
+        every_n_train_steps: optimizer steps between checkpoints; 0 saves only the last step.
+        keep: number of most recent checkpoints to keep; -1 keeps all.
     """
 
     def __init__(self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2) -> None:
@@ -162,23 +162,23 @@ class LastCheckpoint(DraftCheckpoint):
         self._seen = trainer.global_step
         path = self.path_of(trainer)
         if trainer.strategy.broadcast(path.exists()) and not trainer.fast_dev_run:
-            self._last_global_step_saved = trainer.global_step
+            self.mark_saved(trainer)
             if not (self.folder / "last.ckpt").exists():
                 self.point(trainer, "last.ckpt", path)
             self._rotate(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
-        """Keep the position of a finished step, and save it if it is time."""
+        """Remember the position after an optimizer step, and save it if it is due."""
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
         exact_resume(trainer).finished_step(trainer)
-        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+        if self.interval and trainer.global_step % self.interval == 0:
             self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Save the last finished step unless it is saved already."""
-        if self._should_skip_saving_checkpoint(trainer):
+        """Save the last finished step, unless it is saved already."""
+        if self.is_saved(trainer):
             return
         path = self.path_of(trainer)
         self.last_model_path = self.best_model_path = str(path)
@@ -191,17 +191,17 @@ class LastCheckpoint(DraftCheckpoint):
 
     def _rotate(self, trainer: pl.Trainer) -> None:
         if self.save_top_k > 0:
-            # Later ones are of a run that went on from here before; they are replaced when it is their turn.
+            # Later checkpoints belong to an earlier continuation from this step; they are overwritten in turn.
             past = [path for path in self.files() if step_of(path) <= trainer.global_step]
             self.remove(trainer, past[: -self.save_top_k])
 
 
 class BestCheckpoint(DraftCheckpoint):
-    """After each validation that raised τ; ``best.ckpt`` is a link to the best.
+    """Best checkpoints by validation (best.ckpt links to the best).
 
     Args:
-        monitor: what to maximise.
-        keep: how many of the best to keep; -1 for all, 0 for none.
+        monitor: metric to maximise.
+        keep: number of best checkpoints to keep; -1 keeps all, 0 keeps none.
     """
 
     def __init__(self, monitor: str = "val/tau", keep: NonNegativeInt | Literal[-1] = 1) -> None:
@@ -210,30 +210,30 @@ class BestCheckpoint(DraftCheckpoint):
         self._warned = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learn from the files which drafts are the best."""
+        """Read from the files which drafts are the best."""
         super().on_train_start(trainer, pl_module)
         if self.save_top_k == 0 or trainer.fast_dev_run:
             return
         found = {path: self._score(path) for path in self.files()} if trainer.is_global_zero else {}
         scores = {path: score for path, score in found.items() if score is not None}
         self._scores = trainer.strategy.broadcast(scores)
-        self._settle(trainer)
+        self._update_files(trainer)
 
     def _score(self, path: Path) -> float | None:
         try:
             checkpoint = read_checkpoint(path)
         except UserError as error:
-            pl.utilities.rank_zero_warn(f"{error}; it does not count among the best")
+            pl.utilities.rank_zero_warn(f"{error}; it is not considered for best.ckpt")
             return None
         measured = checkpoint.get(_MEASURED)
-        if measured is None:  # as earlier versions wrote it
+        if measured is None:  # written by an earlier version
             states = [x for key, x in checkpoint["callbacks"].items() if key.startswith(type(self).__name__)]
             measured = {state["monitor"]: float(state["current_score"]) for state in states}
         return float(measured.get(self.monitor, float("-inf")))
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
         """Save the draft if it is among the best."""
-        if self._should_skip_saving_checkpoint(trainer) or self.save_top_k == 0:
+        if self.is_saved(trainer) or self.save_top_k == 0:
             return
         if self.monitor not in trainer.callback_metrics:
             self._warn(trainer)
@@ -249,34 +249,34 @@ class BestCheckpoint(DraftCheckpoint):
         self._scores.pop(path, None)
         self._scores[path] = score
         self.current_score = torch.tensor(score)
-        self._note()
+        self._publish()
         with stopping.finishing():
             self.write(trainer, path)
-            self._settle(trainer)
+            self._update_files(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what the validation measured."""
+        """Add the metrics of the validation."""
         if self._writes:
             checkpoint[_MEASURED] = {name: float(x) for name, x in trainer.callback_metrics.items()}
 
-    def _settle(self, trainer: pl.Trainer) -> None:
-        """Point the link to the best, and remove those that are no longer among the best."""
+    def _update_files(self, trainer: pl.Trainer) -> None:
+        """Point the link to the best, and remove the checkpoints that are no longer among the best."""
         if not self._scores:
             return
         present = Path(os.path.realpath(self.folder / "best.ckpt"))
-        # Of those whose score is unknown, measured by another monitor, the present best comes first.
+        # Checkpoints scored by another monitor rank last, the current best first among them.
         ranking = sorted(self._scores, key=lambda path: (-self._scores[path], path != present))
         self.point(trainer, "best.ckpt", ranking[0])
         if self.save_top_k > 0:
             for path in ranking[self.save_top_k :]:
                 del self._scores[path]
             self.remove(trainer, ranking[self.save_top_k :])
-        self._note()
+        self._publish()
 
-    def _note(self) -> None:
-        """Fill in what loggers and Lightning ask of a ModelCheckpoint."""
+    def _publish(self) -> None:
+        """Set the attributes of a ModelCheckpoint that loggers and Lightning read."""
         self.best_k_models = {str(path): torch.tensor(score) for path, score in self._scores.items()}
         self.best_model_path = max(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
         self.best_model_score = self.best_k_models[self.best_model_path]
@@ -286,20 +286,20 @@ class BestCheckpoint(DraftCheckpoint):
         if measured and not self._warned:
             self._warned = True
             pl.utilities.rank_zero_warn(
-                f"best_checkpoint.monitor: a validation measures no {self.monitor}, so there is no best.ckpt; it "
+                f"best_checkpoint.monitor: validation does not measure {self.monitor}, so there is no best.ckpt; it "
                 f"measures {', '.join(measured)}"
             )
 
 
 def find_checkpoint(name: str, run: Path) -> Path | None:
-    """The file behind ``--ckpt_path``.
+    """The file that ``--ckpt_path`` names.
 
     Args:
-        name: a path; or ``last`` or ``best``, of the run in the folder.
+        name: a path; or ``last`` or ``best`` of the run in the folder.
         run: the run's folder.
 
     Returns:
-        The file; None where the last one is asked for and there is none to go on from.
+        The file; None for ``last`` if the run has no checkpoint.
 
     Raises:
         UserError: there is no such file.
@@ -317,14 +317,14 @@ def find_checkpoint(name: str, run: Path) -> Path | None:
     if name == "best":
         hint = "" if newest is None else f"; the newest is {newest}"
         raise UserError(f"--ckpt_path best: {found}: no such checkpoint{hint}")
-    return newest  # where there is no link yet, or it was lost when the folder was copied
+    return newest  # the link does not exist yet, or was lost when the folder was copied
 
 
 def check_folder(run: Path, resumes: bool) -> None:
-    """Refuse a run's folder that cannot be written to, or holds another run.
+    """Reject a run's folder that is not writable or contains another run.
 
     Raises:
-        UserError: says which.
+        UserError: the folder cannot be used.
     """
     for path in (run / FOLDER, *(run / FOLDER).absolute().parents):
         if path.exists() or path.is_symlink():
@@ -343,7 +343,7 @@ def check_folder(run: Path, resumes: bool) -> None:
 
 
 def exact_resume(trainer: Any) -> ExactResume:
-    """The callback that knows the position of the last finished step."""
+    """The callback that keeps the position after the last optimizer step."""
     (found,) = [callback for callback in trainer.callbacks if isinstance(callback, ExactResume)]
     return found
 
@@ -356,7 +356,7 @@ def step_of(path: Path) -> int:
 
 
 def replace_link(link: Path, target: Path) -> None:
-    """Point ``link`` at ``target``, in one step."""
+    """Point ``link`` at ``target`` atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))

@@ -1,4 +1,4 @@
-"""Lightning's outermost loop, with validations that neither a kill nor the end of a run leaves out."""
+"""Lightning's outermost loop, with validations that neither a kill nor the end of a run skips."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.utilities import _is_max_limit_reached
 
 from specforge.callbacks.checkpoint import LastCheckpoint
+from specforge.callbacks.lightning_internals import LightningFitLoop, is_limit_reached, same_first_iteration
 from specforge.callbacks.metrics import TrainingMetrics
 
 
-class FitLoop(_FitLoop):
-    """Repeats the validation that follows a checkpoint's step, and validates when training is over.
+class FitLoop(LightningFitLoop):
+    """Repeats the validation that follows a checkpoint's step, and validates when training ends.
 
-    A step is saved before it is validated, so a checkpoint holds nothing of that validation: not its row, not the best
-    draft, not what early stopping counts. Lightning skips it when it resumes. Here a checkpoint says whether a
-    validation follows, and whoever resumes from it repeats that; the outcome is the same, whether it had been cut off
-    or not. A run that has nothing left to train passes through its start and its end, for its last validation may
-    have been cut off too.
+    A step is saved before it is validated, so its checkpoint contains nothing of that validation: neither its metrics
+    nor the best draft nor the state of early stopping. When Lightning resumes, it skips that validation. Here a
+    checkpoint records whether a validation follows, and a resumed run repeats it, with the same outcome whether or not
+    it had been interrupted. A run with nothing left to train still runs its start and end hooks, because its last
+    validation may have been interrupted too.
 
     Args:
-        trainer: its loop is replaced.
+        trainer: the trainer whose loop this replaces.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -32,18 +31,18 @@ class FitLoop(_FitLoop):
         self.validation_due = False
         self._epoch = 0  # of the last step
         loop = self.epoch_loop.val_loop
-        loop.run = self._then_keep(loop.run)
+        loop.run = self._recorded(loop.run)
 
-    def _then_keep(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """A validation that ends in the history, behind the best checkpoint."""
+    def _recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """A validation whose metrics are written to the history, after the best checkpoint."""
 
-        def run_and_keep() -> Any:
+        def run_and_record() -> Any:
             outputs = run()
             if not self.trainer.sanity_checking and not self.epoch_loop.val_loop.skip:
                 self._metrics.validated(self.trainer)
             return outputs
 
-        return run_and_keep
+        return run_and_record
 
     @property
     def _metrics(self) -> TrainingMetrics:
@@ -53,27 +52,26 @@ class FitLoop(_FitLoop):
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
-        return _is_max_limit_reached(self.epoch_loop.global_step, self.max_steps) or _is_max_limit_reached(
+        return is_limit_reached(self.epoch_loop.global_step, self.max_steps) or is_limit_reached(
             self.epoch_progress.current.processed, self.max_epochs
         )
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do at all."""
+        """Whether there is nothing to run at all."""
         return bool(self.max_batches == 0 or self.trainer.limit_train_batches == 0)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Say whether a validation follows."""
-        follows = self.trainer.training and self.epoch_loop._should_check_val_fx(self._data_fetcher)
-        return {**super().on_save_checkpoint(), "validation_due": bool(follows)}
+        """Record whether a validation follows."""
+        return {**super().on_save_checkpoint(), "validation_due": self.trainer.training and self.validation_follows}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Remember whether one follows."""
+        """Read whether a validation follows."""
         super().on_load_checkpoint(state_dict)
         self.validation_due = bool(state_dict.get("validation_due", False))
 
     def on_run_start(self) -> None:
-        """Repeat the validation behind the checkpoint, unless the run is finished and has its row."""
+        """Repeat the validation that follows the checkpoint, unless the run is finished."""
         trainer = self.trainer
         if trainer.enable_validation:
             trainer.validating = True
@@ -87,10 +85,10 @@ class FitLoop(_FitLoop):
             self._validate()
 
     def reset(self) -> None:
-        """Remember the checkpoint's epoch, before Lightning takes an epoch that ends with it for completed.
+        """Remember the checkpoint's epoch before Lightning marks an epoch that ends with the checkpoint as completed.
 
-        Lightning then goes on as if in the middle of an epoch and does not count the next one as begun, so that the
-        data's position in the checkpoints of that epoch is not used when epochs bound the run.
+        Lightning then continues as if in the middle of an epoch and does not count the next one as started. If epochs
+        limit the run, the data position in that epoch's checkpoints is then ignored, so the stage is reset here.
         """
         self._epoch, processed = self.trainer.current_epoch, self.epoch_progress.current.processed
         super().reset()
@@ -98,26 +96,26 @@ class FitLoop(_FitLoop):
             self.reset_restart_stage()
 
     def on_advance_start(self) -> None:
-        """Remember the epoch, before Lightning takes one that the run ends in for completed."""
+        """Remember the epoch before Lightning marks one that the run ends in as completed."""
         super().on_advance_start()
         self._epoch = self.trainer.current_epoch
 
     def _announce(self) -> None:
-        """Say beforehand what might surprise afterwards."""
+        """Tell the user before training starts if there will be no validation, or only at the end."""
         trainer, held_out = self.trainer, sum(self.epoch_loop.val_loop.max_batches)
         text = ""
         if self.finished:
             text = (
-                f"nothing is left to train: the checkpoint is of step {trainer.global_step}; raise trainer.max_steps "
-                "or trainer.max_epochs to go on"
+                f"nothing is left to train: the checkpoint is at step {trainer.global_step}; raise trainer.max_steps "
+                "or trainer.max_epochs to continue"
             )
         elif trainer.enable_validation and not held_out:
             text = "nothing is held out, so there will be no val/tau and no best.ckpt"
         elif held_out and trainer.global_step == 0 and not self._validates_before_the_end():
             text = (
-                f"the first validation is the last step's: trainer.val_check_interval is {trainer.val_check_interval}, "
-                f"trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}, and an epoch has "
-                f"{self.max_batches} batches"
+                "the validation interval exceeds the run, so the only validation follows the last step: "
+                f"trainer.val_check_interval is {trainer.val_check_interval}, trainer.check_val_every_n_epoch is "
+                f"{trainer.check_val_every_n_epoch}, and an epoch has {self.max_batches} batches"
             )
         if text:
             pl.utilities.rank_zero_info(text)
@@ -128,13 +126,13 @@ class FitLoop(_FitLoop):
             self.max_steps * trainer.accumulate_grad_batches if self.max_steps > 0 else float("inf"),
             self.max_epochs * length if self.max_epochs and self.max_epochs > 0 else float("inf"),
         ]
-        if trainer.val_check_batch is None:  # by the clock
+        if trainer.val_check_batch is None:  # the interval is a time
             return True
         whole_epochs = (trainer.check_val_every_n_epoch or 1) - 1
         return bool(whole_epochs * length + trainer.val_check_batch <= min(ends))
 
     def on_run_end(self) -> None:
-        """Save and validate the last step, if that has not been done."""
+        """Save and validate the last step, unless that is done."""
         trainer = self.trainer
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
@@ -146,8 +144,8 @@ class FitLoop(_FitLoop):
     def _validate(self) -> None:
         """Validate the last step, as the loop of its epoch would."""
         trainer, loop, progress = self.trainer, self.epoch_loop.val_loop, self.epoch_progress.current
-        first, completed = trainer._logger_connector._first_loop_iter, progress.completed
+        completed = progress.completed
         trainer.validating, loop.restarting, progress.completed = True, False, self._epoch
-        loop.run()
+        with same_first_iteration(trainer):
+            loop.run()
         trainer.training, progress.completed = True, completed
-        trainer._logger_connector._first_loop_iter = first

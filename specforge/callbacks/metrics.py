@@ -1,7 +1,8 @@
-"""Training metrics: summed on the device, read now and then, logged, shown, and kept beside the run.
+"""Training metrics: summed on the device, read and logged every few steps, and written to the run's folder.
 
-Every value is a ratio of sums over the steps since the last one was logged and over all ranks. Nothing is
-read back from the device, and Lightning's logging is not called, except on the steps that log.
+Every value is a ratio of sums over all ranks and over the steps since the last row. Values are read back from the
+device, and Lightning's logging is called, only on steps that are logged (and after a run's first step, for the progress
+line).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from specforge.contracts import TrainBatch
 from specforge.files import write_file
+from specforge.system import peak_memory
 
 FILE = "metrics.jsonl"
 
@@ -24,33 +26,35 @@ FILE = "metrics.jsonl"
 class TrainingMetrics(pl.Callback):
     """Logs loss and accuracy by position, learning rate, gradient norm and tokens/s.
 
-    ``metrics.jsonl`` in the run's folder keeps every logged row, training and validation, for the report; a
-    resumed run drops the rows behind its checkpoint. What is summed but not logged yet is part of a checkpoint.
+    ``metrics.jsonl`` in the run's folder contains every logged row, training and validation, for the report. A resumed
+    run drops the rows after its checkpoint. Sums that are not logged yet are part of a checkpoint.
 
     Attributes:
-        validated_step: the optimizer step of the last complete validation, -1 before there is one.
+        validated_step: optimizer step of the last complete validation; -1 before the first.
+        latest: ``loss`` and ``tokens_per_second`` of the last row, or of a run's first step.
     """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._tokens = self._supervised = 0
         self._clock = _Clock()
-        self._logged_step = -1
+        self._logged_step = self._first_step = -1
         self._elapsed = 0.0
         self._path: Path | None = None
         self.validated_step = -1
+        self.latest: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
         return {"elapsed": self._elapsed + self._clock.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the seconds."""
         self._elapsed = float(state_dict["elapsed"])
 
     @property
     def rank_state(self) -> tuple[Tensor | None, int, int]:
-        """What this rank has summed since the last row; nobody writes into the tensor."""
+        """Sums of this rank since the last row; the tensor is never written to."""
         return self._sums, self._tokens, self._supervised
 
     @rank_state.setter
@@ -58,43 +62,48 @@ class TrainingMetrics(pl.Callback):
         self._sums, self._tokens, self._supervised = state
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the history; forget what a resumed run will do again."""
+        """Open the history; a resumed run drops the rows that it will write again."""
         self._clock.start()
-        self._logged_step = trainer.global_step
+        self._logged_step = self._first_step = trainer.global_step
+        self.latest = {}
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._path = Path(trainer.default_root_dir) / FILE
-            self._forget(trainer)
+            self._drop_rows(trainer)
         self.validated_step = trainer.strategy.broadcast(self.validated_step)
 
-    def _forget(self, trainer: pl.Trainer) -> None:
-        """Drop what lies behind the position that training starts from, where it will be done again."""
+    def _drop_rows(self, trainer: pl.Trainer) -> None:
+        """Drop the rows after the position that training starts from."""
         assert self._path is not None
         step, batches = trainer.global_step, trainer.fit_loop.total_batch_idx + 1
         repeats = getattr(trainer.fit_loop, "validation_due", False)
 
-        def stays(row: dict[str, Any]) -> bool:
+        def is_kept(row: dict[str, Any]) -> bool:
             if row["step"] != step or not _is_validation(row):
                 return bool(row["step"] <= step)
-            # A step that is accumulated may be validated more than once, while the next one is.
+            # While the next step is accumulated, a step may be validated more than once.
             return not repeats and row.get("batches", 0) <= batches
 
-        rows = [row for row in read_history(self._path) if trainer.ckpt_path is not None and stays(row)]
+        rows = [row for row in read_history(self._path) if trainer.ckpt_path is not None and is_kept(row)]
         self.validated_step = max((row["step"] for row in rows if _is_validation(row)), default=-1)
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Add the batch; on a step that logs, log."""
+        """Add the batch to the sums; log them if the step is logged."""
         output = outputs["output"]
         row = torch.stack([output.losses.float(), output.hits.float(), output.rows.float()])
         self._sums = row if self._sums is None else self._sums.to(row.device) + row
         self._tokens += sum(batch.lengths)
-        self._supervised += output.count
+        self._supervised += output.num_supervised
         step = trainer.global_step
         if is_time_to_log(trainer) and step != self._logged_step:
             self._logged_step = step
             self._log(trainer, pl_module)
+        elif not self.latest and step > self._first_step:
+            seconds = max(self._clock.seconds, 1e-9)
+            loss, tokens = row[0].sum() / row[2].sum().clamp(min=1), self._tokens * trainer.world_size
+            self.latest = {"loss": float(loss), "tokens_per_second": tokens / seconds}
 
     def _log(self, trainer: pl.Trainer, pl_module: Any) -> None:
         assert self._sums is not None
@@ -115,13 +124,14 @@ class TrainingMetrics(pl.Callback):
         values |= {f"train/accuracy_{k + 1}": float(a) for k, a in enumerate(hits / rows)}
         values |= {f"train/loss_{k + 1}": float(x) for k, x in enumerate(losses / rows)}
         pl_module.log_dict(values, rank_zero_only=True)
-        shown = {"loss": values["train/loss"], "tok/s": values["train/tokens_per_second"]}
+        self.latest = {name: values[f"train/{name}"] for name in ("loss", "tokens_per_second")}
+        shown = {"loss": self.latest["loss"], "tok/s": self.latest["tokens_per_second"]}  # in other progress bars
         pl_module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
         self._append(trainer, values)
         self._sums, self._tokens, self._supervised = None, 0, 0
 
     def validated(self, trainer: pl.Trainer) -> None:
-        """Keep a validation's values, when all that belongs to it is done: the row says that it is."""
+        """Write the row of a validation; its presence means that the validation and its checkpoint are complete."""
         self.validated_step = trainer.global_step
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if values and self._path is not None:
@@ -131,11 +141,11 @@ class TrainingMetrics(pl.Callback):
             trainer.print(f"step {trainer.global_step}: held-out tau {values['val/tau']:.3f} {interval}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Stop the clock: a validation's time does not count as training."""
+        """Stop the clock: validation does not count as training time."""
         self._clock.stop()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start it again."""
+        """Start the clock again."""
         self._clock.start()
 
     def _append(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
@@ -145,6 +155,7 @@ class TrainingMetrics(pl.Callback):
                 "epoch": trainer.current_epoch,
                 "batches": trainer.fit_loop.total_batch_idx + 1,
                 "seconds": self._elapsed,
+                "peak_memory_gb": peak_memory(str(trainer.strategy.root_device)) / 1e9,
                 **values,
             }
             with self._path.open("a") as file:
@@ -152,7 +163,7 @@ class TrainingMetrics(pl.Callback):
 
 
 class _Clock:
-    """A stopwatch that can pause."""
+    """A stopwatch that can be paused."""
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -175,7 +186,7 @@ class _Clock:
 
 
 def is_time_to_log(trainer: pl.Trainer) -> bool:
-    """Whether the present step is one of ``trainer.log_every_n_steps``; with 0, none is."""
+    """Whether the current step is logged (``trainer.log_every_n_steps``; 0 logs none)."""
     every: int = trainer.log_every_n_steps
     return every > 0 and trainer.global_step % every == 0
 
@@ -185,7 +196,7 @@ def _is_validation(row: dict[str, Any]) -> bool:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a history file; a line that a crash cut off, or anything else that is no row, is left out."""
+    """Rows of a history file; lines that are not rows, such as one truncated by a crash, are skipped."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:

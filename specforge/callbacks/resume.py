@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.trainer import call
 
+from specforge.callbacks.lightning_internals import callback_states
 from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
@@ -85,7 +85,7 @@ class ExactResume(pl.Callback):
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
             "fit_loop": trainer.fit_loop.state_dict(),
-            "callbacks": _copy(call._call_callbacks_state_dict(trainer)),
+            "callbacks": _copy(callback_states(trainer)),
             _KEY: _rank_state(trainer),
         }
 

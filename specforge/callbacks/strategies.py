@@ -1,7 +1,7 @@
 """`--trainer.strategy fsdp2`: pure FSDP2, gradients reduced once per optimizer step.
 
-Lightning's ModelParallelStrategy never skips the reduction under accumulation, its ``auto`` sizes mean tensor
-parallelism inside a node, which a draft does not need, and it wants a tied tensor in the checkpoint once a name.
+Lightning's ModelParallelStrategy reduces in every micro-step of an accumulated step, its ``auto`` sizes mean tensor
+parallelism within a node, which a draft does not need, and it wants a tied tensor once per name in a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 
+from specforge.callbacks.lightning_internals import DataParallelStrategy
 from specforge.export.checkpoint import read_checkpoint
 
 
-class FSDP2Strategy(ModelParallelStrategy):
-    """Every device shards the draft and its optimizer state; checkpoints are single, whole files."""
+class FSDP2Strategy(DataParallelStrategy):
+    """Shards the draft and its optimizer state over all devices; a checkpoint is one file."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
-
-    def setup_environment(self) -> None:
-        """All devices are data parallel."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -43,15 +39,15 @@ class FSDP2Strategy(ModelParallelStrategy):
                 shard.set_requires_gradient_sync(True, recurse=False)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads its shards of the one file.
+        """Load this rank's shards from the one file.
 
         Raises:
-            UserError: the file cannot be read, or is of another algorithm, draft or target.
+            UserError: the file cannot be read, or belongs to another algorithm, draft or target.
         """
         assert self.model is not None
         assert self.lightning_module is not None
         checkpoint = read_checkpoint(Path(self.broadcast(checkpoint_path)))
-        self.lightning_module.on_load_checkpoint(checkpoint)  # what does not fit is refused before it is loaded
+        self.lightning_module.on_load_checkpoint(checkpoint)  # rejects what does not fit before anything is loaded
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=whole)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -61,6 +57,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def register_strategies() -> None:
-    """Make ``fsdp2`` known to Lightning."""
+    """Register ``fsdp2`` with Lightning."""
     if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, one reduction per optimizer step")
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 with one reduction per optimizer step")

@@ -1,57 +1,88 @@
-"""Shell completion from the command table: a static script, so that TAB never imports torch."""
+"""`specforge completion`: a static script, so that TAB never imports torch."""
 
 from __future__ import annotations
 
-from specforge.errors import UserError
+from importlib import import_module
+from typing import Literal
+
+from specforge.cli.main import COMMANDS
+from specforge.cli.recipes import recipes
 
 _BASH = """_specforge() {
-  local words="@WORDS@" word="${COMP_WORDS[COMP_CWORD]}"
-  if [ "$COMP_CWORD" -eq 1 ]; then
-    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[1]}"))
-  else
-    case "${COMP_WORDS[COMP_CWORD-1]}" in
-      --config|-c) COMPREPLY=($(compgen -W "@RECIPES@" -- "$word") $(compgen -f -- "$word")) ;;
+  local word="${COMP_WORDS[COMP_CWORD]}" words
+  case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in
+@OPTIONS@
 @GROUPS@
-      *) COMPREPLY=($(compgen -W "@OPTIONS@" -- "$word") $(compgen -f -- "$word")) ;;
-    esac
-  fi
+  esac
+  [ "$COMP_CWORD" -eq 1 ] && words="@COMMANDS@"
+  case "${COMP_WORDS[COMP_CWORD-1]}" in
+    --config|-c|--copy) words="@RECIPES@" ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  [ "$COMP_CWORD" -eq 1 ] || COMPREPLY+=($(compgen -f -- "$word"))
 }
 complete -o filenames -F _specforge specforge
 """
-_FISH = """complete -c specforge -f -n __fish_use_subcommand -a "@WORDS@"
+_FISH = """complete -c specforge -n __fish_use_subcommand -f -a "@COMMANDS@"
 complete -c specforge -n "not __fish_use_subcommand" -s c -l config -r -a "@RECIPES@"
-complete -c specforge -n "not __fish_use_subcommand" -l print_config -l help
-@FISH_GROUPS@
+@GROUPS@
+@OPTIONS@
 """
 
 
-def script(shell: str) -> str:
-    """The completion script of a shell.
+def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
+    """Print a completion script: commands, options and recipes.
 
-    Raises:
-        UserError: another shell than bash, zsh and fish.
+    It takes seconds to generate, so write it to a file:
+    specforge completion bash > ~/.local/share/bash-completion/completions/specforge
+
+    Args:
+        shell: bash, zsh or fish.
     """
-    from specforge.cli.main import COMMANDS
-    from specforge.cli.recipes import recipes
+    print(script(shell), end="")
 
-    templates = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": _FISH}
-    if shell not in templates:
-        raise UserError(f"completion {shell}: use bash, zsh or fish")
-    words = " ".join(dict.fromkeys(name.split()[0] for name in COMMANDS))
+
+def script(shell: Literal["bash", "zsh", "fish"]) -> str:
+    """The completion script of a shell."""
     groups: dict[str, list[str]] = {}
-    for group, _, command in (name.partition(" ") for name in COMMANDS if " " in name):
-        groups.setdefault(group, []).append(command)
-    bash = [f'      {g}) COMPREPLY=($(compgen -W "{" ".join(c)}" -- "$word")) ;;' for g, c in groups.items()]
-    fish = [f'complete -c specforge -n "__fish_seen_subcommand_from {g}" -a "{" ".join(c)}"' for g, c in groups.items()]
-    text = templates[shell].replace("@GROUPS@", "\n".join(bash)).replace("@FISH_GROUPS@", "\n".join(fish))
-    text = text.replace("@WORDS@", words).replace("@RECIPES@", " ".join(recipes()))
-    return text.replace("@OPTIONS@", "--config --print_config --help")
+    for name in COMMANDS:
+        groups.setdefault(name.split()[0], []).extend(name.split()[1:])
+    named = {group: names for group, names in groups.items() if names}
+    if shell == "fish":
+        text = _FISH
+        under = [
+            f'complete -c specforge -n "__fish_seen_subcommand_from {g}" -a "{" ".join(x)}"' for g, x in named.items()
+        ]
+        options = [
+            f'complete -c specforge -n "__fish_seen_subcommand_from {name.split()[-1]}" -l {option}'
+            for name in COMMANDS
+            for option in option_names(name)
+        ]
+    else:
+        text = "autoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh") + _BASH
+        under = [f'    "{group} "*) words="{" ".join(names)}" ;;' for group, names in named.items()]
+        patterns = {name: f'"{name}"' if " " in name else f'"{name} "*' for name in COMMANDS}
+        options = [f'    {x}) words="--{" --".join(option_names(name))}" ;;' for name, x in patterns.items()]
+    fields = {
+        "OPTIONS": "\n".join(options),
+        "GROUPS": "\n".join(under),
+        "COMMANDS": " ".join(groups),
+        "RECIPES": " ".join(recipes()),
+    }
+    for field, value in fields.items():
+        text = text.replace(f"@{field}@", value)
+    return text
 
 
-def main(argv: list[str]) -> int:
-    """`specforge completion SHELL`."""
-    if len(argv) != 2 or argv[1] in ("-h", "--help"):
-        print('usage: eval "$(specforge completion bash)"   (or zsh, fish)')
-        return 0 if len(argv) == 2 else 2
-    print(script(argv[1]), end="")
-    return 0
+def option_names(name: str) -> list[str]:
+    """The options of a command, without dashes."""
+    module, function = COMMANDS[name][0].split(":")
+    if module == "specforge.cli.fit":
+        from specforge.cli.fit import option_names as fit_options
+
+        own = [key.replace(".init_args", "") for key in fit_options()]
+    else:
+        from specforge.cli.command import command_line
+
+        own = list(command_line(name, getattr(import_module(module), function)).hints)
+    return list(dict.fromkeys(["help", "config", "print_config", *own]))

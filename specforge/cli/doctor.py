@@ -1,114 +1,128 @@
-"""`specforge doctor`: what this machine can run."""
+"""`specforge doctor`: packages, hardware, and the recipes that this machine can run."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from specforge import __version__
+from specforge.cli.recipes import GPUs, Recipe, read_head, recipes
+from specforge.extras import EXTRAS, install_hint, installed
 
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors", "jsonargparse", "torchmetrics")
-_EXTRAS = {
-    "hub": ("datasets", "hub datasets"),
-    "gguf": ("gguf", "targets in GGUF files, the quickstart's among them"),
-    "sglang": ("sglang", "serving exported drafts"),
-    "mooncake": ("mooncake", "features in other hosts' memory, over TCP or RDMA"),
-    "redis": ("redis", "metadata for many hosts"),
-    "ray": ("ray", "many producers and trainers"),
-}
 
 
-def main(argv: list[str]) -> int:
-    """Print the findings; 1 if something that every command needs is missing."""
-    if len(argv) > 1:
-        print("usage: specforge doctor")
-        return 0 if argv[1] in ("-h", "--help") else 2
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
+@dataclass(frozen=True)
+class Machine:
+    """Hardware that recipes need, in GB of 10^9 bytes."""
+
+    ram_gb: float
+    disk_gb: float
+    gpus_gb: tuple[float, ...] = ()
+
+    @classmethod
+    def detect(cls) -> Machine:
+        """This machine; its free disk space is that of the current folder."""
+        gpus: tuple[float, ...] = ()
+        if find_spec("torch"):
+            import torch
+
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            gpus = tuple(torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(count))
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(ram / 1e9, shutil.disk_usage(".").free / 1e9, gpus)
+
+    def has(self, need: GPUs) -> bool:
+        """Whether enough GPUs have enough memory."""
+        return sum(gpu >= need.gpu_gb for gpu in self.gpus_gb) >= need.gpus
+
+
+def main() -> int:
+    """Show what this machine can run; the exit status is 1 if a required package is missing."""
     for title, text in findings():
-        print(f"{title:<12} {text}")
+        print(f"{title:<12} {text}".rstrip())
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        print(f"missing: {', '.join(missing)} (pip install specforge)")
+        print(f"missing: {', '.join(missing)} (reinstall SpecForge)")
     return 1 if missing else 0
 
 
 def findings() -> Iterator[tuple[str, str]]:
-    """Titles and texts, top to bottom."""
+    """Titles and texts, from top to bottom."""
+    yield "specforge", f"{__version__} in {Path(__file__).parents[1]}"
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
-    for extra, (module, what) in _EXTRAS.items():
-        state = _version(module) if find_spec(module) else f"not installed (pip install 'specforge[{extra}]')"
-        yield extra, f"{state}: {what}"
-    yield "cpu", _cpu()
-    memory = _memory()
-    yield "memory", f"{memory / 2**30:.1f} GiB"
-    yield "disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here"
-    yield from _accelerators(memory)
+    yield "packages", ", ".join(installed(name) or f"{name} missing" for name in _PACKAGES)
+    for name, extra in EXTRAS.items():
+        found = installed(extra.module)
+        yield name, f"{found or 'not installed'} ({extra.purpose}){'' if found else ': ' + install_hint(name)}"
+    yield "cpu", _describe_cpu()
+    machine = Machine.detect()
+    yield "memory", f"{machine.ram_gb:.0f} GB"
+    yield "disk", f"{machine.disk_gb:.0f} GB free in this folder"
+    yield from _describe_gpus()
+    yield from describe_recipes(machine)
 
 
-def _version(package: str) -> str:
-    builds = ("-non-cuda", "", "-cuda13")  # of one and the same package
-    names = [f"mooncake-transfer-engine{x}" for x in builds] if package == "mooncake" else [package]
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "?"
-
-
-def _cpu() -> str:
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            if key.strip() == "flags":
-                flags = set(value.split())
-    bf16 = "AMX" if "amx_bf16" in flags else "AVX-512" if "avx512_bf16" in flags else "no"
+def _describe_cpu() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    advice = "use precision bf16-mixed" if bf16 != "no" else "use precision 32-true: bf16 is emulated here"
-    return f"{cores} cores, {name}; bf16 instructions: {bf16} ({advice})"
+    if find_spec("torch") is None:
+        return f"{cores} cores"
+    import torch
+
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), None)
+    advice = "use precision bf16-mixed" if bf16 else "bf16 is emulated here: use precision 32-true"
+    return f"{cores} cores, {has.get('cpu_name') or platform.machine()}; bf16 instructions: {bf16 or 'none'} ({advice})"
 
 
-def _memory() -> int:
-    if sys.platform.startswith(("linux", "darwin")):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0
-
-
-def _accelerators(memory: int) -> Iterator[tuple[str, str]]:
+def _describe_gpus() -> Iterator[tuple[str, str]]:
     if find_spec("torch") is None:
         return
     import torch
 
-    room = memory
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
-            yield "gpu", f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-        room = torch.cuda.get_device_properties(0).total_memory
+            yield "gpu", f"{device.name}, {device.total_memory / 1e9:.0f} GB"
     elif torch.backends.mps.is_available():
         yield "gpu", "Apple (trainer.accelerator: mps)"
     else:
-        yield "gpu", "none: training runs on the CPU"
-    yield "recipes", _fitting(room / 2**30, torch.cuda.is_available())
+        yield "gpu", "none; training runs on the CPU"
 
 
-def _fitting(gib: float, gpu: bool) -> str:
-    from specforge.cli.recipes import describe, recipes
+def describe_recipes(machine: Machine) -> Iterator[tuple[str, str]]:
+    """Which recipes a machine can run, and what it lacks for each of the others."""
+    heads = {name: head for name, path in recipes().items() if (head := read_head(path))}
+    lacking = {name: shortfalls(head, machine) for name, head in heads.items()}
+    yield "recipes", f"{sum(not lacks for lacks in lacking.values())} of {len(heads)} run here"
+    for name, lacks in lacking.items():
+        yield f"  {name:<34}", f"needs {', '.join(lacks)}" if lacks else "runs here"
 
-    fits: list[str] = []
-    large: list[str] = []
-    for name, path in recipes().items():
-        needs = [line for line in describe(path) if line.startswith("Needs ")]
-        gpu_gib = next((float(w) for line in needs for w in line.split() if w.replace(".", "").isdigit()), 0.0)
-        wants_gpu = any("GPU" in line for line in needs)
-        (fits if gpu_gib <= gib and (gpu or not wants_gpu) else large).append(name)
-    text = "can run " + ", ".join(fits)
-    return text + (f"; too large for this machine: {', '.join(large)}" if large else "")
+
+def shortfalls(recipe: Recipe, machine: Machine) -> list[str]:
+    """What a machine lacks for a recipe; empty if the recipe can be run."""
+    fit, capture, lacks = recipe.fit, recipe.capture, []
+    if capture.gpus > 1:
+        lacks.append(f"{_count(capture)} to capture (`specforge capture` uses one GPU)")
+    elif not machine.has(capture) and machine.has(fit):
+        lacks.append(f"{_count(capture)} to capture")
+    if not machine.has(fit):
+        one_gpu_each = capture.gpus == fit.gpus == 1
+        lacks.insert(
+            0, _count(max(fit, capture, key=lambda x: x.gpu_gb)) if one_gpu_each else f"{_count(fit)} to train"
+        )
+    if machine.ram_gb < recipe.ram_gb:
+        lacks.append(f"{recipe.ram_gb:g} GB of memory")
+    if machine.disk_gb < recipe.disk_gb:
+        lacks.append(f"{recipe.disk_gb:g} GB of disk")
+    return lacks
+
+
+def _count(need: GPUs) -> str:
+    return f"{need.gpus} GPU{'s' * (need.gpus > 1)} of {need.gpu_gb:g} GB"

@@ -1,27 +1,24 @@
-"""`specforge fit|validate|test`: LightningCLI over the algorithms and datamodules."""
+"""`specforge fit` and `validate`: LightningCLI with SpecForge's callbacks, defaults and error messages."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
-import re
 import sys
 import warnings
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
-from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch import loggers
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-import datamodules  # noqa: F401 - makes the built-in classes known by name
+import datamodules  # noqa: F401 - registers the built-in classes by name
 import lightning_modules
 from specforge import stopping
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
@@ -33,13 +30,16 @@ from specforge.callbacks.checkpoint import (
     check_folder,
     find_checkpoint,
 )
+from specforge.callbacks.lightning_internals import FitParser, NoExperiment, spawns
 from specforge.callbacks.loop import FitLoop
 from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
+from specforge.callbacks.progress import RunProgress
 from specforge.callbacks.report import RunReport
 from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
-from specforge.cli.refusals import bound_yaml, lightning_refusal
+from specforge.cli.arguments import environment_help, expand
+from specforge.cli.errors import explain, lightning_refusal
 from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.system import keep_freed_memory
@@ -52,24 +52,56 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-# Which are not to be given with trainer.barebones.
-BAREBONES = ("log_every_n_steps", "num_sanity_val_steps", "enable_model_summary")
-
-# Options of the trainer that Lightning takes as they are, whatever follows from them.
-AT_LEAST = {
+# Defaults of ours that trainer.barebones does not accept.
+_NOT_BAREBONES = ("log_every_n_steps", "num_sanity_val_steps", "enable_model_summary")
+# Lower bounds that Lightning does not check.
+_AT_LEAST = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
 }
+# What --help shows; Lightning's other options are behind --help.trainer.
+_HELP = {
+    "config": "recipe or YAML file; may be given more than once, later files override earlier ones",
+    "seed_everything": "random seed",
+    "model": "the algorithm, such as Eagle3Module; its options are --model.NAME (see --model.help Eagle3Module)",
+    "data": "the data, such as OfflineDataModule; its options are --data.NAME (see --data.help OfflineDataModule)",
+    "ckpt_path": "checkpoint to start from: a path, or last or best of the run in trainer.default_root_dir",
+    "trainer.default_root_dir": "the run's folder: checkpoints, metrics, logs and report",
+    "trainer.max_steps": "stop after this many optimizer steps; -1 for no limit",
+    "trainer.max_epochs": "stop after this many epochs; -1 for no limit",
+    "trainer.accumulate_grad_batches": "batches per optimizer step",
+    "trainer.gradient_clip_val": "maximum norm of the gradient",
+    "trainer.val_check_interval": "batches between validations, or a fraction of an epoch",
+    "trainer.check_val_every_n_epoch": "epochs between validations; null counts batches across epochs",
+    "trainer.limit_val_batches": "batches per validation, or a fraction of them; 0 for no validation",
+    "trainer.log_every_n_steps": "optimizer steps between two rows of metrics",
+    "trainer.accelerator": "cpu, gpu or auto",
+    "trainer.devices": "number of devices per node, a list of them, or auto",
+    "trainer.num_nodes": "number of nodes",
+    "trainer.strategy": "auto, ddp or fsdp2",
+    "trainer.precision": "32-true, bf16-mixed or bf16-true",
+    "trainer.logger": "a logger, such as CSVLogger or WandbLogger (default: TensorBoard in the run's folder)",
+    "trainer.callbacks": "callbacks to add, such as LearningRateMonitor",
+}
+_TITLES = {"model": "Model", "data": "Data", "ckpt_path": "Start", "trainer": "Trainer"}
+_DESCRIPTIONS = {
+    "fit": "Train a draft. Start from a recipe: specforge fit --config eagle3.yaml (see `specforge recipes`).",
+    "validate": "Compute loss and offline tau of a checkpoint on held-out data.",
+}
+_MORE_HELP = (
+    "More options: --help.trainer (all of Lightning's trainer), --model.help Eagle3Module, "
+    "--data.help OfflineDataModule (or another class). "
+)
 
 
 class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's folder."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Nothing yet: a start that is refused changes nothing."""
+        """Do nothing yet: a run that is rejected changes nothing."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file; a resumed run writes it again."""
@@ -82,8 +114,8 @@ class RunConfig(SaveConfigCallback):
         write_file(Path(trainer.default_root_dir) / "config.yaml", text)
 
 
-class RunLogger(TensorBoardLogger):
-    """TensorBoard's, which has no files before there is something to log: a start that is refused leaves none."""
+class RunLogger(loggers.TensorBoardLogger):
+    """TensorBoardLogger that creates its files with the first metrics: a run that is rejected leaves none."""
 
     def __init__(self, folder: str, at_once: bool) -> None:
         super().__init__(folder, name="tensorboard", version="")
@@ -91,8 +123,8 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's writer; before the first metrics something that does nothing."""
-        return super().experiment if self._opened else _DummyExperiment()
+        """TensorBoard's writer; before the first metrics, an object that does nothing."""
+        return super().experiment if self._opened else NoExperiment()
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write metrics."""
@@ -101,42 +133,73 @@ class RunLogger(TensorBoardLogger):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with our defaults, one-line errors, and a resume that does not change the configuration."""
+    """LightningCLI with our defaults and one-line errors; a checkpoint does not change the configuration.
 
-    command = "fit"
+    Args:
+        command: fit or validate.
+        words: its command line.
+        callbacks: always added to the trainer's.
+    """
 
-    @classmethod
-    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the one that was asked for: building a parser costs a second."""
-        return {cls.command: LightningCLI.subcommands()[cls.command]}
+    def __init__(self, command: str, words: Sequence[str], callbacks: Sequence[pl.Callback]) -> None:
+        self.command = command
+        description = {"prog": f"specforge {command}", "usage": f"specforge {command} [--config FILE] [options]"}
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": list(callbacks)},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=FitParser,
+            parser_kwargs={
+                **description,
+                "description": _DESCRIPTIONS[command],
+                "epilog": _MORE_HELP + environment_help(command),
+                "exit_on_error": False,
+            },
+            args=list(words),
+            run=False,
+        )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Checkpoints are configured under their own keys."""
+        """Add the checkpoints under keys of their own, and the arguments of ``Trainer.fit`` or ``validate``."""
+        parser.helps, parser.titles = _HELP, _TITLES
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        method = inspect.signature(getattr(pl.Trainer, self.command)).parameters
+        self._arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=data & set(method))
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse; a mistake becomes one line with the nearest valid name."""
-        subparser = self._subcommand_parsers[self.command]
-        parser.exit_on_error = subparser.exit_on_error = False
-        try:
-            self.config = parser.parse_args(args)
-        except (jsonargparse.ArgumentError, KeyError) as error:
-            raise UserError(explain(str(error), known_keys(subparser))) from error
+        """Parse the command line.
 
-    def _parse_ckpt_path(self) -> None:
-        """Keep the configuration as given: Lightning would let the checkpoint's override it."""
+        Raises:
+            UserError: one line, with the closest valid name where one is unknown.
+        """
+        if "--help.trainer" in args:
+            parser.shows_all, args = True, ["--help"]
+        try:
+            self.config = parser.parse_args(_with_save_dir(args))
+        except (jsonargparse.ArgumentError, KeyError) as error:
+            raise UserError(explain(str(error), option_names(), _class_names())) from error
 
     def before_instantiate_classes(self) -> None:
-        """Look at the run's folder and the checkpoint before anything is built."""
-        config = self._get(self.config, "trainer")
-        for name, least in AT_LEAST.items():
+        """Check the trainer's settings, the run's folder and the checkpoint before anything is built."""
+        config = self.config["trainer"]
+        for name, least in _AT_LEAST.items():
             if config[name] is not None and config[name] < least:
                 raise UserError(f"trainer.{name}: must be at least {least}, not {config[name]}")
         if config["val_check_interval"] == 0:
-            raise UserError("trainer.val_check_interval: must be above 0; limit_val_batches: 0 validates nothing")
+            raise UserError("trainer.val_check_interval: must be above 0; to skip validation, set limit_val_batches: 0")
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
-        run, given = Path(config["default_root_dir"]), self._get(self.config, "ckpt_path")
+        if config.get("logger.init_args.save_dir") == "":
+            config["logger.init_args.save_dir"] = config["default_root_dir"]
+        run, given = Path(config["default_root_dir"]), self.config["ckpt_path"]
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
         if given not in (None, "hpc"):
             found = find_checkpoint(given, run)
@@ -145,52 +208,73 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit" and not config["fast_dev_run"]:
             check_folder(run, resumes=given is not None or requeued)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self._checkpoint}
-
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add the checkpoint writer and, unless another is configured, the TensorBoard logger."""
-        config = self._get(self.config_init, "trainer", default={})
+        """Add the checkpoint writer, the progress bar, and TensorBoard unless another logger is configured."""
+        config = self.config_init["trainer"]
         plugins = config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs["plugins"] = plugins
         if config["barebones"]:
-            kwargs |= {key: None for key in BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
+            kwargs |= {key: None for key in _NOT_BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
         elif config.get("logger") in (None, True):
             kwargs["logger"] = RunLogger(config["default_root_dir"], at_once=self.command != "fit")
         if config.get("enable_progress_bar") is not False and not config["barebones"]:
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), ProgressBar(refresh_rate=20)]
+            self.trainer_defaults["callbacks"].append(RunProgress())  # last, so that it shows the others' values
         if config["barebones"] or config["enable_checkpointing"] is False:
-            self._parser(self.subcommand).callback_keys.clear()  # of LastCheckpoint and BestCheckpoint
+            self.parser.callback_keys.clear()  # LastCheckpoint and BestCheckpoint
         trainer = super().instantiate_trainer(**kwargs)
-        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":  # which needs to pickle the trainer
+        if spawns(trainer):
             raise UserError(f"trainer.strategy: {config['strategy']} is not supported; use ddp")
         trainer.fit_loop = FitLoop(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, DraftCheckpoint):
-                given = self._get(self.config, "ckpt_path")
+                given = self.config["ckpt_path"]
                 callback.named = None if given in ("last", "best") else given
         return trainer
 
+    def run(self) -> None:
+        """Train or validate."""
+        arguments = {name: self.config_init[name] for name in self._arguments}
+        method = getattr(self.trainer, self.command)
+        method(self.model, datamodule=self.datamodule, **{**arguments, "ckpt_path": self._checkpoint})
 
-class ProgressBar(RichProgressBar):
-    """Lightning's, which calls the last epoch of a run that steps alone bound -2."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "")
+def _with_save_dir(words: Sequence[str]) -> list[str]:
+    """Set an empty save_dir, which becomes the run's folder, for a logger that is given by name."""
+    named = {name for name in loggers.__all__ if "save_dir" in inspect.signature(getattr(loggers, name)).parameters}
+    result: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        result.append(word)
+        option, _, value = word.partition("=")
+        if (option == "--trainer.logger" and value in named) or (before == "--trainer.logger" and word in named):
+            result.append("--trainer.logger.save_dir=")
+    return result
 
 
-def known_keys(parser: Any) -> list[str]:
-    """Every option of a parser, the class options of the built-in models and data included."""
-    keys = [action.dest for action in parser._actions]
-    models: list[type] = list(lightning_modules.algorithms().values())
-    for base, classes in (("model", models), ("data", _subclasses(pl.LightningDataModule))):
-        for cls in classes:
-            if cls.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
-                keys += [f"{base}.init_args.{name}" for name in inspect.signature(cls).parameters]
-    return keys
+def option_names() -> list[str]:
+    """Every option of `specforge fit`, including those of the built-in models and data modules."""
+    keys = ["seed_everything", "ckpt_path", "model", "data"]
+    classes = {"trainer": [pl.Trainer], "checkpoint": [LastCheckpoint], "best_checkpoint": [BestCheckpoint]}
+    keys += [f"{base}.{name}" for base, found in classes.items() for name in _parameters(found)]
+    data = [cls for cls in _subclasses(pl.LightningDataModule) if cls.__module__.split(".")[0] == "datamodules"]
+    for base, built_in in (("model", list(lightning_modules.algorithms().values())), ("data", data)):
+        keys += [f"{base}.init_args.{name}" for name in _parameters(built_in)]
+    return list(dict.fromkeys(keys))
+
+
+def _parameters(classes: Sequence[type]) -> Iterator[str]:
+    """Parameters of constructors, including those that ``**kwargs`` passes on to a base class of ours."""
+    for cls in classes:
+        for base in cls.__mro__:
+            if base is cls or base.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
+                parameters = list(inspect.signature(base).parameters.values())
+                yield from (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
+
+
+def _class_names() -> list[str]:
+    return [cls.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for cls in _subclasses(base)]
 
 
 def _subclasses(cls: type) -> list[type]:
@@ -198,87 +282,30 @@ def _subclasses(cls: type) -> list[type]:
     return [x for child in children for x in (child, *_subclasses(child))]
 
 
-def explain(message: str, keys: list[str]) -> str:
-    """The useful line of a parser's error, with the nearest valid option where one was not accepted."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = re.sub(r"^error: ", "", lines[0]) if lines else "unknown error"
-    for line in lines:
-        for pattern in (
-            r"does not accept option '([\w.]+)'",
-            r"Option '([\w.]+)' is not accepted",
-            r"[Kk]ey '([\w.]+)' is not",
-            r"[Uu]nrecognized arguments: --?([\w.]+)",
-            r"No action for key \"?'?([\w.]+)",
-        ):
-            match = re.search(pattern, line)
-            if match:
-                return _nearest(match.group(1), keys)
-    unknown = re.search(r"Expected a dot import path string: (\w+)", message)
-    if unknown:
-        names = [c.__name__ for base in (pl.LightningModule, pl.LightningDataModule) for c in _subclasses(base)]
-        close = get_close_matches(unknown.group(1), names, 1, 0.5)
-        return f"no class '{unknown.group(1)}'" + (f"; did you mean '{close[0]}'?" if close else "")
-    places = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.search(r'Parser key "([\w.]+)"', line))]
-    if places:
-        key, after = ".".join(name for _, name in places), lines[places[-1][0] + 1 :]
-        bounds = next((m.group(1) for line in after if (m := re.search(r"Not of type (an? .+?): ", line))), None)
-        if bounds is not None:  # one of specforge.options
-            given = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"
-            value = next((x.strip("'") for line in after for x in (re.findall(given, line) or [()])[0] if x), None)
-            return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
-        detail = next((line.lstrip("- ") for line in after if "Expected" in line), "not valid")
-        return f"{key}: {_in_words(detail)}"[:400]
-    return text[:400]
-
-
-_KINDS = {
-    "list": "a list, such as [1, 2]",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "dict": "fields with values",
-}
-
-
-def _in_words(detail: str) -> str:
-    """What the parser expected, without Python's names for it."""
-    detail = re.sub(r"\. Got value: (.*)", r", not \1", detail)
-    detail = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"must be one of \1", detail)
-    kind = re.match(r"Expected an? <class '(\w+)'>", detail)
-    if kind is None or kind[1] not in _KINDS:
-        return detail
-    return f"must be {_KINDS[kind[1]]}{detail[kind.end() :]}"
-
-
-def _nearest(name: str, keys: list[str]) -> str:
-    last = name.rsplit(".", 1)[-1]
-    close = get_close_matches(name, keys, 1, 0.75) or [
-        key for key in keys if get_close_matches(last, [key.rsplit(".", 1)[-1]], 1, 0.7)
-    ]
-    hint = f"; did you mean '{close[0].replace('.init_args', '')}'?" if close else ""
-    return f"unknown option '{name}'{hint}"
-
-
-def main(argv: list[str]) -> int:
-    """Run one of Lightning's subcommands.
+def main(command: str, words: Sequence[str]) -> int:
+    """Run `specforge fit` or `validate`.
 
     Returns:
         The exit status: 143 after a signal, else 0.
+
+    Raises:
+        UserError: a setting is not accepted.
     """
-    bound_yaml(argv)
-    _quiet()
+    words = expand(command, words)
+    _silence()
     keep_freed_memory()
     register_strategies()
     preemption = Preemption()
+    callbacks = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
+    sys.argv = [sys.argv[0], command, *words]  # Lightning's launcher starts the other ranks with it
     try:
         with stopping.signals_stop():
-            _run(argv, preemption)
+            TrainingCLI(command, words, callbacks).run()
             return 0
     except stopping.Stopped:
         return preemption.end()
     except SystemExit as end:
-        if stopping.interrupted():  # Lightning makes an exit of it
+        if stopping.interrupted():  # Lightning turns it into an exit
             raise KeyboardInterrupt from end
         raise
     except Exception as error:
@@ -289,34 +316,15 @@ def main(argv: list[str]) -> int:
         raise UserError(line) from error
 
 
-def _run(argv: list[str], preemption: Preemption) -> None:
-    always = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
-    command = type("Command", (TrainingCLI,), {"command": argv[0]})
-    sys.argv = [sys.argv[0], *argv]  # Lightning's launcher starts the other ranks with it
-    command(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=RunConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": always},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={"prog": "specforge", "default_env": True, "env_prefix": "SPECFORGE"},
-    )
-
-
-def _quiet() -> None:
-    """Silence what Lightning says of things that are as they should be."""
+def _silence() -> None:
+    """Silence Lightning's warnings about things that are as intended."""
     for message in (
         ".*does not have many workers.*",
-        ".*LightningCLI's args parameter.*",
         ".*GPU available but not used.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*LeafSpec.*is deprecated.*",
         ".*exists and is not empty.*",
+        ".*is smaller than the logging interval.*",
         r".*add the following callbacks: \[.(?:Last|Best)Checkpoint.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""The `specforge` executable: a table of commands. Imports nothing heavy, so help is instant."""
+"""The `specforge` executable: the table of commands. Imports nothing heavy, so that help is instant."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from specforge import __version__
+from specforge.cli.shadowing import check
 from specforge.errors import UserError, escaped, mistake_behind
 
-# Name: ("module:function", what it does). A function takes its own name and arguments and returns the exit status.
+# Name: ("module:function", description). A function's parameters are the command's options, except in
+# specforge.cli.fit, which passes its words to LightningCLI.
 COMMANDS = {
-    "target fetch": ("specforge.cli.commands:run", "Fetch a target model into a folder."),
-    "target serve": ("specforge.cli.commands:run", "Serve a target's features over HTTP."),
-    "store up": ("specforge.cli.commands:run", "Run a Mooncake store in this host's memory."),
-    "prepare": ("specforge.cli.commands:run", "Turn conversations into token ids and loss masks."),
-    "regenerate": ("specforge.cli.commands:run", "Let the target answer the prompts itself."),
-    "capture": ("specforge.cli.commands:run", "Run the target over prompts and keep its hidden states."),
-    "produce": ("specforge.cli.commands:run", "Make features for a trainer in another process."),
-    "status": ("specforge.cli.commands:run", "Say how a disaggregated run is doing."),
-    "fit": ("specforge.cli.fit:main", "Train a draft (LightningCLI)."),
-    "validate": ("specforge.cli.fit:main", "Offline acceptance length of a checkpoint (LightningCLI)."),
-    "test": ("specforge.cli.fit:main", "The same on the test data (LightningCLI)."),
-    "evaluate": ("specforge.cli.commands:run", "Decode held-out prompts speculatively: tau, speed, losslessness."),
-    "export": ("specforge.cli.commands:run", "Write a draft for SGLang, vLLM or transformers."),
-    "doctor": ("specforge.cli.doctor:main", "Say what this machine can run."),
-    "recipes": ("specforge.cli.recipes:main", "List or copy the shipped recipes."),
-    "completion": ("specforge.cli.completion:main", "Print a completion script for bash, zsh or fish."),
+    "target fetch": ("specforge.cli.data:fetch_target", "Download a target model."),
+    "target serve": ("specforge.cli.serve:serve_target", "Serve a target's features over HTTP."),
+    "store up": ("specforge.cli.serve:store_up", "Run a Mooncake store in this host's memory."),
+    "prepare": ("specforge.cli.data:prepare", "Turn conversations into token ids and loss masks."),
+    "regenerate": ("specforge.cli.data:regenerate", "Replace the answers in conversations with the target's own."),
+    "capture": ("specforge.cli.produce:capture", "Run the target over prompts and keep its hidden states."),
+    "produce": ("specforge.cli.produce:produce", "Produce features for a trainer in another process."),
+    "status": ("specforge.cli.produce:status", "Show the state of a disaggregated run."),
+    "fit": ("specforge.cli.fit:main", "Train a draft."),
+    "validate": ("specforge.cli.fit:main", "Compute loss and offline tau of a checkpoint on held-out data."),
+    "evaluate": ("specforge.cli.evaluate:evaluate", "Decode speculatively: tau, speed, and lossless or not."),
+    "export": ("specforge.cli.evaluate:export", "Write a draft for SGLang, vLLM or transformers."),
+    "doctor": ("specforge.cli.doctor:main", "Show what this machine can run."),
+    "recipes": ("specforge.cli.recipes:main", "List, show or copy the shipped recipes."),
+    "completion": ("specforge.cli.completion:completion", "Print a completion script for bash, zsh or fish."),
 }
+_REMOVED = {"test": "use `specforge validate`, which evaluates the same held-out data"}
 
 
 def usage() -> str:
@@ -44,14 +46,14 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Every command takes --config FILE (YAML) and --print_config. Start with `specforge recipes`, or in a",
-            "checkout with `make quickstart`.",
+            "Every command accepts --config FILE (YAML), --print_config and environment variables. To start, see",
+            "`specforge recipes`, or run `make quickstart` in a checkout.",
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    """Run a command; returns the exit status. A user's mistake is reported in one line on stderr, with status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -59,10 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"specforge {__version__}")
         return 0
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about its own interface
-    if logging.lastResort is not None:  # which shows our warnings
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings concern its own API
+    if logging.lastResort is not None:  # the handler that prints our warnings
         logging.lastResort.setFormatter(_Escaping())
     try:
+        check()
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)
@@ -76,24 +79,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Escaping(logging.Formatter):
-    """Shows log messages, which quote files and other processes, without control characters."""
+    """Formats log messages, which quote files and other processes, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message as a terminal may show it."""
+        """The message, safe to print on a terminal."""
         return escaped(super().format(record))
 
 
 def _dispatch(argv: list[str]) -> int:
-    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    name, rest = " ".join(argv[:words]), argv[words:]
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, words = " ".join(argv[:length]), argv[length:]
     if name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"no command '{name}'{hint} (see `specforge --help`)")
-    from specforge.cli.recipes import resolve_recipes
-
+        hint = _REMOVED.get(name) or (f"did you mean '{close[0]}'?" if close else "")
+        raise UserError(f"no command '{name}'{'; ' * bool(hint)}{hint} (see `specforge --help`)")
     module, function = COMMANDS[name][0].split(":")
-    return int(getattr(import_module(module), function)([name, *resolve_recipes(rest)]))
+    command = getattr(import_module(module), function)
+    if module == "specforge.cli.fit":
+        return int(command(name, words))
+    from specforge.cli.command import run
+
+    return run(name, command, words)
 
 
 if __name__ == "__main__":

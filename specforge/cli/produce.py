@@ -1,4 +1,4 @@
-"""`specforge produce` and `specforge status`: processes that produce, their plan, and how the whole is doing."""
+"""`specforge capture`, `produce` and `status`: a target's features, in a folder or for a running trainer."""
 
 from __future__ import annotations
 
@@ -17,42 +17,116 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from specforge.cli.console import say
 from specforge.errors import UserError
+from specforge.inference.capture import CaptureOptions
 from specforge.inference.producer import Producer
 from specforge.inference.target_engine import HFTargetEngine, TargetEngine
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
+from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, Seconds
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import STATES, MetadataStore, State
 from specforge.runtime.control_plane.streamed import bottleneck
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.system import end_with_parent
+from specforge.system import end_with_parent, pick_device
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class ProduceOptions:
-    """The options of `specforge produce`; see there."""
+    """How features are produced.
+
+    Args:
+        target: folder or hub name of the target; the trainer's.
+        store: the trainer's data.store.
+        metadata: the trainer's data.metadata.
+        device: cpu, cuda, cuda:N or auto.
+        workers: number of processes; each loads the target.
+        name: stable name of this producer; after a restart under the same name it releases the prompts it had leased
+            (default: generated).
+        max_prompts: maximum number of prompts that a process leases at a time.
+        batch_tokens: maximum number of tokens of a forward pass, padding included; 1 takes each prompt by itself, so
+            that its features do not depend on other prompts.
+        lease_seconds: seconds without a sign of life after which a producer's prompts go to other producers.
+        max_tries: number of times that a prompt is tried before it is given up.
+        idle_seconds: exit after this many seconds without work (default: never).
+    """
 
     target: str
     store: str
     metadata: str
-    device: str
-    workers: int
-    name: str | None
-    max_prompts: int
-    batch_tokens: int
-    lease_seconds: float
-    max_tries: int
-    idle_seconds: float | None
+    device: str = "auto"
+    workers: PositiveInt = 1
+    name: str | None = None
+    max_prompts: PositiveInt = 8
+    batch_tokens: PositiveInt = 1
+    lease_seconds: PositiveSeconds = 60.0
+    max_tries: PositiveInt = 3
+    idle_seconds: Seconds | None = None
+
+
+def capture(
+    target: str,
+    prompts: Path,
+    output: Path,
+    options: CaptureOptions,
+    algorithm: str = "eagle3",
+    layer_ids: list[NonNegativeInt] | None = None,
+) -> None:
+    """Run the target over prepared prompts and keep the hidden states that an algorithm trains on.
+
+    Args:
+        target: folder or hub name of the target.
+        prompts: folder from `specforge prepare`.
+        output: folder for the features; an interrupted capture resumes where it stopped.
+        options: how.
+        algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
+        layer_ids: decoder layers to keep instead of the algorithm's default.
+    """
+    from specforge import api  # imports Lightning, which `produce` and `status` do not need
+
+    captured = api.capture(target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True)
+    for split in captured:
+        size = f"{split.samples:,} samples, {split.nbytes / 1e9:.2f} GB"
+        say(f"{split.folder}: {size} ({split.tokens:,} tokens now)")
+
+
+def produce(options: ProduceOptions, plan: bool = False) -> None:
+    """Produce features for a trainer in another process (`specforge fit` with DisaggregatedDataModule).
+
+    The trainer decides which prompts are read and what is captured. SIGTERM or Ctrl-C stops the producer and releases
+    its unfinished prompts; if it is killed, other producers take them over.
+
+    Args:
+        options: the trainer's addresses, and how to produce.
+        plan: print the processes and estimates of memory and bandwidth, and start nothing.
+    """
+    options = replace(options, device=pick_device(options.device))
+    if plan:
+        say("\n".join(describe_plan(options)))
+    else:
+        run_producers(options)
+
+
+def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
+    """Show the state of a disaggregated run: samples by state, rates, bytes, given-up prompts and the bottleneck.
+
+    Args:
+        store: the trainer's data.store.
+        metadata: the trainer's data.metadata.
+        seconds: how long to measure the rates.
+        revive: queue the given-up prompts again.
+    """
+    say("\n".join(describe_status(store, metadata, seconds, revive)))
 
 
 @contextmanager
 def _stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
-    """Call ``stop`` at SIGTERM and Ctrl-C; a second Ctrl-C interrupts."""
+    """Call ``stop`` on SIGTERM and Ctrl-C; a second Ctrl-C interrupts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,8 +143,8 @@ def _stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_producers(options: ProduceOptions, say: Callable[[str], object]) -> None:
-    """Produce until a signal comes.
+def run_producers(options: ProduceOptions) -> None:
+    """Produce until a signal arrives, or for ``idle_seconds`` without work.
 
     Raises:
         UserError: a store or the target cannot be used, or a process of several failed.
@@ -104,7 +178,7 @@ def run_producers(options: ProduceOptions, say: Callable[[str], object]) -> None
     )
     stop = threading.Event()
     logging.getLogger("specforge").setLevel(logging.INFO)
-    say(f"{owner}: {files.name} on {options.device} waits for prompts of {shown(options.metadata)}")
+    say(f"{owner}: {files.name} on {options.device}, waiting for prompts in {shown(options.metadata)}")
     with _stopped_by_signals(stop.set):
         producer.run(stop, options.idle_seconds)
     controller.metadata.close()
@@ -117,7 +191,7 @@ def _run_processes(options: ProduceOptions) -> None:
         name = f"{options.name}-{number}" if options.name else None
         fields = asdict(replace(options, workers=1, name=name))
         words = [word for key, value in fields.items() if value is not None for word in (f"--{key}", str(value))]
-        # -P: a file of the current folder must not pass for a module.
+        # -P: a file in the current folder must not shadow a module.
         command = [sys.executable, "-P", "-m", "specforge.cli.main", "produce", *words]
         processes.append(subprocess.Popen(command, preexec_fn=end_with_parent(os.getpid())))
 
@@ -128,37 +202,39 @@ def _run_processes(options: ProduceOptions) -> None:
     with _stopped_by_signals(stop):
         failed = sum(process.wait() != 0 for process in processes)
     if failed:
-        raise UserError(f"produce: {failed} of {options.workers} processes failed; what they held goes to others")
+        raise UserError(
+            f"produce: {failed} of {options.workers} processes failed; other producers take over their prompts"
+        )
 
 
 def describe_plan(options: ProduceOptions) -> list[str]:
-    """What would start, and what it would take."""
+    """What `produce` would start, and the memory and bandwidth it would take."""
     files = TargetFiles.find(options.target)
     weights = sum(path.stat().st_size for path in set(files.weight_files.values()))
     lines = [
         f"{options.workers} process{'es' if options.workers > 1 else ''} of {files.name} ({files.fingerprint[:8]}) on "
-        f"{options.device}, each with {weights / 1e9:.2f} GB of weights and {options.max_prompts} prompts in hand",
+        f"{options.device}, each with {weights / 1e9:.2f} GB of weights and up to {options.max_prompts} leased prompts",
         f"metadata: {shown(options.metadata)}",
         f"features: {options.store}{_free_space(options.store)}",
     ]
-    sizes = {"three layers and the last states": 4 * files.hidden_size * 2}
+    sizes = {"three layers and the last hidden states": 4 * files.hidden_size * 2}
     if is_there(options.metadata):
         sizes = _sizes(open_metadata(options.metadata, create=False)) or sizes
     for what, size in sizes.items():
         lines.append(
-            f"{what}: {size:,} bytes a token; every 1,000 tokens/s write {size / 1e3:.1f} MB/s to the store, and the "
-            "trainer reads as much"
+            f"{what}: {size:,} bytes per token; every 1,000 tokens/s write {size / 1e3:.1f} MB/s to the store, and the "
+            "trainer reads the same amount"
         )
     return lines
 
 
 def _sizes(metadata: MetadataStore) -> dict[str, int]:
-    """Bytes a token of what has been produced, by what is captured."""
+    """Bytes per token of the samples produced so far, by what is captured."""
     found: dict[str, int] = {}
     controller = DataFlowController(metadata, FeatureStore(MemoryBackend()))
     for ref in controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE)):
         capture = ref.provenance.capture
-        last = " and the last states" if capture.last_hidden_states else ""
+        last = " and the last hidden states" if capture.last_hidden_states else ""
         found.setdefault(f"layers {list(capture.layer_ids)}{last}", ref.nbytes // max(1, ref.num_tokens))
     metadata.close()
     return found
@@ -172,19 +248,12 @@ def _free_space(store: str) -> str:
 
 
 def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> list[str]:
-    """States, rates, bytes and dead letters of a run.
-
-    Args:
-        store: address of the features.
-        metadata: address of the states.
-        seconds: how long to watch.
-        revive: queue the dead letters again.
-    """
+    """Lines about a disaggregated run; see :func:`status`."""
     controller = DataFlowController(
         open_metadata(metadata, create=False), FeatureStore(open_backend(store, create=False))
     )
     before, since = controller.counts(), time.monotonic()
-    time.sleep(seconds)  # the rates are what happens meanwhile
+    time.sleep(seconds)  # the rates are measured over this time
     counts, elapsed = controller.counts(), time.monotonic() - since
     produced, trained = (
         (sum(counts[s] for s in states) - sum(before[s] for s in states)) / max(elapsed, 1e-9)
@@ -198,7 +267,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
         f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
         bottleneck(counts, produced, controller.unfinished(), controller.silent()),
-        *(printable(f"dead: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in dead),
+        *(printable(f"given up: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in dead),
     ]
     if dead and revive:
         controller.revive([letter.key for letter in dead])

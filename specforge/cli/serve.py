@@ -1,4 +1,4 @@
-"""The commands that run until they are stopped. On the loopback, unless they are told otherwise."""
+"""`specforge target serve` and `store up`: services that run until they are stopped, on the loopback by default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, Port, PositiveInt
 from specforge.system import end_with_parent, interrupt_on_sigterm, pick_device
@@ -30,19 +31,19 @@ def serve_target(
 
     Args:
         target: folder or hub name of the target.
-        port: to listen on.
-        host: address to listen on; others than the loopback are reached from other hosts, by whoever has the token.
-        token_file: holds the token that requests must carry; made if it does not exist.
-        dtype: compute dtype, and that of the features.
-        device: cpu, cuda, ... or auto.
-        max_tokens: most tokens of a request, padding included.
+        port: port to listen on.
+        host: address to listen on; any non-loopback address is reachable from other hosts (token required).
+        token_file: file with the token that requests must carry; created if it does not exist.
+        dtype: compute dtype, and dtype of the features.
+        device: cpu, cuda, cuda:N or auto.
+        max_tokens: maximum number of tokens of a request, padding included.
     """
     from specforge.inference.target_engine import HFTargetEngine
     from specforge.inference.target_server import TargetServer, make_token
 
-    place, files = pick_device(device), TargetFiles.find(target)
+    device, files = pick_device(device), TargetFiles.find(target)
     token = make_token(token_file)
-    engine = HFTargetEngine(files, dtype, place)
+    engine = HFTargetEngine(files, dtype, device)
     interrupt_on_sigterm()
     with TargetServer(engine, files, token, host, port, max_tokens=max_tokens) as server:
         print(
@@ -59,21 +60,21 @@ def serve_target(
 
 @contextmanager
 def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A Mooncake master that evicts nothing; it ends with the block, or with this process.
+    """A Mooncake master that evicts nothing; it is terminated at the end of the block, or with this process.
 
     Args:
-        host: address that it listens on.
-        port: of its RPC.
-        metrics_port: of its HTTP.
+        host: address to listen on.
+        port: RPC port.
+        metrics_port: HTTP port.
 
     Raises:
-        UserError: Mooncake is not installed, a port is taken, or the master ends at once.
+        UserError: Mooncake is not installed, a port is in use, or the master exits at once.
     """
     from importlib.util import find_spec
 
     spec = find_spec("mooncake")
     if spec is None or spec.origin is None:
-        raise UserError("store: Mooncake is not installed; pip install 'specforge[mooncake]'")
+        raise UserError(f"store: Mooncake is not installed: {install_hint('mooncake')}")
     for number in (port, metrics_port):
         _check_free(host, number)
     command = [
@@ -98,8 +99,8 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
                 if probe.connect_ex((host, port)) == 0:
                     break
             if process.poll() is not None:
-                raise UserError(f"{command[0]}: ended with status {process.returncode}; run it by hand to see why")
-            time.sleep(0.01)  # there is nothing to wait on but the port
+                raise UserError(f"{command[0]}: exited with status {process.returncode}; run it by hand to see why")
+            time.sleep(0.01)  # the master reports nothing; only its port shows that it is up
         yield process
     finally:
         process.terminate()
@@ -123,15 +124,15 @@ def store_up(
     protocol: Literal["tcp", "rdma"] = "tcp",
     devices: str = "",
 ) -> None:
-    """Run a Mooncake store in this host's memory until SIGTERM or Ctrl-C; what it holds ends with it.
+    """Run a Mooncake store in this host's memory until SIGTERM or Ctrl-C; its content is lost when it stops.
 
     Args:
-        size: bytes of memory to lend.
-        host: address of this host that the master listens on; others than the loopback are open to the network.
-        port: of the master.
-        metrics_port: of the master's HTTP, which lists what is stored.
+        size: bytes of memory for features.
+        host: address that the master listens on; any non-loopback address is open to the network.
+        port: port of the master.
+        metrics_port: HTTP port of the master, which lists the stored objects.
         protocol: tcp or rdma.
-        devices: RDMA devices, with commas; empty for all.
+        devices: RDMA devices, separated by commas (default: all).
     """
     from specforge.runtime.data_plane.mooncake import MooncakeAddress, connect
 
@@ -140,14 +141,14 @@ def store_up(
     with mooncake_master(host, port, metrics_port) as master:
         owner = connect(address, size)
         try:
-            interrupt_on_sigterm()  # again: Mooncake has handlers of its own
+            interrupt_on_sigterm()  # again: Mooncake installs handlers of its own
             print(
-                f"{address}: {size / 2**30:.1f} GiB; put it into the configuration: --data.store '{address}', and "
-                f"--store '{address}' of `specforge produce`\n"
+                f"{address}: {size / 2**30:.1f} GiB; use it with `specforge fit --data.store '{address}'` and "
+                f"`specforge produce --store '{address}'`\n"
                 "Mooncake has no authentication, and its clients listen on all addresses: use a trusted network",
                 flush=True,
             )
-            raise UserError(f"{address}: the master ended with status {_wait(master)}")
+            raise UserError(f"{address}: the master exited with status {_wait(master)}")
         except KeyboardInterrupt:
             print("stopped", flush=True)
         finally:
@@ -155,7 +156,7 @@ def store_up(
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    while True:  # a signal that one of Mooncake's threads took is only seen between two system calls
+    while True:  # Python handles a signal that one of Mooncake's threads received only between two system calls
         try:
             return process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:

@@ -22,6 +22,7 @@ from typing import Any
 
 from specforge.contracts import content_id
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.files import first_line, parse_json, read_json
 
 _ROLES = {
@@ -203,7 +204,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, 
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            f"data {name!r}: no such file; for hub datasets install the extra: pip install 'specforge[hub]'"
+            f"data {name!r}: no such file; hub datasets need the package datasets: {install_hint('hub')}"
         ) from error
     try:
         rows = load_dataset(name, subset, split=split, streaming=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from specforge.data.templates import ChatTemplate
 from specforge.data.turns import TokenSample
 from specforge.errors import UserError
 from specforge.files import check_folder, first_line, holds_only, read_json, write_folder
+from specforge.options import NonNegativeInt, PositiveInt, Seed
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
@@ -184,20 +185,20 @@ class PrepareOptions:
     """How records become samples.
 
     Args:
-        max_length: most tokens of a sample.
-        min_supervised: fewest tokens under the loss mask.
-        bad_samples: what to do with a record that cannot be used: ``error`` stops, ``drop`` counts it.
-        long_samples: the same for a sample over ``max_length``; ``truncate`` cuts its end off.
-        holdout: conversations to hold out, drawn at random from those that name no split.
-        seed: of that draw.
+        max_length: maximum number of tokens of a sample; lowered to the longest context the target was trained for.
+        min_supervised: minimum number of supervised tokens of a sample.
+        bad_samples: stop at a record that cannot be used (error), or drop and count it.
+        long_samples: stop at a sample over max_length (error), drop and count it, or cut its end off (truncate).
+        holdout: number of conversations to hold out, drawn from those whose record does not name its split.
+        seed: random seed for choosing held-out conversations.
     """
 
-    max_length: int = 4096
-    min_supervised: int = 1
-    bad_samples: str = "error"
-    long_samples: str = "error"
-    holdout: int = 0
-    seed: int = 0
+    max_length: PositiveInt = 4096
+    min_supervised: NonNegativeInt = 1
+    bad_samples: Literal["error", "drop"] = "error"
+    long_samples: Literal["error", "drop", "truncate"] = "error"
+    holdout: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 def prepare(

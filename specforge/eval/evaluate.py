@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from specforge.eval.tau import Rounds, Tau, pooled_tau, speedup
 from specforge.inference.target_engine.hf import HFTargetEngine, can_roll_back
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead
+from specforge.options import Dtype, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
 
 # Two logits whose relative difference is below this are a tie in fp32: which one is larger depends on the shape of the
 # matrix product that computed them.
@@ -41,33 +42,39 @@ class EvaluateOptions:
     """How a draft is evaluated.
 
     Args:
-        gamma: tokens drafted a round.
-        max_new_tokens: most tokens of an answer.
-        sampling: how the target chooses tokens.
-        seed: of samples and coins.
-        dtype: compute dtype of the comparison with the target's own output.
+        gamma: tokens drafted per round.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: sampling temperature; 0 for greedy decoding.
+        top_p: nucleus sampling: sample from the smallest set of tokens with this total probability.
+        top_k: sample from the K most likely tokens; 0 for all.
+        draft_sampling: when the target samples, draft from the draft's distribution, or always its most likely token.
+        seed: random seed for sampling.
+        dtype: compute dtype of the correctness check and of tau.
         speed_dtype: compute dtype of the timed runs.
-        speed_prompts: prompts that are timed; 0 times nothing.
-        batch_size: prompts decoded in lockstep, except where they are timed.
-        device: where the target runs.
-        draft_sampling: where the target samples, draft from the draft's own distribution (``probabilistic``), or its
-            likeliest token (``deterministic``).
-        corpus: earlier answers that suffix decoding may draft from.
-        baselines: which of them are shown beside the draft; all by default.
+        speed_prompts: number of prompts that are timed, one at a time; 0 skips timing.
+        batch_size: number of prompts decoded together, except in the timed runs.
+        device: cpu, cuda, cuda:N or auto.
+        baselines: baselines to run as well: none, ngram, suffix (default: all).
     """
 
-    gamma: int = 4
-    max_new_tokens: int = 128
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    dtype: str = "float32"
-    speed_dtype: str = "bfloat16"
-    speed_prompts: int = 8
-    batch_size: int = 32
-    device: str = "cpu"
+    gamma: PositiveInt = 4
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 0.0
+    top_p: PositiveShare = 1.0
+    top_k: NonNegativeInt = 0
     draft_sampling: Literal["probabilistic", "deterministic"] = "probabilistic"
-    corpus: Sequence[Sequence[int]] = ()
-    baselines: Sequence[str] | None = None
+    seed: Seed = 0
+    dtype: Dtype = "float32"
+    speed_dtype: Dtype = "bfloat16"
+    speed_prompts: NonNegativeInt = 8
+    batch_size: PositiveInt = 32
+    device: str = "auto"
+    baselines: list[str] | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the target chooses tokens."""
+        return Sampling(self.temperature, self.top_p, self.top_k)
 
 
 @dataclass
@@ -134,9 +141,10 @@ class Evaluation:
         end_ids: tokens that end an answer.
         tokenizer_fingerprint: part of the cache key.
         cache: stores reference answers.
-        options: how to evaluate.
+        options: how to evaluate; the device must be one that PyTorch knows.
         log: called with a line of text when a step begins.
         progress: called with the number of decoded prompts and their total, over all methods.
+        corpus: earlier answers that suffix decoding may draft from.
     """
 
     def __init__(
@@ -149,10 +157,11 @@ class Evaluation:
         options: EvaluateOptions,
         log: Callable[[str], None] = lambda text: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        corpus: Sequence[Sequence[int]] = (),
     ) -> None:
         self.target, self.module, self.end_ids = target, module, list(end_ids)
         self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache
-        self.options, self.log, self.progress = options, log, progress
+        self.options, self.corpus, self.log, self.progress = options, corpus, log, progress
         self._done = self._total = 0
         self._engines: dict[str, HFTargetEngine] = {}
         self._heads: dict[str, TargetHead] = {}
@@ -214,7 +223,7 @@ class Evaluation:
 
             return make
 
-        found = baselines(self.options.corpus, self.options.baselines)
+        found = baselines(self.corpus, self.options.baselines)
         return [*(baseline(name, make) for name, make in found.items()), _Method(module.algorithm, trained, offline)]
 
     def _engine(self, dtype: str) -> HFTargetEngine:

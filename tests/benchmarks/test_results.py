@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from benchmarks import results
 from tests.tiny import TINY_OPTIONS, recipe
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -65,6 +68,12 @@ def test_all_are_trained_for_the_same_tokens_and_measured_once(arguments, tmp_pa
     monkeypatch.setattr(results, "specforge", lambda *words: pytest.fail(f"{words} was done already"))
     assert results.main(arguments) == 0
     assert json.loads((tmp_path / "docs" / "results.json").read_text()) == content
+
+
+@pytest.mark.parametrize("name", ["results", "results-gpu"])
+def test_the_pages_say_what_their_figures_say(name):
+    content = json.loads((DOCS / f"{name}.json").read_text())
+    assert (DOCS / f"{name}.md").read_text() == results.page(content)
 
 
 def test_the_budget_is_the_same_whatever_the_batch(features, tmp_path):

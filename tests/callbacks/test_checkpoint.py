@@ -108,7 +108,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         text = (self.folder / "metrics.jsonl").read_text()
-        clock = ("seconds", "train/tokens_per_second", "train/supervised_tokens_per_second")
+        clock = ("seconds", "peak_memory_gb", "train/tokens_per_second", "train/supervised_tokens_per_second")
         rows = [json.loads(line) for line in text.splitlines()]
         return [{key: x for key, x in row.items() if key not in clock} for row in rows]
 

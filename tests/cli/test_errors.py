@@ -194,7 +194,7 @@ def test_a_valid_setting_trains(settings, target, features, tmp_path, monkeypatc
     assert len(trained) == (1 if "fast_dev_run" in settings else 3)
 
 
-@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "compute", "on_save_checkpoint"])
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "training_loss", "on_save_checkpoint"])
 def test_a_fault_of_an_algorithm_keeps_its_stack_trace(hook, target, features, tmp_path, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug of ours")
@@ -204,7 +204,7 @@ def test_a_fault_of_an_algorithm_keeps_its_stack_trace(hook, target, features, t
         main(["fit", "--config", str(recipe(target, features, tmp_path, trainer__max_steps=2))])
 
 
-def fails_while_it_refuses(argv: list[str]) -> int:
+def fails_while_it_refuses() -> int:
     """A command with a fault."""
     try:
         raise UserError("a mistake")

@@ -28,7 +28,7 @@ def test_help_imports_nothing_heavy():
     assert all(command in result.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("completion",)])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     try:
         status = main([*command.split(), "--help"])
@@ -43,19 +43,101 @@ def test_a_mistyped_command(capsys):
     assert "did you mean 'evaluate'" in capsys.readouterr().err
 
 
+def test_a_removed_command_names_its_replacement(capsys):
+    assert main(["test", "--config", "eagle3.yaml"]) == 2
+    assert "use `specforge validate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prepare", "status", "export", "recipes"])
+def test_a_command_does_not_import_training(command):
+    code = (
+        f"import sys; from specforge.cli.main import main\n"
+        f"try: main(['{command}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('datamodules', 'specforge.callbacks', 'lightning', 'transformers', 'torch')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(json.loads(result.stderr.strip().replace("'", '"')))
+    allowed = {"prepare": {"torch", "transformers"}, "status": {"torch", "transformers"}, "recipes": set()}
+    assert imported <= allowed.get(command, {"torch", "transformers", "lightning"})
+
+
+def test_the_environment_wins_over_the_file_and_the_command_line_over_both(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("data: d\ntarget: t\noutput: o\nmax_length: 1\n")
+    words = ["prepare", "--config", str(file), "--print_config"]
+
+    def max_length(*more: str) -> int:
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+        return int(yaml.safe_load(capsys.readouterr().out)["max_length"])
+
+    assert max_length() == 1
+    monkeypatch.setenv("SPECFORGE_PREPARE_MAX_LENGTH", "2")
+    assert max_length() == 2
+    assert max_length("--max_length", "3") == 3
+    monkeypatch.setenv("SPECFORGE_PREPARE_CONFIG", str(file))
+    words[1:3] = []
+    assert max_length() == 2
+
+
+def test_the_environment_wins_over_the_recipe_of_fit(target, features, tmp_path, capsys, monkeypatch):
+    path = recipe(target, features, tmp_path, trainer__max_steps=40)
+    monkeypatch.setenv("SPECFORGE_FIT__TRAINER__MAX_STEPS", "7")
+    monkeypatch.setenv("SPECFORGE_FIT__MODEL__STEPS", "4")
+    for words, steps in (([], 7), (["--trainer.max_steps", "9"], 9)):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--config", str(path), "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["trainer"]["max_steps"] == steps
+        assert config["model"]["init_args"]["steps"] == 4
+
+
+def test_help_of_fit_starts_with_our_options(capsys):
+    def text(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["fit", *words])
+        return capsys.readouterr().out
+
+    short, full = text("--help"), text("--help.trainer")
+    headings = ["--model.help", "--data.help", "--checkpoint.keep", "--best_checkpoint.keep", "--trainer.max_steps"]
+    assert [short.index(heading) for heading in headings] == sorted(short.index(heading) for heading in headings)
+    assert "--trainer.barebones" not in short
+    assert "--trainer.barebones" in full
+    for help_text in (short, full):
+        assert "ENV:" not in help_text
+        assert "SPECFORGE_FIT__TRAINER__MAX_STEPS" in help_text
+    assert len(short.splitlines()) < 200
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert "specforge" in script
-    assert "prepare" in script
+    words = ("specforge", "prepare", "max_length", "trainer.max_steps", "model.steps", "eagle3.yaml")
+    assert all(word in script for word in words)
 
 
-def test_completion_is_valid_bash(capsys, tmp_path):
+def test_bash_completes_commands_and_their_options(capsys, tmp_path):
     main(["completion", "bash"])
     path = tmp_path / "completion.bash"
     path.write_text(capsys.readouterr().out)
-    subprocess.run(["bash", "-n", str(path)], check=True)
+
+    def completed(*words: str) -> list[str]:
+        code = (
+            f"source {path}; COMP_WORDS=({' '.join(words)} ''); COMP_WORDS[{len(words) - 1}]='{words[-1]}'; "
+            f"COMP_CWORD={len(words) - 1}; _specforge; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        result = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+        return result.stdout.split()
+
+    assert completed("specforge", "prep") == ["prepare"]
+    assert completed("specforge", "target", "f") == ["fetch"]
+    assert completed("specforge", "prepare", "--max_l") == ["--max_length"]
+    assert completed("specforge", "target", "serve", "--po") == ["--port"]
+    assert completed("specforge", "fit", "--trainer.max_s") == ["--trainer.max_steps"]
+    assert "eagle3.yaml" in completed("specforge", "fit", "--config", "eagle3")
 
 
 def test_recipes_are_listed_and_copied(capsys, tmp_path):
@@ -130,6 +212,15 @@ def test_doctor(capsys):
     text = capsys.readouterr().out
     assert "torch" in text
     assert "quickstart.yaml" in text
+
+
+@pytest.mark.parametrize("words", [["--trainer.logger", "CSVLogger"], ["--trainer.logger=TensorBoardLogger"]])
+def test_a_logger_by_name_writes_into_the_runs_folder(words, target, features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(target, features, tmp_path, trainer__max_steps=1)
+    assert main(["fit", "--config", str(path), *words]) == 0
+    assert (tmp_path / "run" / "lightning_logs" / "version_0").is_dir()
+    assert not (tmp_path / "lightning_logs").exists()
 
 
 def test_callbacks_loggers_and_precision_are_swapped_in_config(target, features, tmp_path):

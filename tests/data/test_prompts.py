@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import specforge.files
-from specforge.cli.commands import _with_prompt
 from specforge.cli.main import main
 from specforge.data.prompts import PromptSet, identity, load_splits
 from specforge.errors import UserError
+from specforge.eval.held_out import with_prompt
 from tests.data.chats import TEMPLATES, says, talk
 from tests.fuzz import Fuzz, survives
 from tests.tiny import conversation, write_conversations, write_target
@@ -358,7 +358,7 @@ def test_samples_that_are_learnt_from_their_first_token_ask_nothing(target, tmp_
     data = write(tmp_path / "d.jsonl", *rows)
     assert run(data, target, tmp_path / "p") == 0
     tasks = PromptSet.load(tmp_path / "p" / "train").tasks
-    assert _with_prompt(tasks, tmp_path) == tasks[1:]
+    assert with_prompt(tasks, tmp_path, print) == tasks[1:]
     assert "left out: 1 samples" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no prompt to answer"):
-        _with_prompt(tasks[:1], tmp_path)
+        with_prompt(tasks[:1], tmp_path, print)

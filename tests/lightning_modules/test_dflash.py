@@ -100,7 +100,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     expected, count = slow(module, BlockReference, head, documents, dflash_document, **plain)
     batch = pack(documents)
     same(run(module, head, [batch]), expected)
-    assert module.compute(batch, head).count == count
+    assert module.training_loss(batch, head).num_supervised == count
 
 
 @pytest.mark.parametrize("weights", ["decay", "dpace"])
@@ -115,12 +115,12 @@ def test_slots_are_counted_as_one_by_one(small_target):
     """Documents of 40, 30 and 20 tokens, blocks of 4: no slot lies in the next document."""
     module, head = make_module(small_target, config={"block_size": 4}, gamma=3), make_head()
     documents = make_documents((40, 30, 20), share=1.0)
-    assert module.compute(pack(documents), head).rows.tolist() == [90 - 3, 90 - 6, 90 - 9]
+    assert module.training_loss(pack(documents), head).rows.tolist() == [90 - 3, 90 - 6, 90 - 9]
     for document in documents:
         document.loss_mask[: document.num_tokens // 4] = False
         document.spans = mask_spans(document.loss_mask, document.lengths)
     supervised = sum(d.num_supervised for d in documents)
-    rows = module.compute(pack(documents), head).rows.tolist()
+    rows = module.training_loss(pack(documents), head).rows.tolist()
     assert rows == [supervised - 3, supervised - 6, supervised - 9]
 
 
@@ -143,11 +143,11 @@ def test_nothing_leaks_across_documents(small_target):
 def test_a_document_without_a_block_gives_nothing(small_target):
     module, head = make_module(small_target), make_head()
     batch = pack(make_documents((2, 1), share=0.0))
-    output = module.compute(batch, head)
+    output = module.training_loss(batch, head)
     output.loss.backward()
-    assert (output.count, float(output.loss.detach())) == (0, 0.0)
+    assert (output.num_supervised, float(output.loss.detach())) == (0, 0.0)
     assert all(p.grad is not None and not p.grad.any() for p in module.draft.parameters())
-    assert module.compute(batch, head, positions=2).chains == ()
+    assert module.validation_chains(batch, head, 2).chains == ()
 
 
 def test_bf16_gradients_are_close_to_fp32(small_target):
@@ -161,7 +161,7 @@ def test_validation_chains_are_the_drafts_greedy_choices(small_target):
     document.spans = mask_spans(document.loss_mask, (14,))
     weights = {n: x.detach() for n, x in module.draft.state_dict().items()}
     reference = BlockReference(weights, module.draft.config, head.embedding, head.lm_head)
-    chains = module.compute(document, head, positions=3).chains
+    chains = module.validation_chains(document, head, 3).chains
     assert len(chains) == len(document.spans) == 2
     for (first, stop), found in zip(document.spans, chains, strict=True):
         expected = np.zeros((stop - first - 1, 3), dtype=bool)
@@ -195,7 +195,7 @@ def test_anchors_change_with_the_epoch_and_the_seed_alone(small_target):
     for seed in (0, 0, 1):
         module = make_module(small_target, anchors=4, anchor_seed=seed)
         torch.manual_seed(len(losses))  # not of the global generator
-        losses.append(float(module.compute(batch, head).loss))
+        losses.append(float(module.training_loss(batch, head).loss))
     assert losses[0] == losses[1] != losses[2]
 
 

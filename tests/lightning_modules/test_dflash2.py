@@ -108,7 +108,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     expected, count = slow(module, DFlash2Reference, head, documents, document, **plain)
     # The rotary tables are fp32, and these random convolutions amplify what they round.
     same(run(module, head, [pack(documents)]), expected, tolerance=5e-6)
-    assert module.compute(pack(documents), head).count == count
+    assert module.training_loss(pack(documents), head).num_supervised == count
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0])
@@ -136,7 +136,7 @@ def test_validation_chains_are_the_chosen_candidates(small_target):
     (document,) = make_documents((14,), share=1.0)
     weights = {n: x.detach() for n, x in module.draft.state_dict().items()}
     reference = DFlash2Reference(weights, module.draft.config, head.embedding, head.lm_head)
-    (found,) = module.compute(document, head, positions=3).chains
+    (found,) = module.validation_chains(document, head, 3).chains
     ids = document.input_ids
     for anchor in range(13):
         drafts = reference.logits(ids, document.features[AUX_HIDDEN_STATES], anchor)
@@ -157,7 +157,7 @@ def test_it_starts_as_dflash(small_target):
     batch = pack(make_documents((9, 12), share=1.0))
     batch.features = {name: x.float() for name, x in batch.features.items()}
     head = TargetHead(head.embedding.float(), head.lm_head.float(), torch.float32)
-    losses = [m.compute(batch, head).losses for m in both]
+    losses = [m.training_loss(batch, head).losses for m in both]
     torch.testing.assert_close(losses[0], losses[1])
 
 

@@ -97,7 +97,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     loss, gradients, hits = run(module, head, [pack(documents)])
     expected, count = slow(module, DominoReference, head, documents, document, **plain)
     same((loss, gradients, hits), expected)
-    assert module.compute(pack(documents), head).count == count
+    assert module.training_loss(pack(documents), head).num_supervised == count
     corrected = [n for n, x in gradients.items() if n.startswith(("prefix_gru", "embed_proj")) and x.any()]
     assert len(corrected) == (0 if options.get("share") == 1.0 else 4)
 
@@ -117,7 +117,7 @@ def test_a_masked_prompt_is_read_and_not_learnt(small_target):
         d.spans = mask_spans(d.loss_mask, d.lengths)
     same(run(module, head, [pack(documents)]), run(module, head, documents))
     supervised = sum(d.num_supervised for d in documents)
-    rows = module.compute(pack(documents), head).rows.tolist()
+    rows = module.training_loss(pack(documents), head).rows.tolist()
     assert rows == [supervised - 3 * (k + 1) for k in range(4)]
 
 
@@ -135,8 +135,8 @@ def test_validation_chains_are_the_corrected_greedy_choices(small_target, fields
     (document,) = make_documents((14,), share=1.0)
     weights = {n: x.detach() for n, x in module.draft.state_dict().items()}
     reference = DominoReference(weights, module.draft.config, head.embedding, head.lm_head, shift=module.draft.shift)
-    (found,) = module.compute(document, head, positions=3).chains
-    again = module.compute(document, head, positions=3).chains[0]
+    (found,) = module.validation_chains(document, head, 3).chains
+    again = module.validation_chains(document, head, 3).chains[0]
     assert found.tolist() == again.tolist()
     ids = document.input_ids
     for anchor in range(13):
@@ -149,13 +149,13 @@ def test_validation_chains_are_the_corrected_greedy_choices(small_target, fields
 def test_the_base_counts_less_with_every_step(target, features, tmp_path, monkeypatch):
     """λ is 1 at the first of 8 steps and 0 after half of them; evaluation never counts the base."""
     shares: list[float] = []
-    plain = lightning_modules.domino.block_loss
+    plain = lightning_modules.domino.tiled_loss
 
     def spy(*args, base_share: float, **options):
         shares.append(base_share if torch.is_grad_enabled() else -base_share)
         return plain(*args, base_share=base_share, **options)
 
-    monkeypatch.setattr(lightning_modules.domino, "block_loss", spy)
+    monkeypatch.setattr(lightning_modules.domino, "tiled_loss", spy)
     fields = {"block_size": 4, "num_hidden_layers": 1, "dflash_config": {"gru_hidden_dim": 8, "emb_dim": 4}}
     path = recipe(
         target,

@@ -107,7 +107,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     expected, count = slow(module, DSparkReference, head, documents, document, **plain)
     batch = pack(documents)
     same(run(module, head, [batch]), expected)
-    assert module.compute(batch, head).count == count
+    assert module.training_loss(batch, head).num_supervised == count
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "rnn"])

@@ -88,7 +88,7 @@ def pack(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
 def run(module: Eagle3Module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Summed loss, gradients and hits of some batches."""
     module.zero_grad()
-    outputs = [module.compute(batch, head) for batch in batches]
+    outputs = [module.training_loss(batch, head) for batch in batches]
     total = sum((o.loss for o in outputs), torch.zeros((), dtype=torch.float64))
     total.backward()
     gradients = {name: p.grad.clone() for name, p in module.draft.named_parameters() if p.grad is not None}
@@ -158,7 +158,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     slow = (loss.detach(), {n: weights[n].grad for n, _ in module.draft.named_parameters()}, hits.long())
     batch = pack(documents)
     same(run(module, head, [batch]), slow)
-    assert module.compute(batch, head).count == count
+    assert module.training_loss(batch, head).num_supervised == count
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -192,8 +192,8 @@ def test_nothing_leaks_across_documents(small_target):
 
 def test_a_document_too_short_to_draft_for_gives_nothing(small_target):
     module, head = make_module(small_target), make_head()
-    output = module.compute(pack(make_documents((2, 1), share=1.0)), head)
-    assert output.count == 0
+    output = module.training_loss(pack(make_documents((2, 1), share=1.0)), head)
+    assert output.num_supervised == 0
     assert float(output.loss) == 0.0
 
 
@@ -206,7 +206,7 @@ def test_bf16_gradients_are_close_to_fp32(small_target):
     batch = pack(documents)
     batch.features = {name: x.float() for name, x in batch.features.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
+        loss = module.training_loss(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
     module.zero_grad()
     loss.backward()
     for name, parameter in module.draft.named_parameters():
@@ -219,7 +219,7 @@ def test_validation_chains_are_the_draft_greedy_choices(small_target):
     """``chains[span][i, k]`` says whether the k-th token drafted from start i is the token of the text."""
     module, head = make_module(small_target), make_head()
     (document,) = make_documents((12,), share=1.0)
-    chains = module.compute(document, head, positions=3).chains
+    chains = module.validation_chains(document, head, 3).chains
     reference = Reference(
         {n: x.detach() for n, x in module.draft.state_dict().items()}, module.draft.config, head.embedding, head.lm_head
     )

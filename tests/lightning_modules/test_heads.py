@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_modules.hydra import HydraModule
 from lightning_modules.loading import load_module
-from lightning_modules.medusa import MedusaModule
+from lightning_modules.medusa import HydraModule, MedusaModule
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
 from tests.lightning_modules.heads_reference import HeadsReference
@@ -90,8 +89,8 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, cls, 
     gradients = {name: weights[name].grad for name, _ in module.draft.named_parameters()}
     batch = pack(documents)
     same(run(module, head, [batch]), (loss.detach(), gradients, hits))
-    output = module.compute(batch, head)
-    assert output.count == sum(part[1] for part in parts)
+    output = module.training_loss(batch, head)
+    assert output.num_supervised == sum(part[1] for part in parts)
     assert output.rows.tolist() == rows.tolist()
     torch.testing.assert_close(output.losses.double(), losses.double(), rtol=1e-5, atol=1e-6)
 
@@ -142,7 +141,7 @@ def test_a_batch_without_supervised_rows_gives_zero_gradients(small_target, cls)
 def test_validation_chains_are_the_heads_greedy_choices(small_target, cls):
     module, head = make_module(cls, small_target), make_head()
     (document,) = documents_of((12,), share=1.0)
-    (found,) = module.compute(document, head, positions=3).chains
+    (found,) = module.validation_chains(document, head, 3).chains
     weights = {name: x.detach() for name, x in module.draft.state_dict().items()}
     reference = HeadsReference(weights, cls is HydraModule, head.embedding, head.lm_head)
     tokens, last = document.input_ids, document.features[LAST_HIDDEN_STATES]
@@ -183,7 +182,7 @@ def test_bad_options_are_refused_by_name(small_target, cls):
     with pytest.raises(UserError, match="loss 'cee'"):
         cls(target, loss="cee")
     module, head = make_module(cls, small_target), make_head()
-    with pytest.raises(UserError, match="5 tokens a round, but the draft has 4 heads"):
+    with pytest.raises(UserError, match="5 tokens per round, but the draft has 4 heads"):
         next(iter(module.draft_logits(pack(documents_of((9,))), head, 5)))
 
 

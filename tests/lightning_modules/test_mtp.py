@@ -112,8 +112,8 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     gradients = {name: weights[name].grad for name, _ in module.draft.named_parameters()}
     batch = pack(documents)
     same(run(module, head, [batch]), (loss.detach(), gradients, hits))
-    output = module.compute(batch, head)
-    assert output.count == sum(part[1] for part in parts)
+    output = module.training_loss(batch, head)
+    assert output.num_supervised == sum(part[1] for part in parts)
     assert output.rows.tolist() == rows.tolist()
 
 
@@ -163,7 +163,7 @@ def test_bf16_gradients_are_close_to_fp64(small_target):
     batch.features = {name: x.float() for name, x in batch.features.items()}
     module.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
+        loss = module.training_loss(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss
     loss.backward()
     for name, parameter in module.draft.named_parameters():
         error = (parameter.grad.double() - exact[name]).norm() / exact[name].norm()

@@ -144,7 +144,9 @@ def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) 
         batches.append(TrainBatch(torch.tensor(ids), mask, features, (size,), ((0, size),)))
     for _ in range(60):
         optimizer.zero_grad()
-        sum(output.loss / output.count for output in (module.compute(b, head) for b in batches)).backward()
+        sum(
+            output.loss / output.num_supervised for output in (module.training_loss(b, head) for b in batches)
+        ).backward()
         optimizer.step()
 
 

@@ -56,10 +56,7 @@ def join(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
 
 
 def deep_elements(module: PEagleModule, document: TrainBatch) -> list[tuple[int, int]]:
-    plan = plan_peagle(
-        document.lengths, document.spans, module.depths, sampling=module.sampling, seeds=module._seeds(document)
-    )
-    return elements(plan)
+    return elements(module.training_plan(document))
 
 
 def elements(plan: PEaglePlan) -> list[tuple[int, int]]:
@@ -109,7 +106,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, optio
     found = run(module, head, [batch])
     found[1].pop("mask_hidden") if depths == 1 else None
     same(found, (loss.detach(), grads, hits.long()))
-    assert module.compute(batch, head).count == count
+    assert module.training_loss(batch, head).num_supervised == count
     assert all(float(g.norm()) > 0 for g in grads.values())
 
 
@@ -145,8 +142,8 @@ def test_nothing_leaks_across_documents(small_target):
 
 def test_a_batch_without_labels_still_reaches_every_parameter(small_target):
     module, head = make_module(small_target), make_head()
-    output = module.compute(join(named(make_documents((2, 1), share=1.0))), head)
-    assert output.count == 0
+    output = module.training_loss(join(named(make_documents((2, 1), share=1.0))), head)
+    assert output.num_supervised == 0
     assert float(output.loss.detach()) == 0.0
     output.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in module.draft.parameters())
@@ -157,10 +154,10 @@ def test_an_empty_batch_runs(small_target):
     (document,) = named(make_documents((1,)))
     features = {name: x[:0] for name, x in document.features.items()}
     empty = TrainBatch(document.input_ids[:0], document.loss_mask[:0], features, (), ())
-    for positions in (None, 3):
-        output = module.compute(empty, head, positions)
-        assert output.count == 0
-        output.loss.backward()
+    output = module.training_loss(empty, head)
+    assert output.num_supervised == 0
+    output.loss.backward()
+    assert module.validation_chains(empty, head, 3) == (0.0, 0, ())
 
 
 def test_bf16_gradients_are_close_to_fp32(small_target):
@@ -206,19 +203,19 @@ def test_sampling_keeps_the_shares_of_the_paper_without_holes():
     assert set(seen) == set(everything)
 
 
-def test_sampling_is_drawn_anew_each_step_and_repeats_for_the_same_step(small_target, monkeypatch):
+def test_sampling_changes_with_the_epoch_and_repeats_within_it(small_target, monkeypatch):
     module = make_module(small_target)
     (document,) = named(make_documents((40,), share=1.0))
     first = deep_elements(module, document)
     assert deep_elements(module, document) == first
-    monkeypatch.setattr(PEagleModule, "global_step", 1)
+    monkeypatch.setattr(PEagleModule, "current_epoch", 1)
     assert deep_elements(module, document) != first
 
 
 def test_validation_is_deterministic_and_complete(small_target):
     module, head = make_module(small_target), make_head()
     batch = join(named(make_documents((20, 15), share=0.9)))
-    a, b = (module.compute(batch, head, positions=3) for _ in range(2))
+    a, b = (module.validation_chains(batch, head, 3) for _ in range(2))
     assert all(np.array_equal(x, y) for x, y in zip(a.chains, b.chains, strict=True))
     logits = {
         int(t): row

@@ -65,7 +65,7 @@ def documents(lengths: tuple[int, ...], share: float = 0.6, seed: int = 2) -> li
 
 def run(module, head: TargetHead, batches: list[TrainBatch]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     module.zero_grad()
-    outputs = [module.compute(batch, head) for batch in batches]
+    outputs = [module.training_loss(batch, head) for batch in batches]
     total = sum((o.loss for o in outputs), torch.zeros((), dtype=torch.float64))
     total.backward()
     gradients = {name: p.grad.clone() for name, p in module.draft.named_parameters() if p.grad is not None}
@@ -124,7 +124,7 @@ def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, confi
     slow, count = by_definition(module, head, some, options["loss"], options.get("label", "target"))
     batch = pack(some, padding=5)
     same(run(module, head, [batch]), slow)
-    assert module.compute(batch, head).count == count
+    assert module.training_loss(batch, head).num_supervised == count
     frozen = not options.get("train_embedding", True)
     assert ("model.model.embed_tokens.weight" in slow[1]) is not frozen
 
@@ -154,11 +154,11 @@ def test_without_supervised_tokens_every_parameter_still_has_a_gradient(small_ta
     nothing = TrainBatch(single.input_ids[:0], single.loss_mask[:0], {LAST_HIDDEN_STATES: torch.zeros(0, H)}, (), ())
     for batch in (single, nothing):
         module.zero_grad()
-        output = module.compute(batch, head)
+        output = module.training_loss(batch, head)
         output.loss.backward()
-        assert output.count == 0
+        assert output.num_supervised == 0
         assert all(p.grad is not None and not p.grad.any() for p in module.draft.parameters())
-        assert module.compute(batch, head, positions=3).rows.tolist() == [0, 0, 0]
+        assert module.validation_chains(batch, head, 3)[:2] == (0.0, 0)
 
 
 def test_bf16_keeps_fp32_masters_and_close_gradients(small_target):
@@ -169,7 +169,7 @@ def test_bf16_keeps_fp32_masters_and_close_gradients(small_target):
     batch.features = {name: x.float() for name, x in batch.features.items()}
     module.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        module.compute(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss.backward()
+        module.training_loss(batch, TargetHead(head.embedding, head.lm_head, torch.bfloat16)).loss.backward()
     for name, parameter in module.draft.named_parameters():
         assert parameter.dtype == torch.float32
         assert (parameter.grad.double() - exact[name]).norm() / exact[name].norm() < 0.1, name
@@ -227,7 +227,7 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
     assert [(d.counted, d.rounds) for d in together] == [(d.counted, d.rounds) for d in alone] == offline
     assert sum(r.tokens for r in offline) > sum(r.rounds for r in offline)
     for prompt, answer, tensors, rounds in zip(PROMPTS, plain, features, offline, strict=True):
-        (chains,) = module.compute(Reference(prompt, answer, tensors).batch(), head, positions=gamma).chains
+        (chains,) = module.validation_chains(Reference(prompt, answer, tensors).batch(), head, gamma).chains
         assert jump(chains)[0] == rounds
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.files import first_line
 from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text, unusable
 
@@ -225,7 +226,7 @@ class RedisMetadataStore:
             from redis.backoff import ExponentialBackoff, NoBackoff
             from redis.retry import Retry
         except ImportError as error:
-            raise UserError("metadata in Redis needs its package: python -m pip install 'specforge[redis]'") from error
+            raise UserError(f"metadata in Redis needs the package redis: {install_hint('redis')}") from error
         tls = {"ssl_ca_certs": ca_file, "ssl_certfile": cert_file, "ssl_keyfile": key_file}
         options: dict[str, Any] = {"username": username, "password": password}
         if url.startswith("rediss://"):

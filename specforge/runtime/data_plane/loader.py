@@ -80,6 +80,7 @@ class FeatureDataLoader(Generic[SampleT]):
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches into page-locked memory.
         acknowledged: whether batches will be acknowledged; if not, their samples are released once they are packed.
+        plan_batch: makes the plan of a batch, in the thread that fetches it; None makes none.
 
     Raises:
         UserError: a sample lacks a required feature or exceeds ``max_tokens``, or a number is out of range.
@@ -102,6 +103,7 @@ class FeatureDataLoader(Generic[SampleT]):
         pad_to: int = 1,
         pin_memory: bool = False,
         acknowledged: bool = True,
+        plan_batch: Callable[[TrainBatch], Any] | None = None,
     ) -> None:
         check_samples(samples, spec)
         if prefetch < 0 or pad_to < 1:
@@ -110,6 +112,7 @@ class FeatureDataLoader(Generic[SampleT]):
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.bad_samples = prefetch, bad_samples
         self.pad_to, self.pin_memory, self.acknowledged = pad_to, pin_memory, acknowledged
+        self.plan_batch = plan_batch
         self.quarantined: dict[str, str] = {}
         try:
             self.plan = BatchPlan(
@@ -215,10 +218,11 @@ class FeatureDataLoader(Generic[SampleT]):
 
     def _until_end(self, length: RunLength, rank: int) -> Iterator[tuple[int, list[SampleT]]]:
         for epoch, number, samples in self.upcoming(rank):
+            if number >= length.batches:  # left out by trainer.limit_train_batches
+                continue
             if length.ends_before(epoch, number):
                 return
-            if number < length.batches:
-                yield epoch, samples
+            yield epoch, samples
 
     def _batches(self, epoch: int, rank: int) -> Iterator[list[SampleT]]:
         batches = self.plan.epoch(epoch)[rank :: self.world_size]
@@ -278,6 +282,7 @@ class FeatureDataLoader(Generic[SampleT]):
         if not self.acknowledged:
             self.store.release(batch.sample_ids)
         batch.cursor = cursor
+        batch.plan = None if self.plan_batch is None else self.plan_batch(batch)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _quarantine(self, sample: Sample, error: BadSampleError) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
+from specforge.extras import install_hint
 from specforge.runtime.data_plane.safetensors_io import SAMPLE_HEADER, FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 
@@ -101,7 +102,7 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:
         raise UserError(
-            f"store {address}: Mooncake cannot be loaded ({error}); pip install 'specforge[mooncake]', and on "
+            f"store {address}: Mooncake cannot be loaded ({error}): {install_hint('mooncake')}; on "
             "Debian apt-get install libibverbs1 libnuma1 libcurl4"
         ) from error
     if 0 < segment_bytes < _MIN_SEGMENT:

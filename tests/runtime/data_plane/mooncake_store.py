@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 
-absent = pytest.mark.skipif(find_spec("mooncake") is None, reason="pip install 'specforge[mooncake]'")
+absent = pytest.mark.skipif(find_spec("mooncake") is None, reason="pip install -e '.[mooncake-cpu]'")
 
 
 def needs_mooncake(test):

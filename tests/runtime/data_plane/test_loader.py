@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec
 from specforge.errors import UserError
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
-from specforge.runtime.data_plane.loader import FeatureDataLoader
+from specforge.runtime.data_plane.loader import FeatureDataLoader, RunLength
 from specforge.runtime.data_plane.packing import BatchPlan
 from specforge.runtime.data_plane.store import BadSampleError
 
@@ -123,6 +123,28 @@ def test_seeking_reads_nothing_that_it_skips(folder, monkeypatch):
     stream.load_state_dict(state)
     seen = names(stream)
     assert read == [name for batch in seen for name in batch]
+
+
+@pytest.mark.parametrize(
+    ("length", "count"),
+    [
+        (RunLength(11, 1, max_steps=15), 15),
+        (RunLength(11, 3, max_steps=5), 11 + 3),  # four steps in an epoch, the last of two batches
+        (RunLength(11, 1, max_epochs=2), 22),
+        (RunLength(4, 2, max_epochs=2), 8),
+        (RunLength(4, 2, max_steps=3, max_epochs=5), 6),
+        (RunLength(11, 1, max_steps=0), 0),
+    ],
+)
+def test_a_store_is_told_every_batch_up_to_the_end_of_the_run(folder, monkeypatch, length, count):
+    told = []
+    monkeypatch.setattr(folder.store, "start", lambda step, ahead: told.append((step, list(ahead(0)))), raising=False)
+    stream = loader(folder)
+    stream.start(7, length)
+    ((step, batches),) = told
+    assert (step, len(batches)) == (7, count)
+    trained = [(epoch, name) for epoch in range(2) for name in names(stream)[: length.batches]][:count]
+    assert [(epoch, tuple(sample.sample_id for sample in samples)) for epoch, samples in batches] == trained
 
 
 def test_an_iterator_that_nobody_draws_from_moves_nothing(folder):

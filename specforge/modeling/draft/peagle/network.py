@@ -91,10 +91,10 @@ class PEagleDraft(EagleDraft):
     @property
     def first_layer(self) -> DecoderLayer:
         """The first layer."""
-        return self.stack[0]
+        return self.decoder_layers[0]
 
     @property
-    def stack(self) -> list[DecoderLayer]:
+    def decoder_layers(self) -> list[DecoderLayer]:
         """The layers, from the bottom up."""
         return cast("list[DecoderLayer]", list(self.layers))
 
@@ -103,7 +103,7 @@ class PEagleDraft(EagleDraft):
         """As for EAGLE-3; upper layers start as the identity, and an embedding of the draft's own as the target's."""
         super().start_from_target(target)
         self.start_embedding(target)
-        for layer in self.stack[1:]:
+        for layer in self.decoder_layers[1:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
 
@@ -133,26 +133,26 @@ class PEagleDraft(EagleDraft):
         dtype = compute_dtype(self.fc.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
         with torch.autocast(input_ids.device.type, enabled=False):
-            weights = [layer.weights(dtype) for layer in self.stack]
+            weights = [layer.weights(dtype) for layer in self.decoder_layers]
             tokens = len(input_ids)
             position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
             cos, sin = (x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device))
             embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
-            hidden, product = self.first(aux_hidden_states, embeds, plan.next_tokens, weights[0])
+            hidden, product = self.first_inputs(aux_hidden_states, embeds, plan.next_tokens, weights[0])
             hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
             product = torch.cat([product[:-1], product[-1:].expand(len(plan.anchors), -1)])
             last = len(weights) - 1
-            for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
+            for i, (layer, w) in enumerate(zip(self.decoder_layers, weights, strict=True)):
                 if i > 0:
                     product = layer.project(hidden, w)
                 heads = layer.attention_heads(product, (cos, sin), w)
-                attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
+                attention = _all_attention(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
                     hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
                 hidden = layer.finish(hidden, attention, w)
             return self.norm(hidden)
 
-    def first(
+    def first_inputs(
         self, aux_hidden_states: Tensor, embeds: Tensor, next_tokens: Tensor, w: LayerWeights
     ) -> tuple[Tensor, Tensor]:
         """States and input products of the first layer, for n tokens and one mask token.
@@ -180,7 +180,7 @@ class PEagleDraft(EagleDraft):
         return PEagleDecoder(self, dtype)
 
 
-def _attend(
+def _all_attention(
     heads: tuple[Tensor, Tensor, Tensor], tokens: int, plan: PEaglePlan, rows: Tensor | None, *, flex: bool
 ) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
@@ -208,7 +208,7 @@ class PEagleDecoder(CachedDecoder):
     """
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
-        super().__init__(draft.stack, draft.rotary, dtype)
+        super().__init__(draft.decoder_layers, draft.rotary, dtype)
         self.draft, self._lm_head = draft, draft.lm_head.weight.to(dtype)
 
     @torch.inference_mode()
@@ -227,7 +227,7 @@ class PEagleDecoder(CachedDecoder):
         draft, new = self.draft, len(following)
         order = torch.arange(new, device=self.device)
         ids = torch.cat([following, following.new_tensor([draft.mask_token_id])])
-        hidden, product = draft.first(aux_hidden_states, draft.embed(ids, embedding), order, self._weights[0])
+        hidden, product = draft.first_inputs(aux_hidden_states, draft.embed(ids, embedding), order, self._weights[0])
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)

@@ -78,6 +78,11 @@ class PEaglePlan(Plan):
     valid: Tensor
     longest: int
 
+    @property
+    def num_elements(self) -> int:
+        """Elements of all depths that predict a supervised token."""
+        return self.count + (self.chunks[-1].stop if self.chunks else 0)
+
 
 def plan_peagle(
     lengths: Sequence[int],

@@ -77,8 +77,8 @@ def module(request, target, engine, prompts, answers):
     for _ in range(40):
         for prompt, answer, tensors in zip(prompts, answers, features, strict=False):
             optimizer.zero_grad()
-            output = module.compute(Reference(prompt, answer, tensors).batch(), head)
-            (output.loss / output.count).backward()
+            output = module.training_loss(Reference(prompt, answer, tensors).batch(), head)
+            (output.loss / output.num_supervised).backward()
             optimizer.step()
     return module.eval()
 
@@ -114,7 +114,7 @@ def test_validation_says_the_same_rounds(engine, module, prompts, answers):
     features = engine.capture([[*prompts[0], *answers[0]]], module.spec.capture)[0]
     reference = Reference(prompts[0], answers[0], features)
     with torch.no_grad():
-        (chain,) = module.compute(reference.batch(), head, positions=3).chains
+        (chain,) = module.validation_chains(reference.batch(), head, 3).chains
     assert jump(chain)[0] == draft_rounds(module, head, reference, 3, Sampling())
 
 

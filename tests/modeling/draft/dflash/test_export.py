@@ -88,7 +88,7 @@ def test_what_the_server_would_misread_is_refused(target, tmp_path):
 @pytest.mark.parametrize("name", ["dflash", "dspark", "domino"])
 def test_a_bias_of_the_targets_head_which_the_server_leaves_out_is_refused(name, tmp_path):
     module = trained(name, write_family("phi", tmp_path / "target"), layer_ids=[0, 1])
-    with pytest.raises(UserError, match="target has a bias, which SGLang leaves out"):
+    with pytest.raises(UserError, match="target has a bias, which SGLang omits"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_modules.eagle3 import Eagle3Module
-from lightning_modules.fused import FusedModule
+from lightning_modules.eagle_family import EagleFamilyModule
 from lightning_modules.peagle import PEagleModule
 from specforge.contracts import AUX_HIDDEN_STATES
 from specforge.decoding.decoder import decode
@@ -23,7 +23,7 @@ from specforge.inference.target_files import TargetFiles
 
 SMALL = {"draft_vocab_size": 200}
 OPTIONAL = {"norm_before_residual": True, "attention_bias": True}
-MAKERS: dict[str, Callable[[str], FusedModule]] = {
+MAKERS: dict[str, Callable[[str], EagleFamilyModule]] = {
     "eagle3.1": lambda t: Eagle3Module(t, {**SMALL, "fc_norm": True, "norm_output": True}, init_from="target"),
     "norm_before_fc": lambda t: Eagle3Module(t, {**SMALL, "norm_before_fc": True}, init_from="target"),
     "latent": lambda t: Eagle3Module(t, {**SMALL, **LATENT, "norm_output": True}),
@@ -57,7 +57,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def module(request, target) -> FusedModule:
+def module(request, target) -> EagleFamilyModule:
     torch.manual_seed(0)
     module = MAKERS[request.param](str(target)).eval()
     module.draft.set_vocabulary(torch.randperm(264)[:200].sort().values)
@@ -79,7 +79,7 @@ def references(engine, module, prompts) -> list[Reference]:
     return [Reference(list(p), a, f) for p, a, f in zip(prompts, answers, features, strict=True)]
 
 
-def drafter(module: FusedModule):
+def drafter(module: EagleFamilyModule):
     head = module.target_head(torch.device("cpu"))
     return lambda: module.drafter(head, torch.float32)
 

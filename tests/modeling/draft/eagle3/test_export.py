@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_modules.eagle3 import Eagle3Module
-from lightning_modules.fused import FusedModule
+from lightning_modules.eagle_family import EagleFamilyModule
 from lightning_modules.loading import load_module
 from lightning_modules.peagle import PEagleModule
 from specforge.errors import UserError
@@ -25,7 +25,7 @@ LATENT = {
 SMALL = {"draft_vocab_size": 64}
 
 
-def trained(module: FusedModule) -> FusedModule:
+def trained(module: EagleFamilyModule) -> EagleFamilyModule:
     """As if trained: no weight as it was initialised."""
     module.draft.set_vocabulary(torch.arange(64) * 4)
     with torch.no_grad():

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import DraftModule
-from lightning_modules.hydra import HydraModule
-from lightning_modules.medusa import MedusaModule
+from lightning_modules.medusa import HydraModule, MedusaModule
 from lightning_modules.mtp import MTPModule
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
 from specforge.decoding.decoder import decode

@@ -1,10 +1,11 @@
-"""What the EAGLE-3 family shares: drafts that read fused features and have their own head."""
+"""Base of the EAGLE-3 family: drafts that read fused features of three layers and have their own head."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.distilled import DistilledModule
 from specforge.contracts import CapturePolicy
@@ -19,19 +20,20 @@ from specforge.modeling.draft.starting import (
     layer_fields,
     load_weights,
 )
+from specforge.options import NonNegativeInt
 
 
-class FusedModule(DistilledModule):
-    """Base of EAGLE-3 and what is built like it.
+class EagleFamilyModule(DistilledModule):
+    """Base of EAGLE-3 and P-EAGLE.
 
     Args:
         target: folder or hub name of the frozen target.
-        draft_config: JSON file of the draft, or fields that replace those derived from the target.
-        layer_ids: the captured layers, instead of the draft config's.
-        init_from: a SpecForge checkpoint or a draft in the field's own form (weights only); ``target``: the target's
-            own last layer and head; or None: random.
-        training: ``weights``, ``objective`` and the other arguments of :class:`DistilledModule`.
-
+        draft_config: JSON file of the draft's config, or fields that replace those derived from the target.
+        layer_ids: three decoder layers of the target whose outputs the draft reads; by default those of the draft
+            config, else the second, the middle and the fourth from the end.
+        init_from: weights to start from: a SpecForge checkpoint, an exported or published draft, or ``target`` for the
+            target's own last layer and head. Random by default.
+        weights: ``[T]`` weight of each trained position in the loss.
     """
 
     draft: EagleDraft
@@ -39,9 +41,11 @@ class FusedModule(DistilledModule):
     def __init__(
         self,
         target: str,
-        draft_config: str | dict[str, Any] | None,
-        layer_ids: list[int] | None,
-        init_from: str | None,
+        draft_config: str | dict[str, Any] | None = None,
+        layer_ids: list[NonNegativeInt] | None = None,
+        init_from: str | None = None,
+        *,
+        weights: Tensor,
         **training: Any,
     ) -> None:
         files = TargetFiles.find(target)
@@ -50,22 +54,16 @@ class FusedModule(DistilledModule):
         if layer_ids is not None:
             config["eagle_config"] = {**config["eagle_config"], "eagle_aux_hidden_state_layer_ids": list(layer_ids)}
         draft = self.build(config, where)
-        check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
+        capture = CapturePolicy(draft.layer_ids)
+        check_layers(capture, files.num_layers, files.name)
         draft.apply(initialise_layers)
-        if init_from == "target":  # in setup several ranks would draw other numbers than one
+        if init_from == "target":  # drawn here, not in setup, so that all ranks draw the same numbers
             torch.nn.init.normal_(draft.fc.weight, std=0.002)
         if source is not None:
             load_weights(draft, source, self.export_format)
-        starts_anew = source is None
-        super().__init__(
-            files,
-            draft,
-            CapturePolicy(draft.layer_ids),
-            has_vocabulary=not starts_anew,
-            start=draft.start_from_target if init_from == "target" else None,
-            **training,
-        )
-        self.starts_anew = starts_anew
+        super().__init__(files, draft, capture, weights=weights, has_vocabulary=source is not None, **training)
+        self.start = draft.start_from_target if init_from == "target" else None
+        self.starts_from_draft = source is not None
 
     @classmethod
     def default_layers(cls, num_layers: int) -> list[int]:
@@ -74,7 +72,7 @@ class FusedModule(DistilledModule):
 
     @classmethod
     def default_draft_config(cls, target: TargetFiles) -> dict[str, Any]:
-        """One Llama layer of the target's own dimensions, over at most 32,000 tokens."""
+        """One Llama layer of the target's dimensions, over at most 32,000 tokens."""
         return {
             **layer_fields(target),
             "architectures": [cls.architectures[0]],

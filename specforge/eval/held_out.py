@@ -1,0 +1,105 @@
+"""Evaluate a trained draft on a folder of prompts: the library side of `specforge evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge.contracts import PromptTask
+from specforge.data.prompts import PromptSet
+from specforge.data.templates import ChatTemplate
+from specforge.errors import UserError
+from specforge.eval.cache import EvalCache
+from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult
+from specforge.eval.report import versions
+from specforge.system import peak_memory
+
+
+def evaluate_draft(
+    module: Any,
+    prompts: Path,
+    options: EvaluateOptions,
+    cache: EvalCache,
+    num_prompts: int | None = None,
+    suffix_corpus: Path | None = None,
+    log: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[MethodResult], dict[str, Any]]:
+    """Decode prompts speculatively with a draft and with the baselines.
+
+    Args:
+        module: the draft's module, such as ``lightning_modules.load_module`` returns; it is moved to the device.
+        prompts: folder from `specforge prepare`; its held-out part is used if it has one.
+        options: how; the device must be one that PyTorch knows.
+        cache: keeps the target's own answers.
+        num_prompts: evaluate only the first N prompts.
+        suffix_corpus: prompt set whose answers suffix decoding may draft from.
+        log: called with a line of text when a step begins.
+        progress: called with the number of decoded prompts and their total, over all methods.
+
+    Returns:
+        One row per method, and the settings of the evaluation.
+
+    Raises:
+        UserError: the prompts cannot be used, or are too long for the target.
+    """
+    module.to(options.device).eval()
+    folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
+    tasks = with_prompt(PromptSet.load(folder).tasks, folder, log)[:num_prompts]
+    template = ChatTemplate.load(module.target)
+    corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
+    evaluation = Evaluation(
+        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, log, progress, corpus
+    )
+    results = evaluation.run([_prompt(task) for task in tasks])
+    run = _settings(module, folder, len(tasks), options)
+    run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    return results, run | {"peak_memory": peak_memory(options.device)}
+
+
+def _settings(module: Any, prompts: Path, count: int, options: EvaluateOptions) -> dict[str, Any]:
+    return {
+        "target": module.target.name,
+        "target_fingerprint": module.target.fingerprint,
+        "algorithm": module.algorithm,
+        "prompts": str(prompts),
+        "num_prompts": count,
+        "gamma": options.gamma,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "draft_sampling": options.draft_sampling,
+        "dtype": options.dtype,
+        "speed_dtype": options.speed_dtype,
+        "speed_prompts": min(options.speed_prompts, count),
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "seed": options.seed,
+        "tau": "bonus token included",
+    }
+
+
+def with_prompt(tasks: Sequence[PromptTask], folder: Path, log: Callable[[str], None]) -> list[PromptTask]:
+    """The samples that have a prompt; those that are supervised from their first token have none.
+
+    Raises:
+        UserError: no sample has one.
+    """
+    found = [task for task in tasks if _prompt(task)]
+    if not found:
+        raise UserError(f"{folder}: every sample is supervised from its first token, so there is no prompt to answer")
+    if len(found) < len(tasks):
+        log(f"left out: {len(tasks) - len(found):,} samples that are supervised from their first token")
+    return found
+
+
+def _prompt(task: PromptTask) -> list[int]:
+    return list(task.input_ids[: task.loss_mask.index(1)])
+
+
+def _answer(task: PromptTask) -> list[int]:
+    return [token for token, learnt in zip(task.input_ids, task.loss_mask, strict=True) if learnt]
