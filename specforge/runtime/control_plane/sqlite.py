@@ -139,7 +139,7 @@ class SQLiteMetadataStore:
         """See :class:`MetadataStore`."""
         keys = [key for move in moves for key in move.keys]
         with self._transaction() as db:
-            if all(_update(db, move) for move in moves):
+            if _update(db, moves) == len(keys):
                 select = f"SELECT key, {_TEXTS[text]} FROM samples WHERE {_KEYS}"
                 return dict(db.execute(select, (json.dumps(keys),))) if text else {}
             db.execute("ROLLBACK")
@@ -165,12 +165,14 @@ class SQLiteMetadataStore:
             self._db.close()
 
 
-def _update(db: sqlite3.Connection, move: Move) -> bool:
-    """Change rows; returns whether all were as expected."""
-    statement = _update_statement(tuple(move.states), tuple(move.changes), tuple(move.expected))
-    values, expected = (move.to, *move.changes.values()), tuple(move.expected.values())
-    done = db.executemany(statement, [(*values, key, *expected) for key in move.keys])
-    return done.rowcount == len(move.keys)
+def _update(db: sqlite3.Connection, moves: Sequence[Move]) -> int:
+    """Change the rows that are as expected; returns how many are."""
+    statements: dict[str, list[tuple[Any, ...]]] = {}
+    for keys, states, to, changes, expected in moves:
+        statement = _update_statement(tuple(states), tuple(changes), tuple(expected))
+        values, conditions = (to, *changes.values()), tuple(expected.values())
+        statements.setdefault(statement, []).extend((*values, key, *conditions) for key in keys)
+    return sum(db.executemany(statement, rows).rowcount for statement, rows in statements.items())
 
 
 @lru_cache

@@ -19,6 +19,7 @@ class RedisServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.tls = tls
         listen = ["--port", "0", "--tls-port", str(self.port)] if tls else ["--port", str(self.port)]
         self.command = ["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *listen, *options]
         self.start()
@@ -28,7 +29,11 @@ class RedisServer:
         for _ in range(500):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+                    if self.tls:
+                        return
+                    probe.sendall(b"PING\r\n")
+                    if not probe.recv(64).startswith(b"-LOADING"):
+                        return
             assert self.process.poll() is None, "redis-server ended"
             time.sleep(0.01)  # there is nothing to wait on but the port
 
