@@ -20,9 +20,9 @@ from torch import Tensor
 
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
-from specforge.modeling.draft.peagle.plan import DepthSampling, plan_parallel
-from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.draft.peagle.plan import DepthSampling, plan_peagle
 from specforge.modeling.layers.attention import ttt_attention
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
@@ -65,7 +65,7 @@ def blocks(lengths: list[int]) -> Pass:
 def parallel(lengths: list[int]) -> Pass:
     """P-EAGLE, eight depths, four fifths of each depth's rows in the next."""
     seeds = range(len(lengths))
-    plan = plan_parallel(lengths, _spans(lengths), 8, None, DepthSampling(0.8), seeds).to(torch.device("cuda"))
+    plan = plan_peagle(lengths, _spans(lengths), 8, None, DepthSampling(0.8), seeds).to(torch.device("cuda"))
     rows, tokens = len(plan.anchors), sum(lengths)
     q, k, v, *own = _tensors((rows, HEADS), *[(tokens, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2)
     return lambda flex: deep_attention(q, k, v, (own[0], own[1]), plan.anchors, plan.depths, plan.chunks, flex=flex)

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from specforge.contracts import CapturePolicy, FeatureSpec, PromptTask, Provenance, SampleRef, content_id
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import MemoryMetadataStore, MetadataStore, NullMetadataStore
+from specforge.runtime.control_plane.metadata import MetadataStore
 from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
+from tests.runtime.control_plane.memory import MemoryMetadataStore
 from tests.runtime.control_plane.redis_server import redis_server
 
 PROVENANCE = Provenance("random", "f" * 32, "t" * 32, CapturePolicy((2, 16, 29)), "bfloat16")
@@ -110,16 +111,6 @@ def opened(kind: str, folder: Path) -> Iterator[MetadataStore]:
         yield MemoryMetadataStore()
 
 
-def null_step(repeats: int = 1000) -> float:
-    """Milliseconds that the null control plane takes of a step."""
-    store, keys = NullMetadataStore(), [f"s{i}" for i in range(8)]
-    start = time.perf_counter()
-    for step in range(repeats):
-        store.deliver(keys)
-        store.mark_trained(keys, step)
-    return 1e3 * (time.perf_counter() - start) / repeats
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=20_000)
@@ -134,7 +125,7 @@ def main() -> None:
         for kind in ("memory", "sqlite", "redis"):
             with tempfile.TemporaryDirectory() as folder, opened(kind, Path(folder)) as store:
                 runs.setdefault(kind, []).append(throughput(store, options.samples, options.batch, clock))
-    result: dict[str, object] = {"samples": options.samples, "batch": options.batch, "null step, ms": null_step()}
+    result: dict[str, object] = {"samples": options.samples, "batch": options.batch}
     for kind, found in runs.items():
         rates = {stage: statistics.median(r[stage] for r, _ in found) for stage in found[0][0]}
         step = {name: statistics.median(s[name] for _, s in found) for name in found[0][1]}

@@ -51,8 +51,7 @@ def get_all(store: FeatureStore, refs: list[SampleRef]) -> None:
     """In as many threads as a disaggregated run fetches with."""
 
     def get(ref: SampleRef) -> None:
-        with store.get(ref):
-            pass
+        store.get(ref)
 
     with ThreadPoolExecutor(StreamedSamples.readers) as threads:
         deque(threads.map(get, refs), 0)

@@ -179,7 +179,7 @@ def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folde
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
     features = FeatureFolder.create(folder / "train", provenance, counts)
     worker = RolloutWorker(RandomEngine(files.hidden_size), features.store, features.manifest.append, provenance)
-    for _ in worker.run(tasks, 16384):
+    for _ in worker.produce(tasks, 16384):
         pass
 
 

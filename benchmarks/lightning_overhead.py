@@ -24,12 +24,13 @@ from specforge.callbacks.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from specforge.callbacks.metrics import TrainingMetrics
 from specforge.callbacks.preemption import Preemption
 from specforge.callbacks.resume import ExactResume
-from specforge.contracts import TrainBatch
+from specforge.contracts import Sample, TrainBatch
+from specforge.runtime.data_plane.loader import RunLength
 from specforge.system import keep_freed_memory
 
 
 class Replay(pl.LightningDataModule):
-    """The same batch, as often as asked for, with the face of a feature loader."""
+    """The same batch, as often as asked for, with the interface of a feature loader."""
 
     def __init__(self, batch: TrainBatch, count: int) -> None:
         super().__init__()
@@ -41,12 +42,29 @@ class Replay(pl.LightningDataModule):
     def __iter__(self) -> Iterator[TrainBatch]:
         yield from [self.batch] * self.count
 
-    def acknowledge(self, batch: TrainBatch) -> None:
+    def start(self, step: int, length: RunLength) -> None:
+        """Nothing to prepare."""
+
+    def acknowledge(self, batch: TrainBatch, step: int) -> None:
         """Nothing to remember."""
+
+    def durable(self, step: int) -> None:
+        """Nothing to remember."""
+
+    def flow(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
 
     def train_dataloader(self) -> Replay:
         """Itself."""
         return self
+
+    def sample_refs(self) -> list[Sample]:
+        """None are known."""
+        return []
+
+    def token_counts(self) -> None:
+        """None are known."""
 
     def batches_per_epoch(self) -> int:
         """All of them."""

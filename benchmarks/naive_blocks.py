@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks.naive_eagle3 import plain_norm
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch
 from specforge.modeling.draft.dflash.network import DFlash
-from specforge.modeling.layers.rope import apply_rope
+from specforge.modeling.layers.decoder_layer import apply_rope
 
 
 def document_ids(batch: TrainBatch) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch
-from specforge.modeling.draft.eagle3.llama import LlamaEagle3
-from specforge.modeling.layers.rope import apply_rope
+from specforge.modeling.draft.eagle3.network import LlamaEagle3
+from specforge.modeling.layers.decoder_layer import apply_rope
 
 
 def shift(x: Tensor, by: int) -> Tensor:

@@ -26,11 +26,11 @@ from benchmarks.data_plane import start_store
 from benchmarks.large import RandomEngine, random_tasks
 from specforge.contracts import CapturePolicy, Provenance, StrategySpec
 from specforge.inference.producer import Producer
-from specforge.inference.rollout_worker import expect, sample_id
+from specforge.inference.rollout_worker import expect
 from specforge.runtime.addresses import open_backend
-from specforge.runtime.control_plane.controller import DataFlowController, sample_key
+from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
-from specforge.runtime.control_plane.streamed import Room, StreamedSamples
+from specforge.runtime.control_plane.streamed import Budget, StreamedSamples
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import FeatureStore
 
@@ -58,11 +58,10 @@ def waits(folder: Path, store: str, retain: Retain, options: argparse.Namespace)
     tasks = random_tasks(1000, options.steps * options.max_tokens)
     refs = expect(tasks, MADE, HIDDEN)
     control = open_control(folder, store, retain)
-    by_name = {sample_id(task, MADE): task for task in tasks}
-    stream = StreamedSamples(control, by_name, MADE, Room(options.max_bytes, len(refs)))
+    stream = StreamedSamples(control, MADE, Budget(options.max_bytes, len(refs)))
     loader = FeatureDataLoader(refs, stream, SPEC, max_tokens=options.max_tokens)
     upcoming = takewhile(lambda batch: batch[0] == 0, loader.upcoming(0))
-    stream.start((epoch, batch) for epoch, _, batch in upcoming)
+    stream.queue((epoch, batch) for epoch, _, batch in upcoming)
     producer = multiprocessing.get_context("spawn").Process(target=produce, args=(folder, store), daemon=True)
     producer.start()
     recording, waiting = [], []
@@ -72,11 +71,11 @@ def waits(folder: Path, store: str, retain: Retain, options: argparse.Namespace)
             start = time.perf_counter()
             batch = next(batches)
             waiting.append(time.perf_counter() - start)
-            keys = [sample_key(name, 0) for name in batch.sample_ids]
+            names = batch.sample_ids
             del batch
             time.sleep(options.step_seconds)
             start = time.perf_counter()
-            stream.trained(keys, step)
+            stream.trained(names, 0, step)
             recording.append(time.perf_counter() - start)
     finally:
         producer.kill()

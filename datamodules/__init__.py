@@ -1,4 +1,4 @@
-"""LightningDataModules: where a run's batches come from."""
+"""LightningDataModules: the sources of training batches."""
 
 from datamodules.disaggregated import DisaggregatedDataModule
 from datamodules.offline import OfflineDataModule

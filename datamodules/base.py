@@ -1,45 +1,63 @@
-"""What the datamodules share: the loaders. They differ in where references and tensors come from."""
+"""Base class of all datamodules: common options and loaders. Subclasses differ in the source of samples."""
 
 from __future__ import annotations
 
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import lightning.pytorch as pl
 import torch
 
-from specforge.contracts import SampleRef, TokenCounts
+from specforge.contracts import Sample, StrategySpec, TokenCounts
 from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
+from specforge.options import NonNegativeInt, PositiveInt, Seed
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.store import SampleStore
+
+
+class Algorithm(Protocol):
+    """The interface of LightningModules to datamodules."""
+
+    spec: StrategySpec
+    target: TargetFiles
+
+
+class Split(NamedTuple):
+    """Samples of ``train`` or ``heldout``, and the store that holds or produces their tensors."""
+
+    samples: Sequence[Any]  # of the type that the store takes
+    store: SampleStore[Any]
 
 
 class FeatureDataModule(pl.LightningDataModule):
     """Samples to train on, and held-out ones.
 
     Args:
-        batch_size: documents of a micro-batch; or
-        max_tokens: most tokens of a micro-batch. Exactly one of the two.
-        limit_samples: train on so many samples, drawn by the seed; all by default.
-        seed: of the epochs' orders.
-        prefetch: batches fetched ahead.
-        bad_samples: what to do with a damaged sample.
-        pad_to: pad batches to a multiple of this many tokens.
-        val_batch_size: documents of a validation batch.
+        batch_size: documents per micro-batch; give either this or max_tokens.
+        max_tokens: most tokens per micro-batch; give either this or batch_size.
+        limit_samples: train on this many samples, chosen by the seed (default: all).
+        seed: random seed for the order of each epoch.
+        prefetch: most batches to prefetch.
+        bad_samples: what to do with a sample that is damaged or cannot be produced: ``error`` stops, ``skip`` leaves it
+            out and counts it.
+        pad_to: pad batches to a multiple of this many tokens; affects speed (fewer shapes), not the result.
+        val_batch_size: documents per validation batch.
     """
 
     def __init__(
         self,
-        batch_size: int | None,
-        max_tokens: int | None,
-        limit_samples: int | None,
-        seed: int,
-        prefetch: int,
-        bad_samples: str,
-        pad_to: int,
-        val_batch_size: int,
+        batch_size: PositiveInt | None = None,
+        max_tokens: PositiveInt | None = None,
+        limit_samples: PositiveInt | None = None,
+        seed: Seed = 0,
+        prefetch: NonNegativeInt = 2,
+        bad_samples: Literal["error", "skip"] = "error",
+        pad_to: PositiveInt = 64,
+        val_batch_size: PositiveInt = 8,
     ) -> None:
         super().__init__()
         if (batch_size is None) == (max_tokens is None):
@@ -50,50 +68,69 @@ class FeatureDataModule(pl.LightningDataModule):
         self._batches: int | None = None
 
     @abstractmethod
-    def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
-        """References and tensors of ``train`` or ``heldout``; None where there are none."""
+    def split(self, name: str) -> Split | None:
+        """The split ``train`` or ``heldout``; None if there is none."""
 
     @abstractmethod
     def token_counts(self) -> TokenCounts | None:
-        """Token counts of the training prompts."""
+        """Token counts of the training prompts; None where nothing is trained."""
 
-    def sample_refs(self) -> Sequence[SampleRef]:
-        """References of the samples to train on."""
+    @property
+    def module(self) -> Algorithm:
+        """The LightningModule of the run."""
+        module: Algorithm = self.trainer.lightning_module
+        return module
+
+    def sample_refs(self) -> Sequence[Sample]:
+        """Samples to train on, or the held-out ones where nothing is trained."""
         part = self.split("train") or self.split("heldout")
-        refs = part[0] if part is not None else []
-        if self.limit_samples is None or self.limit_samples >= len(refs):
-            return refs
-        return random.Random(self.seed).sample(refs, self.limit_samples)
+        samples = part.samples if part is not None else []
+        if self.limit_samples is None or self.limit_samples >= len(samples):
+            return samples
+        return random.Random(self.seed).sample(samples, self.limit_samples)
 
     def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch on each rank."""
+        """Micro-batches per epoch on each rank."""
         if self._batches is None:
             self._batches = len(self.train_dataloader())
         return self._batches
 
     def train_dataloader(self) -> FeatureDataLoader:
-        """A fresh stream over the training samples."""
+        """A new loader of the training samples."""
         part = self.split("train")
         assert part is not None
-        return self._loader(self.sample_refs(), part[1], shuffle=True, **self.limits)
+        return self._loader(self.sample_refs(), part.store, shuffle=True, **self.limits)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """The held-out samples, in order; nothing where none are held out."""
+        """A loader of the held-out samples, in order; empty where none are held out."""
         part = self.split("heldout")
-        return [] if part is None else self._loader(*part, shuffle=False, batch_size=self.val_batch_size)
+        if part is None:
+            return []
+        return self._loader(*part, shuffle=False, acknowledged=False, batch_size=self.val_batch_size)
 
-    def _loader(self, refs: Sequence[SampleRef], store: SampleStore, **options: Any) -> FeatureDataLoader:
-        trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
+    def _loader(self, samples: Sequence[Sample], store: SampleStore[Any], **options: Any) -> FeatureDataLoader:
         return FeatureDataLoader(
-            refs,
+            samples,
             store,
-            module.spec,
+            self.module.spec,
             seed=self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
             prefetch=self.prefetch,
             bad_samples=self.bad_samples,
             pad_to=self.pad_to,
-            pin_memory=torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda",
+            pin_memory=torch.cuda.is_available() and self.trainer.strategy.root_device.type == "cuda",
             **options,
         )
+
+
+def nothing_held_out(folder: Path) -> UserError:
+    """The error for validating without held-out samples."""
+    return UserError(f"{folder}: no such folder; there is nothing held out to validate on")
+
+
+def batch_bytes(samples: Sequence[Sample], batch_size: int | None, max_tokens: int | None) -> int:
+    """Most bytes of features that a batch within these limits may take."""
+    if max_tokens is None:
+        return sum(sorted((sample.nbytes for sample in samples), reverse=True)[:batch_size])
+    return int(max_tokens * max(sample.nbytes / sample.num_tokens for sample in samples))

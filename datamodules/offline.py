@@ -1,65 +1,43 @@
-"""Training on captured features: a manifest of references, shards on disk, no control plane."""
+"""Training on captured features: shards on disk and a manifest, without a control plane."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from datamodules.base import FeatureDataModule
-from specforge.contracts import SampleRef, TokenCounts
-from specforge.errors import UserError
-from specforge.options import NonNegativeInt, PositiveInt, Seed
+from datamodules.base import FeatureDataModule, Split, nothing_held_out
+from specforge.contracts import TokenCounts
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
-from specforge.runtime.data_plane.store import SampleStore
 
 
 class OfflineDataModule(FeatureDataModule):
-    """Features that `specforge capture` wrote.
+    """Features from `specforge capture`.
 
     Args:
         features: folder with ``train`` and, for validation, ``heldout``.
-        batch_size: documents of a micro-batch; or
-        max_tokens: most tokens of a micro-batch. Exactly one of the two.
-        limit_samples: train on so many samples, drawn by the seed; all by default.
-        seed: of the epochs' orders.
-        prefetch: batches fetched ahead.
-        bad_samples: what to do with a damaged sample: ``error`` stops, ``skip`` leaves it out and counts it.
-        pad_to: pad batches to a multiple of this many tokens; it changes the speed (few shapes), not the result.
-        val_batch_size: documents of a validation batch.
+        **options: options of every datamodule.
     """
 
-    def __init__(
-        self,
-        features: str,
-        batch_size: PositiveInt | None = None,
-        max_tokens: PositiveInt | None = None,
-        limit_samples: PositiveInt | None = None,
-        seed: Seed = 0,
-        prefetch: NonNegativeInt = 2,
-        bad_samples: Literal["error", "skip"] = "error",
-        pad_to: PositiveInt = 64,
-        val_batch_size: PositiveInt = 8,
-    ) -> None:
-        super().__init__(batch_size, max_tokens, limit_samples, seed, prefetch, bad_samples, pad_to, val_batch_size)
+    def __init__(self, features: str, **options: Any) -> None:
+        super().__init__(**options)
         self.folder = Path(features)
-        self.train_features: FeatureFolder | None = None
-        self.val_features: FeatureFolder | None = None
+        self._features: dict[str, FeatureFolder] = {}
 
     def setup(self, stage: str) -> None:
         """Read the manifests."""
-        if self.train_features is None and stage == "fit":
-            self.train_features = FeatureFolder.open(self.folder / "train")
-        if self.val_features is None and (self.folder / "heldout").exists():
-            self.val_features = FeatureFolder.open(self.folder / "heldout")
-        if stage != "fit" and self.val_features is None:
-            raise UserError(f"{self.folder / 'heldout'}: no such folder; there is nothing held out to validate on")
+        heldout = self.folder / "heldout"
+        if stage == "fit" and "train" not in self._features:
+            self._features["train"] = FeatureFolder.open(self.folder / "train")
+        if "heldout" not in self._features and heldout.exists():
+            self._features["heldout"] = FeatureFolder.open(heldout)
+        if stage != "fit" and "heldout" not in self._features:
+            raise nothing_held_out(heldout)
 
-    def split(self, name: str) -> tuple[Sequence[SampleRef], SampleStore] | None:
-        """References and tensors of ``train`` or ``heldout``."""
-        features = self.train_features if name == "train" else self.val_features
-        return None if features is None else (features.refs, features.store)
+    def split(self, name: str) -> Split | None:
+        """The split ``train`` or ``heldout``; None if there is none."""
+        features = self._features.get(name)
+        return None if features is None else Split(features.refs, features.store)
 
     def token_counts(self) -> TokenCounts | None:
-        """Token counts of the training prompts."""
-        return self.train_features.counts if self.train_features is not None else None
+        """Token counts of the training prompts; None where nothing is trained."""
+        return self._features["train"].counts if "train" in self._features else None

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lightning_modules.base import load_weights
 from lightning_modules.distilled import DistilledModule, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy
@@ -14,8 +13,9 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.losses import make_objective
 from specforge.modeling.draft import Draft, build_draft, register_draft
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.draft.starting import load_weights
 
 
 class ToyConfig(PreTrainedConfig):

@@ -7,10 +7,8 @@ batch into a sum of losses and a count (:meth:`compute`), and gives evaluation i
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
@@ -21,26 +19,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
-from specforge.contracts import CapturePolicy, SampleRef, StrategySpec, TrainBatch
+from specforge.contracts import CapturePolicy, StrategySpec, TrainBatch, TrainingData
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
 from specforge.eval.tau import chains
-from specforge.export.checkpoint import read_checkpoint
-from specforge.files import read_json
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
-from specforge.modeling.draft import Draft, as_trained, build_draft, canonical, config_fields, draft_class, read_draft
-from specforge.modeling.draft.checks import check_stored
-from specforge.modeling.draft.fields import draft_rope, quoted
+from specforge.modeling.draft import Draft, build_draft, config_fields, draft_class
+from specforge.modeling.draft.fields import quoted
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.registry import find_draft_config
-from specforge.modeling.draft.standalone.network import spread
-
-CHECKPOINT_KEY = "specforge"
-# Checkpoints without it were written before drafts refused fields that they do not read.
-CONFIG_VERSION = 1
+from specforge.modeling.draft.starting import CHECKPOINT_KEY, CONFIG_VERSION, saved_config
 
 
 class StepOutput(NamedTuple):
@@ -192,18 +182,25 @@ class DraftModule(pl.LightningModule):
         # The draft is one layer and a head: one group of shards, gathered once a step, is all there is to gain.
         fully_shard(self.draft, mesh=mesh["data_parallel"], reshard_after_forward=False)
 
+    @property
+    def data(self) -> TrainingData | None:
+        """The datamodule of the run; None for a run on bare loaders."""
+        data: TrainingData | None = self.trainer.datamodule
+        return data
+
     def setup(self, stage: str) -> None:
         """Check the data against the target, and choose the draft vocabulary of a new run."""
-        data = getattr(self.trainer, "datamodule", None)
-        refs: list[SampleRef] = getattr(data, "sample_refs", lambda: [])()
-        for ref in refs[:1]:
+        data = self.data
+        if data is None:
+            return
+        for ref in data.sample_refs()[:1]:
             if ref.provenance.target_fingerprint != self.target.fingerprint:
                 raise UserError(
                     f"features were captured from {ref.provenance.target} "
                     f"({ref.provenance.target_fingerprint[:8]}), but model.target is {self.target.name} "
                     f"({self.target.fingerprint[:8]})"
                 )
-        counts = getattr(data, "token_counts", lambda: None)()
+        counts = data.token_counts()
         if self._has_vocabulary or counts is None or stage != "fit":
             return
         if not counts.supervised.shape == counts.context.shape == self.draft.t2d.shape:
@@ -278,7 +275,9 @@ class DraftModule(pl.LightningModule):
         if self.trainer.max_steps > 0:
             limits.append(self.trainer.max_steps)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
-            batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+            if self.data is None:
+                raise UserError("trainer: set max_steps; without a datamodule the length of an epoch is unknown")
+            batches = self.data.batches_per_epoch()
             limit = self.trainer.limit_train_batches
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             limits.append(self.trainer.max_epochs * -(-batches // self.trainer.accumulate_grad_batches))
@@ -331,221 +330,3 @@ class DraftModule(pl.LightningModule):
                 f"the checkpoint's draft has {name} {quoted(was)}, but the model's has {quoted(now)}; "
                 "change model.draft_config"
             )
-
-
-class SavedDraft(NamedTuple):
-    """A draft on disk that a run starts from.
-
-    Attributes:
-        path: a SpecForge checkpoint, or a folder in the field's own form.
-        config: its config, as SpecForge writes it.
-        tensors: its tensors as stored.
-        form: the names of a folder's tensors; None for a checkpoint.
-        steps: optimizer steps that a checkpoint was trained for.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    form: DraftFormat | None
-    steps: int = 0
-
-    @classmethod
-    def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
-        """Read a checkpoint or a folder.
-
-        Raises:
-            UserError: it is neither, or damaged.
-        """
-        path = Path(path)
-        if path.is_dir():
-            config, tensors = read_draft(path)
-            if "d2t" in tensors and tensors["d2t"].ndim == 1:
-                config.setdefault("draft_vocab_size", len(tensors["d2t"]))
-            return cls(path, config, tensors, form)
-        checkpoint = read_checkpoint(path)
-        state = checkpoint["state_dict"].items()
-        state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
-        config = saved_config(checkpoint[CHECKPOINT_KEY], str(path))
-        return cls(path, config, state, None, int(checkpoint.get("global_step", 0)))
-
-    @classmethod
-    def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
-        """The draft that ``init_from`` names; None if it is None or one of ``others``, which do not name a draft."""
-        return None if init_from is None or init_from in others else cls.read(init_from, form)
-
-
-def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The draft config of a checkpoint, from the entry that :meth:`DraftModule.on_save_checkpoint` adds.
-
-    Raises:
-        UserError: the entry has none.
-    """
-    if not isinstance(saved, Mapping) or "draft_config" not in saved:
-        raise UserError(f"{where}: not a SpecForge checkpoint")
-    config = canonical(saved["draft_config"], where)
-    return config if saved.get("config_version") == CONFIG_VERSION else as_trained(config, where)
-
-
-def draft_config_for(
-    target: TargetFiles,
-    given: str | Mapping[str, Any] | None,
-    defaults: Mapping[str, Any],
-    source: SavedDraft | None = None,
-) -> tuple[dict[str, Any], str]:
-    """The draft config of a run.
-
-    Args:
-        target: the target it must fit.
-        given: path of a JSON file, or name of a shipped one; or fields to change; or None.
-        defaults: the algorithm's config for this target, which ``given`` changes.
-        source: the draft that the run starts from; if there is one, ``given`` changes its config instead.
-
-    Returns:
-        The fields, and what to call them in an error message.
-
-    Raises:
-        UserError: the file cannot be read, or a field does not fit the target.
-    """
-    if source is not None:
-        _name_layers(source.config, defaults)
-    if isinstance(given, str):
-        config, where = canonical(read_json(find_draft_config(given)), given), given
-    else:
-        base, where = defaults if source is None else source.config, "model.draft_config"
-        config = _merged(canonical(base, where), given or {}, where)
-    _name_layers(config, defaults)
-    fits = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
-    for key, value in fits.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
-    size = config.get("draft_vocab_size")
-    if isinstance(size, int) and size > target.vocab_size:
-        raise UserError(f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens")
-    if config.get("hidden_size") != target.hidden_size:
-        raise UserError(
-            f"{where}: hidden_size is {config.get('hidden_size')}, but the draft reads the embedding of "
-            f"{target.name}, whose width is {target.hidden_size}"
-        )
-    return config, where
-
-
-def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Fill in the default captured layers of a draft with fused features, as servers do."""
-    own = config.get("eagle_config", {})
-    if "eagle_config" in defaults and isinstance(own, Mapping):
-        config["eagle_config"] = {**defaults["eagle_config"], **own}
-
-
-def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config with some fields changed, also inside ``eagle_config`` and ``dflash_config``."""
-    loose = ("rope_theta", "partial_rotary_factor")
-    rope = {} if not isinstance(given, Mapping) else {key: given[key] for key in loose if key in given}
-    if rope and not (given.get("rope_parameters") or given.get("rope_scaling")):
-        given = {**given, "rope_parameters": {**base.get("rope_parameters", {}), **rope}}
-    changes = canonical(given, where, base.get("architectures"))
-    nested = {
-        key: {**base[key], **value}
-        for key, value in changes.items()
-        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-    }
-    return {**base, **changes, **nested}
-
-
-def layer_fields(target: TargetFiles) -> dict[str, Any]:
-    """Fields of a draft config whose layers have the target's dimensions and positions.
-
-    The layers are Llama layers, whatever the target's are: gated MLPs, root-mean-square norms, rotary positions.
-
-    Raises:
-        UserError: the target's config does not say how many attention heads it has.
-    """
-    config, hidden = target.config, target.hidden_size
-    heads = _first(config, ("num_attention_heads",))
-    if heads is None:
-        raise UserError(f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file")
-    kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
-    head_dim = _first(config, ("head_dim",)) or hidden // heads
-    # LlamaConfig accepts only numbers of heads that divide the hidden size.
-    heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
-    positions = _first(config, ("max_position_embeddings",))
-    rope = draft_rope(config)
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
-        or 4 * hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": math.gcd(heads, kv_heads),
-        "head_dim": max(2, head_dim + head_dim % 2),
-        "hidden_act": "silu",
-        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
-        "vocab_size": target.vocab_size,
-        **({} if rope is None else {"rope_parameters": rope}),
-        **({} if positions is None else {"max_position_embeddings": positions}),
-    }
-
-
-def _first(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first of some fields that is a size; of a list with an entry for each layer, the last entry."""
-    for name in names:
-        value = config.get(name)
-        value = value[-1] if isinstance(value, list) and value else value
-        if type(value) is int and value > 0:
-            return value
-    return None
-
-
-def initialise(module: torch.nn.Module) -> None:
-    """Draw the matrix of a linear layer anew, as the targets' own are drawn."""
-    if isinstance(module, torch.nn.Linear):
-        torch.nn.init.normal_(module.weight, std=0.02)
-
-
-def initialise_layers(module: torch.nn.Module) -> None:
-    """Like :func:`initialise`, and biases start at zero."""
-    initialise(module)
-    if isinstance(module, torch.nn.Linear) and module.bias is not None:
-        torch.nn.init.zeros_(module.bias)
-
-
-def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
-    """An algorithm's choice of layers; for a target of so few that some of them coincide, as many as there are.
-
-    The last layer is left out, because servers capture what enters the layer above.
-    """
-    if min(chosen) >= 0 and len(set(chosen)) == len(chosen):
-        return chosen
-    below = max(1, num_layers - 1)
-    return spread(min(len(chosen), below), below)
-
-
-def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
-    """Start from a draft on disk: a SpecForge checkpoint, or a folder in the field's own form.
-
-    Raises:
-        UserError: it is another network, or tensors are missing, unknown or damaged, or have another shape.
-    """
-    if not isinstance(source, SavedDraft):
-        source = SavedDraft.read(source, form)
-    path = source.path
-    # A block drafter can be trained further with blocks of another size.
-    found = draft.difference(source.config, str(path), ignored=("block_size",))
-    if found is not None:
-        name, theirs, mine = found
-        raise UserError(
-            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
-            "out of model.draft_config (or model.layer_ids) to continue with what was trained"
-        )
-    tensors = source.tensors
-    if source.form is not None:
-        tensors = source.form.read(config_fields(draft), tensors, where=str(path))
-    own = draft.state_dict()
-    for name, tensor in tensors.items():
-        if name not in own:
-            raise UserError(f"{path}: tensor {name} has no place in the draft")
-        check_stored(name, tensor, own[name], str(path))
-    missing = sorted(set(own) - set(tensors))
-    if missing:
-        raise UserError(f"{path}: tensor {missing[0]} is missing")
-    draft.load_state_dict(tensors)
-    draft.trained = source.steps > 0

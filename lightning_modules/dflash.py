@@ -17,17 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.base import (
-    DraftModule,
-    LogitTile,
-    SavedDraft,
-    StepOutput,
-    distinct_layers,
-    draft_config_for,
-    initialise,
-    layer_fields,
-    load_weights,
-)
+from lightning_modules.base import DraftModule, LogitTile, StepOutput
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, StrategySpec, TrainBatch
 from specforge.errors import UserError
@@ -40,6 +30,14 @@ from specforge.modeling.draft.dflash.export import DFlashFormat
 from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.draft.dflash.plan import BlockPlan, plan_blocks, sample_anchors, starts
 from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.starting import (
+    SavedDraft,
+    distinct_layers,
+    draft_config_for,
+    initialise,
+    layer_fields,
+    load_weights,
+)
 from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 Weights = Literal["decay", "dpace", "prefix", "continuation"]
@@ -165,10 +163,9 @@ class DFlashModule(DraftModule):
             UserError: says how many supervised tokens there are, and how many a block needs.
         """
         super().setup(stage)
-        if stage != "fit":
+        if stage != "fit" or self.data is None:
             return
-        data = getattr(self.trainer, "datamodule", None)
-        most = max((ref.num_supervised for ref in getattr(data, "sample_refs", list)()), default=None)
+        most = max((sample.num_supervised for sample in self.data.sample_refs()), default=None)
         needed = self.draft.drafts + 1
         if most is not None and most < needed:
             raise UserError(

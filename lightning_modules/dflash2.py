@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.base import initialise
 from lightning_modules.dflash import DFlashModule, Supervised
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import TrainBatch
@@ -23,6 +22,7 @@ from specforge.losses.blocks import BlockLoss, Correction, block_loss
 from specforge.losses.candidates import Candidates
 from specforge.modeling.draft.dflash.dflash2 import DFlash2, DynamicConv, SelectingCorrector
 from specforge.modeling.draft.dflash.plan import BlockPlan
+from specforge.modeling.draft.starting import initialise
 from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt
 
 

@@ -23,7 +23,7 @@ from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.losses import TeacherRows, chunked_distillation, feature_distance
 from specforge.losses.objectives import Objective
 from specforge.modeling.draft import Draft
-from specforge.modeling.draft.unroll import UnrollPlan
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from specforge.inference.target_head import OutputHead, TargetHead
 from specforge.losses import make_objective
 from specforge.modeling.draft.eagle3.export import Eagle3Format
 from specforge.modeling.draft.eagle3.network import Eagle3Draft
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.unroll import plan_unroll
 from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 
-from lightning_modules.base import (
+from lightning_modules.distilled import DistilledModule
+from specforge.contracts import CapturePolicy
+from specforge.inference.target_engine.base import check_layers
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft.eagle3.network import EagleDraft
+from specforge.modeling.draft.starting import (
     SavedDraft,
     distinct_layers,
     draft_config_for,
@@ -14,11 +19,6 @@ from lightning_modules.base import (
     layer_fields,
     load_weights,
 )
-from lightning_modules.distilled import DistilledModule
-from specforge.contracts import CapturePolicy
-from specforge.inference.target_engine.base import check_layers
-from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.family import FusedDraft
 
 
 class FusedModule(DistilledModule):
@@ -34,7 +34,7 @@ class FusedModule(DistilledModule):
 
     """
 
-    draft: FusedDraft
+    draft: EagleDraft
 
     def __init__(
         self,

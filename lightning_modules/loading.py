@@ -7,10 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.base import DraftModule, saved_config
+from lightning_modules.base import DraftModule
 from specforge.errors import UserError
 from specforge.export.checkpoint import read_checkpoint
 from specforge.modeling.draft import read_draft
+from specforge.modeling.draft.starting import saved_config
 
 
 def algorithms() -> dict[str, type[DraftModule]]:

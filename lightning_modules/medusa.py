@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import SavedDraft, draft_config_for, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
@@ -19,11 +18,12 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.heads.drafter import HeadsDrafter
 from specforge.modeling.draft.heads.export import MedusaFormat
 from specforge.modeling.draft.heads.network import HeadsDraft
-from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.draft.starting import SavedDraft, draft_config_for, load_weights
 from specforge.options import NonNegativeFloat, PositiveInt
 
 

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_modules.base import SavedDraft, draft_config_for, initialise_layers, layer_fields, load_weights
 from lightning_modules.distilled import DistilledModule, Students, unrolled
 from lightning_modules.optimizers import OptimizerOptions
 from specforge.contracts import LAST_HIDDEN_STATES, TrainBatch
@@ -20,10 +19,17 @@ from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.modeling.draft.mtp.network import MTPDraft
-from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.draft.starting import (
+    SavedDraft,
+    draft_config_for,
+    initialise_layers,
+    layer_fields,
+    load_weights,
+)
 from specforge.options import NonNegativeFloat, PositiveFloat, PositiveInt
 
 

@@ -23,10 +23,10 @@ from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.losses import make_objective
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.peagle.drafter import ParallelDrafter
+from specforge.modeling.draft.peagle.drafter import PEagleDrafter
 from specforge.modeling.draft.peagle.export import PEagleFormat
 from specforge.modeling.draft.peagle.network import PEagleDraft
-from specforge.modeling.draft.peagle.plan import DepthSampling, plan_parallel
+from specforge.modeling.draft.peagle.plan import DepthSampling, plan_peagle
 from specforge.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Share
 
 
@@ -116,7 +116,7 @@ class PEagleModule(FusedModule):
         """Run sampled elements; with ``positions``, all."""
         sampling = None if positions else self.sampling
         depths, seeds = positions or self.depths, () if positions else self._seeds(batch)
-        plan = plan_parallel(batch.lengths, batch.spans, depths, batch.num_tokens, sampling, seeds)
+        plan = plan_peagle(batch.lengths, batch.spans, depths, batch.num_tokens, sampling, seeds)
         count = plan.count if positions else int(plan.valid.sum())
         plan = plan.to(batch.input_ids.device)
         states = self.draft(batch.features[AUX_HIDDEN_STATES], batch.input_ids, head.embedding, plan)
@@ -128,8 +128,8 @@ class PEagleModule(FusedModule):
         names = batch.sample_ids or [str(i) for i in range(len(batch.lengths))]
         return [int(content_id(name, self.global_step), 16) for name in names]
 
-    def drafter(self, head: TargetHead, dtype: torch.dtype) -> ParallelDrafter:
+    def drafter(self, head: TargetHead, dtype: torch.dtype) -> PEagleDrafter:
         """A parallel drafter with the present weights."""
         draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
         ids, size = draft.target_ids.clone(), self.target.vocab_size
-        return ParallelDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)
+        return PEagleDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)

@@ -17,10 +17,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.base import SavedDraft, load_weights
 from lightning_modules.distilled import DistilledModule, Students
 from lightning_modules.optimizers import OptimizerOptions
-from specforge.contracts import SampleRef, TrainBatch
+from specforge.contracts import TrainBatch
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.files import read_json
@@ -34,6 +33,7 @@ from specforge.modeling.draft.registry import find_draft_config
 from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
 from specforge.modeling.draft.standalone.export import StandaloneFormat
 from specforge.modeling.draft.standalone.network import StandaloneDraft, changes_of, config_like
+from specforge.modeling.draft.starting import SavedDraft, load_weights
 from specforge.options import NonNegativeFloat, PositiveInt
 
 
@@ -111,8 +111,8 @@ class StandaloneModule(DistilledModule):
             UserError: says how long the longest one is, and the limit.
         """
         super().setup(stage)
-        refs: list[SampleRef] = getattr(getattr(self.trainer, "datamodule", None), "sample_refs", list)()
-        most, limit = max((ref.num_tokens for ref in refs), default=0), self.draft.longest
+        samples = self.data.sample_refs() if self.data is not None else ()
+        most, limit = max((sample.num_tokens for sample in samples), default=0), self.draft.longest
         if limit is not None and most > limit:
             raise UserError(
                 f"a sample has {most} tokens, but the draft supports texts of up to {limit}; prepare the data with "

@@ -1,7 +1,7 @@
-"""What passes between the rooms of the house: prompts, references to features, batches, and what an algorithm needs.
+"""Types that packages exchange: prompts, references to features, batches, and the requirements of an algorithm.
 
-The records are frozen, tensor-free and JSON: they are what the control plane may carry. Tensors live in a
-feature store and are fetched by reference; only :class:`TrainBatch` and :class:`TokenCounts` hold any.
+Records are frozen, free of tensors, and have a JSON form: the control plane carries nothing else. Tensors live in a
+feature store and are read by reference; only :class:`TrainBatch` and :class:`TokenCounts` hold any.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import xxhash
@@ -29,29 +29,28 @@ LOSS_MASK = "loss_mask"
 
 _T = TypeVar("_T")
 
-
-SAMPLE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)  # can name no path outside a folder
+SAMPLE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)  # cannot name a path outside a folder
 ENCODINGS = ("raw", "float8_e4m3fn")
-_MOST_TOKENS, _MOST_BYTES = 2**31 - 1, 2**53  # of a sample; what exceeds them is damage
+_MAX_TOKENS, _MAX_BYTES = 2**31 - 1, 2**53  # per sample; larger values mean damage
 
 
 class Record:
-    """JSON form of a frozen dataclass; tuples become lists and come back as tuples."""
+    """A frozen dataclass with a JSON form, in which tuples are lists."""
 
     def to_json(self) -> dict[str, Any]:
         """Fields as JSON values.
 
         Raises:
-            TypeError: a field holds something else, such as a tensor.
+            TypeError: a field holds anything else, such as a tensor.
         """
         return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls, fields: Any) -> Self:
-        """Rebuild a record, whoever wrote it.
+        """Rebuild a record from untrusted JSON.
 
         Raises:
-            ValueError: a field is missing, unknown, or not what it can be; says which.
+            ValueError: names a field that is missing, unknown, or has an impossible value.
         """
         if not isinstance(fields, dict):
             raise ValueError(f"{cls.__name__} is an object with fields, not {reprlib.repr(fields)}")
@@ -66,18 +65,18 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Refuse values that no such record can have, whatever their types.
+        """Reject impossible values.
 
         Raises:
-            ValueError: says which field.
+            ValueError: names the field.
         """
-        fitting = self.fitting()
-        if False in fitting.values():
-            name = next(name for name, fits in fitting.items() if not fits)
+        valid = self._valid_fields()
+        if False in valid.values():
+            name = next(name for name, is_valid in valid.items() if not is_valid)
             raise ValueError(f"{name} cannot be {reprlib.repr(getattr(self, name))}")
 
-    def fitting(self) -> dict[str, bool]:
-        """Whether each field has a value that it can have."""
+    def _valid_fields(self) -> dict[str, bool]:
+        """For each checked field, whether its value is possible; values may be of any type."""
         return {}
 
 
@@ -85,8 +84,8 @@ def _is_text(value: Any) -> bool:
     return type(value) is str
 
 
-def _is_count(value: Any, most: int = _MOST_BYTES) -> bool:
-    return type(value) is int and 0 <= value <= most
+def _is_count(value: Any, limit: int = _MAX_BYTES) -> bool:
+    return type(value) is int and 0 <= value <= limit
 
 
 def _is_dtype(name: Any) -> bool:
@@ -94,10 +93,10 @@ def _is_dtype(name: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """JSON value of a record, of text, of a number, or of sequences of them.
+    """JSON value of a record, a text, a number, or a sequence of these.
 
     Raises:
-        TypeError: there is something else in it, such as a tensor.
+        TypeError: the value contains anything else, such as a tensor.
     """
     if isinstance(value, (tuple, list)):
         return [x if type(x) is int else plain(x) for x in value]
@@ -113,39 +112,37 @@ class FeatureSpec(Record):
     """One stored tensor of a sample.
 
     Attributes:
-        name: its name, such as ``aux_hidden_states``.
-        dtype: torch dtype name, such as ``bfloat16``.
-        shape: full shape; the first dimension counts tokens.
+        name: for example ``aux_hidden_states``.
+        dtype: name of the torch dtype, such as ``bfloat16``.
+        shape: full shape; the first dimension is the number of tokens.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
 
-    def fitting(self) -> dict[str, bool]:
-        """See :meth:`Record.fitting`."""
+    def _valid_fields(self) -> dict[str, bool]:
         shape = isinstance(self.shape, tuple) and 0 < len(self.shape) < 8
         return {
             "name": _is_text(self.name) and bool(self.name),
             "dtype": _is_dtype(self.dtype),
-            "shape": shape and all(map(_is_count, self.shape)) and math.prod(self.shape) <= _MOST_BYTES,
+            "shape": shape and all(map(_is_count, self.shape)) and math.prod(self.shape) <= _MAX_BYTES,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy(Record):
-    """What to keep of the target's forward pass.
+    """Which hidden states of the target to capture.
 
     Attributes:
-        layer_ids: 0-based decoder layers whose outputs are concatenated into ``aux_hidden_states``.
-        last_hidden_states: also keep the state after the final norm, which ``lm_head`` reads.
+        layer_ids: 0-based decoder layers; their outputs are concatenated into ``aux_hidden_states``.
+        last_hidden_states: also capture the output of the final norm, the input of ``lm_head``.
     """
 
     layer_ids: tuple[int, ...]
     last_hidden_states: bool = True
 
-    def fitting(self) -> dict[str, bool]:
-        """See :meth:`Record.fitting`."""
+    def _valid_fields(self) -> dict[str, bool]:
         return {
             "layer_ids": isinstance(self.layer_ids, tuple) and all(map(_is_count, self.layer_ids)),
             "last_hidden_states": type(self.last_hidden_states) is bool,
@@ -154,16 +151,16 @@ class CapturePolicy(Record):
 
 @dataclass(frozen=True, slots=True)
 class Provenance(Record):
-    """Where features come from; two samples are alike only if all of it is equal.
+    """Origin of features.
 
     Attributes:
         target: name of the target, as the user gave it.
-        target_fingerprint: hash of its config and weights.
+        target_fingerprint: hash of the target's config and weights.
         tokenizer_fingerprint: hash of the tokenizer and its chat template.
-        capture: what was captured.
+        capture: captured hidden states.
         dtype: compute dtype of the target's forward pass.
-        draft_weight_version: kept for engines that decode with a draft; nothing reads it.
-        encoding: how features are stored: ``raw``, or ``float8_e4m3fn``.
+        draft_weight_version: part of the file format, unused.
+        encoding: storage format of the features, ``raw`` or ``float8_e4m3fn``.
     """
 
     target: str
@@ -176,13 +173,12 @@ class Provenance(Record):
 
     @classmethod
     def from_json(cls, fields: Any) -> Provenance:
-        """Rebuild, with the nested policy; see :meth:`Record.from_json`."""
+        """Rebuild a record and its nested policy."""
         if isinstance(fields, dict) and "capture" in fields:
             fields = {**fields, "capture": CapturePolicy.from_json(fields["capture"])}
         return super(Provenance, cls).from_json(fields)
 
-    def fitting(self) -> dict[str, bool]:
-        """See :meth:`Record.fitting`."""
+    def _valid_fields(self) -> dict[str, bool]:
         texts = ("target", "target_fingerprint", "tokenizer_fingerprint", "draft_weight_version")
         return {name: _is_text(getattr(self, name)) for name in texts} | {
             "capture": isinstance(self.capture, CapturePolicy),
@@ -191,21 +187,21 @@ class Provenance(Record):
         }
 
     @property
-    def makes(self) -> tuple[str, CapturePolicy, str, str]:
-        """What the bytes of a prompt's features depend on; names and the tokenizer are not of it."""
+    def feature_key(self) -> tuple[str, CapturePolicy, str, str]:
+        """Everything besides the prompt that determines the bytes of its features."""
         return self.target_fingerprint, self.capture, self.dtype, self.encoding
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTask(Record):
-    """One tokenised conversation, waiting for its features.
+    """A tokenised conversation to capture features for.
 
     Attributes:
         task_id: hash of the tokens and the mask.
         input_ids: token ids.
-        loss_mask: 1 where the token was written by the assistant and is to be learnt.
-        source: file and line it came from.
-        attempt: how often producing it has been tried before.
+        loss_mask: 1 for supervised tokens, those written by the assistant.
+        source: file and line of the conversation.
+        attempt: number of earlier attempts to produce features for it.
     """
 
     task_id: str
@@ -214,8 +210,7 @@ class PromptTask(Record):
     source: str = ""
     attempt: int = 0
 
-    def fitting(self) -> dict[str, bool]:
-        """See :meth:`Record.fitting`; what no target can read, such as an unknown token, the target will say."""
+    def _valid_fields(self) -> dict[str, bool]:
         ids, mask = _packed(_int32, self.input_ids), _packed(bytes, self.loss_mask)
         return {
             "task_id": _is_text(self.task_id),
@@ -230,7 +225,7 @@ _int32 = partial(array, "i")
 
 
 def _packed(kind: Callable[[tuple[int, ...]], _T], values: Any) -> _T | None:
-    """Whole numbers in C's form, the quickest way to look at hundreds; None if they are something else."""
+    """Integers as a C array, the fastest way to check hundreds of them; None for anything else."""
     try:
         return kind(values) if isinstance(values, tuple) else None
     except (TypeError, ValueError, OverflowError):
@@ -239,19 +234,19 @@ def _packed(kind: Callable[[tuple[int, ...]], _T], values: Any) -> _T | None:
 
 @dataclass(frozen=True, slots=True)
 class SampleRef(Record):
-    """A committed sample: everything about its features but the tensors.
+    """A stored sample: everything about its features except the tensors.
 
     Attributes:
         sample_id: hash of tokens, mask, target fingerprint and capture policy.
-        generation: tells a second put of the same sample from the first.
+        generation: counts the puts of a sample.
         features: the stored tensors.
         num_tokens: tokens of the sample.
         num_supervised: tokens under the loss mask.
-        nbytes: bytes of all its tensors.
-        checksum: xxh3-64 over the stored bytes.
-        uri: where in its store the bytes lie; only the store reads it.
+        nbytes: stored bytes of all tensors.
+        checksum: xxh3-64 of the stored bytes.
+        uri: location of the bytes; only the store interprets it.
         source: file and line of the conversation.
-        provenance: target, tokenizer and capture.
+        provenance: origin of the features.
     """
 
     sample_id: str
@@ -267,7 +262,7 @@ class SampleRef(Record):
 
     @classmethod
     def from_json(cls, fields: Any) -> SampleRef:
-        """Rebuild, with the nested records; see :meth:`Record.from_json`."""
+        """Rebuild a record and its nested records."""
         if isinstance(fields, dict) and {"features", "provenance"} <= fields.keys():
             features = fields["features"]
             if not isinstance(features, list):
@@ -276,13 +271,12 @@ class SampleRef(Record):
             fields = {**fields, **nested, "provenance": Provenance.from_json(fields["provenance"])}
         return super(SampleRef, cls).from_json(fields)
 
-    def fitting(self) -> dict[str, bool]:
-        """See :meth:`Record.fitting`."""
+    def _valid_fields(self) -> dict[str, bool]:
         tokens = self.num_tokens
         return {
             "sample_id": type(self.sample_id) is str and SAMPLE_ID.fullmatch(self.sample_id) is not None,
             "generation": _is_count(self.generation),
-            "num_tokens": _is_count(tokens, _MOST_TOKENS),
+            "num_tokens": _is_count(tokens, _MAX_TOKENS),
             "features": all([feature.shape[0] == tokens for feature in self.features]),
             "num_supervised": _is_count(tokens) and _is_count(self.num_supervised, tokens),
             "nbytes": _is_count(self.nbytes),
@@ -293,15 +287,57 @@ class SampleRef(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class StrategySpec(Record):
-    """What an algorithm asks of the data path; each LightningModule owns its own.
+class ExpectedSample:
+    """A sample that is not produced yet: its prompt, and everything about its features that follows from the prompt.
 
     Attributes:
-        algorithm: its name in tables and files.
-        capture: what to keep of the target.
-        features: names of the stored tensors it reads.
-        positions: how many tokens ahead it is trained to draft.
-        min_tokens: shortest sample it can learn from.
+        sample_id: id of the :class:`SampleRef` to come.
+        task: the prompt.
+        features: the tensors to come.
+        nbytes: their stored bytes.
+        provenance: target, and what to capture.
+    """
+
+    sample_id: str
+    task: PromptTask
+    features: tuple[FeatureSpec, ...]
+    nbytes: int
+    provenance: Provenance
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sample."""
+        return len(self.task.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens under the loss mask."""
+        return sum(self.task.loss_mask)
+
+    @property
+    def source(self) -> str:
+        """File and line of the conversation."""
+        return self.task.source
+
+    def matches(self, ref: SampleRef) -> bool:
+        """Whether a stored sample has the expected features."""
+        return (ref.features, ref.provenance.feature_key) == (self.features, self.provenance.feature_key)
+
+
+Sample = SampleRef | ExpectedSample
+SampleT = TypeVar("SampleT", bound=Sample)
+
+
+@dataclass(frozen=True, slots=True)
+class StrategySpec(Record):
+    """Requirements of an algorithm on the data path.
+
+    Attributes:
+        algorithm: name of the algorithm in tables and files.
+        capture: hidden states to capture.
+        features: names of the stored tensors that it reads.
+        positions: number of tokens that it is trained to draft ahead.
+        min_tokens: length of the shortest sample that it can train on.
     """
 
     algorithm: str
@@ -313,10 +349,23 @@ class StrategySpec(Record):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How often each token occurs in the prompts: ``supervised [V]`` under the loss mask, ``context [V]`` elsewhere."""
+    """Occurrences of each token in the prompts: ``supervised [V]`` under the loss mask, ``context [V]`` elsewhere."""
 
     supervised: Tensor
     context: Tensor
+
+
+class TrainingData(Protocol):
+    """The interface of datamodules to algorithms."""
+
+    def sample_refs(self) -> Sequence[Sample]:
+        """Samples to train on, or those to validate on where nothing is trained."""
+
+    def token_counts(self) -> TokenCounts | None:
+        """Token counts of the training prompts; None where nothing is trained."""
+
+    def batches_per_epoch(self) -> int:
+        """Micro-batches per epoch on each rank."""
 
 
 def content_id(*parts: Any) -> str:
@@ -331,16 +380,16 @@ def content_id(*parts: Any) -> str:
 
 @dataclass
 class TrainBatch:
-    """Documents packed one after another into a flat row; the only record that holds tensors.
+    """Documents packed end to end into one flat row.
 
     Attributes:
         input_ids: ``[N]`` int64.
         loss_mask: ``[N]`` bool.
         features: named tensors, each ``[N, width]``.
-        lengths: tokens of each document; what lies behind their sum is padding.
-        spans: supervised tokens as flat ``(start, stop)`` runs; host copy of ``loss_mask``.
-        sample_ids: identity of each document.
-        cursor: position of the stream after this batch, handed back by the acknowledgement.
+        lengths: tokens of each document; the tokens after their sum are padding.
+        spans: supervised tokens as flat ``(start, stop)`` runs; the host's copy of ``loss_mask``.
+        sample_ids: sample id of each document.
+        cursor: ``epoch`` of the batch, and its number in it counted from 1; the loader's position once it is trained.
     """
 
     input_ids: Tensor
@@ -349,11 +398,11 @@ class TrainBatch:
     lengths: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     sample_ids: tuple[str, ...] = ()
-    cursor: Any = field(default=None, compare=False)
+    cursor: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the row, padding included."""
+        """Tokens of the row, including padding."""
         return len(self.input_ids)
 
     @property
@@ -362,11 +411,11 @@ class TrainBatch:
         return sum(stop - start for start, stop in self.spans)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
-        """The batch with its tensors on ``device``."""
+        """A copy of the batch on ``device``."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TrainBatch:
-        """The batch in page-locked memory."""
+        """A copy of the batch in page-locked memory."""
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move: Any) -> TrainBatch:
@@ -379,7 +428,7 @@ class TrainBatch:
 
 
 def mask_spans(loss_mask: Sequence[bool] | Tensor, lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Runs of supervised tokens of a packed row, cut at every document's border."""
+    """Runs of supervised tokens in a packed row as ``(start, stop)``, cut at document boundaries."""
     mask = torch.as_tensor(loss_mask, dtype=torch.bool)
     edges = torch.zeros(len(mask) + 1, dtype=torch.int8)
     edges[1:-1] = mask[1:] ^ mask[:-1]

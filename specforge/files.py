@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all and replace only their own kind; JSON read with a clear error."""
+"""Writes files and folders atomically, without replacing anything else; reads JSON with clear errors."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from specforge.errors import UserError
 
-_STAGED, _RETIRED = ".part", ".old"  # end the names of folders that are being filled, and that were replaced
+_STAGED, _RETIRED = ".part", ".old"  # suffixes of folders that are being filled, and of replaced ones
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 Recogniser = Callable[[Path], bool]
 
 
 def write_file(path: Path, content: bytes | memoryview | str) -> None:
-    """Write ``path`` through a temporary file beside it, flushed to disk before it takes the name.
+    """Write a file atomically: a temporary file next to it is synced to disk and then renamed.
 
     Raises:
-        UserError: the disk is full or not writable; nothing is left behind.
+        UserError: the disk is full or not writable; no file remains.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise disk_error(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
@@ -52,24 +52,24 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], is_ours: Recogniser | None = None) -> None:
-    """Write a folder of files that takes its name only when it is complete.
+    """Write a folder of files atomically.
 
     Args:
-        folder: new, empty, or one that holds nothing but files of these names, which is replaced.
-        files: their contents by name.
-        is_ours: what else a folder must be to be replaced.
+        folder: new or empty folder, or one with only files of these names, which is replaced.
+        files: contents of the files, by name.
+        is_ours: further condition on a folder that is to be replaced.
 
     Raises:
-        UserError: something else is there, or the disk is full or not writable; what was there is as it was.
+        UserError: the folder contains something else, or the disk is full or not writable; nothing is changed.
     """
     named = holds_only(*files)
-    with staged_folder(folder, lambda place: named(place) and (is_ours is None or is_ours(place))) as staging:
+    with staged_folder(folder, lambda found: named(found) and (is_ours is None or is_ours(found))) as staging:
         for name, content in files.items():
             write_file(staging / name, content)
 
 
 def holds_only(*names: str) -> Recogniser:
-    """Recognises folders in which, and in whose folders, there are only files of these names."""
+    """A test for folders that, subfolders included, contain only files of these names."""
     known = {Path(name).name for name in names}
 
     def recognise(folder: Path) -> bool:
@@ -83,17 +83,17 @@ def holds_only(*names: str) -> Recogniser:
 
 
 def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
-    """Refuse to write a folder in the place of something else; to be called before the work that fills it.
+    """Check before the work starts that a folder can be written without replacing anything else.
 
     Args:
-        folder: may be new or empty, or what ``is_ours`` recognises, which is to be replaced.
-        is_ours: whether a folder is what the same command wrote, and nothing else is in it.
+        folder: new or empty folder, or one that ``is_ours`` accepts, which will be replaced.
+        is_ours: whether a folder contains only output of the same command.
 
     Returns:
-        Its full path.
+        Its absolute path.
 
     Raises:
-        UserError: says what is in the way.
+        UserError: names what is in the way.
     """
     try:
         place = folder.resolve()
@@ -106,29 +106,29 @@ def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
         elif not place.is_dir():
             reason = "is a file; name a new or an empty folder"
         elif Path.cwd().is_relative_to(place):
-            reason = "is the current folder, or one that holds it; name a new or an empty folder"
+            reason = "is the current folder or contains it; name a new or an empty folder"
         elif not any(place.iterdir()) or (is_ours is not None and is_ours(place)):
             return place
         else:
             names = sorted(path.name for path in place.iterdir())
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             reason = (
-                f"holds {', '.join(names[:3])}{more}, not only what this command writes; name a new or an empty "
+                f"contains more than this command writes ({', '.join(names[:3])}{more}); name a new or an empty "
                 "folder, or remove it first"
             )
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise UserError(f"{folder}: cannot be looked at ({error})") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UserError(f"{folder}: cannot be examined ({error})") from error
     raise UserError(f"{folder}: {reason}")
 
 
 @contextmanager
 def staged_folder(folder: Path, is_ours: Recogniser | None = None) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``folder`` when the block ends well and is removed otherwise.
+    """Context manager for a temporary folder that is renamed to ``folder`` on success and removed on failure.
 
-    What a killed process had staged for this name is removed. See :func:`check_folder` for the arguments.
+    Leftovers of killed processes for this name are removed. The arguments are those of :func:`check_folder`.
 
     Raises:
-        UserError: something else is there, or the disk is full or not writable; what was there is as it was.
+        UserError: the folder contains something else, or the disk is full or not writable; nothing is changed.
     """
     try:
         place = Path(os.path.realpath(folder))
@@ -146,7 +146,7 @@ def staged_folder(folder: Path, is_ours: Recogniser | None = None) -> Iterator[P
         yield staging
         staging.chmod(0o777 & ~_umask())
         sync_folder(staging)
-        check_folder(folder, is_ours)  # the work may have taken hours
+        check_folder(folder, is_ours)  # again, as the work may have taken hours
         _take_place(staging, place)
         sync_folder(place.parent)
     except OSError as error:
@@ -157,12 +157,12 @@ def staged_folder(folder: Path, is_ours: Recogniser | None = None) -> Iterator[P
 
 
 def _take_place(staging: Path, place: Path) -> None:
-    """Give a staged folder its name; what had it is under the staged one's name then."""
+    """Rename a staged folder; an existing folder gets the staged name in exchange."""
     if not place.exists():
         staging.rename(place)
     elif not _exchange(staging, place):
         retired = staging.with_suffix(_RETIRED)
-        # A kill behind the next line leaves it there, and the next call gives it its name again.
+        # If the process is killed after the next line, the next call restores the retired folder.
         place.rename(retired)
         try:
             staging.rename(place)
@@ -173,7 +173,7 @@ def _take_place(staging: Path, place: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names at once; False where the system or the file system cannot."""
+    """Atomically exchange two names; False if the system or the file system does not support it."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except AttributeError:
@@ -182,7 +182,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _clear_leftovers(place: Path) -> None:
-    """Undo what killed processes left of this name: staged folders go, one that was to be replaced comes back."""
+    """Clean up after killed processes: remove staged folders of this name, restore a folder that was being replaced."""
     ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}({_STAGED}|{_RETIRED})")
     for path in [x for x in place.parent.iterdir() if ours.fullmatch(x.name)]:
         if path.suffix == _RETIRED and not place.exists():
@@ -192,7 +192,7 @@ def _clear_leftovers(place: Path) -> None:
 
 
 def _is_abandoned(staging: Path) -> bool:
-    """Whether no process is filling a staged folder."""
+    """Whether no process is filling this staged folder."""
     try:
         handle = os.open(staging, os.O_RDONLY)
     except OSError:
@@ -213,7 +213,7 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power loss."""
+    """Sync a folder, so that renames in it persist after a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -227,24 +227,80 @@ def disk_error(path: Path, error: OSError | ValueError) -> UserError:
     return UserError(f"{path}: could not be written ({reason}); nothing was changed")
 
 
+class LineLog:
+    """A text file that only grows, by whole lines; each append is durable.
+
+    A crash may leave a cut-off last line. It is not read, and the next append removes it.
+
+    Args:
+        path: the file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[bytes]:
+        """All complete lines, without their line ends.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
+        return self.path.read_bytes().split(b"\n")[:-1]
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Append lines, all or none.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        data = "".join(f"{line}\n" for line in lines).encode()
+        size = self._remove_torn_line()
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise disk_error(self.path, error) from error
+
+    def _remove_torn_line(self) -> int:
+        """Truncate the file to its complete lines; returns its size."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            while size > 0:
+                step = min(size, 1 << 16)
+                file.seek(size - step)
+                end = file.read(step).rfind(b"\n")
+                if end >= 0:
+                    size = size - step + end + 1
+                    break
+                size -= step
+            file.truncate(size)
+        return size
+
+
 def read_secret(path: Path, what: str, private: bool = False) -> str:
-    """The text of a file, without what blank surrounds it.
+    """Read a text file and strip whitespace.
 
     Args:
         path: the file.
-        what: what to call it in a message.
-        private: refuse one that others than its owner can read or write, where that is this user.
+        what: its name in error messages.
+        private: reject a file of this user that other users can read or write.
 
     Raises:
-        UserError: it cannot be read, is empty, or is not private.
+        UserError: the file cannot be read, is empty, or is not private.
     """
     try:
         status, text = path.stat(), path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"{what} {path}: cannot be read ({first_line(error)})") from error
-    # Of another's file, such as a mounted secret, its owner has decided who may read it.
+    # The owner of another user's file, such as a mounted secret, decides who may read it.
     if private and hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
-        raise UserError(f"{what} {path}: others than its owner can read or write it; run chmod 600 {path}")
+        raise UserError(f"{what} {path}: other users can read or write it; run chmod 600 {path}")
     if not text:
         raise UserError(f"{what} {path}: is empty")
     return text
@@ -268,10 +324,14 @@ def read_json(path: Path) -> Any:
 
 
 def check_json(path: Path, *keys: str) -> None:
-    """Refuse to replace a file that is not a JSON object with these keys; to be called before the work that makes it.
+    """Check before the work starts that a JSON file can be written without replacing anything else.
+
+    Args:
+        path: new or empty file, or a JSON object with these keys, which will be replaced.
+        keys: keys of the object that the command writes.
 
     Raises:
-        UserError: something else is there.
+        UserError: the file contains something else.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
@@ -282,14 +342,14 @@ def check_json(path: Path, *keys: str) -> None:
     except UserError:
         found = None
     if not (isinstance(found, dict) and found.keys() >= set(keys)):
-        raise UserError(f"{path}: holds something else than what this command writes; name a new file")
+        raise UserError(f"{path}: was not written by this command; name a new file")
 
 
 def parse_json(text: bytes | str) -> Any:
     """Parse JSON; bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is not JSON; the message says why, in one line.
+        ValueError: the text is not JSON; the message is one line with the reason.
     """
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
@@ -304,11 +364,11 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters; its type where it says nothing."""
+    """The message of an error in one line of at most 200 characters, or its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    count = 2 if lines and lines[0].endswith(":") else 1  # the first may announce the second
-    said = " ".join(lines[:count])
-    return "".join(c if c.isprintable() else "\ufffd" for c in said[:200]) or type(error).__name__
+    count = 2 if lines and lines[0].endswith(":") else 1  # the first line may introduce the second
+    text = " ".join(lines[:count])
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:200]) or type(error).__name__
 
 
 def open_safetensors(path: Path) -> Any:

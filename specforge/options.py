@@ -1,18 +1,18 @@
-"""Types of options. Numeric ones: each holds its bounds, so that a value out of range is refused where it is parsed.
+"""Types of options: numbers with bounds, and dtypes.
 
-A command's or a module's signature names the type (``batch_size: PositiveInt = 32``); jsonargparse then refuses what is
-out of range, on the command line, in a YAML file and in the environment alike, and `specforge` says it in one line.
-Whoever calls the function from Python passes ordinary numbers.
+A signature or a dataclass names the type (``batch_size: PositiveInt = 32``). jsonargparse then rejects values out of
+range on the command line, in YAML files and in environment variables, and `specforge` reports them in one line. Python
+callers pass ordinary numbers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # that a target computes in
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # compute dtype of a target
 
 if TYPE_CHECKING:
-    # One line each: mypy takes a chain of assignments for a variable.
+    # One line each, because mypy treats chained assignments as a variable.
     PositiveInt = int
     NonNegativeInt = int
     Seed = int
@@ -28,14 +28,14 @@ else:
     from jsonargparse.typing import restricted_number_type as _restricted
 
     def restricted_number_type(words, kind, bounds):
-        """A restricted type whose values are plain numbers, since checkpoints cannot hold values of other classes."""
+        """A restricted type whose values are plain numbers, because checkpoints cannot contain other classes."""
         made = _restricted(words, kind, bounds)
         checked = made.__new__
         made.__new__ = lambda cls, value: kind(checked(cls, value))
         return made
 
-    # jsonargparse has some of these bounds under names that say less, and takes a definition once; hence "> -1".
-    _FINITE, _LONG = ("<", float("inf")), ("<", 2**63)  # what databases and C take for a number
+    # "> -1" instead of ">= 0": jsonargparse already defines that bound, under a less descriptive name.
+    _FINITE, _LONG = ("<", float("inf")), ("<", 2**63)  # limits of databases and C
     PositiveInt = restricted_number_type("a whole number of at least 1", int, [(">=", 1), _LONG])
     NonNegativeInt = restricted_number_type("a whole number of at least 0", int, [(">", -1), _LONG])
     Seed = restricted_number_type("a whole number from 0 to 2^63 - 1", int, [(">=", 0), _LONG])

@@ -1,8 +1,8 @@
-"""A stop that SIGTERM or Ctrl-C asks for: what waits ends at once, what works is finished first.
+"""Stopping on SIGTERM or Ctrl-C: waits end at once, work is finished first.
 
-In the main thread a signal raises :class:`Stopped`, which ends any wait in Python code, unless the thread has said that
-it works; then it is raised when the work is done. Waits in other threads are :func:`pause`, or :func:`waking` wakes
-them. A second Ctrl-C stops at once. Used inside :func:`signals_stop`; outside of it nothing asks.
+In the main thread a signal raises :class:`Stopped`, which ends any wait in Python code. While the thread is marked as
+working, it is raised when the work is done. Other threads wait with :func:`pause`, or register a :func:`waking`
+function. A second Ctrl-C stops at once. All of this applies only within :func:`signals_stop`.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_NUDGE = signal.SIGURG  # ignored by default; of all uses of signals the least common
+_NUDGE = signal.SIGURG  # ignored by default, and rarely used
 _POLL = 0.1  # seconds
-_DEAF = 1.5  # seconds; a main thread that has not heard a signal for so long runs no Python code
+_UNRESPONSIVE = 1.5  # seconds without handling a signal after which the main thread must be outside Python code
 
 
 class Stopped(BaseException):
-    """A stop was asked for. Not an Exception, so that nothing takes it for an error that can be handled."""
+    """A stop was requested. Not an Exception, so that no handler treats it as an error."""
 
 
 class _State:
-    """Plain values: a signal handler must not take a lock that its own thread may hold."""
+    """Plain values without a lock: the thread that a signal handler interrupts might hold it."""
 
     active = False  # signals are handled here
-    came = False  # a signal came, though the main thread may not have heard it yet
-    asked = False  # a stop was asked for
-    interrupted = False  # ... and then Ctrl-C was pressed again
-    works = False  # the main thread must finish something first
+    came = False  # a signal arrived, though the main thread may not have handled it yet
+    asked = False  # a stop was requested
+    interrupted = False  # Ctrl-C was pressed again after that
+    works = False  # the main thread must finish its work first
     began = False  # there may be something to save
     wakers: tuple[Callable[[], object], ...] = ()
 
 
-_lock = threading.Lock()  # between the threads that change `wakers`
+_lock = threading.Lock()  # for threads that change `wakers`
 
 
 def came() -> bool:
-    """Whether a signal came, even if the main thread is in a library where it hears nothing."""
+    """Whether a signal arrived, even if the main thread is in a library and has not handled it yet."""
     return _State.came
 
 
 def asked() -> bool:
-    """Whether a stop was asked for, and the main thread knows it."""
+    """Whether a stop was requested and the main thread has handled the signal."""
     return _State.asked
 
 
 def interrupted() -> bool:
-    """Whether Ctrl-C was pressed after that."""
+    """Whether Ctrl-C was pressed again after that."""
     return _State.interrupted
 
 
 def check() -> None:
-    """End here if a stop was asked for.
+    """End here if a stop was requested.
 
     Raises:
         Stopped: it was.
@@ -66,7 +66,7 @@ def check() -> None:
 
 
 def begin() -> None:
-    """From now on there is something to save, so the main thread is never cut off."""
+    """From now on there is something to save, so the process is not ended from outside the main thread."""
     _State.began = True
 
 
@@ -76,15 +76,15 @@ def began() -> bool:
 
 
 def hold() -> None:
-    """From now on the main thread works, whatever was asked for: it saves."""
+    """From now on the main thread works (it saves), whether or not a stop was requested."""
     _State.works = True
 
 
 def work(works: bool) -> None:
-    """Say, in the main thread, whether it works, which is finished, or may be waiting, which is not.
+    """Mark the main thread as working, which a stop lets finish, or as possibly waiting, which a stop ends.
 
     Raises:
-        Stopped: it no longer works, and a stop was asked for while it did.
+        Stopped: the work is done, and a stop was requested meanwhile.
     """
     _State.works = works
     if not works:
@@ -93,10 +93,10 @@ def work(works: bool) -> None:
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """The main thread works within the block, whatever it does around it.
+    """Mark the main thread as working within the block, and restore the mark after it.
 
     Raises:
-        Stopped: a stop was asked for meanwhile, and it does not work around it.
+        Stopped: a stop was requested meanwhile, and the thread is not marked as working outside the block.
     """
     before, _State.works = _State.works, True
     try:
@@ -110,7 +110,7 @@ def pause(seconds: float) -> None:
     """Sleep, in any thread.
 
     Raises:
-        Stopped: a stop was asked for.
+        Stopped: a stop was requested.
     """
     end = time.monotonic() + seconds
     check()
@@ -121,10 +121,10 @@ def pause(seconds: float) -> None:
 
 @contextmanager
 def waking(wake: Callable[[], object]) -> Iterator[None]:
-    """Have ``wake`` called, in the main thread, if a stop is asked for within the block.
+    """Have ``wake`` called, in the main thread, if a stop is requested within the block.
 
     Raises:
-        Stopped: it was asked for before.
+        Stopped: a stop was requested before.
     """
     with _lock:
         _State.wakers = (*_State.wakers, wake)
@@ -148,7 +148,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def keep_signals() -> None:
-    """Handle the signals again, which another library has taken meanwhile."""
+    """Install the handlers again after another library has replaced them."""
     if _State.active and threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _handle)
@@ -156,7 +156,7 @@ def keep_signals() -> None:
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """Within the block, SIGTERM and Ctrl-C ask for a stop. Does nothing outside the main thread."""
+    """Within the block, SIGTERM and Ctrl-C request a stop. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -181,11 +181,11 @@ def signals_stop() -> Iterator[None]:
 
 
 def _watch(reader: int) -> None:
-    """See to it that the main thread hears a signal, or end the process where it does not.
+    """Make sure that the main thread handles a signal, or end the process if it cannot.
 
-    A signal that comes just before the thread waits for a lock is not heard before the wait ends, unless it is nudged.
-    In a library that waits for another host in C++ it hears nothing at all; but if that host is told, it may end the
-    wait.
+    A signal that arrives just before the thread waits for a lock is handled only after the wait, unless another signal
+    follows. In a library that waits for another host in C++, no signal is handled, but that host may end the wait once
+    it is told of the stop.
     """
     main, interrupts = threading.main_thread().ident or 0, 0
     with os.fdopen(reader, "rb", 0) as signals:
@@ -194,7 +194,7 @@ def _watch(reader: int) -> None:
             if number[0] not in _SIGNALS:
                 continue
             _State.came = True
-            end = time.monotonic() + _DEAF
+            end = time.monotonic() + _UNRESPONSIVE
             while not (_State.interrupted if interrupts > 1 else _State.asked):
                 if time.monotonic() > end and (interrupts > 1 or not _State.began):
                     os.write(2, b"specforge: stopped by a signal\n")

@@ -1,4 +1,4 @@
-"""What this process makes of its machine: devices, memory, signals."""
+"""Devices, memory and signals of this process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel.
+    """Make glibc keep freed memory instead of returning it to the kernel.
 
-    Every training step frees and takes the same hundreds of megabytes; getting each page back from the kernel
-    costs about 7 % of a step on two CPU cores. Does nothing where there is no glibc.
+    Every training step frees and allocates the same hundreds of megabytes; getting the pages back from the kernel costs
+    about 7 % of a step on two CPU cores. Has no effect without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -33,10 +33,10 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device by name; ``auto`` takes an accelerator where there is one.
+    """A device by name; ``auto`` is cuda if available, else cpu.
 
     Raises:
-        UserError: it is no name of a device, or this machine has no such device.
+        UserError: the name is not that of a device, or this machine has no such device.
     """
     import torch
 
@@ -46,7 +46,7 @@ def pick_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r}: use auto, cpu, cuda or cuda:N") from error
-    # Asked without starting it, which a process that forks must not do.
+    # Counts devices without initialising one, because the process may still fork.
     kind = getattr(torch, device.type, None)
     count = kind.device_count() if kind is not None and kind.is_available() else 0
     if (device.index or 0) >= count:
@@ -58,13 +58,13 @@ def pick_device(name: str) -> str:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that one path ends a service."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that a service has one way to end."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be allocated without swapping; all memory of the machine if that is not known."""
+    """Bytes of memory that can be allocated without swapping; the machine's total if that is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
@@ -83,16 +83,16 @@ def peak_memory(device: str) -> int:
 
 
 def end_with_parent(parent: int) -> Callable[[], None]:
-    """What a new process is to run first (``preexec_fn``) so that it is told to end when its parent dies, on Linux.
+    """A ``preexec_fn`` for a new process that sends it SIGTERM when its parent dies (Linux only).
 
     Args:
-        parent: id of the process that starts it.
+        parent: id of the parent process.
     """
 
     def prepare() -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it has died already
+            if os.getppid() != parent:  # the parent has died already
                 os._exit(1)
 
     return prepare

@@ -96,7 +96,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         "bert",
         {"is_decoder": True},
-        refusal="its head has a bias, which is not among its tensors",
+        refusal="its head has a bias, but the tensor is missing",
         why="more than one matrix product between hidden state and logits",
     ),
     "bloom": Family("bloom", {"n_layer": 8, "n_head": 4}),

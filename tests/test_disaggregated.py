@@ -22,7 +22,7 @@ from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED, Entry
+from specforge.runtime.control_plane.metadata import COMMITTED, DURABLE, LEASED, QUEUED, STATES, TRAINED, Move, Row
 from specforge.runtime.control_plane.streamed import StreamedSamples, bottleneck
 from specforge.runtime.data_plane import loader as loader_module
 from specforge.runtime.data_plane.loader import FeatureDataLoader
@@ -168,7 +168,7 @@ def test_status_names_states_dead_letters_and_the_bottleneck(target, prompts, tm
     where = places(tmp_path)
     words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
     assert main(["status", *words]) == 2
-    assert "a run makes it when it starts" in capsys.readouterr().err
+    assert "a run creates it when it starts" in capsys.readouterr().err
     controller = control(where, max_tries=1)
     controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
     assert main(["status", *words]) == 0
@@ -209,7 +209,8 @@ def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
     where = places(tmp_path)
     controller = control(where, max_tries=1)
     controller.ingest({f"s{i}": PromptTask(f"t{i}", (1, 2), (0, 1)) for i in range(3)})
-    controller.metadata.commit([("s0@0", "damaged"), ("s1@0", "[]\n[]\n[]")])
+    for key, text in {"s0@0": "damaged", "s1@0": "[]\n[]\n[]"}.items():
+        controller.metadata.move([Move([key], (QUEUED,), COMMITTED, {"ref": text})])
     (leased,) = controller.lease("w", 1)
     controller.fail("w", leased, "reason")
     words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
@@ -222,12 +223,12 @@ def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
 def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, QUEUED: 3}, 0.0)
-    assert "producers are the bottleneck: 2 prompts in work" in bottleneck({**empty, LEASED: 2}, 1.0)
-    assert "the store is the bottleneck, which is writing 1 sample" in bottleneck({**empty, LEASED: 2}, 1.0, 1)
-    assert "a producer is silent: " in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
+    assert "producers are the bottleneck: 2 prompts leased" in bottleneck({**empty, LEASED: 2}, 1.0)
+    assert "the store is the bottleneck, writing 1 sample" in bottleneck({**empty, LEASED: 2}, 1.0, 1)
+    assert "a producer has stopped responding (2 prompts leased)" in bottleneck({**empty, LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, COMMITTED: 3}, 0.0)
-    assert "no trainer runs, or it is done" in bottleneck({**empty, DURABLE: 3}, 0.0)
-    assert "the store has no room" in bottleneck({**empty, TRAINED: 3}, 0.0)
+    assert "no trainer is running, or it has finished" in bottleneck({**empty, DURABLE: 3}, 0.0)
+    assert "the store is full" in bottleneck({**empty, TRAINED: 3}, 0.0)
 
 
 def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path, capsys, caplog):
@@ -235,7 +236,7 @@ def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path,
     path = disaggregated(target, prompts, tmp_path, where, wait_seconds=1.0, stall_seconds=0.2)
     assert main(["fit", "--config", str(path)]) == 2
     assert "no producer takes the" in capsys.readouterr().err
-    assert "training waits for samples" in caplog.text
+    assert "training has been waiting for samples" in caplog.text
 
 
 def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
@@ -289,7 +290,7 @@ def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prom
     """Else the first validation after a resume waits for all of that, and for what the store had and lost."""
     where = places(tmp_path)
     controller = stopped_run(target, prompts, tmp_path, where)
-    left = [entry.key for entry in controller.metadata.entries((QUEUED,))]
+    left = [row.key for row in controller.metadata.find((QUEUED,))]
     controller.forget([key for key in left if key.endswith("@-1")])  # as the end of a run does
     if lost:
         words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
@@ -305,8 +306,8 @@ def test_held_out_samples_come_before_what_a_stopped_run_had_queued(target, prom
         leased.extend(prompt.key for prompt in found)
         return found
 
-    def note_start(self, ahead):
-        begin(self, ahead)
+    def note_start(self, step, ahead):
+        begin(self, step, ahead)
         started.set()
 
     monkeypatch.setattr(DataFlowController, "lease", lease_once_started)
@@ -327,13 +328,13 @@ def test_what_a_dead_producer_had_written_beyond_the_room_is_deleted_at_a_start(
     controller.features.backend.write(f"{last.sample_id}.1", {"x": torch.ones(4)})
     path = disaggregated(target, prompts, tmp_path, where, max_samples=20, wait_seconds=0.1)
     assert main(["fit", "--config", str(path)]) == 2
-    assert last.key not in {entry.key for entry in controller.metadata.entries(STATES)}
+    assert last.key not in {row.key for row in controller.metadata.find(STATES)}
     assert controller.features.backend.stored() == []
 
 
-def records(where: dict[str, str]) -> list[Entry]:
+def records(where: dict[str, str]) -> list[Row]:
     controller = control(where)
-    found = list(controller.metadata.entries(STATES))
+    found = controller.metadata.find(STATES, text="ref")
     controller.metadata.close()
     return found
 
@@ -413,8 +414,8 @@ def test_what_the_first_version_left_is_gone_on_with(target, prompts, tmp_path, 
                 lambda self: {k: v for k, v in state(self).items() if k not in ("dtype", "encoding")},
             )
             fit(path, "--trainer.max_steps", 9)
-        db = sqlite3.connect(where["metadata"])
-        db.execute("DROP TABLE trainer")
+        with sqlite3.connect(where["metadata"]) as db:
+            db.execute("DELETE FROM samples WHERE state = 'claimed'")
         db.close()
         run = fit(path, "--ckpt_path", "last")
     assert losses(run) == losses(undisturbed)
@@ -434,12 +435,12 @@ def test_a_second_trainer_is_refused_before_it_queues_anything(target, prompts, 
         while not Path(where["metadata"]).exists() or len(records(where)) < 18 * 4 + 8:
             assert process.poll() is None
         before = records(where)
-        for command in ("fit", "test"):
+        for command in ("fit", "validate"):
             capsys.readouterr()
             assert main([command, "--config", str(second)]) == 2
             (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("specforge:")]
             assert f"the trainer of {tmp_path / 'a' / 'run'} (process {process.pid} on " in line
-            assert "is at work on it; end that one first" in line
+            assert "is using it; stop that trainer first" in line
             assert records(where) == before
     finally:
         process.kill()

@@ -244,7 +244,7 @@ def test_8_bits_over_mooncake_are_those_of_disk(target, prompts, features_in_8_b
 
 def test_8_bits_without_a_store_are_refused(target, prompts, tmp_path, capsys):
     assert main(["fit", "--config", str(online(target, prompts, tmp_path, encoding="float8_e4m3fn"))]) == 2
-    assert "features neither travel nor are stored here" in capsys.readouterr().err
+    assert "features are neither sent nor stored here" in capsys.readouterr().err
 
 
 @needs_mooncake

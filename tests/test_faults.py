@@ -1,6 +1,6 @@
 """Whatever dies: every sample trained once in each epoch of the surviving history, and nothing left behind.
 
-Most cases run trainer and producers in this process, step by step, over the real datamodule, ledger, stores and files;
+Most cases run trainer and producers in this process, step by step, over the real datamodule, loader, stores and files;
 only the target and the optimizer are arithmetic. A kill is an exception that nothing catches, and everything that was
 in memory is thrown away. Real processes and servers are killed in the other files of this table.
 
@@ -38,7 +38,7 @@ import pytest
 import torch
 
 from datamodules import DisaggregatedDataModule
-from specforge.callbacks.ledger import SampleLedger
+from specforge.callbacks.resume import ExactResume
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, StrategySpec, TokenCounts, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
@@ -183,7 +183,7 @@ class World:
 
     def _attempt(self) -> torch.Tensor:
         data, trainer = self._start()
-        ledger, loader = SampleLedger(), data.train_dataloader()
+        resume, loader = ExactResume(), data.train_dataloader()
         trainer.train_dataloader = loader
         trainer.num_training_batches = len(loader)
         weights = torch.zeros(HIDDEN, dtype=torch.float64)
@@ -195,11 +195,10 @@ class World:
             self.history = [(step, key) for step, key in self.history if step <= saved["step"]]
         else:
             self.history = []
-        ledger.on_train_start(trainer, None)
+        resume.on_train_start(trainer, None)
         gradient, window = torch.zeros_like(weights), []
         while trainer.global_step < STEPS:
             for batch in loader:
-                ledger.on_train_batch_start(trainer, None, batch, 0)
                 features = batch.features["last_hidden_states"].double()
                 gradient = gradient + (features * batch.loss_mask[:, None]).sum(0)
                 window += [(batch.cursor["epoch"], name) for name in batch.sample_ids]
@@ -210,14 +209,13 @@ class World:
                     self.history += [(trainer.global_step, key) for key in window]
                     gradient, window = torch.zeros_like(weights), []
                     self.at("step done")
-                loader.acknowledge(batch)
-                ledger.on_train_batch_end(trainer, None, None, batch, 0)
+                resume.on_train_batch_end(trainer, None, None, batch, 0)
                 self.at("step recorded")
                 if not window and trainer.global_step % EVERY == 0:
                     state = {"step": trainer.global_step, "weights": weights.tolist(), "loader": loader.state_dict()}
                     write_file(checkpoint, json.dumps(state))
                     self.at("checkpoint complete")
-                    ledger.saved(trainer)
+                    loader.durable(trainer.global_step)
                     self.at("checkpoint durable")
         data.teardown("fit")
         return weights
@@ -259,8 +257,8 @@ class World:
         self.hook(controller, "rewind", "", "rewound")
         self.hook(controller, "forget", "before forgetting", "forgotten")
         self.hook(controller, "deliver", "", "delivered")
-        self.hook(controller.metadata, "mark_trained", "", "marked trained")
-        self.hook(controller.metadata, "mark_durable", "", "marked durable")
+        self.hook(controller, "trained", "", "marked trained")
+        self.hook(controller, "_mark_durable", "", "marked durable")
         self.hook(controller.features, "discard", "", "discarded")
         return data, trainer
 
@@ -280,7 +278,6 @@ class World:
         assert not any(counts[state] for state in STATES if state != DURABLE)
         controller.remove_orphans()
         assert controller.features.backend.stored() == []
-        assert controller.features.stat().leases == 0
 
 
 @pytest.fixture(scope="module")
@@ -529,22 +526,21 @@ def test_duplicate_and_late_commits(tmp_path, expected, dying, seed):
     late: list[str] = []
 
     def again() -> None:
-        waiting = list(world.producers[0].controller.metadata.entries((COMMITTED, DELIVERED, TRAINED)))
+        waiting = world.producers[0].controller.metadata.find((COMMITTED, DELIVERED, TRAINED), text="ref")
         if waiting and world.random.random() < 0.5:
-            entry = world.random.choice(waiting)
-            ref = load_ref(entry.ref)
+            row = world.random.choice(waiting)
+            ref = load_ref(row.text)
             if not world.producers[0].controller.features.holds(ref):
                 return
             twin = world.start_producer("twin").controller  # with a store of its own
             twin.features.adopt([ref])
-            with twin.features.get(ref) as tensors:
-                copies = {name: x.clone() for name, x in tensors.items()}
+            copies = {name: x.clone() for name, x in twin.features.get(ref).items()}
             twin.features.disown([ref])
             copy = twin.features.put(
                 ref.sample_id, copies, num_supervised=ref.num_supervised, source="", provenance=ref.provenance
             )
-            assert twin.commit([(entry.key, copy)]) == [False]
-            late.append(entry.key)
+            assert twin.commit([(row.key, copy)]) == [False]
+            late.append(row.key)
 
     world.events.append(again)
     world.check(world.train(), expected)
@@ -573,7 +569,7 @@ def test_a_metadata_store_that_is_emptied_is_refused_and_loses_nothing(tmp_path,
         controller = world.producers[0].controller
         if not emptied and len(world.history) > 8 + seed:
             emptied.append(len(world.history))
-            controller.metadata.forget([entry.key for entry in controller.metadata.entries(STATES)])
+            controller.metadata.remove([row.key for row in controller.metadata.find(STATES)])
 
     world.events.append(empty)
     with pytest.raises(UserError, match="resume with --ckpt_path last"):

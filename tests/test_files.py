@@ -14,7 +14,7 @@ import torch
 from specforge import files
 from specforge.cli.main import main
 from specforge.errors import UserError
-from specforge.files import check_json, staged_folder, write_file, write_folder
+from specforge.files import LineLog, check_json, staged_folder, write_file, write_folder
 from specforge.modeling.draft import save_draft
 from tests.tiny import recipe
 
@@ -32,6 +32,30 @@ def test_new_empty_and_own_folders_are_written(tmp_path):
             write_folder(tmp_path / name, part)
             assert content(tmp_path / name) == part
     assert sorted(os.listdir(tmp_path)) == ["deep", "empty"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"cut off", b"x" * 200_000])
+def test_a_log_drops_the_line_that_a_crash_cut_off(tmp_path, rest):
+    log = LineLog(tmp_path / "log")
+    log.append(["one", "two"])
+    with log.path.open("ab") as file:
+        file.write(rest)
+    assert log.lines() == [b"one", b"two"]
+    log.append(["three"])
+    assert log.path.read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_a_log_appends_all_lines_or_none(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = LineLog(tmp_path / "log")
+    log.append(["one"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            log.append(["two", "three"])
+    assert log.lines() == [b"one"]
 
 
 def folder_of(tmp_path: Path, *names: str) -> Path:
@@ -66,7 +90,7 @@ def test_anything_else_is_refused_and_stays(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path / "parent" / "current")
     folder = IN_THE_WAY[name](tmp_path)
     before = content(tmp_path)
-    with pytest.raises(UserError, match=r"holds|is a file|is a link|current folder|does not exist") as found:
+    with pytest.raises(UserError, match=r"contains more|is a file|is a link|current folder|does not exist") as found:
         write_folder(folder, NEW)
     assert str(found.value).startswith(f"{folder}: ")
     assert content(tmp_path) == before
@@ -76,7 +100,7 @@ def test_anything_else_is_refused_and_stays(tmp_path, monkeypatch, name):
 def test_what_cannot_be_written_is_one_line(tmp_path, place):
     (tmp_path / "file").write_text("")
     for write in (lambda path: write_folder(path, NEW), lambda path: write_file(path / "y", b"")):
-        with pytest.raises(UserError, match=r"could not be written|cannot be looked at"):
+        with pytest.raises(UserError, match=r"could not be written|cannot be examined"):
             write(tmp_path / place)
 
 
@@ -86,7 +110,7 @@ def test_what_came_while_the_folder_was_filled_stays(tmp_path):
             (staging / "mine").touch()
             write_file(tmp_path / "out" / "precious", b"")
 
-    with pytest.raises(UserError, match="holds precious, not only"):
+    with pytest.raises(UserError, match=r"more than this command writes \(precious\)"):
         fill()
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["precious"]
@@ -172,7 +196,7 @@ def test_a_draft_replaces_a_draft_and_no_other_model(tmp_path):
     save_draft({**config, "again": 1}, tensors, tmp_path / "draft")
     for other in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {**config, "dtype": "float32"}):
         (tmp_path / "draft" / "config.json").write_text(json.dumps(other, indent=2, sort_keys=True) + "\n")
-        with pytest.raises(UserError, match=r"holds config.json, model.safetensors, not only"):
+        with pytest.raises(UserError, match=r"more than this command writes \(config.json, model.safetensors"):
             save_draft(config, tensors, tmp_path / "draft")
     assert json.loads((tmp_path / "draft" / "config.json").read_text()) == other
 
@@ -208,7 +232,7 @@ def test_no_command_writes_over_what_another_one_wrote(target, prompts, features
             capsys.readouterr()
             output = places[name] if own == "draft" else places[name].parent
             assert main([str(word) for word in [*command, output]]) == 2
-            assert "not only what this command writes" in capsys.readouterr().err
+            assert "contains more than this command writes" in capsys.readouterr().err
             assert content(places[name]) == before
 
 
@@ -227,4 +251,4 @@ def test_evaluate_leaves_a_file_of_another_kind_as_it_is(target, prompts, tmp_pa
     output.write_text("{}")
     words = ["evaluate", "--draft", tmp_path / "none", "--prompts", prompts, "--json", output]
     assert main([str(x) for x in words]) == 2
-    assert "config.json: holds something else" in capsys.readouterr().err
+    assert "config.json: was not written by this command" in capsys.readouterr().err

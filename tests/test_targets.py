@@ -15,7 +15,7 @@ import torch
 
 from specforge.cli.main import main
 from specforge.decoding.runners import runs_in_lockstep
-from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
+from specforge.inference.target_engine.hf import HFTargetEngine, can_roll_back
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import build_draft
 from tests.families import FAMILIES, write_family
@@ -195,7 +195,7 @@ def _attention(files: TargetFiles) -> str:
 
 
 def _decoding(model: Any) -> str:
-    if not can_take_back(model):
+    if not can_roll_back(model):
         return "whole text each round"
     return "in lockstep" if runs_in_lockstep(model) else "one prompt at a time"
 

@@ -142,6 +142,7 @@ def test_sigterm_saves_the_finished_step_and_exits_143(target, features, tmp_pat
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert "resume with --ckpt_path last" in output
+    assert "eagle3 draft for tiny" in (tmp_path / "run" / "report.html").read_text()
     run = fit(path, "--ckpt_path", "last")
     assert_same_weights(run, undisturbed)
 

@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from specforge import stopping
-from specforge.callbacks.ledger import SampleLedger
 from specforge.callbacks.lightning_internals import CheckpointCallback
 from specforge.callbacks.resume import ExactResume
 from specforge.errors import UserError
@@ -187,9 +186,7 @@ class LastCheckpoint(DraftCheckpoint):
             self.write(trainer, path)
             self.point(trainer, "last.ckpt", path)
             trainer.strategy.barrier("the checkpoint is complete")
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SampleLedger):
-                    callback.saved(trainer)
+            trainer.train_dataloader.durable(trainer.global_step)
             self._rotate(trainer)
 
     def _rotate(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its reader: provenance at the start, the report at the end."""
+"""Provenance of a run, written at its start, and its report, written at its end."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import lightning.pytorch as pl
 import torch
 
 from specforge.callbacks.metrics import FILE
-from specforge.eval.evaluate import versions
-from specforge.eval.report import PROVENANCE, write_report
+from specforge.eval.report import PROVENANCE, versions, write_report
 from specforge.files import write_file
+from specforge.stopping import Stopped
 
 
 class RunReport(pl.Callback):
-    """Writes ``provenance.json`` when training starts and ``report.html`` when it is done."""
+    """Writes ``provenance.json`` when training starts and ``report.html`` when it ends or is interrupted."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write down what is about to run, where, and on what."""
+        """Record what runs, where, and on which target and data."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         content = {
@@ -38,12 +38,28 @@ class RunReport(pl.Callback):
             "target": pl_module.target.name,
             "target_fingerprint": pl_module.target.fingerprint,
             "algorithm": pl_module.spec.to_json(),
+            "data": _data_size(trainer),
             "trainable_parameters": sum(p.numel() for p in pl_module.draft.parameters() if p.requires_grad),
         }
         write_file(Path(trainer.default_root_dir) / PROVENANCE, json.dumps(content, indent=2) + "\n")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the report."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the report of a run that is stopped by a signal; its checkpoint is saved by then."""
+        if isinstance(exception, Stopped):
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         run = Path(trainer.default_root_dir)
         if trainer.is_global_zero and not trainer.fast_dev_run and (run / FILE).exists():
             trainer.print(f"wrote {write_report(run)}")
+
+
+def _data_size(trainer: pl.Trainer) -> dict[str, int]:
+    """Samples and tokens of the training data, as far as they are known when training starts."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    refs = data.sample_refs() if hasattr(data, "sample_refs") else []
+    return {"samples": len(refs), "tokens": sum(ref.num_tokens for ref in refs)} if refs else {}

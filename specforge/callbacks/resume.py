@@ -1,4 +1,4 @@
-"""Exact resume: the data position that was trained, and every random generator of every rank."""
+"""Exact resume: the trained position of the data, and every random generator of every rank."""
 
 from __future__ import annotations
 
@@ -12,35 +12,57 @@ import numpy as np
 import torch
 
 from specforge.callbacks.lightning_internals import callback_states
-from specforge.callbacks.metrics import TrainingMetrics
+from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log
+from specforge.contracts import TrainBatch
 from specforge.errors import UserError
+from specforge.runtime.data_plane.loader import RunLength
 
 _KEY = "specforge_rng"
-# What a checkpoint says of its step beside the weights and the loops.
-_POSITION = ("epoch", "global_step", "callbacks")
+_POSITION = ("epoch", "global_step", "callbacks")  # top-level entries of a checkpoint that depend on its step
 
 
 class ExactResume(pl.Callback):
-    """Acknowledges batches to the loader, and saves and restores random states.
+    """Acknowledges trained batches to the loader, and saves and restores random states.
 
-    It must acknowledge here, not in the module's hook: ModelCheckpoint saves before the module's hook runs, so
-    the checkpoint would hold the position before the batch it was trained on. Random states are restored
-    when training starts, after Lightning has created the loader's iterator (which draws from them).
+    Batches are acknowledged in a callback, because ModelCheckpoint saves before the module's own hook runs: the
+    checkpoint would hold the position before its last batch. Random states are restored when training starts, after
+    Lightning has created the loader's iterator, which draws from them.
 
-    It also keeps the position of the last optimizer step: weights change only there, so that a checkpoint of that
-    position can be written at any moment, such as in the middle of a window or of a validation.
+    The callback also records the position after each optimizer step. Weights change only there, so a checkpoint of that
+    position can be written at any moment, such as in the middle of gradient accumulation or of a validation.
     """
 
     def __init__(self) -> None:
         self._saved: list[dict[str, Any]] | None = None
         self._position: dict[str, Any] | None = None
         self._wanted = False
+        self._step = 0  # last finished optimizer step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the data stream at the checkpoint's step, and restore the state of this rank."""
+        self._step = trainer.global_step
+        length = RunLength(
+            int(trainer.num_training_batches), trainer.accumulate_grad_batches, trainer.max_steps, trainer.max_epochs
+        )
+        trainer.train_dataloader.start(self._step, length)
+        if self._saved is not None:
+            state = self._saved[trainer.global_rank]
+            restore_rng(state)
+            for callback, sums in zip(_metrics(trainer), state.get("metrics", []), strict=False):
+                callback.rank_state = sums
+            self._saved = None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """The batch is trained."""
-        trainer.train_dataloader.acknowledge(batch)
+        """Acknowledge the batch for the step that was taken, or for the next one while gradients accumulate."""
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        trainer.train_dataloader.acknowledge(batch, self._step if stepped else self._step + 1)
+        if stepped and is_time_to_log(trainer):
+            flow = trainer.train_dataloader.flow()
+            for name, value in flow.items():
+                pl_module.log(f"data/{name}", value, prog_bar=name == "wait", rank_zero_only=True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -58,7 +80,7 @@ class ExactResume(pl.Callback):
         checkpoint[_KEY] = states
 
     def finished_step(self, trainer: pl.Trainer) -> None:
-        """Keep the position behind an optimizer step; called when all that belongs to the step is done."""
+        """Record the position after an optimizer step; called once everything that belongs to the step is done."""
         self._position = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
@@ -69,7 +91,7 @@ class ExactResume(pl.Callback):
 
     @contextmanager
     def at_last_step(self) -> Iterator[None]:
-        """Checkpoints that are written within the block are of the position behind the last optimizer step."""
+        """Within the block, checkpoints hold the position after the last optimizer step."""
         self._wanted = True
         try:
             yield
@@ -79,10 +101,10 @@ class ExactResume(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep them until training starts.
+        """Keep the random states until training starts.
 
         Raises:
-            UserError: the run has another number of ranks now.
+            UserError: the checkpoint was written by a different number of ranks.
         """
         self._saved = checkpoint.get(_KEY)
         if self._saved is not None and len(self._saved) != trainer.world_size:
@@ -95,25 +117,16 @@ class ExactResume(pl.Callback):
             self._position["fit_loop"] = _copy(checkpoint["loops"]["fit_loop"])
             self._position[_KEY] = self._saved[trainer.global_rank]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore what is this rank's own."""
-        if self._saved is not None:
-            state = self._saved[trainer.global_rank]
-            restore_rng(state)
-            for callback, sums in zip(_metrics(trainer), state.get("metrics", []), strict=False):
-                callback.rank_state = sums
-            self._saved = None
-
 
 def _copy(value: Any) -> Any:
-    """The same value in containers of its own; tensors are shared, as nobody writes into those of a state."""
+    """A copy of nested containers; tensors are shared, because nobody writes into those of a state."""
     if isinstance(value, dict):
         return {key: _copy(x) for key, x in value.items()}
     return [_copy(x) for x in value] if isinstance(value, list) else value
 
 
 def _on_cpu(value: Any) -> Any:
-    """A state whose tensors can be sent to another rank."""
+    """A copy of a state whose tensors can be sent to another rank."""
     if isinstance(value, dict):
         return {key: _on_cpu(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -126,12 +139,12 @@ def _metrics(trainer: Any) -> list[TrainingMetrics]:
 
 
 def _rank_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What is this rank's own: its random states, and what it has measured since the last row of the history."""
+    """State that differs between ranks: random states, and metrics summed since the last logged row."""
     return {**rng_state(), "metrics": [callback.rank_state for callback in _metrics(trainer)]}
 
 
 def rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    """States of the generators of Python, NumPy and torch, as tensors and plain values."""
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     return {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 
 from lightning_modules.loading import load_module
-from specforge.cli.console import console, say
+from specforge.cli.console import console, progress_bar, say
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, MethodResult, as_json
 from specforge.eval.held_out import evaluate_draft
 from specforge.eval.report import write_report
+from specforge.eval.table import COLUMNS, table_notes, table_rows, table_title
 from specforge.files import check_json, write_file
 from specforge.options import PositiveInt
 from specforge.system import pick_device
@@ -49,7 +50,18 @@ def evaluate(
         check_json(json, "run", "methods")
     options = replace(options, device=pick_device(options.device))
     module = load_module(draft, target, algorithm)
-    results, run = evaluate_draft(module, prompts, options, EvalCache(cache), num_prompts, suffix_corpus, say)
+    with progress_bar("prompts decoded") as bar:
+        task = bar.add_task("evaluate", total=None, rate="")
+        results, run = evaluate_draft(
+            module,
+            prompts,
+            options,
+            EvalCache(cache),
+            num_prompts,
+            suffix_corpus,
+            say,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
     run["draft"] = str(draft)
     print_table(results, run)
     if json is not None:
@@ -88,34 +100,16 @@ def export(
 
 
 def print_table(results: Sequence[MethodResult], run: dict[str, Any]) -> None:
-    """Print an evaluation as a table of 80 columns, followed by lines for what the table leaves out."""
-    name = Path(run["target"]).name
-    title = f"{name}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}, temperature {run['temperature']:g}"
-    table = Table(title=title)
-    for column in ("method", "tau", "95 % interval", "offline tau", "tok/s", "speed-up", "lossless"):
+    """Print an evaluation as a table of 80 columns, with notes below it."""
+    methods = [asdict(result) for result in results]
+    table = Table(title=table_title(run))
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for r in results:
-        table.add_row(
-            r.method,
-            f"{r.tau:.3f}",
-            "{:.2f} - {:.2f}".format(*r.tau_ci95) if r.tau_ci95 else "-",
-            f"{r.offline_tau:.3f}",
-            "-" if r.tokens_per_second is None else f"{r.tokens_per_second:.1f}",
-            "-" if r.speedup is None else f"{r.speedup:.2f}x",
-            "-" if r.lossless is None else f"{r.identical}/{r.prompts}" + (f" +{r.ties} ties" if r.ties else ""),
-        )
+    for row in table_rows(methods):
+        table.add_row(*row)
     console.print(table)
-    for r in results:
-        if r.acceptance_per_position:
-            rates = " ".join(f"{a:.2f}" for a in r.acceptance_per_position)
-            say(f"{r.method}: acceptance by position {rates}")
-    timed = [r for r in results if r.speed_identical is not None]
-    if timed and run["temperature"] == 0:
-        same = ", ".join(f"{r.method} {r.speed_identical}/{run['speed_prompts']}" for r in timed if r.method != "none")
-        console.print(
-            f"lossless: answers identical to the target's in {run['dtype']}. The timed runs use {run['speed_dtype']}, "
-            f"where the shape of a matrix product can flip near-ties; identical there: {same}."
-        )
+    for note in table_notes(run, methods):
+        say(note)
 
 
 def write_json(path: Path, content: Any) -> None:

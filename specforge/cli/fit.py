@@ -30,7 +30,6 @@ from specforge.callbacks.checkpoint import (
     check_folder,
     find_checkpoint,
 )
-from specforge.callbacks.ledger import SampleLedger
 from specforge.callbacks.lightning_internals import FitParser, NoExperiment, spawns
 from specforge.callbacks.loop import FitLoop
 from specforge.callbacks.metrics import TrainingMetrics
@@ -297,14 +296,7 @@ def main(command: str, words: Sequence[str]) -> int:
     keep_freed_memory()
     register_strategies()
     preemption = Preemption()
-    callbacks = [
-        ExactResume(),
-        SampleLedger(),
-        AcceptanceLengthEvaluation(),
-        TrainingMetrics(),
-        preemption,
-        RunReport(),
-    ]
+    callbacks = [ExactResume(), AcceptanceLengthEvaluation(), TrainingMetrics(), preemption, RunReport()]
     sys.argv = [sys.argv[0], command, *words]  # Lightning's launcher starts the other ranks with it
     try:
         with stopping.signals_stop():

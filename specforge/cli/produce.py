@@ -126,7 +126,7 @@ def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = Fal
 
 @contextmanager
 def _stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
-    """Call ``stop`` at SIGTERM and Ctrl-C; a second Ctrl-C interrupts."""
+    """Call ``stop`` on SIGTERM and Ctrl-C; a second Ctrl-C interrupts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

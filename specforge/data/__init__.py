@@ -1,1 +1,1 @@
-"""Conversations to token ids and loss masks, and the draft vocabulary."""
+"""From conversations to token ids and loss masks; the draft vocabulary."""

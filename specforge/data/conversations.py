@@ -1,15 +1,15 @@
 """Reading training data: conversations, formatted text or token ids, from local files or a hub dataset.
 
-Accepted records (one JSON object a line in ``.jsonl``, or a list in ``.json``):
+Accepted records (one JSON object per line in ``.jsonl``, or a list in ``.json``):
 
 - OpenAI: ``{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}``
 - ShareGPT: ``{"conversations": [{"from": "human", "value": ...}, ...], "system": ...}``
-- formatted: ``{"prompt": ..., "response": ...}``, or ``{"text": ..., "spans": [[start, stop], ...]}`` with
-  character offsets of what the assistant wrote
+- formatted: ``{"prompt": ..., "response": ...}``, or ``{"text": ..., "spans": [[start, stop], ...]}`` with the
+  character ranges that the assistant wrote
 - tokenised: ``{"input_ids": [...], "loss_mask": [...]}``
 
-``id`` and ``split`` (``train`` or ``heldout``) are kept where present, and ``regenerated`` (the token ids that
-`specforge regenerate` keeps) is used; other fields are ignored. A field that is null counts as absent.
+``id`` and ``split`` (``train`` or ``heldout``) are kept, and ``regenerated`` (the token ids that `specforge regenerate`
+stores) is used if present. Other fields are ignored. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ REGENERATED = "regenerated"
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Token ids of one answer, kept when the target wrote it.
+    """Token ids of one answer, stored when the target generated it.
 
     Attributes:
-        prompt_ids: what the target was asked with.
-        answer_ids: what it wrote, its end token included unless it was cut off.
-        digest: of the conversation up to and including the answer; another one means that the text was edited since.
+        prompt_ids: the target's prompt.
+        answer_ids: the target's answer, including its end token unless it was cut off.
+        digest: hash of the conversation up to and including the answer; it differs if the text was edited later.
     """
 
     prompt_ids: tuple[int, ...]
@@ -69,11 +69,11 @@ class Conversation:
     """Messages in OpenAI form.
 
     Attributes:
-        messages: with ``reasoning_content`` and ``tool_calls`` where they have them; the arguments of a call are text
-            or JSON values, as they were given.
+        messages: role and content, plus ``reasoning_content`` and ``tool_calls`` if present; the arguments of a call
+            are text or JSON values, as in the record.
         tools: descriptions of the tools that may be called.
-        kept: tokens of answers, by the index of their message.
-        tokenizer: fingerprint of the tokenizer and chat template that the kept tokens belong to.
+        kept: stored tokens of answers, by message index.
+        tokenizer: fingerprint of the tokenizer and chat template that produced the stored tokens.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -82,15 +82,15 @@ class Conversation:
     tokenizer: str = ""
 
     def digest(self, count: int) -> str:
-        """Hash of the tools and of what a chat template can see of the first ``count`` messages."""
+        """Hash of the tools and of the parts of the first ``count`` messages that a chat template can read."""
         return content_id([rendered(m) for m in self.messages[:count]], list(self.tools))
 
     @property
     def first_answer(self) -> int | None:
-        """Index of the assistant's first message that answers something; None where there is none.
+        """Index of the assistant's first message that is an answer; None if there is none.
 
-        Nobody asks for what the assistant says before the user's first message (a greeting); where no user speaks at
-        all, the system prompt is what is answered.
+        An assistant message before the first user message (a greeting) is not an answer. Without any user message,
+        the assistant answers the system prompt.
         """
         roles = [m["role"] for m in self.messages]
         opening = 1 if roles[0] != "assistant" else len(roles)
@@ -98,7 +98,7 @@ class Conversation:
         return next((i for i, role in enumerate(roles) if i >= asked and role == "assistant"), None)
 
     def answers(self) -> list[int]:
-        """Indices of the assistant's messages that answer something and are to be learnt (``weight: 0``: are not)."""
+        """Indices of the assistant messages that are answers and are trained on (``weight: 0`` excludes a message)."""
         first = len(self.messages) if self.first_answer is None else self.first_answer
         return [
             i for i, m in enumerate(self.messages) if i >= first and m["role"] == "assistant" and m.get("weight", 1)
@@ -106,13 +106,13 @@ class Conversation:
 
 
 def rendered(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a message that a chat template can see."""
+    """The fields of a message that a chat template can read."""
     return {key: value for key, value in message.items() if key not in ("finish_reason", "weight")}
 
 
 @dataclass(frozen=True)
 class Formatted:
-    """Text that went through a template already; ``spans`` are character offsets of the supervised parts."""
+    """Text that is already formatted; ``spans`` are the character ranges that count towards the loss."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -131,10 +131,10 @@ class DataRecord:
     """One parsed record.
 
     Attributes:
-        content: what it holds.
-        source: file and line, for messages.
-        id: its own id, or the source.
-        split: ``train``, ``heldout``, or None where the record does not say.
+        content: the parsed content.
+        source: file and line, for error messages.
+        id: the record's id, or else the source.
+        split: ``train``, ``heldout``, or None if the record names no split.
     """
 
     content: Conversation | Formatted | Tokenised
@@ -144,14 +144,14 @@ class DataRecord:
 
 
 class RecordError(UserError):
-    """One record cannot be used; the message starts with its file and line."""
+    """A record cannot be used; the message starts with its file and line."""
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(f"{source}: {reason}")
 
 
 def read_raw(data: str, split: str = "train", subset: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield ``(source, JSON value or RecordError)`` of a local file or a hub dataset.
+    """Yield ``(source, JSON value or RecordError)`` for each record of a local file or a hub dataset.
 
     Args:
         data: path of a ``.jsonl`` or ``.json`` file, or the name of a hub dataset.
@@ -159,7 +159,7 @@ def read_raw(data: str, split: str = "train", subset: str | None = None) -> Iter
         subset: configuration of a hub dataset.
 
     Raises:
-        UserError: there is no such file or dataset.
+        UserError: the file or dataset does not exist or cannot be read.
     """
     path = Path(data).expanduser()
     if not path.exists():
@@ -189,7 +189,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"{"):  # one record a line, under the other suffix
+    if start.startswith(b"{"):  # JSON Lines under the other suffix
         yield from _jsonl_rows(path)
         return
     rows = read_json(path)
@@ -217,10 +217,10 @@ def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, 
 
 
 def parse_record(source: str, row: Any) -> DataRecord:
-    """Turn a raw record into one of the accepted forms.
+    """Parse a raw record.
 
     Raises:
-        RecordError: it is none of them, or a field is malformed.
+        RecordError: the record has none of the accepted forms, or a field is malformed.
     """
     if isinstance(row, RecordError):
         raise row
@@ -245,25 +245,25 @@ def _record(source: str, row: Any) -> DataRecord:
 
 
 def short(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for an error message, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables have every column in every row: null there (NaN where pandas wrote it) says that there is no value."""
+    """Drop null fields: tables have every column in every row and mark missing values by null (pandas: NaN)."""
     return {key: value for key, value in fields.items() if value is not None and value == value}
 
 
 def _check_writable(source: str, content: Any) -> None:
-    """Refuse what no file and no tokenizer takes, which JSON can nevertheless spell."""
+    """Reject values that JSON can express but files and tokenizers cannot store: lone surrogates, NaN, infinity."""
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False, default=vars).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start : error.start + 1].encode("unicode-escape").decode()
-        raise RecordError(source, f"holds {found}, half of a surrogate pair, which is no character") from error
+        raise RecordError(source, f"contains {found}, half of a surrogate pair, which is not a character") from error
     except ValueError as error:
-        raise RecordError(source, "holds NaN or infinity, which JSON does not have") from error
+        raise RecordError(source, "contains NaN or infinity, which are not valid JSON") from error
 
 
 def _content(source: str, row: Mapping[str, Any]) -> Conversation | Formatted | Tokenised:
@@ -302,7 +302,7 @@ def _ids(source: str, where: str, ids: Any) -> tuple[int, ...]:
 
 
 def _kept(source: str, fields: Any) -> tuple[dict[int, KeptTokens], str]:
-    if not isinstance(fields, Mapping):  # some other tool's field of the same name
+    if not isinstance(fields, Mapping):  # another tool's field of the same name
         return {}, ""
     kept = {}
     answers = _objects(source, f"{REGENERATED}.answers", fields.get("answers"))
@@ -321,7 +321,7 @@ def _formatted(source: str, row: Mapping[str, Any]) -> Formatted:
     if not pairs or not all(type(place) is int for span in spans for place in span):
         raise RecordError(source, "spans is not a list of [start, stop] pairs")
     if any(not 0 <= start <= stop <= len(text) for start, stop in spans):
-        raise RecordError(source, f"a span lies outside the text of {len(text)} characters")
+        raise RecordError(source, f"a span exceeds the text of {len(text)} characters")
     return Formatted(text, tuple((start, stop) for start, stop in spans))
 
 
@@ -351,7 +351,7 @@ def _message(source: str, where: str, message: Any) -> dict[str, Any]:
     weight = next((key for key in _WEIGHTS if key in message), None)
     if role == "assistant" and weight is not None:
         if message[weight] not in (0, 1):
-            raise RecordError(source, f"{where}.{weight} is {short(message[weight])}; use 0 (not learnt) or 1")
+            raise RecordError(source, f"{where}.{weight} is {short(message[weight])}; use 0 (not trained on) or 1")
         parsed["weight"] = int(message[weight])
     return parsed | {key: message[key] for key in ("name", "tool_call_id", "finish_reason") if key in message}
 
@@ -371,7 +371,7 @@ def _part(source: str, where: str, part: Any) -> str:
         raise RecordError(source, f"{where} is a JSON {type(part).__name__}, not text")
     kind, text = part.get("type", "text"), part.get("text")
     if kind not in _TEXT_PARTS:
-        raise RecordError(source, f"{where} is of the type {short(kind)}; SpecForge trains on text only")
+        raise RecordError(source, f"{where} has the type {short(kind)}; SpecForge trains on text only")
     return "" if text is None else _text(source, f"{where}.text", text)
 
 
@@ -390,7 +390,7 @@ def _tool_calls(source: str, where: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """A message whose tool calls have their arguments as JSON text, or as the values that the text says."""
+    """A copy of a message with the arguments of its tool calls as JSON text or as JSON values."""
     calls = []
     for call in message.get("tool_calls", ()):
         arguments = call["function"]["arguments"]
@@ -403,7 +403,7 @@ def with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, An
 
 
 def _objects(source: str, where: str, value: Any) -> list[dict[str, Any]]:
-    """A list of objects, or its JSON text, which is how tables keep lists of different objects."""
+    """A list of objects, given as such or as JSON text (tables store lists of heterogeneous objects as text)."""
     if isinstance(value, str):
         value = _parse(source, where, value) if value.strip() else None
     if value is None:

@@ -1,7 +1,7 @@
-"""Tokenised prompts on disk, and making them: what `specforge prepare` writes and `specforge capture` reads.
+"""Prompt sets: tokenised documents, written by `specforge prepare` and read by `specforge capture`.
 
-A prompt set is a folder: ``prompts.safetensors`` holds all token ids and masks end to end, and the counts of
-each token; ``prompts.json`` says which tokenizer made them and where each came from.
+A prompt set is a folder. ``prompts.safetensors`` contains the concatenated token ids and loss masks, and the count of
+each token; ``prompts.json`` names the tokenizer and the source of each document.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class PromptSet:
 
     Attributes:
         tasks: the documents.
-        tokenizer: fingerprint of the tokenizer that made them.
-        counts: token counts over all of them.
+        tokenizer: fingerprint of the tokenizer.
+        counts: token counts over all documents.
     """
 
     tasks: list[PromptTask]
@@ -51,11 +51,11 @@ class PromptSet:
     counts: TokenCounts
 
     def save(self, folder: Path) -> None:
-        """Write the folder; it appears whole or not at all."""
+        """Write the folder atomically."""
         write_folder(folder, self.files())
 
     def files(self) -> dict[str, bytes]:
-        """Its files, by name."""
+        """The contents of the files, by name."""
         ids = np.concatenate([np.asarray(t.input_ids, dtype=np.int32) for t in self.tasks] or [np.empty(0, np.int32)])
         mask = np.concatenate([np.asarray(t.loss_mask, dtype=np.uint8) for t in self.tasks] or [np.empty(0, np.uint8)])
         lengths = [len(t.input_ids) for t in self.tasks]
@@ -79,10 +79,10 @@ class PromptSet:
         """Read a folder.
 
         Raises:
-            UserError: it is not a prompt set, or damaged.
+            UserError: the folder is not a prompt set, or is damaged.
         """
         if not (folder / _META).exists():
-            raise UserError(f"{folder}: not a prompt set; make one with `specforge prepare`")
+            raise UserError(f"{folder}: not a prompt set; create one with `specforge prepare`")
         meta = read_json(folder / _META)
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else "unknown"
@@ -91,7 +91,7 @@ class PromptSet:
             return cls._read(folder, meta)
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"{folder}: is damaged ({first_line(error)}); make it again with `specforge prepare`"
+                f"{folder}: is damaged ({first_line(error)}); create it again with `specforge prepare`"
             ) from error
 
     @classmethod
@@ -110,12 +110,12 @@ class PromptSet:
             for name, source, (a, b) in zip(names, sources, pairwise(offsets.tolist()), strict=True)
         ]
         if not all(any(task.loss_mask) for task in tasks):
-            raise ValueError("a sample of which nothing is learnt")
+            raise ValueError("a sample without supervised tokens")
         return cls(tasks, meta["tokenizer"], counts)
 
 
 def _check_form(ids: Tensor, mask: Tensor, offsets: Tensor, counts: TokenCounts, texts: list[Any]) -> None:
-    """Raise ValueError where files of the right names do not hold samples."""
+    """Raise ValueError if the tensors are not those of a prompt set."""
     size = len(counts.supervised)
     right = (
         ids.dtype == torch.int32
@@ -127,46 +127,46 @@ def _check_form(ids: Tensor, mask: Tensor, offsets: Tensor, counts: TokenCounts,
         and counts.supervised.dtype == counts.context.dtype == torch.int64
     )
     if not right:
-        raise ValueError("tensors of other types or shapes")
+        raise ValueError("tensors have the wrong dtype or shape")
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids) or bool((offsets.diff() < 1).any()):
-        raise ValueError("offsets that are not those of its samples")
+        raise ValueError("offsets do not match the samples")
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size or int(mask.max()) > 1):
         raise ValueError("token ids or masks out of range")
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("names that are not text")
+        raise ValueError("names are not text")
 
 
 def load_splits(folder: Path) -> dict[str, PromptSet]:
-    """The prompt sets that `specforge prepare` wrote into a folder, by split.
+    """Load the prompt sets that `specforge prepare` wrote, by split.
 
     Raises:
-        UserError: there are none, or one is damaged.
+        UserError: the folder has none, or one is damaged.
     """
     sets = {name: PromptSet.load(folder / name) for name in SPLITS if (folder / name).exists()}
     if not sets:
-        raise UserError(f"{folder}: no prompt set `train` or `heldout`; make them with `specforge prepare`")
+        raise UserError(f"{folder}: no prompt set `train` or `heldout`; create them with `specforge prepare`")
     return sets
 
 
 def identity(sets: Mapping[str, PromptSet]) -> str:
-    """Hash of which samples are in which split."""
+    """Hash of the assignment of samples to splits."""
     return content_id(*([name, *sorted(t.task_id for t in sets[name].tasks)] for name in sorted(sets)))
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder for prompt sets that holds anything else; to be called before the work that makes them.
+    """Check before the work starts that prompt sets can be written to a folder.
 
     Raises:
-        UserError: says what is in the way.
+        UserError: the folder contains something else.
     """
     check_folder(folder, holds_only(_META, _TENSORS))
 
 
 def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
-    """Write the prompt sets; all of them appear at once, in place of those that were there.
+    """Write all prompt sets atomically, replacing earlier ones.
 
     Raises:
-        UserError: the disk is full or not writable, or the folder holds something else.
+        UserError: the disk is full or not writable, or the folder contains something else.
     """
     files = {f"{name}/{file}": data for name, prompts in sets.items() for file, data in prompts.files().items()}
     write_folder(folder, files)
@@ -174,7 +174,7 @@ def save_splits(folder: Path, sets: Mapping[str, PromptSet]) -> None:
 
 @dataclass
 class PrepareReport:
-    """What became of the records: what was left out or cut by reason, and what else users should be told."""
+    """Counts of dropped and truncated records by reason, and further notes for the user."""
 
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
@@ -222,10 +222,10 @@ def prepare(
         progress: called after every record.
 
     Returns:
-        The non-empty splits, and what was dropped.
+        The non-empty splits, and a report of dropped records.
 
     Raises:
-        UserError: a record cannot be used and the policy is ``error``.
+        UserError: a record cannot be used and ``bad_samples`` is ``error``.
     """
     report = PrepareReport(notes=template.notes)
     tasks: dict[str, PromptTask] = {}
@@ -257,7 +257,7 @@ def prepare(
 def _encoded(
     source: str, row: Any, template: ChatTemplate, options: PrepareOptions, report: PrepareReport
 ) -> tuple[DataRecord | None, list[PromptTask]]:
-    """A record and its samples; no record where it cannot be used."""
+    """A record and its samples; None and no samples if it cannot be used."""
     try:
         record = parse_record(source, row)
         samples = [_limited(source, sample, options, report) for sample in template.encode(record)]
@@ -274,7 +274,7 @@ def _encoded(
 
 
 def _limited(source: str, sample: TokenSample, options: PrepareOptions, report: PrepareReport) -> TokenSample | None:
-    """The sample, cut to its longest length; None where it is left out."""
+    """The sample, truncated to ``max_length``; None if it is dropped."""
     fewest, most = max(options.min_supervised, 1), options.max_length
     if len(sample.input_ids) > most and options.long_samples == "error":
         raise UserError(
@@ -293,31 +293,32 @@ def _limited(source: str, sample: TokenSample, options: PrepareOptions, report: 
 
 
 def describe(prompts: PromptSet) -> str:
-    """How many samples, how long they are, and how much of them is learnt."""
+    """One line of statistics: samples, tokens, supervised share, and lengths."""
     lengths = np.array([len(task.input_ids) for task in prompts.tasks])
     median, high = np.percentile(lengths, [50, 95], method="nearest")
+    tokens, supervised = int(lengths.sum()), int(prompts.counts.supervised.sum())
     return (
-        f"{len(lengths):,} samples, {lengths.sum():,} tokens, {int(prompts.counts.supervised.sum()):,} to learn; "
-        f"lengths: median {median:,}, 95 % {high:,}, longest {lengths.max():,}"
+        f"{len(lengths):,} samples, {tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.0%}); "
+        f"lengths: median {median:,}, 95th percentile {high:,}, longest {lengths.max():,}"
     )
 
 
 def preview(task: PromptTask, template: ChatTemplate, width: int = 240) -> str:
-    """A sample's text, with what is learnt between two marks; long pieces without their middle."""
+    """The text of a sample with its supervised parts between « and »; long parts are shortened in the middle."""
     pieces = []
-    for learnt, group in groupby(zip(task.loss_mask, task.input_ids, strict=True), key=itemgetter(0)):
+    for supervised, group in groupby(zip(task.loss_mask, task.input_ids, strict=True), key=itemgetter(0)):
         text = template.decode([token for _, token in group])
         text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
         if len(text) > width:
             text = f"{text[: width // 2]} ... {text[-width // 2 :]}"
-        pieces.append(f"«{text}»" if learnt else text)
+        pieces.append(f"«{text}»" if supervised else text)
     if len(pieces) > 6:
         pieces = [*pieces[:3], "\n...\n", *pieces[-3:]]
     return "".join(pieces)
 
 
 def count_tokens(tasks: Sequence[PromptTask], vocab_size: int) -> TokenCounts:
-    """Count token ids under the mask and outside it."""
+    """Count token ids inside and outside the loss mask."""
     counts = torch.zeros(2, vocab_size, dtype=torch.int64)
     for ids, mask in _blocks(tasks):
         for row, chosen in ((0, ids[mask]), (1, ids[~mask])):

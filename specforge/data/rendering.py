@@ -1,6 +1,6 @@
-"""What a chat template makes of messages: the text that asks for an answer, and the answer's own.
+"""Renders messages with a chat template: the text that prompts for an answer, and the text of the answer.
 
-Nothing about any template is built in. What it writes around an answer is found by rendering other answers in its
+No template is hard-coded. The text that a template adds around an answer is found by rendering other answers in its
 place.
 """
 
@@ -22,8 +22,8 @@ from specforge.files import first_line
 Messages = list[dict[str, Any]]
 Tools = Sequence[dict[str, Any]]
 
-# Templates that write the day of asking would make other samples of the same data every day; this is the date that
-# Llama's templates write where they are not told one.
+# A template that prints today's date would produce different samples from the same data every day. This is the date
+# that Llama's templates print by default.
 _DATE = date(2024, 7, 26)
 _DATE_MACRO = (
     "{% macro strftime_now(format) %}{{ format"
@@ -33,13 +33,13 @@ _DATE_MACRO = (
 
 
 class Renderer:
-    """The chat template of a tokenizer, which gets a fixed date in the place of today's.
+    """The chat template of a tokenizer, with a fixed date instead of today's.
 
     Args:
-        tokenizer: a transformers tokenizer; its template is changed.
+        tokenizer: a transformers tokenizer; its template is modified.
 
     Attributes:
-        notes: what users should be told of the messages, and how often.
+        notes: remarks on the messages for the user, with their counts.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -49,15 +49,15 @@ class Renderer:
         tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
 
     def messages(self, conversation: Conversation) -> Messages:
-        """Messages as the template takes them: most read the arguments of a call as values, some join them as text."""
+        """Messages as the template expects them: most read the arguments of a call as JSON values, some as text."""
         if self._dated:
             self.notes[
-                f"records with {_DATE} for the day that the template writes, so that samples stay as they are"
+                f"records in which the template prints {_DATE} instead of today, so that samples are reproducible"
             ] += 1
         plain = [rendered(message) for message in conversation.messages]
         for message in plain:
             if "reasoning_content" in message:
-                message["thinking"] = message["reasoning_content"]  # the name that some templates read
+                message["thinking"] = message["reasoning_content"]  # some templates read this name
         values = [with_arguments(message, as_text=False) for message in plain]
         arguments = [c["function"]["arguments"] for m in values for c in m.get("tool_calls", ())]
         if not arguments:
@@ -69,10 +69,10 @@ class Renderer:
         return values if self._try(texts, conversation.tools) is None else texts
 
     def answer(self, messages: Messages, tools: Tools, turn: int) -> Asked:
-        """The text that asks for the answer ``messages[turn]``, and the answer with what the template puts behind it.
+        """Render the prompt for the answer ``messages[turn]``, and the answer with the text that follows it.
 
         Raises:
-            Refusal: the template cannot ask for it, or leaves it out.
+            Refusal: the template has no prompt for it, or omits it.
         """
         before, message = messages[:turn], messages[turn]
         asked = self.render(before, tools, generate=True)
@@ -87,7 +87,7 @@ class Renderer:
         return Asked(asked, answer, words=_words(message, answer))
 
     def note_left_out(self, messages: Messages, tools: Tools, asked: str) -> None:
-        """Note messages that the template does not show when it asks, such as those of a role that it does not know."""
+        """Count messages that the template omits from a prompt, for instance because it ignores their role."""
         for i, message in enumerate(messages):
             text = message["content"].strip()
             if message["role"] == "assistant" or not text or text in asked:
@@ -95,60 +95,60 @@ class Renderer:
             other = [*messages[:i], {**message, "content": "0"}, *messages[i + 1 :]]
             with suppress(Refusal):
                 if self.render(other, tools, generate=True) == asked:
-                    self.notes[f"{message['role']} messages that the chat template leaves out"] += 1
+                    self.notes[f"{message['role']} messages that the chat template omits"] += 1
 
     def _check_header(self, before: Messages, tools: Tools, asked: str) -> None:
-        """Refuse a template that asks for nothing, but writes a header before an answer."""
+        """Reject a template without a generation prompt that writes a header before an answer."""
         if self._try(before, tools) != asked:
             return
         header = self._frame(before, tools)[0][len(asked) :]
         followed = self._try([*before, {"role": "user", "content": "0"}], tools)
-        asks = followed is not None and not followed.startswith(asked)
-        if header.strip() and not asks:  # some templates end every text with a generation prompt
+        has_prompt = followed is not None and not followed.startswith(asked)
+        if header.strip() and not has_prompt:  # some templates end every text with a generation prompt
             raise Refusal(
-                f"messages[{len(before)}]: the chat template has no generation prompt, so nothing asks for the "
-                f"{short(header)} that it writes before an answer; give one that has with --chat_template FILE"
+                f"messages[{len(before)}]: the chat template has no generation prompt, so the {short(header)} before "
+                "an answer is never part of a prompt; give a template that has one with --chat_template FILE"
             )
 
     def _answer_elsewhere(
         self, before: Messages, message: dict[str, Any], tools: Tools, asked: str, answered: str
     ) -> tuple[str, str]:
-        """Where the answered text does not begin with the prompt: what the prompt has of the message, and the rest."""
+        """Split an answered text that does not begin with the prompt; returns the part in the prompt, and the rest."""
         shared = len(_common([asked, answered]))
         if not asked[shared:].strip():
-            return "", answered[shared:]  # only the generation prompt has a line break
+            return "", answered[shared:]  # only the generation prompt ends in a line break
         header, tail = self._frame(before, tools)
         prompt = self._generation_prompt(before, tools, asked)
         known, rest = answered.startswith(header), answered[len(header) :]
         own = header[len(_common([asked, header])) :]
-        if known and prompt.strip():  # earlier messages are shown otherwise once they are answered
-            _, asks, space = header.rpartition(prompt)
-            if asks and not space.strip():
+        if known and prompt.strip():  # earlier messages are rendered differently once they are answered
+            _, found, space = header.rpartition(prompt)
+            if found and not space.strip():
                 return "", space + rest  # some templates put a space before an answer
             if own and asked.endswith(own):
                 return "", rest
         opened = asked[len(header) :] if asked.startswith(header) else ""
         if opened.strip() and message["content"].startswith(opened):
             return opened, message["content"][len(opened) :] + tail
-        if "reasoning_content" not in message:  # what closes the reasoning that the prompt opens
+        if "reasoning_content" not in message:  # find the text that closes the reasoning opened by the prompt
             thought = {**message, "reasoning_content": "0", "thinking": "0"}
             shown = self._try([*before, thought], tools) or ""
             if shown.startswith(asked + "0"):
                 known, rest, opened = True, shown[len(asked) + 1 :], opened or prompt
         if not (known and opened):
             raise Refusal(
-                f"messages[{len(before)}]: the chat template asks with a text that ends in {asked[-30:]!r}, but shows "
-                "this answer without it; let the target answer (`specforge regenerate`), or give another "
+                f"messages[{len(before)}]: the prompt of the chat template ends in {asked[-30:]!r}, but the rendered "
+                "answer does not contain it; have the target answer (`specforge regenerate`), or give another "
                 "--chat_template"
             )
         self.notes[
-            f"answers learnt behind {short(opened)}, with which the chat template asks but does not show answers (the "
-            "target's own are better: `specforge regenerate`)"
+            f"answers that follow {short(opened)}, which the chat template writes in prompts but not before finished "
+            "answers (prefer answers of the target: `specforge regenerate`)"
         ] += 1
         return "", rest
 
     def _generation_prompt(self, before: Messages, tools: Tools, asked: str) -> str:
-        """What asks for an answer; of a template that adds nothing for that, what stands behind the last message."""
+        """The generation prompt; if the template has none, the text that follows the last message."""
         plain = self.render(before, tools)
         prompt = asked[len(plain) :] if asked.startswith(plain) else asked
         if prompt.strip():
@@ -158,24 +158,24 @@ class Renderer:
         return texts[0][len(_common(texts)) + 1 :]
 
     def _frame(self, before: Messages, tools: Tools) -> tuple[str, str]:
-        """What the template puts before an answer, the messages included, and what it puts behind."""
+        """The text that the template writes before an answer, earlier messages included, and after it."""
         zero, one = (self.render([*before, _says(text)], tools) for text in ("0", "1"))
         header = _common([zero, one])
         return header, zero[len(header) + 1 :]
 
     def _check_answer(self, before: Messages, message: dict[str, Any], tools: Tools, answered: str, shown: str) -> None:
-        """Refuse an answer that the template leaves out, and note one of which it leaves out a part."""
+        """Reject an answer that the template omits, and count one that it renders only in part."""
         where = f"messages[{len(before)}]"
         words = [text for key in ("content", "reasoning_content") if (text := message.get(key, "").strip())]
         missing = [text for text in words if text not in shown]
         if "tool_calls" in message:
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             if self._try([*before, rest], tools) == answered:
-                raise Refusal(f"{where}: the chat template renders nothing of its tool calls")
+                raise Refusal(f"{where}: the chat template omits its tool calls")
         elif words and missing == words and self._try([*before, _says("")], tools) == answered:
-            raise Refusal(f"{where}: the chat template renders nothing of it")
+            raise Refusal(f"{where}: the chat template omits it")
         if missing:
-            self.notes["answers of which the chat template leaves out a part, such as reasoning"] += 1
+            self.notes["answers that the chat template renders only in part, for instance without their reasoning"] += 1
 
     def _try(self, messages: Messages, tools: Tools) -> str | None:
         try:
@@ -184,15 +184,15 @@ class Renderer:
             return None
 
     def render(self, messages: Messages, tools: Tools, generate: bool = False) -> str:
-        """The template's text.
+        """Render messages.
 
         Args:
-            messages: as the template takes them.
+            messages: the messages, as the template expects them.
             tools: descriptions of the tools that may be called.
-            generate: with the generation prompt, which asks for an answer.
+            generate: append the generation prompt.
 
         Raises:
-            Refusal: the template does not take these messages.
+            Refusal: the template rejects these messages.
             UserError: there is no usable template.
         """
         from jinja2 import TemplateSyntaxError
@@ -207,23 +207,23 @@ class Renderer:
             )
         except TemplateSyntaxError as error:
             raise UserError(f"tokenizer {name}: its chat template is not Jinja ({first_line(error)})") from error
-        except Exception as error:  # a template is a program; whatever it raises concerns these messages
-            raise Refusal(f"the chat template refuses it ({first_line(error)})") from error
+        except Exception as error:  # a template is a program and may raise anything
+            raise Refusal(f"the chat template rejects it ({first_line(error)})") from error
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Refusal("the chat template's text holds half of a surrogate pair") from error
+            raise Refusal("the chat template's text contains half of a surrogate pair") from error
         return text
 
 
 def _printed(arguments: Any, text: str) -> bool:
-    """Whether a text has a mapping or a list as Python prints it, ``{'a': 1}``, rather than as JSON."""
+    """Whether a text contains a mapping or a list in Python's notation, ``{'a': 1}``, instead of JSON."""
     printed = str(arguments)
     return isinstance(arguments, (dict, list)) and printed in text and printed != json.dumps(arguments)
 
 
 def _words(message: dict[str, Any], answer: str) -> int | None:
-    """Where in the template's text for an answer its words end; None where calls follow, or it shows other words."""
+    """Offset in the rendered answer where its words end; None if tool calls follow or the words are not in it."""
     words = message["content"].strip()
     start = -1 if "tool_calls" in message else answer.rfind(words) if words else 0
     return None if start < 0 else start + len(words)

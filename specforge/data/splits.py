@@ -1,4 +1,4 @@
-"""Which conversations are held out, so that nothing of them is trained on."""
+"""Splits conversations into training and held-out data without overlap."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from specforge.errors import UserError
 
 @dataclass(frozen=True)
 class Member:
-    """A conversation, as far as its split matters.
+    """The properties of a conversation that determine its split.
 
     Attributes:
-        split: the one that its record names, if any.
+        split: the split that the record names, if any.
         samples: ids of its samples.
-        prompts: hashes of what the target is asked in it, whether the answer is learnt or not.
+        prompts: hashes of its prompts, including those with answers that are not trained on.
     """
 
     split: str | None
@@ -30,7 +30,7 @@ class Member:
 
     @classmethod
     def of(cls, record: DataRecord, tasks: Sequence[PromptTask], special_ids: Collection[int] = ()) -> Member:
-        """A record and its samples."""
+        """The member for a record and its samples."""
         asked = {prompt for task in tasks for prompt in prompts_of(task, special_ids)}
         if isinstance(record.content, Conversation) and record.content.first_answer is not None:
             asked.add(record.content.digest(record.content.first_answer).encode())
@@ -38,35 +38,36 @@ class Member:
 
 
 def prompts_of(task: PromptTask, special_ids: Collection[int] = ()) -> Iterator[bytes]:
-    """A hash of each prompt in a sample: of the tokens before each run that is learnt.
+    """Hash each prompt of a sample: all tokens before each supervised run.
 
     Args:
         task: the sample.
-        special_ids: tokens that ask nothing; a prompt of nothing else is none.
+        special_ids: special tokens; a prompt of special tokens alone is skipped.
     """
-    digest, start, asks = xxhash.xxh3_128(), 0, False
+    digest, start, has_text = xxhash.xxh3_128(), 0, False
     for stop in (i + 1 for i, (a, b) in enumerate(pairwise(task.loss_mask)) if b and not a):
         piece = task.input_ids[start:stop]
         digest.update(np.asarray(piece, dtype=np.int64).tobytes())
-        asks = asks or any(i not in special_ids for i in piece)
+        has_text = has_text or any(i not in special_ids for i in piece)
         start = stop
-        if asks:
+        if has_text:
             yield digest.digest()
 
 
 def assign(members: Sequence[Member], holdout: int = 0, seed: int = 0) -> list[str | None]:
-    """The split of each conversation: ``train``, ``heldout``, or None where it is left out.
+    """Assign each conversation to ``train``, ``heldout``, or None (left out).
 
-    Conversations that share a sample or a prompt stay together. Where one of them names ``heldout``, those that do not
-    are left out; where one names ``train``, none is drawn.
+    Conversations that share a sample or a prompt form a group. If one of them names ``heldout``, the others of the
+    group that do not are left out; if one names ``train``, the group is not drawn from.
 
     Args:
         members: the conversations.
-        holdout: how many to draw from those that name no split; a group is drawn whole, so there may be more.
-        seed: of the draw.
+        holdout: number of samples to hold out from conversations that name no split; a group is drawn as a whole, so
+            there may be more.
+        seed: random seed for choosing held-out conversations.
 
     Raises:
-        UserError: there are not so many, or none is left to train on.
+        UserError: there are fewer conversations, or none would be left for training.
     """
     splits = [member.split for member in members]
     free = []
@@ -97,7 +98,7 @@ def assign(members: Sequence[Member], holdout: int = 0, seed: int = 0) -> list[s
 
 
 def _groups(keys: Sequence[Collection[Hashable]]) -> list[list[int]]:
-    """Indices of what shares a key, directly or through others; groups and their members in the given order."""
+    """Group indices that share a key, directly or through others; groups and members keep the given order."""
     parents = list(range(len(keys)))
 
     def root(i: int) -> int:

@@ -1,8 +1,8 @@
 """Conversations to token ids and loss masks, through the tokenizer's own chat template.
 
-An answer is learnt behind exactly the tokens that the target is asked with for it: the template's text for the
-messages before it, with a generation prompt, tokenised as an engine does it (`rendering.py`, `turns.py`). Where the
-target's own tokens were kept (`specforge regenerate`), those are learnt, behind the tokens that it was asked with.
+Every answer follows exactly the tokens that prompt the target for it: the template's text for the messages before it,
+with a generation prompt, tokenised as an inference engine does (`rendering.py`, `turns.py`). If the record contains the
+target's own tokens (`specforge regenerate`), those are used instead of the text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from specforge.files import first_line, read_json
 
 
 class TokenizerFolder(Protocol):
-    """A target, as far as its tokenizer goes."""
+    """The parts of a target that tokenisation needs."""
 
     @property
     def folder(self) -> Path:
-        """The folder with the tokenizer's files."""
+        """Folder with the tokenizer's files."""
 
     @property
     def vocab_size(self) -> int:
@@ -37,20 +37,22 @@ class ChatTemplate:
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        end_ids: ids that end an answer; what the template puts behind one is not learnt.
+        end_ids: tokens that end an answer; text that the template adds after one is not supervised.
         last_turn_only: supervise only the last answer of a conversation.
-        vocab_size: rows of the target's embedding; ids beyond it are refused.
+        vocab_size: rows of the target's embedding; larger token ids are rejected.
 
     Attributes:
         fingerprint: hash of the vocabulary, the merges and the template.
-        notes: what users should be told of the records, and how often.
+        notes: remarks on the records for the user, with their counts.
     """
 
     def __init__(
         self, tokenizer: Any, end_ids: Sequence[int] = (), last_turn_only: bool = False, vocab_size: int | None = None
     ) -> None:
         if not tokenizer.is_fast:
-            raise UserError(f"tokenizer {tokenizer.name_or_path}: has no fast form, so no character offsets")
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path}: is not a fast tokenizer, so it has no character offsets"
+            )
         self.tokenizer = tokenizer
         self.last_turn_only = last_turn_only
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
@@ -65,15 +67,15 @@ class ChatTemplate:
     def load(
         cls, target: TokenizerFolder, chat_template: Path | None = None, last_turn_only: bool = False
     ) -> ChatTemplate:
-        """The tokenizer of a target.
+        """Load the tokenizer of a target.
 
         Args:
-            target: where it lies.
+            target: the target's folder.
             chat_template: a Jinja file to use instead of the tokenizer's own template.
             last_turn_only: supervise only the last answer of a conversation.
 
         Raises:
-            UserError: there is no tokenizer in the target's folder, or a file cannot be read.
+            UserError: the folder has no usable tokenizer, or a file cannot be read.
         """
         from transformers import AutoTokenizer
 
@@ -89,10 +91,10 @@ class ChatTemplate:
         return cls(tokenizer, _end_ids(target.folder), last_turn_only, target.vocab_size)
 
     def encode(self, record: DataRecord) -> list[TokenSample]:
-        """Token samples of a record: one, or several where its answers do not share a text.
+        """Tokenise a record; returns several samples if its answers do not share one text.
 
         Raises:
-            RecordError: the template refuses the conversation, or nothing in it is to be learnt.
+            RecordError: the template rejects the conversation, or no token is supervised.
             UserError: there is no usable chat template.
         """
         try:
@@ -104,15 +106,15 @@ class ChatTemplate:
         return samples
 
     def ask(self, conversation: Conversation) -> tuple[int, ...]:
-        """Token ids that ask for the next answer.
+        """Token ids that prompt the target for the next answer.
 
         Raises:
-            Refusal: the template or the tokenizer does not take the conversation.
+            Refusal: the template or the tokenizer rejects the conversation.
         """
         messages = self._renderer.messages(conversation)
         ((prompt, _),) = self._tokens.encode([self._renderer.render(messages, conversation.tools, generate=True)])
         if not prompt:
-            raise Refusal("the chat template renders nothing of it")
+            raise Refusal("the chat template renders no text for it")
         self._check(prompt)
         return prompt
 
@@ -125,9 +127,9 @@ class ChatTemplate:
             samples = [TokenSample(content.input_ids, content.loss_mask)]
         else:
             turns = self._spans(content) if isinstance(content, Formatted) else self._answers(content)
-            samples = join([turn for turn in turns if turn.learnt])
+            samples = join([turn for turn in turns if turn.supervised])
         if not samples or not any(samples[0].loss_mask):
-            raise Refusal("the loss mask is empty: nothing in it is an answer to be learnt")
+            raise Refusal("the loss mask is empty: it contains no answer to train on")
         return samples
 
     def _check(self, ids: Sequence[int]) -> None:
@@ -166,18 +168,18 @@ class ChatTemplate:
         return [turns[i] if i in turns else Turn(kept[i].prompt_ids, kept[i].answer_ids) for i in wanted]
 
     def _kept(self, conversation: Conversation) -> dict[int, KeptTokens]:
-        """Kept tokens that belong to this tokenizer and template, and to the text as it is now."""
+        """Stored tokens that match this tokenizer and template, and the current text."""
         if conversation.kept and conversation.tokenizer != self.fingerprint:
-            self.notes["records with token ids of another tokenizer or chat template, learnt from their text"] += 1
+            self.notes["records with token ids of another tokenizer or chat template; their text is used"] += 1
             return {}
         kept = {i: k for i, k in conversation.kept.items() if k.digest == conversation.digest(i + 1)}
         if len(kept) < len(conversation.kept):
-            self.notes["records edited since their token ids were kept, learnt from their text"] += 1
+            self.notes["records edited since their token ids were stored; their text is used"] += 1
         return kept
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans in order, those that touch or overlap as one, without empty ones."""
+    """Sort spans, drop empty ones, and merge those that touch or overlap."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(span for span in spans if span[0] < span[1]):
         if merged and start <= merged[-1][1]:
@@ -188,7 +190,7 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _end_ids(folder: Path) -> list[int]:
-    """End tokens that generation_config.json names."""
+    """End tokens in generation_config.json."""
     path = folder / "generation_config.json"
     fields = read_json(path) if path.exists() else {}
     ends = fields.get("eos_token_id") if isinstance(fields, dict) else None

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the most frequent part of the target's, so that the draft's head is small."""
+"""The draft vocabulary: the most frequent tokens of the target's vocabulary, which keeps the draft's head small."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from specforge.contracts import TokenCounts
 from specforge.errors import UserError
 
-# A prompt's names and nouns come back in the answer; on held-out text, counting them at a tenth raised
-# coverage by two points over counting answers alone.
+# Names and nouns of a prompt recur in the answer. On held-out text, counting prompt tokens at a tenth of the weight
+# raised coverage by two points over counting answers alone.
 CONTEXT_WEIGHT = 0.1
 
 
@@ -17,15 +17,15 @@ def draft_vocabulary(counts: TokenCounts, size: int, context_weight: float = CON
     """Choose the ``size`` most frequent token ids.
 
     Args:
-        counts: occurrences of each id.
+        counts: occurrences of each token id.
         size: D.
-        context_weight: what an occurrence outside the loss mask counts.
+        context_weight: weight of an occurrence outside the loss mask.
 
     Returns:
-        ``[D]`` int64, ascending; ties and ids that never occur go to the lower id.
+        ``[D]`` int64, ascending; among equally frequent ids, lower ids are preferred.
 
     Raises:
-        UserError: the target has fewer tokens.
+        UserError: the target's vocabulary is smaller than ``size``.
     """
     score = counts.supervised.double() + context_weight * counts.context.double()
     if not 0 < size <= len(score):
@@ -35,6 +35,6 @@ def draft_vocabulary(counts: TokenCounts, size: int, context_weight: float = CON
 
 
 def coverage(counts: TokenCounts, target_ids: Tensor) -> float:
-    """Share of supervised tokens that the draft vocabulary can express."""
+    """Share of supervised tokens that are in the draft vocabulary."""
     total = int(counts.supervised.sum())
     return int(counts.supervised[target_ids].sum()) / total if total else 0.0

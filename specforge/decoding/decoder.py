@@ -1,7 +1,7 @@
-"""The reference decoder: the target in transformers, any drafter, one prompt or many.
+"""The reference decoder: the target in transformers, any drafter, one prompt or several.
 
-Several prompts are decoded in lockstep: every round is one pass of the target over the drafts of all prompts that are
-not finished (:mod:`specforge.decoding.runners`). Targets that cannot be run so are decoded one prompt after the other.
+Several prompts are decoded in lockstep: each round is one pass of the target over the drafts of all unfinished prompts
+(:mod:`specforge.decoding.runners`). Targets that do not support lockstep decode one prompt after the other.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ class Decoded:
     """One decoded answer.
 
     Attributes:
-        tokens: the answer; an end token, if there is one, is the last.
-        rounds: verification passes of the target, the prefill not counted.
-        drafted: how often a token was drafted at each position, given that everything before it was accepted.
-        accepted: how often it was accepted.
-        seconds: wall time of everything after the prefill, the draft's own prefill included, shared by all
-            prompts that were decoded together.
+        tokens: the answer, ending in the end token if there is one.
+        rounds: verification passes of the target, prefill excluded.
+        drafted: per position, how often a token was drafted there and all drafts before it were accepted.
+        accepted: per position, how often that token was accepted.
+        seconds: wall time after the prefill, including the draft's own prefill; prompts decoded together share it.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -41,12 +40,12 @@ class Decoded:
 
     @property
     def counted(self) -> int:
-        """Tokens that count for τ: all but the first, which the prefill gives."""
+        """Tokens that count for τ: all but the first, which comes from the prefill."""
         return len(self.tokens) - 1
 
 
 class _Sequence:
-    """A prompt on its way: its drafter, its coins, its answer so far."""
+    """A prompt that is being decoded: its drafter, its random generator, and its answer so far."""
 
     def __init__(self, prompt: Sequence[int], drafter: Drafter, gamma: int, seed: int) -> None:
         self.prompt, self.drafter = prompt, drafter
@@ -65,7 +64,7 @@ class _Sequence:
     def commit(
         self, proposal: Any, logits: Tensor, features: Features, sampling: Sampling, ends: frozenset[int]
     ) -> int:
-        """Verify a proposal; returns how many of the tokens that the target processed stay."""
+        """Verify a proposal; returns how many of the tokens that the target processed are kept."""
         result = self.result
         verdict = verify(proposal, logits, sampling, self.generator)
         committed = [*proposal.tokens[: verdict.accepted], verdict.next]
@@ -93,26 +92,26 @@ def decode(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> list[Decoded]:
-    """Decode answers speculatively; they are the target's own.
+    """Decode answers speculatively; they are those of the target (greedy), or have its distribution (sampled).
 
     Args:
         model: the target, a transformers causal LM in eval mode.
-        drafter: makes the drafter of one prompt.
-        prompts: token ids of each prompt; more than one are decoded in lockstep where the target can be.
-        gamma: most tokens to draft in a round.
-        max_new_tokens: most tokens of an answer.
-        end_ids: tokens that end one.
-        sampling: greedy if not given.
-        seed: of the coins and samples; prompt i uses ``seed + i``.
+        drafter: creates the drafter of one prompt.
+        prompts: token ids of each prompt; several prompts are decoded in lockstep if the target supports it.
+        gamma: maximum number of tokens drafted per round.
+        max_new_tokens: maximum length of an answer in tokens.
+        end_ids: tokens that end an answer.
+        sampling: how the target chooses tokens (default: greedy).
+        seed: random seed for sampling and verification; prompt i uses ``seed + i``.
     """
     sampling, ends = sampling or Sampling(), frozenset(end_ids)
     if len(prompts) > 1 and not runs_in_lockstep(model):
-        alone = partial(
+        decode_one = partial(
             decode, model, drafter, gamma=gamma, max_new_tokens=max_new_tokens, end_ids=end_ids, sampling=sampling
         )
-        return [alone([prompt], seed=seed + i)[0] for i, prompt in enumerate(prompts)]
+        return [decode_one([prompt], seed=seed + i)[0] for i, prompt in enumerate(prompts)]
     active = [_Sequence(p, drafter(), gamma, seed + i) for i, p in enumerate(prompts)]
-    everything = list(active)
+    sequences = list(active)
     runner = make_runner(model, active[0].drafter.capture, len(active))
     try:
         prefill = runner.forward([s.prompt for s in active], last_only=True)
@@ -120,22 +119,22 @@ def decode(
         for sequence, (logits, features) in zip(active, prefill, strict=True):
             sequence.start(logits, features, sampling)
         while True:
-            open_rows = [
+            unfinished = [
                 i
                 for i, s in enumerate(active)
                 if len(s.result.tokens) < max_new_tokens and s.result.tokens[-1] not in ends
             ]
-            if len(open_rows) < len(active):
-                if not open_rows:
+            if len(unfinished) < len(active):
+                if not unfinished:
                     break
-                runner.select(open_rows)
-                active = [active[i] for i in open_rows]
+                runner.select(unfinished)
+                active = [active[i] for i in unfinished]
             _round(runner, active, gamma, max_new_tokens, sampling, ends)
-        for sequence in everything:
+        for sequence in sequences:
             sequence.result.seconds = time.perf_counter() - start
     finally:
         runner.close()
-    return [sequence.result for sequence in everything]
+    return [sequence.result for sequence in sequences]
 
 
 def _round(

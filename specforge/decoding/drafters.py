@@ -1,7 +1,7 @@
-"""What proposes tokens: nothing, the text so far (n-gram), or a chain of a trained draft.
+"""Drafters propose tokens: none at all, those that followed earlier in the text, or those of a trained draft.
 
-A drafter follows one sequence. It is told the tokens that were committed and, if it asked for them, the
-target's features of every token that the target has processed: all but the last committed one.
+A drafter follows one sequence. It receives the committed tokens and, if it asks for them, the target's features of all
+tokens that the target has processed: all but the last committed one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class Drafter(Protocol):
 
     @property
     def capture(self) -> CapturePolicy | None:
-        """The features of the target that it wants; None for none."""
+        """The target's features that it needs; None if it needs none."""
 
     @property
     def deterministic(self) -> bool:
-        """Whether it drafts the likeliest token also where the target samples; settable where there is a choice."""
+        """Whether it drafts the most likely token even if the target samples; settable for trained drafters."""
 
     def reset(self) -> None:
         """Forget the sequence."""
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
-        """Learn of committed tokens.
+        """Take in committed tokens.
 
         Args:
-            tokens: the prompt with its first answer token, at first; later what each round committed.
-            features: named tensors ``[n, width]`` of the tokens that the target processed since the last call;
-                these lag the committed tokens by one. Empty unless ``capture`` asks for some.
+            tokens: in the first call, the prompt and the first token of the answer; later, what each round committed.
+            features: named tensors ``[n, width]`` of the tokens that the target has processed since the last call,
+                which lag the committed tokens by one. Empty unless ``capture`` asks for some.
         """
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
@@ -46,31 +46,28 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """Proposes nothing: plain decoding, one token a pass."""
+    """Proposes nothing: plain decoding, one token per pass."""
 
     capture: CapturePolicy | None = None
     deterministic = True
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """There is no state."""
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
-        """Nothing to learn."""
+        """There is no state."""
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
         """No tokens."""
         return Proposal(())
 
 
-class NGramDrafter:
+class NGramDrafter(NoDrafter):
     """Prompt lookup: continues the latest earlier occurrence of the last tokens (no training; Saxena 2023).
 
     Args:
-        longest: longest suffix to look for; shorter ones are tried after it.
+        longest: longest suffix to look up; shorter ones are tried if it has not occurred.
     """
-
-    capture: CapturePolicy | None = None
-    deterministic = True
 
     def __init__(self, longest: int = 3) -> None:
         self.longest = longest
@@ -79,7 +76,7 @@ class NGramDrafter:
     def reset(self) -> None:
         """Forget the text."""
         self._tokens: list[int] = []
-        # For every n-gram that has a follower: the position behind its latest occurrence.
+        # Maps every n-gram that has a follower to the position of the follower at its latest occurrence.
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(self.longest)]
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
@@ -91,7 +88,7 @@ class NGramDrafter:
             self._tokens.append(token)
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """What followed the longest suffix that occurred before."""
+        """The tokens that followed the longest suffix that has occurred before."""
         end = len(self._tokens)
         for n in range(min(self.longest, end), 0, -1):
             after = self._after[n - 1].get(tuple(self._tokens[end - n :]))
@@ -100,40 +97,34 @@ class NGramDrafter:
         return Proposal(())
 
 
-class ChainDecoder(Protocol):
-    """A draft network that decodes row by row, with a key/value cache."""
-
-    rows: int
+class Resettable(Protocol):
+    """A network with a key/value cache."""
 
     def reset(self) -> None:
-        """Forget all rows."""
-
-    def crop(self, rows: int) -> None:
-        """Keep the first ``rows`` rows."""
-
-    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
-        """Draft states ``[n, H]`` of captured layers ``[n, A]``."""
-
-    def extend(self, hidden: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Append rows; logits ``[D]`` and feedback ``[H]`` of the last one."""
+        """Empty the cache."""
 
 
 class TrainedDrafter:
-    """What drafters with a trained network share: what was observed since the last proposal, and the choice of tokens.
+    """Base of drafters with a trained network: collects what is observed between proposals, and chooses tokens.
 
     Args:
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
-        capture: features that the network reads: captured layers, else the last hidden states; None for none.
-        deterministic: when sampling, draft the likeliest token rather than a sample of the draft's own
-            distribution. Both are lossless; the latter accepts more.
+        capture: features that the network reads: captured layers or else the last hidden states; None for none.
+        network: emptied when the sequence is forgotten; None if it has no cache of its own.
+
+    Attributes:
+        deterministic: when sampling, draft the most likely token instead of sampling from the draft's distribution.
+            Both are lossless; sampling from the distribution has more tokens accepted.
     """
 
+    deterministic = False
+
     def __init__(
-        self, target_ids: Tensor, vocab_size: int, capture: CapturePolicy | None, deterministic: bool = False
+        self, target_ids: Tensor, vocab_size: int, capture: CapturePolicy | None, network: Resettable | None = None
     ) -> None:
-        self.target_ids, self.vocab_size = target_ids, vocab_size
-        self.capture, self.deterministic = capture, deterministic
+        self.target_ids, self.vocab_size, self.capture = target_ids, vocab_size, capture
+        self._network = network
         self._feature = AUX_HIDDEN_STATES if capture and capture.layer_ids else LAST_HIDDEN_STATES
         self.reset()
 
@@ -142,6 +133,8 @@ class TrainedDrafter:
         self._tokens: list[int] = []
         self._committed = 0  # tokens whose features were taken
         self._features: list[Tensor] = []
+        if self._network is not None:
+            self._network.reset()
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
         """Keep tokens and features for the next proposal."""
@@ -149,7 +142,7 @@ class TrainedDrafter:
         self._features.append(features[self._feature])
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Features ``[n, width]`` observed since the last call, and the token ``[n]`` that follows each one's."""
+        """Features ``[n, width]`` observed since the last call, and the token ``[n]`` that follows each of them."""
         features = torch.cat(self._features)
         self._features = []
         first, self._committed = self._committed, self._committed + len(features)
@@ -157,7 +150,7 @@ class TrainedDrafter:
         return features, torch.tensor(following, device=self.target_ids.device)
 
     def choose(self, logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Proposal:
-        """One token for each row of ``logits [n, D]``, independently of each other."""
+        """One token per row of ``logits [n, D]``, chosen independently."""
         if sampling.greedy or self.deterministic:
             return Proposal(tuple(self.target_ids[logits.argmax(-1)].tolist()))
         q, ids = sampling.probs(logits.cpu()), self.target_ids.cpu()
@@ -167,10 +160,25 @@ class TrainedDrafter:
 
 
 def joined(parts: Sequence[Proposal]) -> Proposal:
-    """Proposals of one drafter as one, in order."""
+    """Concatenate proposals of one drafter."""
     tokens = tuple(token for part in parts for token in part.tokens)
     probs = [part.probs for part in parts if part.probs is not None]
     return Proposal(tokens, torch.cat(probs) if probs else None)
+
+
+class ChainDecoder(Resettable, Protocol):
+    """A draft network that decodes row by row, with a key/value cache."""
+
+    rows: int
+
+    def crop(self, rows: int) -> None:
+        """Keep the first ``rows`` rows of the cache."""
+
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """Map captured layers ``[n, A]`` to draft states ``[n, H]``."""
+
+    def extend(self, hidden: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rows; returns logits ``[D]`` and feedback ``[H]`` of the last one."""
 
 
 class ChainDrafter(TrainedDrafter):
@@ -178,11 +186,10 @@ class ChainDrafter(TrainedDrafter):
 
     Args:
         decoder: the network.
-        embed: embeddings ``[n, H]`` of token ids ``[n]``.
-        target_ids: see :class:`TrainedDrafter`, as for what follows.
+        embed: maps token ids ``[n]`` to embeddings ``[n, H]``.
+        target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
@@ -192,19 +199,13 @@ class ChainDrafter(TrainedDrafter):
         target_ids: Tensor,
         vocab_size: int,
         capture: CapturePolicy,
-        deterministic: bool = False,
     ) -> None:
         self.decoder, self.embed = decoder, embed
-        super().__init__(target_ids, vocab_size, capture, deterministic)
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.decoder.reset()
+        super().__init__(target_ids, vocab_size, capture, decoder)
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Extend the cache by what was committed, then draft ``count`` tokens."""
+        """Extend the cache by the committed tokens, then draft ``count`` tokens."""
         if count == 0:
             return Proposal(())
         self.decoder.crop(self._committed)

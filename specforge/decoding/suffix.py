@@ -1,14 +1,14 @@
-"""Suffix decoding: continue the way that what was just written went on before (SuffixDecoding, arXiv 2411.04975).
+"""Suffix decoding: continue the last tokens as they continued earlier (SuffixDecoding, arXiv 2411.04975).
 
-No training: the drafter counts every substring of the text so far, prompt included, and optionally of a corpus of
-earlier answers. A suffix of p tokens that occurred before is continued token by token with the most frequent
-follower, for at most ``factor · p`` tokens and while the draft's estimated probability D (the product of the
-followers' shares) stays above a threshold. Of all p, and of text and corpus, the draft of the largest
-expected number of accepted tokens ΣD is proposed; the paper's tree of continuations is a chain here.
+The drafter is not trained. It counts every substring of the text so far, prompt included, and optionally of a corpus of
+earlier answers. A suffix of p tokens that has occurred before is continued with the most frequent follower, token by
+token, for at most ``factor · p`` tokens and while the estimated probability D of the draft (the product of the
+followers' shares) stays above a threshold. Among all p, and among text and corpus, the draft with the largest expected
+number of accepted tokens ΣD is proposed. The paper drafts a tree of continuations, this implementation a chain.
 
-The counts are in a suffix automaton (Blumer et al. 1985), the minimal automaton of all substrings: a state is a
-set of substrings that end at the same places, so one number counts them all, and the suffixes of the text are
-one chain of links.
+The counts are kept in a suffix automaton (Blumer et al. 1985), the minimal automaton of all substrings. A state is a
+set of substrings that end at the same positions, so one number counts them all, and the suffixes of the text form one
+chain of links.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from typing import NamedTuple
 
 import torch
 
-from specforge.contracts import CapturePolicy
-from specforge.decoding.drafters import Features
+from specforge.decoding.drafters import Features, NoDrafter
 from specforge.decoding.verify import Proposal, Sampling
 
-# Between the texts of a corpus; not a token, so nothing matches across it and it is never drafted.
+# Separates the texts of a corpus. It is not a token id, so no match crosses it and it is never drafted.
 _END = -1
 
 
 class SuffixAutomaton:
     """Occurrences of every substring of a growing text.
 
-    State 0 is the empty string. A state's substrings are the suffixes of its longest one, ``length`` tokens, that
-    are longer than the longest of its link.
+    State 0 is the empty string. A state stands for those suffixes of its longest substring, which has ``length``
+    tokens, that are longer than the longest substring of its link.
 
     Attributes:
-        next: by state, the state of its substrings with one more token.
-        link: by state, that of the longest suffix which occurs at other places too; -1 for state 0.
-        length: by state, its longest substring.
-        count: by state, how often its substrings occur.
-        end: by state, how much of the text there was when they last did.
+        next: per state, the states reached by appending one token.
+        link: per state, the state of the longest suffix that also occurs elsewhere; -1 for state 0.
+        length: per state, the length of its longest substring.
+        count: per state, how often its substrings occur.
+        end: per state, the length of the text at the last occurrence.
         last: state of the whole text.
     """
 
@@ -50,7 +49,7 @@ class SuffixAutomaton:
                 self.append(token)
 
     def append(self, token: int) -> None:
-        """Lengthen the text."""
+        """Append a token to the text."""
         state, new = self.last, self._state({}, self.length[self.last] + 1)
         while state >= 0 and token not in self.next[state]:
             self.next[state][token] = new
@@ -63,7 +62,7 @@ class SuffixAutomaton:
             new = self.link[new]
 
     def _suffix(self, state: int, token: int) -> int:
-        """The state of exactly the longest substring of ``state`` and ``token``, split off if it is one of several."""
+        """The state whose longest substring is that of ``state`` plus ``token``; split off if it is not the longest."""
         old = self.next[state][token]
         if self.length[old] == self.length[state] + 1:
             return old
@@ -84,15 +83,15 @@ class SuffixAutomaton:
         return len(self.next) - 1
 
     def step(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """Follow another text: the longest suffix of it that occurs in this one.
+        """Match another text against this one, token by token.
 
         Args:
-            state: of the longest suffix before ``token``.
-            length: of that suffix.
-            token: the text's next token.
+            state: state of the longest suffix of the other text that occurs in this one.
+            length: length of that suffix.
+            token: next token of the other text.
 
         Returns:
-            State and length of the longest suffix after it.
+            State and length of the longest matching suffix after ``token``.
         """
         while state > 0 and token not in self.next[state]:
             state = self.link[state]
@@ -102,25 +101,22 @@ class SuffixAutomaton:
         return self.next[state][token], length + 1
 
 
-class Draft(NamedTuple):
-    """Drafted tokens, and the sum of their estimated probabilities to be accepted."""
+class _Candidate(NamedTuple):
+    """Drafted tokens, and the sum of their estimated acceptance probabilities."""
 
     tokens: tuple[int, ...] = ()
     score: float = 0.0
 
 
-class SuffixDrafter:
-    """Continues the text from how its last tokens went on before.
+class SuffixDrafter(NoDrafter):
+    """Continues the text as its last tokens continued earlier.
 
     Args:
-        corpus: earlier answers to learn from as well (see :class:`SuffixAutomaton`); it is shared, not changed.
-        factor: α, most tokens to draft for each token of the match; the paper tries 1 to 4.
-        threshold: a draft ends before its estimated probability is below this.
-        longest: tokens of the longest match.
+        corpus: automaton of earlier answers to match as well; it is shared and not modified.
+        factor: α, maximum number of drafted tokens per token of the match; the paper tries 1 to 4.
+        threshold: a draft ends before its estimated probability falls below this value.
+        longest: maximum length of a match in tokens.
     """
-
-    capture: CapturePolicy | None = None
-    deterministic = True
 
     def __init__(
         self, corpus: SuffixAutomaton | None = None, factor: float = 4.0, threshold: float = 0.1, longest: int = 64
@@ -141,8 +137,8 @@ class SuffixDrafter:
                 self._match = self.corpus.step(*self._match, token)
 
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """The draft of the highest score; of equal ones, that of the longest match in the text itself."""
-        best = Draft()
+        """The draft with the highest score; of equal scores, the one with the longest match in the text itself."""
+        best = _Candidate()
         for automaton, state, length in self._matches():
             draft = self._follow(automaton, state, min(count, int(self.factor * length)))
             if draft.score > best.score:
@@ -150,7 +146,7 @@ class SuffixDrafter:
         return Proposal(best.tokens)
 
     def _matches(self) -> Iterator[tuple[SuffixAutomaton, int, int]]:
-        """Every suffix that occurred before: its automaton, state and length; of a state, only the longest."""
+        """Automaton, state and length of every suffix that has occurred before; the longest one per state."""
         suffix = self._text.link[self._text.last]
         starts = [(self._text, suffix, self._text.length[suffix] if suffix > 0 else 0)]
         if self.corpus is not None:
@@ -162,8 +158,8 @@ class SuffixDrafter:
                     yield automaton, state, min(length, self.longest)
                 state, length = automaton.link[state], shorter
 
-    def _follow(self, automaton: SuffixAutomaton, state: int, count: int) -> Draft:
-        """The most frequent followers; of equally frequent ones, the latest."""
+    def _follow(self, automaton: SuffixAutomaton, state: int, count: int) -> _Candidate:
+        """Draft the most frequent follower at each step; of equally frequent followers, the latest."""
         tokens: list[int] = []
         probability, score = 1.0, 0.0
         while len(tokens) < count and automaton.next[state]:
@@ -175,4 +171,4 @@ class SuffixDrafter:
                 break
             tokens.append(token)
             score += probability
-        return Draft(tuple(tokens), score)
+        return _Candidate(tuple(tokens), score)

@@ -1,7 +1,7 @@
-"""Lossless verification of drafted tokens: greedy, and by rejection sampling.
+"""Lossless verification of drafted tokens: greedy, or by rejection sampling.
 
-Whatever is drafted, the emitted tokens are the target's: token for token when greedy, and with exactly its
-distribution when sampled (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+The emitted tokens do not depend on the draft: greedy output equals the target's token for token, and sampled output has
+exactly the target's distribution (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Sampling:
     """How the next token is chosen from logits.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_p: keep the smallest set of tokens with at least this probability.
-        top_k: keep this many of the likeliest tokens; 0 keeps all.
+        temperature: sampling temperature; 0 takes the most likely token.
+        top_p: nucleus sampling: keep the smallest set of tokens with at least this total probability.
+        top_k: keep the k most likely tokens; 0 keeps all.
     """
 
     temperature: float = 0.0
@@ -32,7 +32,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that are not a sampler."""
+        """Check the ranges."""
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError(
                 f"sampling: temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} "
@@ -41,7 +41,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
     def probs(self, logits: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Proposal(NamedTuple):
 
     Attributes:
         tokens: target ids, in order.
-        probs: ``[n, V]`` fp32 distribution that each was sampled from; None for a deterministic draft.
+        probs: ``[n, V]`` fp32 distributions that the tokens were sampled from; None for a deterministic draft.
     """
 
     tokens: Sequence[int]
@@ -71,7 +71,7 @@ class Proposal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """``accepted`` drafted tokens, and the target's own ``next`` token after them."""
+    """The number of ``accepted`` drafted tokens, and the target's ``next`` token after them."""
 
     accepted: int
     next: int
@@ -84,19 +84,19 @@ def verify(
 
     Args:
         proposal: n drafted tokens.
-        target_logits: ``[n + 1, V]``, the target's logits before each drafted token and after the last.
-        sampling: the target's sampler; ``proposal.probs`` must have gone through the same one.
-        generator: source of the coins.
+        target_logits: ``[n + 1, V]``, the target's logits for each drafted token and for the token after the last.
+        sampling: the target's sampler; ``proposal.probs`` must come from the same sampler.
+        generator: random generator for the acceptance decisions.
     """
     if sampling.greedy:
         return _verify_greedy(proposal.tokens, target_logits)
     target = sampling.probs(target_logits)
-    coins = torch.rand(len(proposal.tokens), generator=generator)
+    uniform = torch.rand(len(proposal.tokens), generator=generator)
     for position, token in enumerate(proposal.tokens):
         p = target[position]
         q = None if proposal.probs is None else proposal.probs[position]
         ratio = p[token] if q is None else p[token] / q[token]
-        if coins[position] < ratio:
+        if uniform[position] < ratio:
             continue
         residual = p.clone() if q is None else (p - q).clamp_(min=0)
         if q is None:

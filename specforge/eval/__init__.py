@@ -1,1 +1,1 @@
-"""Acceptance length, measured exactly offline and by decoding; its intervals, cache and reports."""
+"""Acceptance length, replayed offline and measured by decoding; its intervals, cache and reports."""

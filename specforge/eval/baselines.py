@@ -1,6 +1,6 @@
-"""What every table shows beside the trained draft: drafters that need no training.
+"""Drafters without training, shown in every evaluation table next to the trained draft.
 
-A new one is a line in :func:`baselines`. Their drafts depend on the text alone, so one replay serves them all.
+To add one, add a line to :func:`baselines`. Their drafts depend on the text alone, so one replay serves them all.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from specforge.errors import UserError
 def baselines(
     corpus: Sequence[Sequence[int]] = (), names: Sequence[str] | None = None
 ) -> dict[str, Callable[[], Drafter]]:
-    """Makers of the drafters, by the name of their row.
+    """Factories of the baseline drafters, by the name of their row.
 
     Args:
         corpus: earlier answers that suffix decoding may draft from.
-        names: rows that are wanted; all by default. ``none`` is always there, for the speed-ups.
+        names: baselines to run (default: all); ``none`` is always included, as the reference for speed-ups.
 
     Raises:
-        UserError: there is no such row.
+        UserError: a name is unknown.
     """
     earlier = SuffixAutomaton(corpus) if corpus else None
     known: dict[str, Callable[[], Drafter]] = {

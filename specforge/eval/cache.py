@@ -1,21 +1,19 @@
-"""Reference answers of the target and their features, produced once.
+"""Answers of the target and their features, generated once and kept on disk.
 
-The key covers everything that changes them: the target's weights, the tokenizer, the prompts, the sampler, the
-tokens that end an answer, the length limit, what computes (dtype, kind of device, versions of the libraries) and what
-is captured. An entry is written under a temporary name and takes its own when it is complete; of two processes that
-produce the same entry, one wins and both are right.
+The key of an entry covers everything that affects them: the target's weights, the tokenizer, the prompts, the sampler,
+the end tokens, the length limit, the captured features, the dtype, the kind of device and the library versions. An
+entry takes its final name when it is complete. If two processes need the same entry, the second one waits and reads it.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +26,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class EvalKey:
-    """What reference answers depend on."""
+    """Everything that reference answers depend on."""
 
     target_fingerprint: str
     tokenizer_fingerprint: str
@@ -42,17 +40,17 @@ class EvalKey:
     seed: int
 
     def digest(self, prompts: Sequence[Sequence[int]]) -> str:
-        """Name of the entry."""
+        """Name of the entry for these prompts."""
         return content_id(FORMAT, asdict(self), [list(p) for p in prompts])
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One prompt, the target's own answer to it, and the features of both.
+    """A prompt, the target's answer to it, and the features of both.
 
     Attributes:
         prompt: token ids.
-        answer: token ids, the end token included if there was one.
+        answer: token ids, including the end token if the target wrote one.
         features: named tensors ``[L, width]`` over prompt and answer.
     """
 
@@ -61,7 +59,7 @@ class Reference:
     features: dict[str, Tensor]
 
     def batch(self) -> TrainBatch:
-        """The document as a batch whose supervised tokens are the answer."""
+        """A batch of this one document, in which the answer is supervised."""
         ids = torch.tensor([*self.prompt, *self.answer])
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[len(self.prompt) :] = True
@@ -72,7 +70,7 @@ class EvalCache:
     """Reference answers on disk.
 
     Args:
-        folder: created when something is stored.
+        folder: created when the first entry is stored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +79,7 @@ class EvalCache:
     def get(
         self, key: EvalKey, prompts: Sequence[Sequence[int]], produce: Callable[[], list[Reference]]
     ) -> list[Reference]:
-        """The references of ``prompts``, produced and stored if they are not there.
+        """Load the references of ``prompts``; produce and store them first if they are missing.
 
         Raises:
             UserError: the entry is damaged, or the disk is full.
@@ -95,25 +93,25 @@ class EvalCache:
         return self._load(path, prompts)
 
     def _store(self, path: Path, references: Sequence[Reference]) -> None:
-        staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
+        """Write an entry; the caller holds its lock."""
         tensors = {}
         for i, reference in enumerate(references):
             tensors[f"{i}/answer"] = torch.tensor(reference.answer, dtype=torch.int64)
             tensors |= {f"{i}/{name}": x.contiguous() for name, x in reference.features.items()}
+        part = path.with_suffix(".part")
         try:
-            save_file(tensors, staging / path.name)
-            (staging / path.name).replace(path)
-        except OSError as error:
-            raise disk_error(path, error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            save_file(tensors, part)
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise disk_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
 
     def _load(self, path: Path, prompts: Sequence[Sequence[int]]) -> list[Reference]:
         references = []
         with open_safetensors(path) as file:
             names = list(file.keys())
             for i, prompt in enumerate(prompts):
-                mine = {n.split("/", 1)[1]: file.get_tensor(n) for n in names if n.startswith(f"{i}/")}
-                answer = mine.pop("answer").tolist()
-                references.append(Reference(list(prompt), answer, mine))
+                tensors = {n.split("/", 1)[1]: file.get_tensor(n) for n in names if n.startswith(f"{i}/")}
+                answer = tensors.pop("answer").tolist()
+                references.append(Reference(list(prompt), answer, tensors))
         return references

@@ -1,18 +1,17 @@
-"""What a draft really earns: lossless speculative decoding on held-out prompts, beside drafters without training.
+"""Evaluation of a draft: lossless speculative decoding of held-out prompts, compared with drafters without training.
 
-1. The target's own answers are generated once, plainly, and kept (EvalCache).
-2. Every method decodes every prompt in ``dtype``; τ is pooled, its interval clustered by prompt. Greedy output
-   must be the reference, token for token.
-3. Offline τ of the same rounds is replayed over the reference answers.
-4. Some prompts are decoded one at a time in ``speed_dtype``, the methods in turn, and timed.
+1. The target answers every prompt by plain decoding, once; the answers are cached (EvalCache).
+2. Every method decodes every prompt in ``dtype``. τ is pooled, with an interval clustered by prompt. Greedy output must
+   equal the reference token for token.
+3. Offline τ is computed by replaying the same rounds over the reference answers.
+4. Some prompts are decoded one at a time in ``speed_dtype`` and timed, the methods in turn.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,15 +25,16 @@ from specforge.errors import UserError
 from specforge.eval.baselines import baselines
 from specforge.eval.cache import EvalCache, EvalKey, Reference
 from specforge.eval.offline import draft_rounds, text_rounds
-from specforge.eval.tau import Rounds, Tau, pooled_tau
-from specforge.inference.target_engine.hf import HFTargetEngine, can_take_back
+from specforge.eval.tau import Rounds, Tau, pooled_tau, speedup
+from specforge.inference.target_engine.hf import HFTargetEngine, can_roll_back
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead
 from specforge.options import Dtype, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
 
-# Two logits closer than this, relative to their size, are a tie in fp32: which is larger depends on the shape
-# of the matrix product that computed them.
+# Two logits whose relative difference is below this are a tie in fp32: which one is larger depends on the shape of the
+# matrix product that computed them.
 _TIE = 1e-6
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,25 @@ class EvaluateOptions:
 
 @dataclass
 class MethodResult:
-    """One row of the table; the fields of ``evaluation.json``."""
+    """One row of the table, and of ``evaluation.json``.
+
+    Attributes:
+        method: name of the baseline, or the algorithm.
+        prompts: number of prompts decoded.
+        tokens: tokens committed, the first of each answer excluded.
+        rounds: verification passes of the target.
+        tau: measured acceptance length.
+        tau_ci95: its 95 % interval, clipped at 1; None for a single prompt.
+        offline_tau: acceptance length of the same method replayed over the reference answers.
+        acceptance_per_position: P(position k accepted | all before it accepted).
+        tokens_per_second: speed of single prompts; None if nothing is timed, like all fields about speed.
+        speedup: speed relative to plain decoding.
+        speedup_ci95: its 95 % interval over prompts; None for a single prompt.
+        lossless: whether every answer equals the target's, ties excepted; None when sampling.
+        identical: answers identical to the target's.
+        ties: answers that first differ where two logits tie.
+        speed_identical: timed answers identical to those of plain decoding.
+    """
 
     method: str
     prompts: int
@@ -91,6 +109,7 @@ class MethodResult:
     acceptance_per_position: list[float]
     tokens_per_second: float | None
     speedup: float | None
+    speedup_ci95: list[float] | None
     lossless: bool | None
     identical: int | None
     ties: int | None
@@ -107,6 +126,12 @@ class _Method:
     offline: Callable[[Reference], Rounds]
 
 
+class _Speed(NamedTuple):
+    tokens_per_second: float
+    speedup: Tau
+    identical: int
+
+
 class Evaluation:
     """Evaluates one draft against one target.
 
@@ -114,11 +139,12 @@ class Evaluation:
         target: the frozen target.
         module: the draft's module, in eval mode.
         end_ids: tokens that end an answer.
-        tokenizer_fingerprint: part of the cache's key.
-        cache: keeps reference answers.
-        options: how; the device must be one that PyTorch knows.
+        tokenizer_fingerprint: part of the cache key.
+        cache: stores reference answers.
+        options: how to evaluate; the device must be one that PyTorch knows.
+        log: called with a line of text when a step begins.
+        progress: called with the number of decoded prompts and their total, over all methods.
         corpus: earlier answers that suffix decoding may draft from.
-        progress: called with a line of text when a step begins.
     """
 
     def __init__(
@@ -129,17 +155,19 @@ class Evaluation:
         tokenizer_fingerprint: str,
         cache: EvalCache,
         options: EvaluateOptions,
+        log: Callable[[str], None] = lambda text: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
         corpus: Sequence[Sequence[int]] = (),
-        progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.target, self.module, self.end_ids = target, module, list(end_ids)
         self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache
-        self.options, self.corpus, self.progress = options, corpus, progress
+        self.options, self.corpus, self.log, self.progress = options, corpus, log, progress
+        self._done = self._total = 0
         self._engines: dict[str, HFTargetEngine] = {}
         self._heads: dict[str, TargetHead] = {}
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[MethodResult]:
-        """Evaluate on prompts; the baselines' rows, then the algorithm's.
+        """Evaluate on prompts; returns the rows of the baselines, then that of the draft.
 
         Raises:
             UserError: there are no prompts, or one is too long for the target.
@@ -147,10 +175,17 @@ class Evaluation:
         if not prompts:
             raise UserError("evaluate: there are no prompts")
         self._check_lengths(prompts)
+        methods, timed = self._methods(), self._timed(prompts)
+        decoded = len(methods) - self.options.sampling.greedy  # the references are plain greedy decoding
+        self._done, self._total = 0, len(prompts) * (1 + decoded) + len(timed) * len(methods)
         references = self._references(prompts)
-        methods = self._methods()
-        speeds = self._time(methods, prompts)
+        self._advance(len(prompts) - self._done)  # those that were cached
+        speeds = self._time(methods, timed)
         return [self._row(method, references, speeds.get(method.name)) for method in methods]
+
+    def _advance(self, prompts: int) -> None:
+        self._done += prompts
+        self.progress(self._done, self._total)
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         limit, change = self.target.max_positions, self.target.positions_change_at
@@ -158,22 +193,25 @@ class Evaluation:
         for prompt in prompts:
             longest = len(prompt) + room
             if limit is not None and longest > limit:
-                raise UserError(f"evaluate: {longest} tokens with the answer, but {self.target.name} ends at {limit}")
+                raise UserError(
+                    f"evaluate: a prompt has {longest} tokens with its answer, but {self.target.name} has {limit} "
+                    "positions; use shorter prompts or a smaller --max_new_tokens"
+                )
             if change is not None and len(prompt) <= change < longest:
                 raise UserError(
-                    f"evaluate: {longest} tokens with the answer, but beyond {change} {self.target.name} has other "
-                    "positions for all of a text, so that no answer across that length is its own; use shorter prompts "
-                    "or a smaller --max_new_tokens"
+                    f"evaluate: a prompt has {longest} tokens with its answer, but {self.target.name} re-encodes all "
+                    f"positions beyond {change} tokens, so cached states no longer match; use shorter prompts or a "
+                    "smaller --max_new_tokens"
                 )
 
     def _methods(self) -> list[_Method]:
         gamma, sampling, module = self.options.gamma, self.options.sampling, self.module
         deterministic = self.options.draft_sampling == "deterministic"
 
-        def text(name: str, make: Callable[[], Drafter]) -> _Method:
+        def baseline(name: str, make: Callable[[], Drafter]) -> _Method:
             return _Method(name, lambda dtype: make, lambda r: text_rounds(make, r, gamma))
 
-        def drafted(reference: Reference) -> Rounds:
+        def offline(reference: Reference) -> Rounds:
             head = self._head(self.options.dtype)
             return draft_rounds(module, head, reference, gamma, sampling, deterministic)
 
@@ -185,18 +223,18 @@ class Evaluation:
 
             return make
 
-        found = [text(name, make) for name, make in baselines(self.corpus, self.options.baselines).items()]
-        return [*found, _Method(module.algorithm, trained, drafted)]
+        found = baselines(self.corpus, self.options.baselines)
+        return [*(baseline(name, make) for name, make in found.items()), _Method(module.algorithm, trained, offline)]
 
     def _engine(self, dtype: str) -> HFTargetEngine:
         if dtype not in self._engines:
             engine = HFTargetEngine(self.target, dtype, self.options.device)
             engine.check(self.module.spec.capture)
             self._engines[dtype] = engine
-            if not can_take_back(engine.model):
-                self.progress(
-                    f"{self.target.name} has states that cannot be taken back: each round reads the whole text, so "
-                    "that tokens/s say nothing of a server"
+            if not can_roll_back(engine.model):
+                self.log(
+                    f"{self.target.name} has states that cannot be rolled back: every round reads the whole text, so "
+                    "the speed does not predict that of a server"
                 )
         return self._engines[dtype]
 
@@ -225,7 +263,7 @@ class Evaluation:
         return self.cache.get(key, prompts, lambda: self._produce(prompts, self.module.spec.capture))
 
     def _produce(self, prompts: Sequence[Sequence[int]], capture: CapturePolicy) -> list[Reference]:
-        self.progress(f"the target answers {len(prompts)} prompts plainly")
+        self.log(f"the target answers {len(prompts)} prompts by plain decoding")
         options = self.options
         engine = self._engine(options.dtype)
 
@@ -247,24 +285,22 @@ class Evaluation:
     def _by_length(
         self, prompts: Sequence[Sequence[int]], run: Callable[[list[Sequence[int]], int], list[_T]]
     ) -> list[_T]:
-        """Run prompts of similar length together, each batch with a seed of its own; results in the given order."""
+        """Run batches of prompts of similar length, each with its own seed; results are in the order of the prompts."""
         found: dict[int, _T] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.options.batch_size):
             part = order[start : start + self.options.batch_size]
             results = run([prompts[i] for i in part], self.options.seed + start)
             found |= dict(zip(part, results, strict=True))
+            self._advance(len(part))
         return [found[i] for i in range(len(prompts))]
 
-    def _row(
-        self, method: _Method, references: Sequence[Reference], speed: tuple[float, float, int] | None
-    ) -> MethodResult:
+    def _row(self, method: _Method, references: Sequence[Reference], speed: _Speed | None) -> MethodResult:
         plain = method.name == "none"
-        if plain and self.options.sampling.greedy:
-            # The reference *is* plain greedy decoding.
+        if plain and self.options.sampling.greedy:  # the references are plain greedy decoding
             decoded = [Decoded(tokens=r.answer, rounds=len(r.answer) - 1) for r in references]
         else:
-            self.progress(f"{method.name}: decoding {len(references)} prompts in {self.options.dtype}")
+            self.log(f"{method.name}: decoding {len(references)} prompts in {self.options.dtype}")
             decoded = self._decode_all(method, references)
         rounds = [Rounds(d.counted, d.rounds) for d in decoded]
         tau = Tau(1.0, 1.0, 1.0) if plain else pooled_tau(rounds)
@@ -281,37 +317,46 @@ class Evaluation:
             tokens=int(sum(r.tokens for r in rounds)),
             rounds=int(sum(r.rounds for r in rounds)),
             tau=tau.value,
-            tau_ci95=[tau.low, tau.high] if tau.low == tau.low else None,  # NaN: one prompt has none
+            tau_ci95=_bounds(tau),
             offline_tau=pooled_tau([method.offline(r) for r in references]).value,
             acceptance_per_position=[float(a / max(1, d)) for a, d in zip(accepted, drafted, strict=True)],
-            tokens_per_second=speed[0] if speed else None,
-            speedup=speed[1] if speed else None,
+            tokens_per_second=speed.tokens_per_second if speed else None,
+            speedup=speed.speedup.value if speed else None,
+            speedup_ci95=_bounds(speed.speedup) if speed else None,
             lossless=None if identical is None or ties is None else identical + ties == len(references),
             identical=identical,
             ties=ties,
-            speed_identical=speed[2] if speed else None,
+            speed_identical=speed.identical if speed else None,
+        )
+
+    def _decode(
+        self,
+        dtype: str,
+        factory: Callable[[], Drafter],
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        max_new_tokens: int | None = None,
+    ) -> list[Decoded]:
+        options = self.options
+        return decode(
+            self._engine(dtype).model,
+            factory,
+            prompts,
+            gamma=options.gamma,
+            max_new_tokens=max_new_tokens or options.max_new_tokens,
+            end_ids=self.end_ids,
+            sampling=options.sampling,
+            seed=seed,
         )
 
     def _decode_all(self, method: _Method, references: Sequence[Reference]) -> list[Decoded]:
-        options = self.options
-        engine, factory = self._engine(options.dtype), method.make(options.dtype)
-
-        def answer(part: list[Sequence[int]], seed: int) -> list[Decoded]:
-            return decode(
-                engine.model,
-                factory,
-                part,
-                gamma=options.gamma,
-                max_new_tokens=options.max_new_tokens,
-                end_ids=self.end_ids,
-                sampling=options.sampling,
-                seed=seed,
-            )
-
-        return self._by_length([r.prompt for r in references], answer)
+        dtype, factory = self.options.dtype, method.make(self.options.dtype)
+        return self._by_length(
+            [r.prompt for r in references], lambda part, seed: self._decode(dtype, factory, part, seed)
+        )
 
     def _compare(self, decoded: Sequence[Decoded], references: Sequence[Reference]) -> tuple[int, int]:
-        """How many answers are the target's token for token, and how many part from it at a tie."""
+        """Numbers of answers that are identical to the target's, and that first differ from them at a tie."""
         identical = ties = 0
         for answer, reference in zip(decoded, references, strict=True):
             if answer.tokens == reference.answer:
@@ -325,7 +370,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def _is_tie(self, reference: Reference, position: int, other: int) -> bool:
-        """Whether the target may as well choose ``other`` as the reference's token: both are its likeliest."""
+        """Whether ``other`` and the reference's token at ``position`` both have the target's highest logit."""
         engine = self._engine(self.options.dtype)
         ids = torch.tensor([[*reference.prompt, *reference.answer[:position]]], device=engine.device)
         logits: Tensor = engine.model(input_ids=ids, logits_to_keep=1).logits[0, -1].double()
@@ -333,62 +378,38 @@ class Evaluation:
         chosen = logits[[other, reference.answer[position]]]
         return bool((best - chosen <= _TIE * best.abs().clamp(min=1.0)).all())
 
-    def _time(
-        self, methods: Sequence[_Method], prompts: Sequence[Sequence[int]]
-    ) -> dict[str, tuple[float, float, int]]:
-        """Tokens/s, speed-up and outputs identical to plain decoding, of single prompts, the methods in turn."""
-        options = self.options
-        if not options.speed_prompts:
+    def _timed(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The prompts to time, spread evenly over all prompts."""
+        count = min(self.options.speed_prompts, len(prompts))
+        return [prompts[i] for i in np.linspace(0, len(prompts) - 1, count, dtype=int)]
+
+    def _time(self, methods: Sequence[_Method], prompts: Sequence[Sequence[int]]) -> dict[str, _Speed]:
+        """Speed of each method on single prompts, the methods in turn."""
+        if not prompts:
             return {}
-        chosen = [
-            prompts[i] for i in np.linspace(0, len(prompts) - 1, min(options.speed_prompts, len(prompts)), dtype=int)
-        ]
-        self.progress(f"timing {len(chosen)} prompts one at a time in {options.speed_dtype}")
-        engine = self._engine(options.speed_dtype)
-        factories = {m.name: m.make(options.speed_dtype) for m in methods}
-        tokens, seconds = dict.fromkeys(factories, 0), dict.fromkeys(factories, 0.0)
-        same = dict.fromkeys(factories, 0)
-        names = list(factories)
-        for number, prompt in enumerate([chosen[0], *chosen]):
-            outputs = {}
-            for shift in range(len(names)):
-                name = names[(number + shift) % len(names)]
-                result = decode(
-                    engine.model,
-                    factories[name],
-                    [prompt],
-                    gamma=options.gamma,
-                    max_new_tokens=options.max_new_tokens if number else 8,
-                    end_ids=self.end_ids,
-                    sampling=options.sampling,
-                    seed=options.seed,
-                )[0]
-                outputs[name] = result.tokens
-                if number:  # the first pass only warms up
-                    tokens[name] += result.counted
-                    seconds[name] += result.seconds
-            for name in names:
-                same[name] += number > 0 and outputs[name] == outputs["none"]
-        rate = {name: tokens[name] / max(seconds[name], 1e-9) for name in names}
-        return {name: (rate[name], rate[name] / rate["none"], same[name]) for name in names}
+        dtype, seed = self.options.speed_dtype, self.options.seed
+        self.log(f"timing {len(prompts)} prompts one at a time in {dtype}")
+        factories = {m.name: m.make(dtype) for m in methods}
+        names, runs = list(factories), []
+        for name in names:
+            self._decode(dtype, factories[name], prompts[:1], seed, _WARM_UP_TOKENS)
+        for number, prompt in enumerate(prompts, 1):
+            order = [names[(number + shift) % len(names)] for shift in range(len(names))]
+            runs.append({name: self._decode(dtype, factories[name], [prompt], seed)[0] for name in order})
+            self._advance(len(names))
+        counts = {name: np.array([(run[name].counted, run[name].seconds) for run in runs]) for name in names}
+        found = {}
+        for name in names:
+            tokens, seconds = counts[name].sum(0)
+            same = sum(run[name].tokens == run["none"].tokens for run in runs)
+            found[name] = _Speed(tokens / max(seconds, 1e-9), speedup(counts[name], counts["none"]), same)
+        return found
+
+
+def _bounds(tau: Tau) -> list[float] | None:
+    return [tau.low, tau.high] if tau.low == tau.low else None  # NaN: a single prompt has no interval
 
 
 def as_json(results: Sequence[MethodResult], run: dict[str, Any]) -> dict[str, Any]:
     """The content of ``evaluation.json``."""
     return {"run": run, "methods": [asdict(result) for result in results]}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    import lightning
-    import transformers
-
-    from specforge import __version__
-
-    return {
-        "specforge": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-    }

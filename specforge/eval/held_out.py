@@ -13,7 +13,9 @@ from specforge.data.prompts import PromptSet
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
-from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, versions
+from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult
+from specforge.eval.report import versions
+from specforge.system import peak_memory
 
 
 def evaluate_draft(
@@ -24,6 +26,7 @@ def evaluate_draft(
     num_prompts: int | None = None,
     suffix_corpus: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    decoded: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[MethodResult], dict[str, Any]]:
     """Decode prompts speculatively with a draft and with the baselines.
 
@@ -35,6 +38,7 @@ def evaluate_draft(
         num_prompts: evaluate only the first N prompts.
         suffix_corpus: prompt set whose answers suffix decoding may draft from.
         progress: called with a line of text when a step begins.
+        decoded: called with the number of decoded prompts and their total, over all methods.
 
     Returns:
         One row per method, and the settings of the evaluation.
@@ -48,11 +52,12 @@ def evaluate_draft(
     template = ChatTemplate.load(module.target)
     corpus = [] if suffix_corpus is None else [_answer(task) for task in PromptSet.load(suffix_corpus).tasks]
     evaluation = Evaluation(
-        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, corpus, progress
+        module.target, module, sorted(template.end_ids), template.fingerprint, cache, options, progress, decoded, corpus
     )
     results = evaluation.run([_prompt(task) for task in tasks])
     run = _settings(module, folder, len(tasks), options)
-    return results, run | {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    run |= {"suffix_corpus": suffix_corpus and str(suffix_corpus), "versions": versions()}
+    return results, run | {"peak_memory": peak_memory(options.device)}
 
 
 def _settings(module: Any, prompts: Path, count: int, options: EvaluateOptions) -> dict[str, Any]:

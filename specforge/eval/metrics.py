@@ -1,4 +1,4 @@
-"""Acceptance metrics that add up: counts over batches and ranks first, ratios last."""
+"""Acceptance metrics that are summed over batches and ranks before any ratio is formed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from specforge.eval.tau import Rounds, jump, products, tau_of_sums
 
 
 class AcceptanceLength(Metric):
-    """Exact offline τ of greedy decoding, with its interval clustered by prompt.
+    """Exact offline τ of greedy decoding, with an interval clustered by prompt.
 
-    Only sums are kept (n, ΣN, ΣR, ΣN², ΣNR, ΣR² and counts by position), so any split of the prompts over
-    batches and ranks gives the same result to the last bit of an integer sum.
+    The state consists of integer sums (n, ΣN, ΣR, ΣN², ΣNR, ΣR² and counts by position), so the result does not
+    depend on how prompts are distributed over batches and ranks.
 
     Args:
-        gamma: tokens drafted a round.
+        gamma: tokens drafted per round.
     """
 
     full_state_update = False
@@ -36,7 +36,7 @@ class AcceptanceLength(Metric):
         self.add_state("accepted", torch.zeros(gamma, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, answers: Sequence[np.ndarray]) -> None:
-        """Add one prompt: ``[starts, γ]`` bool of each of its answers, from :func:`specforge.eval.tau.chains`."""
+        """Add one prompt: one ``[starts, γ]`` bool array per answer, from :func:`specforge.eval.tau.chains`."""
         tokens = rounds = 0
         for accept in answers:
             replayed, drafted, accepted = jump(accept[:, : self.gamma])
@@ -48,6 +48,6 @@ class AcceptanceLength(Metric):
             self.sums += torch.from_numpy(products(Rounds(tokens, rounds))).to(self.device)
 
     def compute(self) -> dict[str, Any]:
-        """``tau`` (a :class:`Tau`), and ``acceptance [γ]``: P(accept k | accepted up to k)."""
+        """``tau`` (a :class:`Tau`) and ``acceptance [γ]``, P(position k accepted | all before it accepted)."""
         acceptance = (self.accepted.double() / self.drafted.clamp(min=1)).tolist()
         return {"tau": tau_of_sums(self.sums.tolist()), "acceptance": acceptance}

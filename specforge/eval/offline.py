@@ -1,4 +1,4 @@
-"""Offline τ: the rounds of a draft replayed over the target's own answers."""
+"""Offline τ: the rounds of a drafter, replayed over answers of the target."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from specforge.inference.target_head import TargetHead
 def draft_rounds(
     module: Any, head: TargetHead, reference: Reference, gamma: int, sampling: Sampling, deterministic: bool = False
 ) -> Rounds:
-    """Rounds of a trained draft over one answer, teacher-forced.
+    """Rounds that a trained draft needs for one answer, by teacher forcing.
 
     Args:
         module: a draft module with ``draft_logits``.
-        head: the target's.
+        head: the target's head.
         reference: the answer and its features.
-        gamma: tokens drafted a round.
-        sampling: the sampler that wrote the answer; greedy answers are jumped, sampled ones expected.
-        deterministic: the draft's likeliest token is drafted also where the target samples. It is accepted where the
-            answer has it, so such answers are jumped too.
+        gamma: tokens drafted per round.
+        sampling: the sampler that wrote the answer. Rounds are replayed if it is greedy, and expected if it samples.
+        deterministic: draft the most likely token even if the target samples. It is accepted if and only if the answer
+            contains it, so the rounds are replayed as well.
     """
-    jumps = sampling.greedy or deterministic
+    replay = sampling.greedy or deterministic
     batch = reference.batch().to(head.embedding.device)
     ids = module.draft.draft_ids(batch.input_ids)
     labels: list[int] = []
     rows: list[Tensor] = []
     for tile in module.draft_logits(batch, head, gamma):
         labels += tile.labels.tolist()
-        if jumps:
+        if replay:
             rows.append((tile.logits.argmax(-1) == ids[tile.labels].unsqueeze(1)).double().cpu())
             continue
         q = sampling.probs(tile.logits.flatten(0, 1)).unflatten(0, tile.logits.shape[:2])
@@ -49,17 +49,17 @@ def draft_rounds(
         rows.append((drafted.double() / emitted.clamp(min=1e-30)).clamp(max=1).cpu())
     accept = torch.cat(rows).numpy() if rows else np.zeros((0, gamma))
     tables = chains(accept, labels, batch.spans)
-    parts = [jump(table > 0.5)[0] if jumps else expected_rounds(table) for table in tables]
+    parts = [jump(table > 0.5)[0] if replay else expected_rounds(table) for table in tables]
     return Rounds(sum(p.tokens for p in parts), sum(p.rounds for p in parts))
 
 
 def text_rounds(make: Callable[[], Drafter], reference: Reference, gamma: int) -> Rounds:
-    """Rounds of a drafter that reads nothing but the text, over one answer; exact, because its drafts follow from it.
+    """Rounds that a text-only drafter needs for one answer; exact, because its drafts depend on nothing else.
 
     Args:
-        make: makes the drafter.
+        make: creates the drafter.
         reference: the answer.
-        gamma: most tokens drafted a round.
+        gamma: maximum number of tokens drafted per round.
     """
     drafter = make()
     answer = reference.answer

@@ -1,27 +1,40 @@
-"""The report of a run: PNG plots, and one self-contained HTML page with them, the configuration and the provenance."""
+"""The report of a run: PNG plots, and one self-contained HTML page with the plots, the facts and the evaluation."""
 
 from __future__ import annotations
 
 import base64
-import html
+import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from specforge.files import write_file
+from specforge.errors import UserError
+from specforge.eval.table import COLUMNS, table_notes, table_rows, table_title
+from specforge.files import read_json, write_file
 
 FOLDER = "report"
 PROVENANCE = "provenance.json"
+_TEMPLATE = "report.html.j2"
+_MARKERS = "osv^Dx+*"
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One figure: its file name, title, and what draws it on axes from the history's rows."""
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that determine the results."""
+    from specforge import __version__
+
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "lightning")}
+    return {"specforge": __version__, **packages, "python": platform.python_version()}
+
+
+class Plot(NamedTuple):
+    """One figure: its file name, title and caption, and a function that draws the history's rows on axes."""
 
     name: str
     title: str
+    caption: str
     draw: Callable[[Any, list[dict[str, Any]]], bool]
 
 
@@ -33,20 +46,134 @@ def write_report(run: Path) -> Path:
             ``evaluation.json``.
 
     Returns:
-        The page. The plots lie beside it in ``report/``.
+        Path of the page. The plots are also in ``report/`` next to it.
     """
     rows = _history(run / "metrics.jsonl")
-    images = [(plot, _png(plot, rows)) for plot in PLOTS]
+    images = [(plot, image) for plot in PLOTS if (image := _png(plot, rows)) is not None]
     for plot, image in images:
-        if image is not None:
-            write_file(run / FOLDER / f"{plot.name}.png", image)
-    page = _page(run, [(plot.title, image) for plot, image in images if image is not None], rows)
-    write_file(run / "report.html", page)
+        write_file(run / FOLDER / f"{plot.name}.png", image)
+    write_file(run / "report.html", _page(run, images, rows))
     return run / "report.html"
 
 
+def _page(run: Path, images: Sequence[tuple[Plot, bytes]], rows: Sequence[dict[str, Any]]) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
+    provenance = _json_object(run / PROVENANCE)
+    content = _json_object(run / "evaluation.json")
+    evaluation = evaluation_text(content)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template(_TEMPLATE).render(
+        title=_title(run, provenance),
+        summary=_summary(rows),
+        facts=list(_facts(provenance, rows)),
+        evaluation=evaluation,
+        damaged=evaluation is None and (run / "evaluation.json").exists(),
+        two_taus=evaluation is not None or any("val/tau" in row for row in rows),
+        plots=[{**plot._asdict(), "data": base64.b64encode(image).decode()} for plot, image in images],
+        files=[
+            (name, (run / file).read_text(encoding="utf-8", errors="replace"))
+            for name, file in (("Configuration", "config.yaml"), ("Provenance", PROVENANCE))
+            if (run / file).exists()
+        ],
+    )
+
+
+def evaluation_text(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``evaluation.json`` as text; None if it is damaged."""
+    try:
+        run, methods = content["run"], content["methods"]
+        return {
+            "title": table_title(run),
+            "columns": COLUMNS,
+            "rows": table_rows(methods),
+            "notes": table_notes(run, methods),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; empty if the file is missing or damaged."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _title(run: Path, provenance: Mapping[str, Any]) -> str:
+    target, algorithm = provenance.get("target"), _algorithm(provenance).get("algorithm")
+    name = run.resolve().name
+    return f"{algorithm} draft for {Path(target).name} ({name})" if isinstance(target, str) and algorithm else name
+
+
+def _algorithm(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = provenance.get("algorithm")
+    return found if isinstance(found, dict) else {}
+
+
+def _facts(provenance: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Name and value of each fact that the run's files contain."""
+    algorithm, data, found = _algorithm(provenance), provenance.get("data"), provenance.get("versions")
+    capture = algorithm.get("capture")
+    facts = {
+        "target": provenance.get("target"),
+        "algorithm": algorithm.get("algorithm"),
+        "captured layers": capture.get("layer_ids") if isinstance(capture, dict) else None,
+        "training data": ", ".join(f"{_thousands(n)} {what}" for what, n in data.items())
+        if isinstance(data, dict)
+        else None,
+        "trainable parameters": provenance.get("trainable_parameters"),
+        "peak memory": _peak_memory(rows),
+        "hardware": _hardware(provenance),
+        "started": provenance.get("started"),
+        "versions": ", ".join(f"{name} {version}" for name, version in found.items())
+        if isinstance(found, dict)
+        else None,
+    }
+    for name, value in facts.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if value not in (None, ""):
+            yield name, _thousands(value)
+
+
+def _thousands(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _peak_memory(rows: Sequence[dict[str, Any]]) -> str | None:
+    peaks = [value for row in rows for key, value in row.items() if "peak_memory" in key or "peak_gb" in key]
+    return f"{max(peaks):.2f} GB" if peaks else None
+
+
+def _hardware(provenance: Mapping[str, Any]) -> str | None:
+    """Such as ``2 x cuda (NVIDIA H200)``, or ``cpu, 2 threads``."""
+    device, ranks = provenance.get("device"), provenance.get("ranks")
+    if not device:
+        return None
+    if str(device) == "cpu":
+        return f"{ranks} x cpu, {provenance.get('threads')} threads per process"
+    return f"{ranks} x {str(device).partition(':')[0]} ({provenance.get('accelerator')})"
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "Nothing was logged."
+    text = f"{rows[-1]['step']:,} optimizer steps in {rows[-1]['seconds']:,.0f} s of training, validation excluded."
+    validated = [row for row in rows if "val/tau" in row]
+    if validated:
+        best = max(validated, key=lambda row: row["val/tau"])
+        text += (
+            f" Best held-out τ during training: {best['val/tau']:.3f} "
+            f"[{best['val/tau_low']:.2f}, {best['val/tau_high']:.2f}] at step {best['step']:,}."
+        )
+    return text
+
+
 def _history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a history that are whole: a crash may have cut one off, and the file may be damaged."""
+    """The intact rows of a history; a crash may have cut one off, and the file may be damaged."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -71,26 +198,31 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _positions(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
+def _draw_positions(axes: Any, rows: Sequence[dict[str, Any]], prefix: str) -> None:
+    """One line per draft position; markers of their own keep lines apart that coincide."""
     keys = {key for row in rows for key in row if key.startswith(prefix) and key[len(prefix) :].isdigit()}
-    return sorted(keys, key=lambda key: int(key[len(prefix) :]))
+    for i, key in enumerate(sorted(keys, key=lambda key: int(key[len(prefix) :]))):
+        steps, values = _series(rows, key)
+        style = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 7 - 0.5 * (i % 8), "fillstyle": "none"}
+        every = (i, max(8, len(steps) // 12)) if len(steps) > 16 else None
+        axes.plot(
+            steps, values, linewidth=1, alpha=0.8, markevery=every, label=f"position {key[len(prefix) :]}", **style
+        )
 
 
 def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> bool:
-    for key in _positions(rows, "train/loss_"):
-        axes.plot(*_series(rows, key), linewidth=1, label=f"position {key.rsplit('_', 1)[1]}")
+    _draw_positions(axes, rows, "train/loss_")
     steps, values = _series(rows, "val/loss")
     if steps:
-        axes.plot(steps, values, "k.-", label="held out, position 1")
+        axes.plot(steps, values, "k.-", label="held-out, position 1")
     axes.set_ylabel("loss per supervised token")
     return bool(axes.lines)
 
 
 def _draw_acceptance(axes: Any, rows: list[dict[str, Any]]) -> bool:
-    for key in _positions(rows, "val/acceptance_"):
-        axes.plot(*_series(rows, key), ".-", linewidth=1, label=f"position {key.rsplit('_', 1)[1]}")
-    axes.set_ylabel("P(accepted | all before it were)")
-    axes.set_ylim(0, 1)
+    _draw_positions(axes, rows, "val/acceptance_")
+    axes.set_ylabel("P(accepted | all earlier positions accepted)")
+    axes.set_ylim(-0.03, 1.03)
     return bool(axes.lines)
 
 
@@ -98,24 +230,26 @@ def _draw_tau(axes: Any, rows: list[dict[str, Any]]) -> bool:
     steps, tau = _series(rows, "val/tau")
     if not steps:
         return False
-    axes.plot(steps, tau, ".-")
-    axes.fill_between(steps, _series(rows, "val/tau_low")[1], _series(rows, "val/tau_high")[1], alpha=0.2)
-    axes.set_ylabel("held-out τ, greedy, bonus included (95 %)")
+    axes.plot(steps, tau, ".-", label="held-out τ")
+    low, high = (_series(rows, f"val/tau_{end}")[1] for end in ("low", "high"))
+    axes.fill_between(steps, low, high, alpha=0.2, label="95 % interval")
+    axes.set_ylabel("tokens per target pass")
     return True
 
 
 def _draw_speed(axes: Any, rows: list[dict[str, Any]]) -> bool:
     axes.plot(*_series(rows, "train/tokens_per_second"), linewidth=1, label="all tokens")
-    axes.plot(*_series(rows, "train/supervised_tokens_per_second"), linewidth=1, label="supervised")
+    axes.plot(*_series(rows, "train/supervised_tokens_per_second"), linewidth=1, label="supervised tokens")
     axes.set_ylabel("tokens / s")
     axes.set_ylim(bottom=0)
     return bool(len(axes.lines[0].get_xdata()))
 
 
-def _draw_rate(axes: Any, rows: list[dict[str, Any]]) -> bool:
-    axes.plot(*_series(rows, "train/grad_norm"), linewidth=1, label="gradient norm")
+def _draw_optimizer(axes: Any, rows: list[dict[str, Any]]) -> bool:
+    axes.plot(*_series(rows, "train/grad_norm"), linewidth=1, label="gradient norm before clipping (left)")
+    axes.plot([], [], "C1", linewidth=1, label="learning rate (right)")
     axes.set_yscale("log")
-    axes.set_ylabel("gradient norm before clipping")
+    axes.set_ylabel("gradient norm")
     right = axes.twinx()
     right.plot(*_series(rows, "train/lr"), "C1", linewidth=1)
     right.set_ylabel("learning rate")
@@ -123,99 +257,45 @@ def _draw_rate(axes: Any, rows: list[dict[str, Any]]) -> bool:
 
 
 PLOTS = (
-    Plot("tau", "Acceptance length over steps", _draw_tau),
-    Plot("acceptance", "Acceptance by position", _draw_acceptance),
-    Plot("loss", "Loss by position", _draw_loss),
-    Plot("throughput", "Throughput", _draw_speed),
-    Plot("optimizer", "Gradient norm and learning rate", _draw_rate),
+    Plot(
+        "tau",
+        "Acceptance length τ during training",
+        "Greedy drafting replayed over the held-out answers, bonus token included; interval clustered by prompt.",
+        _draw_tau,
+    ),
+    Plot(
+        "acceptance",
+        "Acceptance by position",
+        "How often the k-th drafted token of a round is accepted if all tokens before it were.",
+        _draw_acceptance,
+    ),
+    Plot("loss", "Loss by position", "Training loss per draft position, and the held-out loss.", _draw_loss),
+    Plot(
+        "throughput",
+        "Throughput",
+        "Validation time is excluded. Dips are waits: for samples, for a checkpoint to be written, or for a shared "
+        "machine.",
+        _draw_speed,
+    ),
+    Plot("optimizer", "Gradient norm and learning rate", "", _draw_optimizer),
 )
 
 
 def _png(plot: Plot, rows: list[dict[str, Any]]) -> bytes | None:
-    import io
-
+    """The figure as PNG; None if the history has nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     if not plot.draw(axes, rows):
         return None
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(plot.title)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
-
-
-def _page(run: Path, images: Sequence[tuple[str, bytes]], rows: Sequence[dict[str, Any]]) -> str:
-    parts = [f"<h1>{html.escape(run.resolve().name)}</h1>", _summary(rows)]
-    if (run / "evaluation.json").exists():
-        try:
-            parts.append(_evaluation(json.loads((run / "evaluation.json").read_text())))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            parts.append("<p>evaluation.json is damaged.</p>")
-    for title, image in images:
-        data = base64.b64encode(image).decode()
-        parts.append(f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></figure>')
-    for title, name in (("Configuration", "config.yaml"), ("Provenance", PROVENANCE)):
-        if (run / name).exists():
-            text = html.escape((run / name).read_text())
-            parts.append(f"<details><summary>{title}</summary><pre>{text}</pre></details>")
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ccc}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{overflow:auto;background:#f6f6f6;padding:1rem}"
-    )
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.resolve().name)}</title>"
-        f"<style>{style}</style>{''.join(parts)}</html>\n"
-    )
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> str:
-    if not rows:
-        return "<p>Nothing was logged.</p>"
-    text = f"{rows[-1]['step']} optimizer steps in {rows[-1]['seconds']:.0f} s of training."
-    held_out = [row for row in rows if "val/tau" in row]
-    if held_out:
-        best = max(held_out, key=lambda row: row["val/tau"])
-        text += (
-            f" Best held-out τ while training: {best['val/tau']:.3f} "
-            f"[{best['val/tau_low']:.2f}, {best['val/tau_high']:.2f}] at step {best['step']}."
-        )
-    return f"<p>{text}</p>"
-
-
-def _evaluation(content: dict[str, Any]) -> str:
-    head = ("method", "τ", "95 % interval", "offline τ", "acceptance by position", "tok/s", "speed-up", "identical")
-    body = []
-    for row in content["methods"]:
-        interval = row["tau_ci95"]
-        body.append(
-            (
-                row["method"],
-                f"{row['tau']:.3f}",
-                "{:.2f} – {:.2f}".format(*interval) if interval else "–",
-                f"{row['offline_tau']:.3f}",
-                " ".join(f"{a:.2f}" for a in row["acceptance_per_position"]) or "–",
-                _or_dash(row["tokens_per_second"], "{:.1f}"),
-                _or_dash(row["speedup"], "{:.2f}x"),
-                "–" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
-            )
-        )
-    run = content["run"]
-    title = f"Speculative decoding of {run['num_prompts']} held-out prompts, γ = {run['gamma']}"
-    return f"<h2>{html.escape(title)}</h2>" + _table(head, body)
-
-
-def _or_dash(value: float | None, pattern: str) -> str:
-    return "–" if value is None else pattern.format(value)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
-    return "<table><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + f"</tr>{rows}</table>"

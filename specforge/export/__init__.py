@@ -1,1 +1,1 @@
-"""What others read: checkpoints, and the forms that servers load."""
+"""Training checkpoints as files."""

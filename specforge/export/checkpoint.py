@@ -1,7 +1,7 @@
-"""The file of a training checkpoint: written with a checksum over all its bytes, read without ever unpickling code.
+"""The file of a training checkpoint: written with a checksum over all bytes, and read without unpickling code.
 
-It is what ``torch.save`` writes, a zip archive, with the checksum in the archive's comment, where other readers ignore
-it. Archives without one, as earlier versions wrote them, are checked against their own CRC of each record.
+The file is the zip archive that ``torch.save`` writes, with the checksum in the archive's comment, which other readers
+ignore. Archives of earlier versions have no checksum; their records are checked against the archive's own CRCs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from specforge.errors import UserError
 _LABEL = b"specforge xxh3-128:"
 _COMMENT = re.compile(re.escape(_LABEL) + rb"[0-9a-f]{32}")
 _COMMENT_SIZE = len(_LABEL) + 32
-# A zip archive's last record, whose last two bytes are the length of the comment.
+# The last record of a zip archive; its last two bytes are the length of the comment.
 _END, _END_SIZE = b"PK\5\6", 22
-# What a checkpoint says of its draft, for whoever reads it without the module that wrote it.
+# Fields that describe the draft to readers without its module.
 _FIELDS = {"algorithm": str, "draft_config": Mapping, "target": str, "target_fingerprint": str}
 
 
 def checkpoint_bytes(checkpoint: Mapping[str, Any]) -> memoryview:
-    """The file of a checkpoint, with its checksum."""
+    """Serialise a checkpoint, checksum included."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(-2, io.SEEK_END)
@@ -45,7 +45,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a training checkpoint onto the CPU.
 
     Raises:
-        UserError: the file is missing, damaged, holds pickled objects, or is not a SpecForge checkpoint.
+        UserError: the file is missing or damaged, contains pickled objects, or is not a SpecForge checkpoint.
     """
     if not path.is_file():
         raise UserError(f"{path}: {_missing(path)}")
@@ -56,23 +56,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds pickled objects, which SpecForge never loads; a draft to start from is a folder with "
+            f"{path}: contains pickled objects, which SpecForge never loads; to start from a draft, name a folder with "
             "config.json and model.safetensors"
         ) from error
-    except Exception as error:  # a file may be damaged, or made, in more ways than its parser foresees
+    except Exception as error:  # a damaged file may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from error
     saved = content.get("specforge") if isinstance(content, dict) else None
     if not isinstance(saved, dict) or not _is_tensors(content.get("state_dict")):
-        raise UserError(f"{path}: not a checkpoint of SpecForge's")
+        raise UserError(f"{path}: not a SpecForge checkpoint")
     for name, kind in _FIELDS.items():
         if not isinstance(saved.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint of SpecForge's ({name} is missing or of another kind)")
+            raise UserError(f"{path}: not a SpecForge checkpoint ({name} is missing or has the wrong type)")
     return content
 
 
 def _verify(path: Path) -> None:
-    """Compare the file's bytes with their checksum, or an older file's records with the archive's own."""
+    """Check the file against its checksum, or the records of an older file against their CRCs."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(1) == b"\x80":
@@ -85,16 +85,16 @@ def _verify(path: Path) -> None:
         elif tail[-_END_SIZE:].startswith(_END) and tail.endswith(b"\0\0"):
             intact = _records_are_intact(path)
         else:
-            raise UserError(f"{path}: truncated or damaged, or not a checkpoint of SpecForge's")
+            raise UserError(f"{path}: truncated or damaged, or not a SpecForge checkpoint")
     if not intact:
-        raise UserError(f"{path}: its checksum does not match, so the file is damaged; use another checkpoint")
+        raise UserError(f"{path}: the checksum does not match, so the file is damaged; use another checkpoint")
 
 
 def _records_are_intact(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        # Ours are not compressed; what is might fill the memory when it is unpacked.
+        # SpecForge does not compress. A compressed record might fill the memory when unpacked.
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise UserError(f"{path}: not a checkpoint of SpecForge's")
+            raise UserError(f"{path}: not a SpecForge checkpoint")
         return archive.testzip() is None
 
 
@@ -103,7 +103,7 @@ def _missing(path: Path) -> str:
         return "a folder, not a checkpoint"
     last = path.with_name("last.ckpt")
     if path.name == "best.ckpt" and last.exists():
-        return f"no such checkpoint, as there is none before the first validation; the newest is {last}"
+        return f"no such checkpoint, because no validation has run yet; the newest checkpoint is {last}"
     return "no such checkpoint"
 
 

@@ -1,1 +1,1 @@
-"""Producing features: the target engine, the rollout worker, the target's own answers."""
+"""Inference with the target: its files and head, engines, the server, producers, and regeneration of answers."""

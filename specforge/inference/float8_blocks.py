@@ -1,7 +1,7 @@
-"""Weights in 8-bit floating point with one scale a block, as DeepSeek-V3's are published (arXiv 2412.19437).
+"""Weights in 8-bit floating point with one scale per block, the format of DeepSeek-V3 (arXiv 2412.19437).
 
-A matrix is stored as float8_e4m3fn values beside ``<name>_scale_inv``, whose entry (i, j) multiplies the values of
-block (i, j); blocks at the right and lower edge may be smaller.
+A matrix is stored as float8_e4m3fn values, with its scales in ``<name>_scale_inv``: entry (i, j) multiplies the values
+of block (i, j). Blocks at the right and lower edge may be smaller.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Block = tuple[int, int]
 
 
 def dequantise(values: Tensor, scales: Tensor, block: Block) -> Tensor:
-    """The matrix in fp32.
+    """Convert a matrix to fp32.
 
     Args:
         values: ``[R, C]`` float8_e4m3fn.
         scales: ``[ceil(R / r), ceil(C / c)]``.
-        block: r, c.
+        block: rows r and columns c of a block.
 
     Raises:
-        ValueError: the scales are not those of such blocks.
+        ValueError: the shape of the scales does not match the blocks.
     """
     (rows, columns), (height, width) = values.shape, block
     grid = -(-rows // height), -(-columns // width)
@@ -38,7 +38,7 @@ def dequantise(values: Tensor, scales: Tensor, block: Block) -> Tensor:
 
 
 def quantise(matrix: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Values and scales of a matrix ``[R, C]``; the largest of each block becomes the largest of the format."""
+    """Values and scales of a matrix ``[R, C]``; the largest value of each block maps to the format's maximum."""
     (rows, columns), (height, width) = matrix.shape, block
     padded = torch.nn.functional.pad(matrix.float(), (0, -columns % width, 0, -rows % height))
     blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))

@@ -19,27 +19,27 @@ from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.05  # seconds between two looks at an empty queue
+_POLL = 0.05  # seconds between two polls of an empty queue
 
-Batch = list[tuple[str, PromptTask]]  # prompts by the names of their samples
+Batch = list[tuple[str, PromptTask]]  # names of samples, and their prompts
 
 
 class _CannotCaptureError(Exception):
-    """The target cannot meet a policy, whatever the prompt."""
+    """The target cannot capture what a policy asks for, whatever the prompt."""
 
 
 class Producer:
-    """Produces what trainers queue, until it is told to stop.
+    """Produces the samples that trainers queue, until it is stopped.
 
     Args:
         controller: states and tensors.
-        engine: gives the target's engine for a compute dtype.
-        fingerprint: of the target; prompts for another one are refused.
-        owner: name of this producer; when it starts again under its name it gives back what it held.
+        engine: returns the target's engine for a compute dtype.
+        fingerprint: fingerprint of the target; prompts for another target are rejected.
+        owner: name of this producer; a restart under the same name releases the prompts it had leased.
         max_prompts: most prompts to lease at a time.
-        batch_tokens: most tokens of a forward pass, padding included; 1 takes each prompt by itself, so that features
-            do not depend on what they are made together with.
-        vocab_size: tokens of the target, where it is known; prompts with others are given up.
+        batch_tokens: most tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not
+            depend on other prompts in the batch.
+        vocab_size: size of the target's vocabulary, if known; prompts with larger token ids are given up.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Producer:
         self.max_prompts, self.batch_tokens, self.vocab_size = max_prompts, batch_tokens, vocab_size
         self._background = ThreadPoolExecutor(1, "store")
         self._workers: dict[Provenance, RolloutWorker] = {}
-        # By sample, until it is committed; two epochs may want the same one.
-        self._hand: dict[str, list[LeasedPrompt]] = {}
+        # Leased prompts by sample, until it is committed; two epochs may want the same sample.
+        self._leased: dict[str, list[LeasedPrompt]] = {}
         self.produced = 0
 
     def run(self, stop: threading.Event, idle_seconds: float | None = None) -> None:
-        """Produce until ``stop`` is set, or nothing was queued for ``idle_seconds``.
+        """Produce until ``stop`` is set, or until nothing has been queued for ``idle_seconds``.
 
         Raises:
-            UserError: the store cannot be written, or what is queued is for another target; nothing stays leased.
+            UserError: the store cannot be written, or a prompt is for another target; nothing stays leased.
         """
         self.controller.release(self.owner)
         idle, last = 0.0, False
@@ -78,7 +78,7 @@ class Producer:
                         if not busy:
                             self._flush()
                     except StoreFullError as error:
-                        logger.warning("the store is full (%s); waiting", error)
+                        logger.warning("the store is full (%s); waiting for room", error)
                         for worker in self._workers.values():
                             worker.drop()
                         self._release()
@@ -90,21 +90,21 @@ class Producer:
                 self._release()
 
     def once(self) -> bool:
-        """Lease some prompts, produce and commit them; whether there were any."""
+        """Lease prompts, produce and commit their samples; returns whether there were any."""
         try:
             busy = self._work(threading.Event())
             self._flush()
         finally:
-            self._hand = {}
+            self._leased = {}
         return busy
 
     def _work(self, stop: threading.Event) -> bool:
-        """Lease some prompts and produce them; what the last pass made is then still being stored."""
+        """Lease and produce prompts; the samples of the last pass are still being stored when it returns."""
         leased = self.controller.lease(self.owner, self.max_prompts)
-        if any(prompt.sample_id in self._hand for prompt in leased):
-            self._flush()  # of another epoch, and being stored
+        if any(prompt.sample_id in self._leased for prompt in leased):
+            self._flush()  # the same sample for another epoch is still being stored
         for prompt in leased:
-            self._hand.setdefault(prompt.sample_id, []).append(prompt)
+            self._leased.setdefault(prompt.sample_id, []).append(prompt)
         for worker, batch in self._batches(leased):
             if stop.is_set():
                 break
@@ -116,7 +116,7 @@ class Producer:
             worker.flush()
 
     def _release(self) -> None:
-        self._hand = {}
+        self._leased = {}
         self.controller.release(self.owner)
 
     def _batches(self, leased: Sequence[LeasedPrompt]) -> Iterator[tuple[RolloutWorker, Batch]]:
@@ -124,7 +124,7 @@ class Producer:
         for prompt in leased:
             reason = self._unusable(prompt)
             if prompt.provenance is None or reason:
-                self._fail([prompt.sample_id], reason or "it does not say what to capture", final=True)
+                self._fail([prompt.sample_id], reason or "it does not specify what to capture", final=True)
             else:
                 groups.setdefault(prompt.provenance, {})[prompt.sample_id] = prompt.task
         work: list[tuple[RolloutWorker, Batch]] = []
@@ -138,12 +138,12 @@ class Producer:
         yield from work
 
     def _unusable(self, prompt: LeasedPrompt) -> str:
-        """Why no target could read a prompt; empty where this one may."""
+        """Why the target cannot read a prompt; empty if it can."""
         ids, size = prompt.task.input_ids, self.vocab_size
         if not ids:
             return "it has no tokens"
         if size is not None and not (min(ids) >= 0 and max(ids) < size):
-            return f"token {max(ids) if max(ids) >= size else min(ids)} is none of the target's {size}"
+            return f"token {max(ids) if max(ids) >= size else min(ids)} is not in the target's vocabulary of {size}"
         return ""
 
     def _worker(self, provenance: Provenance) -> RolloutWorker:
@@ -167,10 +167,10 @@ class Producer:
         names, tasks = [name for name, _ in batch], [task for _, task in batch]
         try:
             captured = worker.capture(tasks, names)
-        except Exception as error:  # out of memory, say; it must not stop every producer in turn
+        except Exception as error:  # such as out of memory; one prompt must not stop every producer in turn
             reason = f"the target failed: {first_line(error)}"
             logger.warning("%s", reason)
-            if len(batch) > 1:  # whichever of them it was, the others go on
+            if len(batch) > 1:  # find the prompt that failed; the others succeed
                 for one in batch:
                     self._produce(worker, [one])
                 return
@@ -180,15 +180,17 @@ class Producer:
             worker.put(captured)
 
     def _check_again(self, worker: RolloutWorker, reason: str) -> None:
-        """End where the target can do nothing any more, as on an accelerator after some errors.
+        """Stop if the target no longer works at all, as on an accelerator after some errors.
 
         Raises:
-            UserError: so it is.
+            UserError: it does not work.
         """
         try:
             worker.engine.check(worker.provenance.capture)
         except Exception as error:
-            raise UserError(f"{reason}; nothing works since ({first_line(error)}); start it again") from error
+            raise UserError(
+                f"{reason}; the target no longer works ({first_line(error)}); restart the producer"
+            ) from error
 
     def _reject(self, error: BadSampleError) -> None:
         logger.warning("%s", error)
@@ -196,23 +198,23 @@ class Producer:
 
     def _fail(self, names: Sequence[str], reason: str, final: bool = False) -> None:
         for name in names:
-            for prompt in self._hand.pop(name, []):
-                with suppress(StateError):  # forgotten meanwhile
+            for prompt in self._leased.pop(name, []):
+                with suppress(StateError):  # the trainer has dropped the prompt
                     self.controller.fail(self.owner, prompt, reason, final)
 
     def _commit(self, refs: Sequence[SampleRef]) -> None:
-        """Commit; what was forgotten meanwhile, because the trainer started anew, is deleted."""
+        """Commit samples; those that the trainer has dropped since, because it restarted, are deleted."""
         for ref in refs:
-            answers = [self._commit_one(prompt.key, ref) for prompt in self._hand.get(ref.sample_id, [])]
+            answers = [self._commit_one(prompt.key, ref) for prompt in self._leased.get(ref.sample_id, [])]
             if all(new is None for new in answers):
                 self.controller.features.discard(ref)
             self.produced += any(answers)
         self.controller.features.disown(refs)
         for ref in refs:
-            self._hand.pop(ref.sample_id, None)
+            self._leased.pop(ref.sample_id, None)
 
     def _commit_one(self, key: str, ref: SampleRef) -> bool | None:
-        """Whether a sample is new; None where nobody wants it any more."""
+        """Whether a sample is new; None if the trainer has dropped it."""
         try:
             return self.controller.commit([(key, ref)])[0]
         except StateError:
@@ -220,15 +222,15 @@ class Producer:
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:
-        """Renew the leases in hand while the target runs."""
+        """Renew the leases in the background."""
         done = threading.Event()
 
         def renew() -> None:
             while not done.wait(self.controller.lease_seconds / 3):
-                hand = [prompt for prompts in list(self._hand.values()) for prompt in prompts]
+                leased = [prompt for prompts in list(self._leased.values()) for prompt in prompts]
                 try:
-                    self.controller.renew(self.owner, hand)
-                except Exception as error:  # whatever it is, the next commit meets it too
+                    self.controller.renew(self.owner, leased)
+                except Exception as error:  # the next commit runs into the same error
                     logger.warning("leases could not be renewed: %s", error)
 
         thread = threading.Thread(target=renew, name="leases", daemon=True)

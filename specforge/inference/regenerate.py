@@ -1,13 +1,13 @@
-"""The target's own answers to prompts: what a draft should be trained on.
+"""Replaces the answers in conversations by answers of the target.
 
-A draft learns the distribution of its target, so the target's answers teach it more than anybody
-else's (peers report about 10 % longer acceptance). Every assistant turn is generated anew, in order, with the
-history that the target itself wrote. Records are answered in batches of similar length, and each batch is
-appended and synced when it is done: a run that was killed goes on with the next batch.
+A draft learns the distribution of its target, so it trains best on text that the target wrote (published results report
+about 10 % longer acceptance). Every assistant turn is generated in order, with the target's own earlier answers as
+history. Records are answered in batches of similar length, and each finished batch is appended and synced, so an
+interrupted run resumes with the next batch.
 
-Text does not always come back as the tokens that it was written as, and not every chat template shows an answer as
-it was written. So a record keeps, beside its messages, the token ids of every prompt and answer (``regenerated``), with
-the target, template and options that they come from; `specforge prepare` learns those tokens.
+Text may tokenise differently from how it was generated, and some chat templates render an answer differently from how
+it was written. A record therefore stores, next to its messages, the token ids of every prompt and answer
+(``regenerated``), with the target, template and options used; `specforge prepare` uses those tokens.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class RegenerateOptions:
 
 @dataclass(frozen=True)
 class _Question:
-    """A conversation that the target answers.
+    """The part of a conversation that the target answers.
 
     Attributes:
-        record: where it comes from.
-        asked: messages before each answer, the answers left out.
-        tool_results: how many are left out, because they answer calls that are replaced.
+        record: the original record.
+        asked: the messages before each answer, without the answers.
+        tool_results: number of tool results left out because their calls are replaced.
     """
 
     record: DataRecord
@@ -70,11 +70,11 @@ class _Question:
     def of(cls, record: DataRecord) -> _Question:
         """Split a conversation at its answers.
 
-        Behind an answer, whatever goes on with it (results of its tool calls, further answers) is left out up to the
-        next message of somebody else: it does not follow from what the target writes instead.
+        Messages that continue an answer (results of its tool calls, further answers) are left out, because they do not
+        follow from the target's answer.
         """
         if not isinstance(record.content, Conversation):
-            raise UserError(f"{record.source}: not a conversation, so it cannot be answered anew")
+            raise UserError(f"{record.source}: not a conversation, so it has no answers to replace")
         replaced = set(record.content.answers())
         asked: list[list[dict[str, Any]]] = [[]]
         answered, tool_results = False, 0
@@ -90,33 +90,33 @@ class _Question:
         if not asked[-1] or asked[-1][-1]["role"] == "assistant":
             asked.pop()
         if not asked:
-            raise UserError(f"{record.source}: there is nothing in it for the target to answer")
+            raise UserError(f"{record.source}: it contains no turn for the target to answer")
         return cls(record, tuple(tuple(messages) for messages in asked), tool_results)
 
     @property
     def digest(self) -> str:
-        """Hash of all that the target is asked."""
+        """Hash of all messages that the target answers."""
         tools = list(self.record.content.tools)  # type: ignore[union-attr]
         return content_id([[rendered(m) for m in messages] for messages in self.asked], tools)
 
 
 class Regeneration:
-    """Answers to conversations, in a file that grows.
+    """Answers conversations and appends them to a file.
 
     Args:
         records: conversations; their assistant turns are replaced.
         template: the target's chat template.
-        output: JSONL file; records whose id is in it already are skipped.
-        options: decoding.
+        output: JSONL file; conversations with an id that it already contains are skipped.
+        options: how answers are generated.
         target: fingerprint of the target.
         dtype: compute dtype of the target.
 
     Attributes:
-        todo: the records that are to be answered.
+        todo: the conversations that are not answered yet.
 
     Raises:
-        UserError: a record cannot be asked, two have the same id, or the file was not made from the same target,
-            template, options and conversations.
+        UserError: the template rejects a conversation, two have the same id, or the file comes from another target,
+            template, options or conversations.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Regeneration:
         if not template.end_ids:
             raise UserError(
                 f"tokenizer {template.tokenizer.name_or_path}: neither it nor generation_config.json names an end "
-                "token, so no answer would end; set eos_token_id there"
+                "token, so answers would never end; set eos_token_id in generation_config.json"
             )
         self.template, self.output, self.options = template, output, options
         how = {key: value for key, value in asdict(options).items() if key != "batch_size"}
@@ -140,24 +140,26 @@ class Regeneration:
         for record in records:
             if record.id in self.questions:
                 first = self.questions[record.id].record.source
-                raise UserError(f"{record.source}: has the id {short(record.id)} of {first}; give each record its own")
+                raise UserError(
+                    f"{record.source}: has the same id {short(record.id)} as {first}; give each record its own"
+                )
             self.questions[record.id] = _Question.of(record)
         if not records:
             raise UserError("no conversations to answer")
         done = self._finished()
         self.todo = [question for id_, question in self.questions.items() if id_ not in done]
-        # Asked before anything is answered, so that a record which cannot be asked is known at once.
+        # Render every first prompt now, so that a record that the template rejects is reported at once.
         lengths = {question.record.id: len(_Dialogue(question, template).prompt) for question in self.todo}
         self.todo.sort(key=lambda question: lengths[question.record.id])
 
     def run(self, engine: Callable[[], HFTargetEngine]) -> Iterator[tuple[int, int]]:
-        """Answer batch by batch; at the end put the file into the order of the records.
+        """Answer batch by batch, then sort the file into the order of the records.
 
         Args:
-            engine: makes the target; called only where something is to be answered.
+            engine: loads the target; called only if there is something to answer.
 
         Yields:
-            Conversations and generated tokens of each finished batch.
+            Numbers of conversations and generated tokens of each finished batch.
         """
         target = engine() if self.todo else None
         for start in range(0, len(self.todo), self.options.batch_size):
@@ -169,16 +171,17 @@ class Regeneration:
         self._sort()
 
     def losses(self) -> dict[str, int]:
-        """What the whole file lacks, by reason."""
+        """Numbers of answers cut off, turns left out and tool results left out in the whole file."""
         lost: Counter[str] = Counter()
         for row in self._rows():
             question = self.questions.get(str(row["id"]))
             if question is not None:
-                answers = row[REGENERATED]["answers"]
-                finish = row["messages"][-1].get("finish_reason")
-                lost[f"answers cut off at {self.options.max_new_tokens} tokens"] += finish == "length"
-                lost["later turns left out"] += len(question.asked) - len(answers)
-                lost["tool results left out, since their calls are replaced"] += question.tool_results
+                finish = _finish_reasons(row)
+                lost[f"answers cut off at max_new_tokens ({self.options.max_new_tokens})"] += finish.count("length")
+                lost["turns left out, because the chat template rejects an earlier answer"] += len(
+                    question.asked
+                ) - len(finish)
+                lost["tool results left out, because their calls are replaced"] += question.tool_results
         return dict(+lost)
 
     def _answer(self, batch: Sequence[_Dialogue], engine: Any) -> int:
@@ -209,7 +212,7 @@ class Regeneration:
             yield from map(json.loads, file)
 
     def _finished(self) -> set[str]:
-        """Ids that are answered already; a line that a crash cut off is removed."""
+        """Ids that are already answered; removes an incomplete last line."""
         try:
             content = self.output.read_bytes() if self.output.exists() else b""
         except OSError as error:
@@ -225,15 +228,15 @@ class Regeneration:
         return done
 
     def _checked(self, where: str, line: bytes, done: set[str]) -> str:
-        """The id of a finished record, which must have been made as this run makes them."""
+        """The id of a finished record, after checking that it was generated as this run would generate it."""
         other = "choose another --output"
         try:
             row = parse_json(line)
             made, id_ = row[REGENERATED], str(row["id"])
             asked, answers, messages = made["asked"], made["answers"], row["messages"]
-            _ = len(answers), messages[-1].get("finish_reason")
+            _ = len(answers), messages[-1].get("finish_reason"), _finish_reasons(row)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: does not say which target answered; {other}") from error
+            raise UserError(f"{where}: does not name the target that answered; {other}") from error
         for key, value in self.made.items():
             if made.get(key) != value:
                 raise UserError(
@@ -241,10 +244,11 @@ class Regeneration:
                 )
         if id_ in self.questions and asked != self.questions[id_].digest:
             raise UserError(
-                f"{where}: {short(id_)} answers other messages than {self.questions[id_].record.source} has; {other}"
+                f"{where}: {short(id_)} answers different messages from those in "
+                f"{self.questions[id_].record.source}; {other}"
             )
         if id_ in done:
-            raise UserError(f"{where}: has the id {short(id_)} of a line before it; {other}")
+            raise UserError(f"{where}: has the same id {short(id_)} as an earlier line; {other}")
         return id_
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -262,11 +266,16 @@ class Regeneration:
             raise disk_error(self.output, error) from error
 
 
+def _finish_reasons(row: dict[str, Any]) -> list[str]:
+    """``stop`` or ``length`` for each generated answer of a finished record."""
+    return [row["messages"][answer["message"]].get("finish_reason") for answer in row[REGENERATED]["answers"]]
+
+
 class _Dialogue:
-    """A conversation while it is answered.
+    """A conversation that is being answered.
 
     Attributes:
-        prompt: token ids that ask for the next answer; none where there is no more.
+        prompt: token ids of the prompt for the next answer; empty if there is none.
     """
 
     def __init__(self, question: _Question, template: ChatTemplate) -> None:
@@ -279,7 +288,7 @@ class _Dialogue:
             raise UserError(f"{question.record.source}: {error}") from error
 
     def _ask(self) -> list[int]:
-        """Put the next messages behind the last answer."""
+        """Append the next messages and render the prompt."""
         messages = [*self.messages, *self.question.asked[len(self.answers)]]
         prompt = self.template.ask(self._conversation(messages))
         self.messages = messages
@@ -290,7 +299,7 @@ class _Dialogue:
         return replace(content, messages=tuple(messages), kept={}, tokenizer="")
 
     def take(self, answer: list[int]) -> None:
-        """Add an answer, and ask for the next one, if there is one."""
+        """Add an answer, and prepare the next prompt if there is another turn."""
         ended = answer[-1] in self.template.end_ids
         text = self.template.decode(answer[:-1] if ended else answer)
         self.messages.append({"role": "assistant", "content": text, "finish_reason": "stop" if ended else "length"})
@@ -303,14 +312,12 @@ class _Dialogue:
             }
         )
         self.prompt = []
-        # Where the target was cut off in mid-sentence, what the user said next does not follow from it; and some
-        # templates do not take back what the target wrote.
-        if ended and len(self.answers) < len(self.question.asked):
-            with suppress(Refusal):
+        if len(self.answers) < len(self.question.asked):
+            with suppress(Refusal):  # some templates reject the target's own answers
                 self.prompt = self._ask()
 
     def row(self, made: dict[str, Any]) -> dict[str, Any]:
-        """The record with its answers."""
+        """The finished record."""
         record, content = self.question.record, self.question.record.content
         row: dict[str, Any] = {"id": record.id}
         if record.split is not None:

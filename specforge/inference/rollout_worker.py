@@ -1,9 +1,9 @@
-"""Prompts to committed features: the producer of every workload.
+"""Capture: prompts to committed features, for every kind of run.
 
-Prompts are planned into batches of similar length before the first forward pass. The plan depends only on
-the prompts, so a run that was killed repeats exactly the batches that it had not finished and its features
-are the ones of a run that was never killed. Features are flushed to the store first and committed
-second; what is committed is complete.
+Prompts are planned into batches of similar length before the first forward pass. The plan depends only on the prompts,
+so a run that was killed repeats exactly the batches that it had not finished, and its features equal those of an
+undisturbed run. Features are flushed to the store before their references are committed; whatever is committed is
+complete.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from specforge.contracts import (
-    AUX_HIDDEN_STATES,
     INPUT_IDS,
-    LAST_HIDDEN_STATES,
     LOSS_MASK,
+    ExpectedSample,
     FeatureSpec,
     PromptTask,
     Provenance,
@@ -27,14 +26,20 @@ from specforge.contracts import (
     content_id,
 )
 from specforge.inference.target_engine import TargetEngine
+from specforge.inference.target_engine.base import feature_widths
 from specforge.inference.target_files import torch_dtype
 from specforge.runtime.data_plane.encoding import stored_width
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
 
 
 def sample_id(task: PromptTask, provenance: Provenance) -> str:
-    """Identity of a sample: its tokens and mask, the target, and what is captured of it."""
+    """Id of a sample: a hash of its tokens and mask, the target, and the capture policy."""
     return content_id(task.task_id, provenance.target_fingerprint, provenance.capture.to_json())
+
+
+def capture_order(task: PromptTask) -> tuple[int, str]:
+    """Sort key of prompts: their length."""
+    return len(task.input_ids), task.task_id
 
 
 def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[PromptTask]]:
@@ -43,51 +48,45 @@ def plan_batches(tasks: Sequence[PromptTask], batch_tokens: int) -> list[list[Pr
 
 
 def plan_named(tasks: Iterable[tuple[str, PromptTask]], batch_tokens: int) -> list[list[tuple[str, PromptTask]]]:
-    """As :func:`plan_batches`, of prompts whose samples have names already."""
+    """:func:`plan_batches` for pairs of a sample's name and its prompt."""
     batches: list[list[tuple[str, PromptTask]]] = []
-    for name, task in sorted(tasks, key=lambda x: (len(x[1].input_ids), x[1].task_id)):
+    for name, task in sorted(tasks, key=lambda x: capture_order(x[1])):
         if not batches or (len(batches[-1]) + 1) * len(task.input_ids) > batch_tokens:
             batches.append([])
         batches[-1].append((name, task))
     return batches
 
 
-def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int) -> list[SampleRef]:
-    """References of samples before they are produced: all but generation, checksum and place.
+def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int) -> list[ExpectedSample]:
+    """Samples that capturing prompts will give, in the order in which prompts are captured one by one.
 
-    What they say of tensors is what :meth:`TargetEngine.check` proves; the target itself is not needed.
+    :meth:`TargetEngine.check` proves that a target gives such features; the target itself is not needed here.
 
     Args:
         tasks: prompts.
-        provenance: the target, and what is captured of it.
-        hidden_size: of the target.
+        provenance: the target, and what to capture.
+        hidden_size: hidden size of the target.
     """
-    policy = provenance.capture
-    widths = {AUX_HIDDEN_STATES: len(policy.layer_ids), LAST_HIDDEN_STATES: int(policy.last_hidden_states)}
-    states = [(name, provenance.dtype, (n * hidden_size,)) for name, n in widths.items() if n]
+    widths = feature_widths(provenance.capture, hidden_size)
+    states = [(name, provenance.dtype, (width,)) for name, width in widths.items()]
     kinds = sorted([*states, (INPUT_IDS, "int32", ()), (LOSS_MASK, "uint8", ())])
     size = torch_dtype(provenance.dtype).itemsize
-    token = 4 + 1 + sum(stored_width(width, size, provenance.encoding) for _, _, (width,) in states)
+    token = 4 + 1 + sum(stored_width(width, size, provenance.encoding) for width in widths.values())
     return [
-        SampleRef(
+        ExpectedSample(
             sample_id(task, provenance),
-            0,
+            task,
             tuple(FeatureSpec(name, dtype, (len(task.input_ids), *rest)) for name, dtype, rest in kinds),
-            len(task.input_ids),
-            sum(task.loss_mask),
             len(task.input_ids) * token,
-            "",
-            "",
-            task.source,
             provenance,
         )
-        for task in tasks
+        for task in sorted(tasks, key=capture_order)
     ]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one batch added: ``samples`` and ``tokens`` captured, and those ``resumed`` from before."""
+    """Samples and tokens that one batch added, and the number of its samples that were ``resumed``."""
 
     samples: int
     tokens: int
@@ -96,28 +95,55 @@ class Progress:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one pass gave of a sample."""
+    """A sample's features from one forward pass."""
 
     sample_id: str
     task: PromptTask
     tensors: dict[str, Tensor]
 
 
-def _refuse(error: BadSampleError) -> None:
+def put(store: FeatureStore, captured: Captured, provenance: Provenance) -> SampleRef:
+    """Put a captured sample into a store, with its tokens and mask.
+
+    Raises:
+        BadSampleError: its features must not be stored.
+        StoreFullError: they do not fit.
+    """
+    task, tensors = captured.task, captured.tensors
+    tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
+    tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
+    return store.put(
+        captured.sample_id, tensors, num_supervised=sum(task.loss_mask), source=task.source, provenance=provenance
+    )
+
+
+def capture_one(engine: TargetEngine, store: FeatureStore, task: PromptTask, provenance: Provenance) -> SampleRef:
+    """Run the target over one prompt and put its features into a store that needs no flush.
+
+    Raises:
+        BadSampleError: the features must not be stored, for example because they contain NaN.
+        StoreFullError: they do not fit.
+    """
+    (tensors,) = engine.capture([task.input_ids], provenance.capture)
+    return put(store, Captured(sample_id(task, provenance), task, tensors), provenance)
+
+
+def _raise(error: BadSampleError) -> None:
     raise error
 
 
 class RolloutWorker:
-    """Runs the target over prompts and commits what it captures.
+    """Runs the target over prompts, stores the features, and commits their references.
 
     Args:
         engine: the frozen target.
-        store: takes the tensors.
-        commit: takes the references of flushed samples.
+        store: receives the tensors.
+        commit: called with the references of flushed samples.
         provenance: written into every reference.
-        flush_bytes: flush and commit when this much is waiting.
-        background: puts, flushes and commits there, while the target runs over the next batch; without one, in turn.
-        reject: takes what is said of a sample that must not be stored, such as one with NaN; raises it by default.
+        flush_bytes: flush and commit once this many bytes are waiting.
+        background: runs puts, flushes and commits while the target processes the next batch; by default they run in
+            turn.
+        reject: called for a sample that must not be stored, such as one with NaN; by default the error is raised.
     """
 
     def __init__(
@@ -128,28 +154,23 @@ class RolloutWorker:
         provenance: Provenance,
         flush_bytes: int = 128 << 20,
         background: Executor | None = None,
-        reject: Callable[[BadSampleError], object] = _refuse,
+        reject: Callable[[BadSampleError], object] = _raise,
     ) -> None:
         self.engine, self.store, self.commit, self.reject = engine, store, commit, reject
         self.provenance, self.flush_bytes, self.background = provenance, flush_bytes, background
         self._refs: list[SampleRef] = []
         self._storing: Future[None] | None = None
 
-    def run(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
-        """Capture every task that the store does not hold yet.
+    def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
+        """Capture every prompt that the store does not hold yet.
 
         Args:
             tasks: prompts.
-            batch_tokens: most tokens of a forward pass, padding included.
+            batch_tokens: most tokens per forward pass, including padding.
 
         Raises:
-            UserError: the target cannot meet the policy, or the store cannot be written.
+            UserError: the store cannot be written.
         """
-        self.engine.check(self.provenance.capture)
-        yield from self.produce(tasks, batch_tokens)
-
-    def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
-        """As :meth:`run`, with an engine that has been checked."""
         for batch in plan_batches(tasks, batch_tokens):
             captured = self.capture(batch)
             self.put(captured)
@@ -158,24 +179,24 @@ class RolloutWorker:
         self.flush()
 
     def capture(self, batch: Sequence[PromptTask], names: Sequence[str] | None = None) -> list[Captured]:
-        """Run the target once, over prompts of which the store lacks a sample; those it lacks.
+        """Run the target once over prompts; returns the samples that the store lacks.
 
         Args:
             batch: prompts.
-            names: of their samples in the store; their identities by default.
+            names: names of their samples in the store, by default their ids.
         """
         ids = names or [sample_id(task, self.provenance) for task in batch]
         missing = [name not in self.store for name in ids]
         if not any(missing):
             return []
-        # The whole batch runs again, so that the features do not depend on where the last run stopped.
+        # The whole batch runs again, so that features do not depend on where an earlier run stopped.
         features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
         found = zip(ids, batch, features, missing, strict=True)
         return [Captured(name, task, tensors) for name, task, tensors, new in found if new]
 
     def put(self, captured: Sequence[Captured]) -> None:
-        """Store what a pass gave; what storing the pass before has raised is raised here."""
-        self._settle()
+        """Store the samples of one pass; raises what storing those of the previous pass has raised."""
+        self._finish_storing()
         if self.background is None:
             self._put(captured)
         else:
@@ -183,11 +204,11 @@ class RolloutWorker:
 
     def flush(self) -> None:
         """Make the captured samples durable, then commit them."""
-        self._settle()
+        self._finish_storing()
         self._flush()
 
     def drop(self) -> None:
-        """Delete what was captured and not committed."""
+        """Delete samples that were captured but not committed."""
         if self._storing is not None:
             wait([self._storing])
             self._storing = None
@@ -195,28 +216,17 @@ class RolloutWorker:
             self.store.discard(ref)
         self._refs = []
 
-    def _settle(self) -> None:
+    def _finish_storing(self) -> None:
         storing, self._storing = self._storing, None
         if storing is not None:
             storing.result()
 
     def _put(self, captured: Sequence[Captured]) -> None:
         for sample in captured:
-            task, tensors = sample.task, sample.tensors
-            tensors[INPUT_IDS] = torch.tensor(task.input_ids, dtype=torch.int32)
-            tensors[LOSS_MASK] = torch.tensor(task.loss_mask, dtype=torch.uint8)
             try:
-                ref = self.store.put(
-                    sample.sample_id,
-                    tensors,
-                    num_supervised=sum(task.loss_mask),
-                    source=task.source,
-                    provenance=self.provenance,
-                )
+                self._refs.append(put(self.store, sample, self.provenance))
             except BadSampleError as error:
                 self.reject(error)
-            else:
-                self._refs.append(ref)
         if self.store.pending() >= self.flush_bytes:
             self._flush()
 

@@ -1,8 +1,7 @@
-"""A frozen target as files: where it is, what its config says, single tensors, and its fingerprint.
+"""The files of a frozen target: its folder, config, single tensors, and fingerprint.
 
-What the files mean is asked of transformers, whose classes run the target: fields that config.json leaves at the
-class's default, which tensors are the embedding and the head, whether the two are one, and what the class does to the
-head's product before it calls it logits.
+The files are interpreted as transformers does, whose classes run the target: defaults of fields that config.json omits,
+which tensors are the embedding and the head, whether the two are tied, and how the class scales or caps the logits.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from specforge.inference.float8_blocks import FLOAT8, SCALE, Block, dequantise
 
 _SAMPLE = 1 << 16
 _SAMPLES_PER_FILE = 64
-# Names that checkpoints may have where the class has others: transformers renames such tensors when it loads them.
+# Names in checkpoints that differ from those in the class; transformers renames such tensors when loading.
 _OTHER_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-# What classes multiply (1) or divide (-1) the head's product by; HyperCLOVA X alone multiplies by its logits_scaling.
+# Config fields by which classes multiply (1) or divide (-1) the logits; only HyperCLOVA X multiplies by logits_scaling.
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
@@ -37,7 +36,7 @@ class TargetFiles:
     """A target model's folder.
 
     Attributes:
-        name: what the user called it.
+        name: folder or hub name, as given by the user.
         folder: local folder with config.json and safetensors.
     """
 
@@ -50,10 +49,10 @@ class TargetFiles:
 
         Args:
             name: folder or hub name.
-            what: what to call it in an error message.
+            what: its name in error messages.
 
         Raises:
-            UserError: no such folder, and the hub has no such model or does not answer.
+            UserError: the folder does not exist, and the hub has no such model or does not respond.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -64,10 +63,10 @@ class TargetFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of the config as transformers reads it, defaults of its class included; a copy of one's own.
+        """A copy of the config's fields as transformers reads them, including the defaults of the class.
 
-        It is the text part's where the model has several modalities. Fields that the class has under a name of its own
-        (GPT-2's ``n_embd``) are there under the common name too.
+        For a model of several modalities, the config of the text part. Fields with a class-specific name (GPT-2's
+        ``n_embd``) are also present under the common name.
         """
         config = self._parsed
         return {**config.to_dict(), **{name: getattr(config, name) for name in config.attribute_map}}
@@ -79,11 +78,11 @@ class TargetFiles:
 
         kind = self._raw.get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-            code = "; the code that comes with it (auto_map) is never run" if "auto_map" in self._raw else ""
+            code = "; code in the model folder (auto_map) is never run" if "auto_map" in self._raw else ""
             raise UserError(f"{self.folder / 'config.json'}: transformers has no model_type {kind!r}{code}"[:400])
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config(decoder=True)
-        except Exception as error:  # whatever a class makes of a user's file
+        except Exception as error:  # a class may raise anything for a user's file
             raise UserError(f"{self.folder / 'config.json'}: {first_line(error)}") from error
 
     @cached_property
@@ -99,18 +98,18 @@ class TargetFiles:
 
     @cached_property
     def _skeleton(self) -> Any:
-        """The model of the target's class, without weights: it says what its parts are called."""
+        """The target's model without weights, for the names and kinds of its modules."""
         from transformers import AutoModelForCausalLM
 
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(self._parsed, trust_remote_code=False)
-        except Exception as error:  # whatever a class makes of a user's file
+        except Exception as error:  # a class may raise anything for a user's file
             raise UserError(f"{self.folder}: transformers cannot build it ({first_line(error)})") from error
 
     @cached_property
     def weight_block(self) -> Block | None:
-        """Rows and columns of a block of 8-bit weights with one scale each; None where the config has no such."""
+        """Rows and columns of the blocks of 8-bit weights; None if the weights are not quantised in blocks."""
         form = self._raw.get("quantization_config") or self.config.get("quantization_config") or {}
         block: list[int] = form.get("weight_block_size") or []
         return (int(block[0]), int(block[1])) if len(block) == 2 else None
@@ -138,7 +137,7 @@ class TargetFiles:
 
     @cached_property
     def max_positions(self) -> int | None:
-        """Tokens of the longest text that the target is made for; None where its config does not say."""
+        """Maximum sequence length that the target supports; None if the config does not specify it."""
         found = self.config.get("max_position_embeddings")
         if type(found) is not int or found < 1:
             return None
@@ -152,18 +151,18 @@ class TargetFiles:
 
     @cached_property
     def learnt_positions(self) -> int | None:
-        """Tokens of the longest text that the target can read, because it learnt its positions; None: no such limit."""
+        """Maximum sequence length with learned position embeddings; None if the target has none."""
         table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
         found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
-        # Some classes keep two rows of the table for padding.
+        # Some classes reserve two rows of the table for padding.
         return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
 
     @cached_property
     def positions_change_at(self) -> int | None:
-        """Tokens of a text beyond which the target's rotary positions are others, for all of its tokens; None: never.
+        """Sequence length beyond which the rotary embedding of all tokens changes; None if it never changes.
 
-        The types ``longrope`` and ``dynamic`` of transformers: what a token is then depends on how long the text is,
-        and on what it is read together with.
+        This applies to the types ``longrope`` and ``dynamic`` of transformers, for which hidden states depend on the
+        length of the sequence and of the batch.
         """
         limits = [
             (part.get("original_max_position_embeddings") if kind == "longrope" else None)
@@ -175,13 +174,13 @@ class TargetFiles:
 
     @property
     def _rope_parts(self) -> list[dict[str, Any]]:
-        """Parameters of the rotary positions, of each kind of layer where those differ."""
+        """Parameters of the rotary embedding, per kind of layer if they differ."""
         rope = self.config.get("rope_parameters") or {}
         return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
 
     @cached_property
     def weight_files(self) -> dict[str, Path]:
-        """Tensor name to the safetensors file that holds it; a single file before an index, as transformers has it."""
+        """The safetensors file of each tensor; as in transformers, a single file takes precedence over an index."""
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         if single.exists():
             with open_safetensors(single) as file:
@@ -193,10 +192,10 @@ class TargetFiles:
         raise UserError(f"{self.folder}: no model.safetensors{hint}")
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor; 8-bit weights with one scale a block become fp32.
+        """Read one tensor; 8-bit weights with one scale per block are converted to fp32.
 
         Raises:
-            UserError: it is quantised otherwise.
+            UserError: the tensor is quantised in another format.
         """
         tensor = self._stored(name)
         if tensor.dtype.itemsize > 1:
@@ -204,8 +203,8 @@ class TargetFiles:
         scales = name + SCALE
         if tensor.dtype != FLOAT8 or self.weight_block is None or scales not in self.weight_files:
             raise UserError(
-                f"{self.name}: {name} is quantised to {str(tensor.dtype).removeprefix('torch.')}, of which only "
-                "float8_e4m3fn with one scale a block is read; use a bfloat16 copy"
+                f"{self.name}: {name} is quantised to {str(tensor.dtype).removeprefix('torch.')}, but only "
+                "float8_e4m3fn with one scale per block is supported; use a bfloat16 copy"
             )
         try:
             return dequantise(tensor, self._stored(scales), self.weight_block)
@@ -220,44 +219,47 @@ class TargetFiles:
         """The token embedding, ``[V, H]``.
 
         Raises:
-            UserError: there is none, or it has another shape.
+            UserError: the embedding is missing or has another shape.
         """
         found = self._module_tensor(self._skeleton.get_input_embeddings(), "weight", "token embedding")
         if found.shape != (self.vocab_size, self.hidden_size):
             raise UserError(
                 f"{self.name}: its embedding is {tuple(found.shape)}, not {(self.vocab_size, self.hidden_size)}; "
-                "drafts read embeddings beside states of the same width"
+                "drafts need embeddings of the same width as the states"
             )
         return found
 
     def lm_head(self) -> Tensor:
-        """The output matrix ``[V, H]``, times what the class multiplies the logits by.
+        """The output matrix ``[V, H]``, multiplied by the class's logit scale.
 
-        It is the embedding where config and files tie them: as in transformers, a head of its own in the files wins.
+        If config and files tie it, this is the embedding. As in transformers, a separate head in the files takes
+        precedence.
         """
         found, scale = self._head_or_none("weight"), self.logit_scale
         if found is None:
             if not self.config.get("tie_word_embeddings"):
-                raise UserError(f"{self.folder}: no lm_head among its tensors, and its config ties none")
+                raise UserError(
+                    f"{self.folder}: no lm_head among its tensors, and its config does not tie it to the embedding"
+                )
             found = self.embedding()
         return found if scale == 1.0 else (found.float() * scale).to(found.dtype)
 
     def has_own_head(self) -> bool:
-        """Whether :meth:`lm_head` is another tensor than :meth:`embedding`."""
+        """Whether :meth:`lm_head` differs from :meth:`embedding`."""
         return self._head_name("weight") is not None or self.logit_scale != 1.0
 
     def lm_head_bias(self) -> Tensor | None:
-        """What the class adds to the head's product, ``[V]``; None where it adds nothing."""
+        """The bias of the head, ``[V]``; None if it has none."""
         if getattr(self._skeleton.get_output_embeddings(), "bias", None) is None:
             return None
         bias = self._head_or_none("bias")
         if bias is None:
-            raise UserError(f"{self.folder}: its head has a bias, which is not among its tensors")
+            raise UserError(f"{self.folder}: its head has a bias, but the tensor is missing")
         return bias if self.logit_scale == 1.0 else bias * self.logit_scale
 
     @cached_property
     def logit_scale(self) -> float:
-        """What the class multiplies the head's product by."""
+        """Factor by which the class multiplies the logits."""
         config = self.config
         powers = _SCALES | ({"logits_scaling": 1} if config["model_type"] == "hyperclovax" else {})
         factors = [
@@ -267,7 +269,7 @@ class TargetFiles:
 
     @cached_property
     def softcap(self) -> float | None:
-        """C where the class calls ``c tanh(z / c)`` of the head's product z its logits, else None."""
+        """C if the class caps its logits as ``c tanh(z / c)``, else None."""
         caps = (self.config.get(key) for key in _CAPS)
         return next((float(cap) for cap in caps if cap), None)
 
@@ -285,7 +287,7 @@ class TargetFiles:
         return self.tensor(name)
 
     def _stored_name(self, module: Any, part: str, others: tuple[str, ...] = ()) -> str | None:
-        """Name of a module's tensor in the files, which may have more or less in front than the class."""
+        """Name of a module's tensor in the files, whose prefix may be longer or shorter than in the class."""
         path = next((name for name, x in self._skeleton.named_modules() if x is module), None)
         if path is None:
             return None
@@ -298,11 +300,11 @@ class TargetFiles:
 
     @property
     def _own_names(self) -> list[str]:
-        """Names of the tensors but for MTP modules, which have norms and sometimes embeddings of their own."""
+        """Names of all tensors except those of MTP modules, which have their own norms and sometimes embeddings."""
         return [n for n in self.weight_files if not n.startswith("mtp.")]
 
     def final_norm(self) -> Tensor:
-        """Weight of the norm before ``lm_head``, ``[H]``."""
+        """Weight ``[H]`` of the norm before ``lm_head``."""
         return self._first(("norm.weight",), "final norm")
 
     def layer_tensor(self, layer: int, name: str) -> Tensor:
@@ -335,10 +337,10 @@ class TargetFiles:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """Tensor name to file, by the index of a model in several files.
+    """The file of each tensor, from the index of a model in several files.
 
     Raises:
-        UserError: it is not one, or names a file that is not beside it.
+        UserError: the index is malformed, or names a file that is not in its folder.
     """
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
@@ -346,15 +348,15 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise UserError(f"{index}: has no weight_map from tensors to files")
     for file in sorted(set(names.values())):
         if Path(file).name != file or not (index.parent / file).is_file():
-            raise UserError(f"{index}: names {file!r}, which is no file beside it")
+            raise UserError(f"{index}: names {file!r}, which is not a file in the same folder")
     return {name: index.parent / file for name, file in names.items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch dtype of a name such as ``bfloat16``.
+    """The torch dtype with a name such as ``bfloat16``.
 
     Raises:
-        UserError: there is no such floating-point dtype.
+        UserError: it is not a floating-point dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -1,7 +1,7 @@
-"""What training needs of the frozen target: its token embedding and its output head.
+"""The two matrices of the frozen target that training needs: its token embedding and its output head.
 
-Neither is a parameter: they take no optimizer state, are not saved in checkpoints, and are read again
-from the target (whose fingerprint the checkpoint keeps) when a run resumes.
+Neither is a parameter: they have no optimizer state, are not saved in checkpoints, and are read from the target again
+when a run resumes. The checkpoint stores the target's fingerprint.
 
 Shape legend: N tokens, M rows, V vocabulary, D draft vocabulary, H hidden size.
 """
@@ -21,13 +21,13 @@ from specforge.inference.target_files import TargetFiles
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What makes logits of states: ``cap tanh((states @ weightᵀ + bias) / cap)``; most targets have the matrix alone.
+    """Logits from states, ``cap tanh((states @ weightᵀ + bias) / cap)``; most targets have only the matrix.
 
-    It stands where a matrix does in ``F.linear(states, head)``, so that no product forgets what belongs to it, and
-    nowhere else: any other function of torch refuses it.
+    ``F.linear(states, head)`` accepts it in place of a matrix, so that no product can omit bias or cap. Every other
+    function of torch rejects it.
 
     Attributes:
-        weight: ``[D, H]`` or ``[V, H]``; a factor of the logits is in it.
+        weight: ``[D, H]`` or ``[V, H]``; it includes a target's factor of the logits.
         bias: ``[D]`` or ``[V]``.
         softcap: c of ``c tanh(z / c)`` (Gemma 2, arXiv 2408.00118, section 2).
     """
@@ -37,7 +37,7 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """The target's logits ``[..., D]`` of its last hidden states ``[..., H]``; fp32 where they are capped."""
+        """The target's logits ``[..., D]`` of its last hidden states ``[..., H]``; in fp32 or wider if capped."""
         scores = self.scores(states)
         if self.softcap is None:
             return scores
@@ -45,7 +45,7 @@ class OutputHead:
         return torch.tanh(wide / self.softcap) * self.softcap
 
     def scores(self, states: Tensor) -> Tensor:
-        """The same before the cap, which changes no order: what a draft makes of its own states with the head."""
+        """The logits before the cap, which does not change their order. Drafts use these for their own states."""
         return F.linear(states, self.weight, self.bias)
 
     def to(self, place: torch.dtype | torch.device) -> OutputHead:
@@ -53,7 +53,7 @@ class OutputHead:
         return OutputHead(self.weight.to(place), None if self.bias is None else self.bias.to(place), self.softcap)
 
     def __getitem__(self, rows: Any) -> OutputHead:
-        """The head of some tokens: ids ``[D]``, or a slice."""
+        """The head for some tokens: ids ``[D]``, or a slice."""
         return OutputHead(self.weight[rows], None if self.bias is None else self.bias[rows], self.softcap)
 
     def __len__(self) -> int:
@@ -73,16 +73,13 @@ class OutputHead:
 
 
 def distance(logits: Tensor, others: Tensor) -> float:
-    """How far two models' logits ``[..., V]`` are apart: the largest difference of log-probabilities.
-
-    It is infinite where one of them is not finite.
-    """
+    """Largest difference of log-probabilities between two models' logits ``[..., V]``; inf if any is not finite."""
     apart = (logits.double().log_softmax(-1) - others.double().log_softmax(-1)).abs().max()
     return float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 class TargetRows(NamedTuple):
-    """What the whole vocabulary says of M rows: ``log_sum [M]`` fp32, and the likeliest token ``[M]``."""
+    """Log-sum-exp ``[M]`` (fp32) and argmax ``[M]`` of M rows' logits over the whole vocabulary."""
 
     log_sum: Tensor
     argmax: Tensor
@@ -93,8 +90,8 @@ class TargetHead:
 
     Args:
         embedding: ``[V, H]``.
-        lm_head: the head, or its matrix ``[V, H]`` alone; the same tensor where they are tied.
-        dtype: dtype to hold and multiply them in.
+        lm_head: the head, or only its matrix ``[V, H]``; the same tensor as the embedding if they are tied.
+        dtype: dtype of storage and products.
     """
 
     def __init__(self, embedding: Tensor, lm_head: Tensor | OutputHead, dtype: torch.dtype) -> None:
@@ -108,7 +105,7 @@ class TargetHead:
         """Read embedding and head of a target.
 
         Raises:
-            UserError: one is not among its tensors, or the embedding has another width than the states.
+            UserError: the target lacks one of them, or the embedding's width differs from the states'.
         """
         embedding = target.embedding()
         matrix = target.lm_head() if target.has_own_head() else embedding
@@ -116,7 +113,7 @@ class TargetHead:
 
     @property
     def lm_head(self) -> Tensor | OutputHead:
-        """What ``F.linear`` makes the target's logits with: the matrix ``[V, H]``, where that is all there is."""
+        """The weight with which ``F.linear`` gives the target's logits: the matrix ``[V, H]`` if that is enough."""
         plain = self.head.bias is None and self.head.softcap is None
         return self.head.weight if plain else self.head
 
@@ -145,7 +142,7 @@ class TargetHead:
         return self.head.logits(hidden.to(self.dtype))
 
     def sliced(self, target_ids: Tensor) -> OutputHead:
-        """The head of a draft vocabulary, ``target_ids [D]``; kept until they change."""
+        """The head of a draft vocabulary ``target_ids [D]``; kept as long as the same tensor is given."""
         if len(target_ids) == len(self.head):
             return self.head
         if self._sliced is None or self._sliced[0] is not target_ids:
@@ -154,11 +151,11 @@ class TargetHead:
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, chunk: int = 32768) -> TargetRows:
-        """Log-sum-exp and argmax of the full-vocabulary logits, without holding ``[M, V]``.
+        """Log-sum-exp and argmax of the full-vocabulary logits, without storing ``[M, V]``.
 
         Args:
             hidden: ``[M, H]`` last hidden states.
-            chunk: vocabulary entries at a time; ties go to the lowest id.
+            chunk: vocabulary entries per product; ties go to the lowest id.
         """
         hidden = hidden.to(self.dtype)
         log_sum = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""The target's decoder layers: where a transformers model keeps them, and what its last one computes.
+"""The target's decoder layers: finding them in a transformers model, and checking a draft against the last one.
 
-A draft that starts as the target's last layer must compute what that layer computes. The names of tensors do not say
-what a norm multiplies by, which activation function or which positions a layer has. So transformers runs the layer on a
-few random states, and the draft's own layer must give the same result (:meth:`LastLayer.check`).
+A draft that starts as the target's last layer must compute the same function. The names of tensors do not determine a
+norm's multiplier, the activation function or the positions. So transformers runs the layer on a few random states, and
+the draft's own layer must give the same result (:meth:`LastLayer.check`).
 
 Shape legend: n tokens, H hidden size.
 """
@@ -27,7 +27,7 @@ _HINT = "its last layer cannot be run on its own, so no draft can start from it;
 
 
 def backbone(model: Any) -> nn.Module:
-    """The part of a causal LM whose output goes into its head."""
+    """The part of a causal LM below its head."""
     base: nn.Module = model.base_model
     if base is not model:
         return base
@@ -36,10 +36,10 @@ def backbone(model: Any) -> nn.Module:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of decoder layers of a transformers model; of its text part where it has several modalities.
+    """The list of decoder layers of a transformers model; for a multimodal model, of its text part.
 
     Raises:
-        UserError: none of its module lists has as many entries as the config has layers.
+        UserError: no module list has as many entries as the config has layers.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     for module in model.get_decoder().modules():
@@ -92,7 +92,7 @@ class LastLayer:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by the name that it has in Llama's layers. For a norm, what the norm multiplies by.
+        """A tensor by its name in Llama's layers; for a norm, its multiplier.
 
         Raises:
             UserError: there is no such tensor.
@@ -104,7 +104,7 @@ class LastLayer:
         return value if norm is None else _multiplier(norm, value)
 
     def final_norm(self) -> Tensor:
-        """What the norm after the layer multiplies by.
+        """The multiplier of the norm after the last layer.
 
         Raises:
             UserError: the target has no such norm.
@@ -126,16 +126,16 @@ class LastLayer:
         what: str,
         shared: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Refuse a network that does not compute what the layer computes.
+        """Check that a network computes the same function as the layer.
 
         Args:
-            network: the draft's layer, from the states ``[n, H]`` of n tokens before the layer to those after it.
-            names: names of the tensors that the network has, as in Llama's layers.
+            network: the draft's layer, a function of the states ``[n, H]`` of n tokens.
+            names: the network's tensors, by their names in Llama's layers.
             what: name of the network, for error messages.
-            shared: tensors of the network to use where the target's files store them in another form.
+            shared: tensors of the network that replace those that the target's files store in another form.
 
         Raises:
-            UserError: says which tensor the network lacks, or how much the results differ.
+            UserError: names a tensor that the network lacks, or reports how much the results differ.
         """
         layer = f"{self.target.name}: its last layer"
         hint = f"so {what} cannot start from it; leave init_from out"
@@ -188,7 +188,7 @@ class LastLayer:
 
 
 def _fused(names: Collection[str], config: Any) -> dict[str, tuple[str, list[int], int]]:
-    """Llama's names of the parts of fused tensors: the fused tensor, the rows of its parts, and which part it is."""
+    """For each part of a fused tensor, by its name in Llama: the fused tensor, the sizes of its parts, its index."""
     found: dict[str, tuple[str, list[int], int]] = {}
     qkv, gate_up = "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"
     if qkv in names:
@@ -203,7 +203,7 @@ def _fused(names: Collection[str], config: Any) -> dict[str, tuple[str, list[int
 
 
 def _multiplier(norm: nn.Module, weight: Tensor) -> Tensor:
-    """What an RMS norm with this weight multiplies by: the weight, or 1 + the weight in some families."""
+    """The multiplier of an RMS norm with this weight: the weight, or in some families 1 + the weight."""
     zero = torch.zeros(len(weight))
     shift = _normed(norm, torch.ones(1, len(weight)), zero)[0].round()
     return weight + shift.to(weight.dtype) if bool(shift.any()) else weight
@@ -225,7 +225,7 @@ def _normed(norm: nn.Module, states: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Modules that are built here have parameters without memory. Buffers are real, since no file stores them."""
+    """Build modules with parameters on the meta device. Buffers are real, because no file stores them."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -1,8 +1,9 @@
-"""A small HTTP server of a frozen target: token ids in, features out, nothing kept.
+"""A small, stateless HTTP server for a frozen target: token ids in, features out.
 
-Answers are bit for bit what the engine makes of the same sequences in this process. Every request carries a token;
-bodies, sequences, waiting times and connections have limits. Connections that have not shown the token yet are few and
-short: where there are too many, the oldest makes room, so that those who hold the token are always served.
+Responses are bit-identical to what the engine computes for the same sequences in this process. Every request carries a
+token; body size, sequence length, time and number of connections are limited. Connections that have not presented the
+token are limited separately and expire sooner; if there are too many, the oldest is closed, so clients with the token
+are always served.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
 
-_BYTES_PER_TOKEN = 12  # of a token id in JSON
-_CONNECTIONS, _STRANGERS = 64, 64  # most that have shown the token, and that have not
-_HEADER_SECONDS = 10.0  # in which a new connection must have shown it
-_SLOWEST = 64 << 10  # bytes a second; bodies and answers that take longer are broken off
+_BYTES_PER_TOKEN = 12  # a token id in JSON
+_AUTHORIZED, _UNAUTHORIZED = 64, 64  # maximum connections that have presented the token, and that have not
+_HEADER_SECONDS = 10.0  # time in which a new connection must present the token
+_SLOWEST = 64 << 10  # bytes per second; slower requests and responses are aborted
 _PIECE, _LINGER = 1 << 20, 64
-_QUIET_SECONDS = 10.0  # between two lines about refused tokens
+_QUIET_SECONDS = 10.0  # between two log lines about rejected tokens
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ class _RefusedError(Exception):
 
 
 def make_token(path: Path) -> str:
-    """The token in a file that only its owner can read; made if there is none.
+    """Read the token from a file that only its owner can read; create the file if it does not exist.
 
     Raises:
-        UserError: it cannot be written, or what is there is no token.
+        UserError: the file cannot be written, or contains no token.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +72,16 @@ class TargetServer(ThreadingHTTPServer):
     """Serves a target's features; one forward pass at a time.
 
     Args:
-        engine: the target.
-        target: its files.
-        token: what requests must carry.
+        engine: the engine that runs the target.
+        target: the target's files.
+        token: token that requests must carry.
         host: address to listen on.
-        port: 0 for any.
-        max_tokens: most tokens of a request, padding included.
-        idle_seconds: close connections on which nothing moves for so long; new ones after ten seconds.
+        port: port to listen on; 0 for any free port.
+        max_tokens: maximum number of tokens per request, padding included.
+        idle_seconds: close connections that are idle for this long, or for ten seconds before they present the token.
 
     Raises:
-        UserError: the address is taken or not this machine's.
+        UserError: the address is in use or does not belong to this machine.
     """
 
     daemon_threads = True
@@ -102,8 +103,8 @@ class TargetServer(ThreadingHTTPServer):
         self._authorization = f"Bearer {token}".encode()
         self._one_at_a_time = threading.Lock()
         self._lock = threading.Lock()
-        self._strangers: dict[socket.socket, None] = {}  # the oldest first
-        self._clients: set[socket.socket] = set()
+        self._unauthorized: dict[socket.socket, None] = {}  # oldest first
+        self._authorized: set[socket.socket] = set()
         self._refused, self._quiet_until = 0, 0.0
         try:
             super().__init__((host, port), _Handler)
@@ -111,7 +112,7 @@ class TargetServer(ThreadingHTTPServer):
             raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
 
     def server_close(self) -> None:
-        """Close the port, and end once no forward pass is running; none starts any more."""
+        """Close the port, wait for a running forward pass, and start no more of them."""
         super().server_close()
         self._one_at_a_time.acquire()
 
@@ -122,16 +123,16 @@ class TargetServer(ThreadingHTTPServer):
         return f"http://{host!s}:{port}"
 
     def is_authorized(self, header: str | None) -> bool:
-        """Whether an Authorization header holds the token."""
+        """Whether an Authorization header contains the token."""
         return hmac.compare_digest((header or "").encode(), self._authorization)
 
     @property
     def max_body(self) -> int:
-        """Most bytes of a request's body."""
+        """Maximum size of a request body in bytes."""
         return 4096 + _BYTES_PER_TOKEN * self.max_tokens
 
     def features(self, body: bytes) -> bytes:
-        """Answer a request: safetensors named ``<sequence>/<feature>``."""
+        """Process a request body; returns safetensors with tensors named ``<sequence>/<feature>``."""
         request = _parse(body)
         for name, own in (("target_fingerprint", self.target.fingerprint), ("dtype", self.engine.dtype)):
             if request.get(name) != own:
@@ -177,51 +178,51 @@ class TargetServer(ThreadingHTTPServer):
         return found
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection; of those that have not shown the token the oldest goes, where they are too many."""
+        """Accept a connection; closes the oldest one without the token if there are too many of those."""
         with self._lock:
-            if len(self._strangers) >= _STRANGERS:
-                oldest = next(iter(self._strangers))
-                del self._strangers[oldest]
+            if len(self._unauthorized) >= _UNAUTHORIZED:
+                oldest = next(iter(self._unauthorized))
+                del self._unauthorized[oldest]
                 with suppress(OSError):
                     oldest.shutdown(socket.SHUT_RDWR)
-            self._strangers[request] = None
+            self._unauthorized[request] = None
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
         with self._lock:
-            self._strangers.pop(request, None)
-            self._clients.discard(request)
+            self._unauthorized.pop(request, None)
+            self._authorized.discard(request)
         super().shutdown_request(request)
 
-    def is_client(self, connection: socket.socket) -> bool:
-        """Whether a connection has shown the token."""
-        return connection in self._clients
+    def is_admitted(self, connection: socket.socket) -> bool:
+        """Whether a connection has presented the token."""
+        return connection in self._authorized
 
     def admit(self, connection: socket.socket) -> None:
-        """Count a connection among those that have shown the token.
+        """Count a connection as one that has presented the token.
 
         Raises:
-            _RefusedError: these are too many already.
+            _RefusedError: there are too many of them.
         """
         with self._lock:
-            if connection not in self._clients and len(self._clients) >= _CONNECTIONS:
+            if connection not in self._authorized and len(self._authorized) >= _AUTHORIZED:
                 raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
-            self._strangers.pop(connection, None)
-            self._clients.add(connection)
+            self._unauthorized.pop(connection, None)
+            self._authorized.add(connection)
 
     def note_refusal(self, address: str) -> None:
-        """Say that a token was refused; at most every ten seconds, with how many there were."""
+        """Log rejected tokens, at most every ten seconds, with their number."""
         with self._lock:
             self._refused += 1
             now, count = time.monotonic(), self._refused
             if now < self._quiet_until:
                 return
             self._refused, self._quiet_until = 0, now + _QUIET_SECONDS
-        logger.warning("refused %d requests without this server's token, the last from %s", count, address)
+        logger.warning("rejected %d requests without this server's token, the last one from %s", count, address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is nothing to report beyond the log."""
+        """Log a connection that was closed early, without a traceback on the console."""
         logger.info("connection of %s ended early", client_address, exc_info=True)
 
 
@@ -244,7 +245,7 @@ def _policy(request: Mapping[str, Any]) -> CapturePolicy:
 
 
 class _Reads(io.RawIOBase):
-    """What comes from a socket until a deadline, however it is parted."""
+    """Reads from a socket until a deadline, however the data is split into packets."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self.deadline = connection, 0.0
@@ -258,10 +259,10 @@ class _Reads(io.RawIOBase):
 
 
 def _set_timeout(connection: socket.socket, deadline: float) -> None:
-    """Bound the next call by a deadline.
+    """Limit the next socket call by a deadline.
 
     Raises:
-        TimeoutError: it is over.
+        TimeoutError: the deadline has passed.
     """
     left = deadline - time.monotonic()
     if left <= 0:
@@ -285,9 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def _deadline(self, nbytes: int = 0) -> float:
-        """When a connection must be done with its header, or with so many bytes."""
+        """The time by which a connection must have transferred its header, or ``nbytes`` bytes."""
         idle = self.server.idle_seconds
-        if not self.server.is_client(self.connection):
+        if not self.server.is_admitted(self.connection):
             idle = min(idle, _HEADER_SECONDS)
         return time.monotonic() + idle + nbytes / _SLOWEST
 
@@ -320,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self.close_connection = True
         self._send(status, "application/json", json.dumps({"error": message}).encode())
-        # Closed with the body unread, the connection would be reset, and the client might never see why.
+        # If it were closed with the body unread, the connection would be reset and the client might miss the reason.
         self.connection.shutdown(socket.SHUT_WR)
         self._reads.deadline = self._deadline()
         for _ in range(_LINGER):

@@ -19,7 +19,7 @@ from torch import Tensor
 from specforge.inference.target_head import OutputHead
 from specforge.losses.chunked import add_product, default_chunk
 
-# Tiles that end where a block does are padded to a multiple of this (see specforge.modeling.draft.unroll.ROUND).
+# Tiles that end where a block does are padded to a multiple of this (see specforge.modeling.draft.plan.ROUND).
 _ROUND = 32
 
 

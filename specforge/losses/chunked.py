@@ -60,7 +60,7 @@ def default_chunk(vocabulary: int, students: int, device: torch.device) -> int:
     """Labels of a chunk whose fp32 tile fits the cache of a CPU core, or is large enough to fill a GPU."""
     tile = _TILE_BYTES.get(device.type, _TILE_BYTES_ACCELERATOR)
     labels = max(1, tile // (4 * vocabulary * students))
-    # A power of two, so that few shapes occur (see specforge.modeling.draft.unroll.ROUND).
+    # A power of two, so that few shapes occur (see specforge.modeling.draft.plan.ROUND).
     return 1 << (labels.bit_length() - 1)
 
 

@@ -1,1 +1,1 @@
-"""Draft networks, their layers, and the target's two matrices that training needs."""
+"""Draft networks and their layers."""

@@ -342,6 +342,6 @@ def test_a_damaged_best_checkpoint_does_not_stop_the_run(run_in, recwarn):
         file.seek(5000)
         file.write(b"damage")
     assert run.fit("--trainer.max_steps", 8, **SAVED_AND_VALIDATED) == 0
-    assert any(f"{best}: its checksum does not match" in str(w.message) for w in recwarn)
+    assert any(f"{best}: the checksum does not match" in str(w.message) for w in recwarn)
     run.check_links()
     assert os.readlink(run.checkpoints / "best.ckpt") != best

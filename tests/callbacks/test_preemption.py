@@ -106,7 +106,7 @@ def test_while_it_waits_for_its_first_sample(target, prompts, tmp_path, caplog, 
     where = places(tmp_path)
     path = disaggregated(target, prompts, tmp_path, where, wait_seconds=3600, stall_seconds=0.1)
     with stopped() as stop:
-        heard("training waits for samples", stop.waits.set)
+        heard("training has been waiting for samples", stop.waits.set)
         assert main(["fit", "--config", str(path)]) == 143
     assert "stopped by a signal after step 0" in caplog.text
     with producers(target, where):
@@ -126,7 +126,7 @@ def test_while_it_waits_for_a_later_sample_of_a_window(target, prompts, tmp_path
     with stopped() as stop, producers(target, where, max_prompts=1) as (producer,):
         lease = producer.controller.lease
         producer.controller.lease = lambda name, count: lease(name, count) if producer.produced < 8 + 27 else []
-        heard("training waits for samples", lambda: producer.produced < 35 or stop.waits.set())
+        heard("training has been waiting for samples", lambda: producer.produced < 35 or stop.waits.set())
         assert main(["fit", "--config", str(path)]) == 143
     assert "stopped by a signal after step 4; resume with --ckpt_path last" in caplog.text
     with producers(target, where):
@@ -270,7 +270,7 @@ def test_while_several_ranks_wait(target, prompts, tmp_path, which):
         wait_for_steps(process, tmp_path / "run", 2)
         paused.set()
         for line in process.stdout:
-            if "training waits for samples" in line and len(losses(tmp_path / "run")) >= 2:
+            if "training has been waiting for samples" in line and len(losses(tmp_path / "run")) >= 2:
                 break
         os.kill(process.pid if which == "first" else second_rank(process.pid), signal.SIGTERM)
         sent = time.monotonic()

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
         messages(assistant("Welcome."), user(), assistant("Hello.")),
         f"<|im_start|>system\nBe brief.{END}\n{A}Welcome.{END}\n{U}Hi{END}\n{A}«Hello.{END}»\n",
     ),
-    "a greeting alone": ("chatml", messages(assistant("Welcome.")), "nothing in it is an answer to be learnt"),
+    "a greeting alone": ("chatml", messages(assistant("Welcome.")), "it contains no answer to train on"),
     "a system prompt alone asks": (
         "chatml",
         messages(says("system", "S"), assistant("yes")),
@@ -154,7 +154,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "nothing but reasoning that the template never shows": (
         "chatml",
         messages(user(), assistant(None, reasoning="R")),
-        "messages[1]: the chat template renders nothing of it",
+        "messages[1]: the chat template omits it",
     ),
     "reasoning that the prompt opens and the message lacks": (
         "opens reasoning",
@@ -179,7 +179,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "reasoning behind a prompt that closes it": (
         "shows or closes reasoning",
         messages(user(), assistant("a", reasoning_content="R")),
-        "asks with a text that ends in",
+        "the prompt of the chat template ends in",
     ),
     "reasoning that the prompt opens and the message has": (
         "opens reasoning",
@@ -236,12 +236,12 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "a call that the template ignores": (
         "chatml",
         messages(user(), assistant(None, tool_calls=CALL)),
-        "messages[1]: the chat template renders nothing of its tool calls",
+        "messages[1]: the chat template omits its tool calls",
     ),
     "a call that the template ignores, with words": (
         "chatml",
         messages(user(), assistant("Wait.", tool_calls=CALL)),
-        "messages[1]: the chat template renders nothing of its tool calls",
+        "messages[1]: the chat template omits its tool calls",
     ),
     "a call that the template ignores, not to be learnt": (
         "chatml",
@@ -274,11 +274,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
         messages(user("1"), assistant("one", train=False), user("2"), assistant("two", train=True)),
         f"{U}1{END}\n{A}one{END}\n{U}2{END}\n{A}«two{END}»\n",
     ),
-    "weight 0 everywhere": (
-        "chatml",
-        messages(user(), assistant("a", weight=0)),
-        "nothing in it is an answer to be learnt",
-    ),
+    "weight 0 everywhere": ("chatml", messages(user(), assistant("a", weight=0)), "it contains no answer to train on"),
     "another weight": ("chatml", messages(user(), assistant("a", weight=0.5)), "messages[1].weight is 0.5"),
     "null in every column": (
         "chatml",
@@ -303,7 +299,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "NaN in arguments": (
         "arguments as JSON",
         messages(user(), assistant("", tool_calls=[{"name": "go", "arguments": {"a": float("nan")}}])),
-        "holds NaN",
+        "contains NaN",
     ),
     "columns of other tools": (
         "chatml",
@@ -323,7 +319,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "an image": (
         "chatml",
         messages(user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("a")),
-        "messages[0].content[0] is of the type 'image_url'",
+        "messages[0].content[0] has the type 'image_url'",
     ),
     "content that is no text": ("chatml", messages(user(4), assistant("a")), "messages[0].content is a JSON int"),
     "content 0": ("chatml", messages(user(0), assistant("a")), "messages[0].content is a JSON int"),
@@ -376,7 +372,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
         "a«bcde»f",
     ),
     "a span of numbers that are none": ("chatml", {"text": "abc", "spans": [[0, True]]}, "spans is not a list"),
-    "a span outside": ("chatml", {"text": "abc", "spans": [[0, 4]]}, "a span lies outside"),
+    "a span outside": ("chatml", {"text": "abc", "spans": [[0, 4]]}, "a span exceeds the text"),
 }
 
 

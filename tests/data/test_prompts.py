@@ -323,7 +323,7 @@ def test_lengths_a_marked_sample_and_whether_anything_is_held_out(target, tmp_pa
     assert "assistant\n«[bold]It[/bold] is :zero: \ufffd[31m.<|im_end|>»\n" in out
     assert f"({tmp_path / 'd.jsonl'}, line 1)" in out
     assert "10 samples" in out
-    assert "lengths: median 31, 95 % 186, longest 186" in out
+    assert "lengths: median 31, 95th percentile 186, longest 186" in out
     assert "1 duplicate" in out
     assert "nothing is held out" in out
     assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p", "--holdout", 2) == 0
@@ -333,7 +333,7 @@ def test_lengths_a_marked_sample_and_whether_anything_is_held_out(target, tmp_pa
 def test_reasoning_that_the_template_leaves_out_is_counted(target, tmp_path, capsys):
     rows = [{"messages": [says("user", f"{i}?"), says("assistant", "a", reasoning_content="R")]} for i in range(3)]
     assert run(write(tmp_path / "d.jsonl", *rows), target, tmp_path / "p") == 0
-    assert "3 answers of which the chat template leaves out a part" in capsys.readouterr().out
+    assert "3 answers that the chat template renders only in part" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["words", "list", "repeated", "plus", "equals"])

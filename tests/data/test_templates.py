@@ -219,9 +219,9 @@ def test_reasoning_has_both_names_that_templates_read():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("opens reasoning", "answers learnt behind '<think>\\n'"),
-        ("shows or opens reasoning", "answers learnt behind '<|im_start|>assistant\\n<think>'"),
-        ("date", "records with 2024-07-26 for the day"),
+        ("opens reasoning", "answers that follow '<think>\\n'"),
+        ("shows or opens reasoning", "answers that follow '<|im_start|>assistant\\n<think>'"),
+        ("date", "records in which the template prints 2024-07-26"),
         ("asks with a line break", None),
         ("chatml", None),
     ],
@@ -249,7 +249,7 @@ def test_messages_that_the_template_does_not_show_are_counted():
         ]
     }
     used.encode(parse_record("a", row))
-    assert used.notes == {"developer messages that the chat template leaves out": 1}
+    assert used.notes == {"developer messages that the chat template omits": 1}
 
 
 # What a target's folder may hold.
@@ -270,17 +270,17 @@ def folder_with(tmp_path: Path, template: object) -> TargetFiles:
     ("template", "words"),
     [
         (b"{% for m in messages %}", "not Jinja"),
-        (b"{{ nothing.at.all }}", "refuses it"),
-        (b"{{ 1 // 0 }}", "refuses it"),
-        (b"{{ raise_exception('a\nb') }}", r"refuses it \(a\)"),
-        (b"{{ raise_exception('') }}", "refuses it"),
-        (b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses it"),
-        (b"{{ ''.__class__.__mro__ }}", "refuses it"),
+        (b"{{ nothing.at.all }}", "rejects it"),
+        (b"{{ 1 // 0 }}", "rejects it"),
+        (b"{{ raise_exception('a\nb') }}", r"rejects it \(a\)"),
+        (b"{{ raise_exception('') }}", "rejects it"),
+        (b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "rejects it"),
+        (b"{{ ''.__class__.__mro__ }}", "rejects it"),
         (b"", "has no chat template"),
-        (b"{{ '' }}", "renders nothing of it"),
+        (b"{{ '' }}", "omits it"),
         (b"\xff\xfe", "no usable tokenizer"),
         ([{"name": "rag", "template": "{{ 1 }}"}], "no chat template called default"),
-        (4, "refuses it"),
+        (4, "rejects it"),
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_one_line(tmp_path, template, words):
@@ -318,7 +318,7 @@ def test_a_tokenizer_without_a_fast_form_is_named():
     class Slow:
         is_fast, name_or_path = False, "models/slow"
 
-    with pytest.raises(UserError, match="models/slow: has no fast form"):
+    with pytest.raises(UserError, match="models/slow: is not a fast tokenizer"):
         ChatTemplate(Slow())
 
 

@@ -8,11 +8,13 @@ import multiprocessing
 import pytest
 import torch
 
+from lightning_modules.loading import load_module
 from specforge.cli.main import main
 from specforge.contracts import CapturePolicy
 from specforge.decoding.verify import Sampling
 from specforge.eval.cache import EvalCache, EvalKey, Reference
-from specforge.eval.report import _evaluation
+from specforge.eval.evaluate import EvaluateOptions, Evaluation
+from specforge.eval.report import evaluation_text
 from tests.tiny import recipe
 
 FIELDS = [
@@ -26,6 +28,7 @@ FIELDS = [
     "acceptance_per_position",
     "tokens_per_second",
     "speedup",
+    "speedup_ci95",
     "lossless",
 ]
 
@@ -69,9 +72,11 @@ def test_the_table(run, prompts, tmp_path):
         assert row["tau"] == pytest.approx(row["offline_tau"], abs=0.05)
         assert row["tau_ci95"][0] <= row["tau"] <= row["tau_ci95"][1]
         assert row["tau"] == pytest.approx(row["tokens"] / row["rounds"])
+        assert row["tau_ci95"][0] >= 1
         assert row["tokens_per_second"] > 0
+        assert row["speedup_ci95"][0] <= row["speedup"] <= row["speedup_ci95"][1]
     assert result["methods"][0]["tau"] == 1.0
-    for key in ("target", "draft", "prompts", "gamma", "temperature", "dtype", "seed", "versions"):
+    for key in ("target", "draft", "prompts", "gamma", "temperature", "dtype", "seed", "versions", "peak_memory"):
         assert key in result["run"]
 
 
@@ -79,13 +84,16 @@ def test_one_prompt_has_no_interval(run, prompts, tmp_path, capsys):
     result = evaluate(run, prompts, tmp_path / "e.json", "--num_prompts", 1, "--speed_prompts", 0)
     assert [row["tau_ci95"] for row in result["methods"][1:]] == [None] * 3
     assert "nan" not in capsys.readouterr().out
-    assert "nan" not in _evaluation(result)
+    assert "nan" not in str(evaluation_text(result)["rows"])
 
 
-def test_sampled_evaluation(run, prompts, tmp_path):
+def test_sampled_evaluation(run, prompts, tmp_path, capsys):
     result = evaluate(run, prompts, tmp_path / "e.json", "--temperature", 1.0, "--speed_prompts", 0)
     row = result["methods"][-1]
     assert row["lossless"] is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 held-out prompts, gamma 4, temperature 1" in said
+    assert "lossless is not measured when sampling" in said
     assert row["tau"] == pytest.approx(row["offline_tau"], abs=0.25)
     assert evaluate(run, prompts, tmp_path / "again.json", "--temperature", 1.0, "--speed_prompts", 0) | {"run": 0} == (
         result | {"run": 0}
@@ -221,3 +229,15 @@ def test_answers_are_produced_once_whoever_asks(tmp_path):
     read(tmp_path / "cache", counter)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert counter.value == 1
+
+
+def test_progress_counts_every_decoded_prompt(run, target, tmp_path):
+    module = load_module(run / "checkpoints" / "last.ckpt", str(target)).eval()
+    for cached in (False, True):
+        seen: list[tuple[int, int]] = []
+        options = EvaluateOptions(max_new_tokens=8, speed_prompts=2, batch_size=2, device="cpu")
+        cache, progress = EvalCache(tmp_path), lambda *x, seen=seen: seen.append(x)
+        evaluation = Evaluation(module.target, module, [], "t", cache, options, lambda text: None, progress)
+        evaluation.run([[1, 2, 3], [4, 5], [6]])
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert seen[-1] == (3 * 4 + 2 * 4, 20), cached

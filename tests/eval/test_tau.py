@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from specforge.eval.tau import Rounds, chains, expected_rounds, jump, pooled_tau, t_quantile
+from specforge.eval.tau import Rounds, chains, expected_rounds, jump, pooled_tau, speedup
 
 
 def simulate(accept: np.ndarray) -> int:
@@ -76,8 +76,32 @@ def test_the_interval_is_that_of_resampling_prompts():
 
 
 @pytest.mark.parametrize(("freedom", "value"), [(1, 12.7062), (5, 2.5706), (30, 2.0423), (1000, 1.9623)])
-def test_students_quantile(freedom, value):
-    assert t_quantile(freedom) == pytest.approx(value, abs=1e-3)
+def test_the_interval_uses_students_quantile(freedom, value):
+    prompts = [Rounds(20.0 + i % 3, 10.0) for i in range(freedom + 1)]
+    tau, tokens = pooled_tau(prompts), np.array(prompts)[:, 0]
+    error = tokens.std(ddof=1) / len(prompts) ** 0.5 / 10
+    assert (tau.high - tau.value) / error == pytest.approx(value, abs=1e-3)
+
+
+def test_the_interval_is_clipped_at_one():
+    tau = pooled_tau([Rounds(10, 10), Rounds(30, 10)])
+    assert (tau.value, tau.low) == (2.0, 1.0)
+    assert np.isnan(pooled_tau([Rounds(10, 10)]).low)
+
+
+def test_the_interval_of_a_speedup_is_that_of_resampling_prompts():
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(20, 100, 60)
+    plain = np.stack([tokens, tokens * rng.uniform(0.9, 1.1, 60)], axis=1)
+    fast = np.stack([tokens, tokens * rng.uniform(0.3, 0.9, 60)], axis=1)
+    found = speedup(fast, plain)
+    rows = rng.integers(0, 60, (4000, 60))
+    (n, t), (n0, t0) = (x[rows].sum(1).T for x in (fast, plain))
+    low, high = np.quantile(n / t / (n0 / t0), [0.025, 0.975])
+    assert found.value == pytest.approx(fast[:, 0].sum() / fast[:, 1].sum() / (plain[:, 0].sum() / plain[:, 1].sum()))
+    assert found.low == pytest.approx(low, rel=0.03)
+    assert found.high == pytest.approx(high, rel=0.03)
+    assert np.isnan(speedup(fast[:1], plain[:1]).low)
 
 
 def test_chains_regroup_students_by_round():

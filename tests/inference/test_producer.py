@@ -13,9 +13,10 @@ from specforge.errors import UserError
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
-from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, QUEUED, STATES, MemoryMetadataStore
+from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, QUEUED, STATES
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore, StoreFullError
+from tests.runtime.control_plane.memory import MemoryMetadataStore
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((), last_hidden_states=True), "float32")
 TASKS = {
@@ -98,7 +99,7 @@ def test_a_stopped_producer_gives_back_what_it_has_not_begun():
     producer = made(Engine(lambda ids: stop.set()))
     producer.run(stop)
     counts(producer, **{COMMITTED: 1, QUEUED: 3})
-    assert all(entry.tries == 0 for entry in producer.controller.metadata.entries((QUEUED,)))
+    assert all(row.tries == 0 for row in producer.controller.metadata.find((QUEUED,)))
 
 
 def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
@@ -122,7 +123,7 @@ def test_a_failure_does_not_touch_what_the_passes_before_have_made():
     producer = made(engine)
     producer.once()
     counts(producer, **{COMMITTED: 3, QUEUED: 1})
-    (again,) = producer.controller.metadata.entries((QUEUED,))
+    (again,) = producer.controller.metadata.find((QUEUED,))
     assert (len(engine.passes), again.tries) == (4, 1)
 
 
@@ -186,14 +187,14 @@ def test_a_bad_sample_costs_the_others_of_its_pass_nothing():
     producer = made(engine, batch_tokens=100)
     producer.once()
     counts(producer, **{COMMITTED: 3, QUEUED: 1})
-    (again,) = producer.controller.metadata.entries((QUEUED,))
+    (again,) = producer.controller.metadata.find((QUEUED,))
     assert "holds NaN" in again.reason
     producer.once()
     counts(producer, **{COMMITTED: 4})
     assert engine.passes == [4, 1]
     features = producer.controller.features
-    for entry in producer.controller.metadata.entries((COMMITTED,)):
-        assert features.holds(load_ref(entry.ref))
+    for row in producer.controller.metadata.find((COMMITTED,), text="ref"):
+        assert features.holds(load_ref(row.text))
     assert len(features.backend.stored()) == 4
 
 
@@ -238,9 +239,9 @@ NO_LAYER = replace(PROVENANCE, capture=CapturePolicy((99,)))
     ("task", "provenance", "reason"),
     [
         (PromptTask("t", (), ()), PROVENANCE, "it has no tokens"),
-        (PromptTask("t", (3, 99), (0, 1)), PROVENANCE, "token 99 is none of the target's 50"),
-        (PromptTask("t", (-1, 3), (0, 1)), PROVENANCE, "token -1 is none of the target's 50"),
-        (PromptTask("t", (1, 2), (0, 1)), None, "it does not say what to capture"),
+        (PromptTask("t", (3, 99), (0, 1)), PROVENANCE, "token 99 is not in the target's vocabulary of 50"),
+        (PromptTask("t", (-1, 3), (0, 1)), PROVENANCE, "token -1 is not in the target's vocabulary of 50"),
+        (PromptTask("t", (1, 2), (0, 1)), None, "it does not specify what to capture"),
         (PromptTask("t", (1, 2), (0, 1)), NO_LAYER, "layer 99: tiny has 8 layers"),
     ],
 )
@@ -287,10 +288,10 @@ def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_promp
                 raise RuntimeError("device-side assert")
 
     producer = made(Broken(lambda ids: broken.append("x") or (_ for _ in ()).throw(RuntimeError("assert"))))
-    with pytest.raises(UserError, match=r"the target failed: assert; nothing works since .device-side assert."):
+    with pytest.raises(UserError, match=r"the target failed: assert; the target no longer works .device-side assert."):
         producer.run(threading.Event())
     counts(producer, **{QUEUED: 4})
-    assert [entry.tries for entry in producer.controller.metadata.entries((QUEUED,))] == [1, 0, 0, 0]
+    assert [row.tries for row in producer.controller.metadata.find((QUEUED,))] == [1, 0, 0, 0]
 
 
 def test_samples_of_other_features_of_one_prompt_are_told_apart():
@@ -310,7 +311,7 @@ def test_what_was_forgotten_meanwhile_is_neither_committed_nor_failed():
 
     def forget(ids) -> None:
         name = names.pop(0)
-        producer.controller.metadata.forget([f"{name}@0"])
+        producer.controller.metadata.remove([f"{name}@0"])
         if len(names) == 2:
             raise RuntimeError("late")
 

@@ -122,7 +122,7 @@ def test_tokens_of_another_tokenizer_or_template_give_way_to_the_text(tmp_path):
     used, other = chat(), chat("default system prompt")
     rows, _, _ = answered(used, tmp_path / "a.jsonl", [talk("Hi", "-")], [f"a{END}"])
     assert learnt(other, rows[0]) == learnt(other, {"messages": rows[0]["messages"]})
-    assert list(other.notes) == ["records with token ids of another tokenizer or chat template, learnt from their text"]
+    assert list(other.notes) == ["records with token ids of another tokenizer or chat template; their text is used"]
 
 
 def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
@@ -138,7 +138,7 @@ def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
     assert learnt(used, edited) == [f"{asked[0]}«a{END}»\n{asked[1].removeprefix(f'{asked[0]}a{END}')[1:]}«c{END}»\n"]
     edited["messages"][0]["content"] = "7"
     assert learnt(used, edited)[0].startswith("<|im_start|>user\n7")
-    assert used.notes == {"records edited since their token ids were kept, learnt from their text": 2}
+    assert used.notes == {"records edited since their token ids were stored; their text is used": 2}
     shortened = {**rows[0], "messages": rows[0]["messages"][:2]}
     assert learnt(used, shortened) == [f"{asked[0]}«a{END}»"]
 
@@ -146,19 +146,24 @@ def test_tokens_of_text_that_was_edited_give_way_to_the_text(tmp_path):
 # What is left out, and said.
 
 
-def test_turns_behind_an_answer_that_was_cut_off_are_left_out_and_counted(tmp_path):
+def test_turns_after_an_answer_that_was_cut_off_are_answered_too(tmp_path):
     used = chat()
     rows, _, lost = answered(
         used,
         tmp_path / "a.jsonl",
         [talk("1", "-", "2", "-", "3", "-"), talk("1", "-")],
         ["abc", f"a{END}"],
+        [f"b{END}"],
+        ["cde"],
         max_new_tokens=3,
     )
-    assert [m["content"] for m in rows[0]["messages"]] == ["1", "abc"]
-    assert rows[0]["messages"][1]["finish_reason"] == "length"
-    assert lost == {"answers cut off at 3 tokens": 1, "later turns left out": 2}
-    assert learnt(used, rows[0])[0].endswith("«abc»")
+    assert [m["content"] for m in rows[0]["messages"]] == ["1", "abc", "2", "b", "3", "cde"]
+    assert [m["finish_reason"] for m in rows[0]["messages"][1::2]] == ["length", "stop", "length"]
+    assert lost == {"answers cut off at max_new_tokens (3)": 2}
+    (text,) = learnt(used, rows[0])
+    assert "«abc»" + END in text
+    assert f"«b{END}»" in text
+    assert text.endswith("«cde»")
 
 
 def test_results_of_calls_that_are_replaced_are_left_out_with_the_answers_to_them(tmp_path):
@@ -182,7 +187,7 @@ def test_results_of_calls_that_are_replaced_are_left_out_with_the_answers_to_the
         ("user", "2"),
         ("assistant", "b"),
     ]
-    assert lost == {"tool results left out, since their calls are replaced": 2}
+    assert lost == {"tool results left out, because their calls are replaced": 2}
 
 
 def test_what_nobody_asks_for_and_what_has_no_weight_stays_as_it_is(tmp_path):
@@ -219,7 +224,7 @@ def test_two_answers_in_a_row_are_one(tmp_path):
 def test_a_template_that_does_not_take_an_answer_back_ends_the_conversation(tmp_path):
     rows, _, lost = answered(chat("channels"), tmp_path / "a.jsonl", [talk("1", "-", "2", "-")], [f"[final]a{END}"])
     assert [m["content"] for m in rows[0]["messages"]] == ["1", "[final]a"]
-    assert lost == {"later turns left out": 1}
+    assert lost == {"turns left out, because the chat template rejects an earlier answer": 1}
 
 
 # Going on.
@@ -289,7 +294,9 @@ def test_a_batch_size_may_change(half):
     ],
 )
 def test_an_id_that_asks_something_else_now_is_refused(half, row):
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: 'a' answers other messages than d\.jsonl, line 1 has"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 1: 'a' answers different messages from those in d\.jsonl, line 1"
+    ):
         work(chat(), half, row)
 
 
@@ -331,17 +338,11 @@ def test_a_damaged_file_is_gone_on_with_or_refused_in_one_line(half, fuzz: Fuzz)
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([ROWS[0], talk("2", "-", id="a")], r"d\.jsonl, line 2: has the id 'a' of d\.jsonl, line 1"),
-        ([talk("1", "-", id=1), talk("2", "-", id="1")], r"has the id '1' of"),
+        ([ROWS[0], talk("2", "-", id="a")], r"d\.jsonl, line 2: has the same id 'a' as d\.jsonl, line 1"),
+        ([talk("1", "-", id=1), talk("2", "-", id="1")], r"has the same id '1' as"),
         ([{"prompt": "1", "response": "2"}], r"d\.jsonl, line 1: not a conversation"),
-        (
-            [{"messages": [says("assistant", "-")]}],
-            r"d\.jsonl, line 1: there is nothing in it for the target to answer",
-        ),
-        (
-            [{"messages": [says("user", "1"), says("assistant", "-", weight=0)]}],
-            "nothing in it for the target to answer",
-        ),
+        ([{"messages": [says("assistant", "-")]}], r"d\.jsonl, line 1: it contains no turn for the target to answer"),
+        ([{"messages": [says("user", "1"), says("assistant", "-", weight=0)]}], "no turn for the target to answer"),
         ([{"messages": [says("user", "1"), says("user", "2")]}], r"d\.jsonl, line 1: .*roles must alternate"),
         ([], "no conversations to answer"),
     ],
@@ -391,14 +392,15 @@ def test_regenerate_then_prepare_gives_what_was_asked_and_written(tmp_path, caps
     assert main([str(word) for word in words]) == 0
     said = capsys.readouterr().out
     assert "5 conversations answered now, 0 before" in said
-    assert "5 answers cut off at 4 tokens, 5 later turns left out" in said
+    assert "10 answers cut off at max_new_tokens (4)" in " ".join(said.split())
     words = ["prepare", "--data", output, "--target", target, "--output", tmp_path / "p"]
     assert main([str(word) for word in words]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    kept = [row["regenerated"]["answers"][0] for row in rows]
+    kept = [answer for row in rows for answer in row["regenerated"]["answers"]]
+    assert len(kept) == 10
     tasks = PromptSet.load(tmp_path / "p" / "train").tasks
     assert [task.input_ids for task in tasks] == [tuple(k["prompt_ids"] + k["answer_ids"]) for k in kept]
-    assert "learnt from their text" not in capsys.readouterr().out
+    assert "their text is used" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--max_new_tokens", "--batch_size", "--temperature", "--top_p", "--seed"])

@@ -113,9 +113,9 @@ def test_no_head_among_the_tensors_of_a_config_that_ties_none_is_refused(target,
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {"x": "../../x.safetensors"}}, "no file beside it"),
-        ({"weight_map": {"x": "/etc/passwd"}}, "no file beside it"),
-        ({"weight_map": {"x": "model-00002-of-00002.safetensors"}}, "no file beside it"),
+        ({"weight_map": {"x": "../../x.safetensors"}}, "not a file in the same folder"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "not a file in the same folder"),
+        ({"weight_map": {"x": "model-00002-of-00002.safetensors"}}, "not a file in the same folder"),
         ({"weight_map": {"x": ["a"]}}, "weight_map"),
         ({"weight_map": []}, "weight_map"),
         ([], "weight_map"),

@@ -223,7 +223,7 @@ def test_a_wrong_token_is_said_by_the_client(server, tmp_path):
 def test_a_server_that_stays_away_is_reported(server, token_file, caplog):
     remote = client(server, token_file, patience=0.3)
     remote.url, remote._connection.port = "http://127.0.0.1:9", 9
-    with pytest.raises(UserError, match=r"no answer for 0.3 s .*refused.*start it again"):
+    with pytest.raises(UserError, match=r"no answer for 0.3 s .*refused.*restart it with"):
         remote.capture([[1]], POLICY)
     assert "trying for another" in caplog.text
 
@@ -275,7 +275,7 @@ def test_any_number_of_strangers_never_lock_out_who_holds_the_token(server, toke
             stack.enter_context(half_a_header(server))
         assert remote.capture([[1]], POLICY)  # on the same connection, which stays
         assert remote._connection.sock is not None
-        assert len(server._strangers) <= 64
+        assert len(server._unauthorized) <= 64
 
 
 @pytest.mark.parametrize(
@@ -327,11 +327,11 @@ def test_who_does_not_read_the_answer_is_left(engine, files, token_file, monkeyp
         with socket.create_connection(server.server_address[:2], timeout=30) as connection:
             connection.sendall(whole_request(make_token(token_file)))
             assert ended.wait(30)
-        assert not server._clients
+        assert not server._authorized
 
 
 def test_clients_beyond_the_limit_wait_for_their_turn(server, token_file, monkeypatch, caplog):
-    monkeypatch.setattr(target_server, "_CONNECTIONS", 1)
+    monkeypatch.setattr(target_server, "_AUTHORIZED", 1)
     first, second = client(server, token_file), client(server, token_file)
     assert first.capture([[1]], POLICY)
     threading.Timer(0.3, first._connection.close).start()
@@ -345,7 +345,7 @@ def test_refused_tokens_are_logged_at_intervals_without_the_token(server, caplog
     server._quiet_until = 0.0
     assert request(server, "", b"{}")[0] == 401
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert lines == [f"refused {n} requests without this server's token, the last from 127.0.0.1" for n in (1, 5)]
+    assert lines == [f"rejected {n} requests without this server's token, the last one from 127.0.0.1" for n in (1, 5)]
     assert "s3cret" not in caplog.text
 
 

@@ -14,7 +14,7 @@ import torch
 from lightning_modules.peagle import PEagleModule
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
-from specforge.modeling.draft.peagle.plan import DepthSampling, ParallelPlan, plan_parallel
+from specforge.modeling.draft.peagle.plan import DepthSampling, PEaglePlan, plan_peagle
 from tests.lightning_modules.peagle_reference import Reference
 from tests.lightning_modules.test_eagle3 import H, V, make_documents, make_head, pack, run, same
 from tests.tiny import write_target
@@ -56,13 +56,13 @@ def join(documents: list[TrainBatch], padding: int = 0) -> TrainBatch:
 
 
 def deep_elements(module: PEagleModule, document: TrainBatch) -> list[tuple[int, int]]:
-    plan = plan_parallel(
+    plan = plan_peagle(
         document.lengths, document.spans, module.depths, sampling=module.sampling, seeds=module._seeds(document)
     )
     return elements(plan)
 
 
-def elements(plan: ParallelPlan) -> list[tuple[int, int]]:
+def elements(plan: PEaglePlan) -> list[tuple[int, int]]:
     return [(a, d) for a, d in zip(plan.anchors.tolist(), plan.depths.tolist(), strict=True) if d > 0]
 
 
@@ -184,7 +184,7 @@ def test_sampling_keeps_the_shares_of_the_paper_without_holes():
     begins = np.repeat([0, 30, 80], lengths)
     seen: Counter[tuple[int, int]] = Counter()
     for seed in range(300):
-        found = elements(plan_parallel(lengths, spans, 5, sampling=sampling, seeds=(seed, seed + 1000, seed)))
+        found = elements(plan_peagle(lengths, spans, 5, sampling=sampling, seeds=(seed, seed + 1000, seed)))
         seen.update(found)
         assert len(set(found)) == len(found)
         for a, d in found:
@@ -202,7 +202,7 @@ def test_sampling_keeps_the_shares_of_the_paper_without_holes():
                 candidates = [t + 1 for t in kept[d] if mask[min(t + 1, 82)] and t + 1 < end]
     first = [seen[a, 1] for a in range(30, 77) if mask[a + 3]]
     assert max(first) - min(first) < 8 * (300 * 0.7 * 0.3) ** 0.5
-    everything = elements(plan_parallel(lengths, spans, 5))
+    everything = elements(plan_peagle(lengths, spans, 5))
     assert set(seen) == set(everything)
 
 

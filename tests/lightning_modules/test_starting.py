@@ -172,7 +172,7 @@ def test_a_config_without_captured_layers_means_the_defaults_of_servers(small, d
         ("eagle3", {}, {"d2t": None}, "no tensor d2t, but the draft vocabulary is 20 of 48"),
         ("eagle3", {}, {"d2t": torch.arange(20) * 40}, "d2t does not map draft ids"),
         ("eagle3", {}, {"d2t": torch.zeros(2, 10).long()}, r"d2t is \(2, 10\)"),
-        ("eagle3", {}, {"d2t": torch.zeros(20)}, "d2t is torch.float32, not whole numbers"),
+        ("eagle3", {}, {"d2t": torch.zeros(20)}, "d2t is torch.float32, not integers"),
         ("eagle3", {}, {"norm.weight": torch.full((H,), torch.nan)}, "norm.weight holds NaN"),
         ("eagle3", {}, {"norm.weight": torch.ones(H).long()}, "norm.weight is torch.int64, the draft's torch.float32"),
         ("eagle3", {}, {"fc.weight": torch.ones(H, 3 * H).to(torch.float8_e4m3fn)}, "fc.weight is torch.float8_e4m3fn"),

@@ -1,4 +1,4 @@
-"""Engines that run the frozen target, behind one protocol."""
+"""Engines that run the frozen target, with a common interface."""
 
 from specforge.inference.target_engine.base import TargetEngine
 from specforge.inference.target_engine.hf import HFTargetEngine

@@ -1,4 +1,4 @@
-"""What every target engine does: run the frozen target over token ids and hand back chosen hidden states."""
+"""The interface of target engines: run the frozen target over token ids and return selected hidden states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specforge.errors import UserError
 
 
 class TargetEngine(Protocol):
-    """Runs the target for its features.
+    """Computes features of the target.
 
     Attributes:
         dtype: name of the compute dtype.
@@ -21,10 +21,10 @@ class TargetEngine(Protocol):
     dtype: str
 
     def check(self, policy: CapturePolicy) -> None:
-        """Prove on two tokens that the policy can be met.
+        """Test the policy on two tokens.
 
         Raises:
-            UserError: a layer does not exist, or a feature comes out with the wrong width or dtype.
+            UserError: a layer does not exist, or a feature has the wrong width or dtype.
         """
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
@@ -32,24 +32,24 @@ class TargetEngine(Protocol):
 
         Args:
             input_ids: token ids, preferably of similar lengths.
-            policy: what to keep.
+            policy: the features to return.
 
         Returns:
-            For each sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
+            Per sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
         """
 
 
 def feature_widths(policy: CapturePolicy, hidden_size: int) -> dict[str, int]:
-    """Name and width of each feature that a policy asks for."""
+    """Name and width of each feature in a policy."""
     widths = {AUX_HIDDEN_STATES: len(policy.layer_ids) * hidden_size} if policy.layer_ids else {}
     return widths | ({LAST_HIDDEN_STATES: hidden_size} if policy.last_hidden_states else {})
 
 
 def check_layers(policy: CapturePolicy, num_layers: int, target: str) -> None:
-    """Refuse layer ids that the target does not have.
+    """Check that the target has the captured layers.
 
     Raises:
-        UserError: names the first such id.
+        UserError: a layer does not exist, or is named twice.
     """
     for layer in policy.layer_ids:
         if not 0 <= layer < num_layers:

@@ -1,4 +1,4 @@
-"""The target in transformers: hidden states by hooks on the decoder layers, answers by ``generate``."""
+"""The target in transformers: hidden states by forward hooks on the decoder layers, answers by ``generate``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from specforge.inference.target_layers import backbone, decoder_layers
 
 
 class FeatureTap:
-    """Keeps what a policy asks for of every forward pass.
+    """Records the features of every forward pass.
 
     Args:
         model: a transformers causal LM.
-        policy: which layers, and whether the state after the final norm.
+        policy: the features to record.
     """
 
     def __init__(self, model: Any, policy: CapturePolicy) -> None:
@@ -47,7 +47,7 @@ class FeatureTap:
         self._last = output.last_hidden_state
 
     def features(self) -> dict[str, Tensor]:
-        """Features of the last pass: ``aux_hidden_states [B, L, k H]``, ``last_hidden_states [B, L, H]``."""
+        """Features of the latest pass: ``aux_hidden_states [B, L, k H]``, ``last_hidden_states [B, L, H]``."""
         features: dict[str, Tensor] = {}
         if self.policy.layer_ids:
             features[AUX_HIDDEN_STATES] = torch.cat([self._outputs[i] for i in self.policy.layer_ids], dim=-1)
@@ -61,21 +61,21 @@ class FeatureTap:
             handle.remove()
 
 
-_TAKES_BACK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CAN_ROLL_BACK: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def can_take_back(model: Any) -> bool:
-    """Whether tokens can be taken back from a model's cache: it holds keys and values of tokens, and nothing else.
+def can_roll_back(model: Any) -> bool:
+    """Whether tokens can be rolled back from a model's cache, which then contains only keys and values of tokens.
 
-    Tried once for each model, on seven tokens: recurrent states and convolutions show, wherever a class keeps them.
+    Tested once per model on seven tokens. This detects recurrent states and convolutions wherever a class keeps them.
     """
-    if model not in _TAKES_BACK:
-        _TAKES_BACK[model] = not model._is_stateful and _takes_back(model)
-    return _TAKES_BACK[model]
+    if model not in _CAN_ROLL_BACK:
+        _CAN_ROLL_BACK[model] = not model._is_stateful and _rolls_back(model)
+    return _CAN_ROLL_BACK[model]
 
 
 @torch.inference_mode()
-def _takes_back(model: Any) -> bool:
+def _rolls_back(model: Any) -> bool:
     from transformers import DynamicCache
 
     cache, size = DynamicCache(), model.get_input_embeddings().num_embeddings
@@ -85,7 +85,7 @@ def _takes_back(model: Any) -> bool:
         model(input_ids=tokens[:, 3:5], past_key_values=cache, use_cache=True)
         cache.crop(-2)
         again = model(input_ids=tokens[:, 5:], past_key_values=cache, use_cache=True).logits[0]
-    except Exception:  # a class with a cache of its own may refuse ours in any way
+    except Exception:  # a class with its own cache may raise anything
         return False
     text = torch.cat([tokens[:, :3], tokens[:, 5:]], dim=1)
     whole = model(input_ids=text, use_cache=False).logits[0, 3:]
@@ -93,17 +93,17 @@ def _takes_back(model: Any) -> bool:
 
 
 def _tolerance(logits: Tensor, least: float) -> float:
-    """How far apart two ways to the same logits may be, whose dtype says how they are rounded."""
+    """Allowed distance between two computations of the same logits, given the rounding of their dtype."""
     return least + 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
 
 
 def takes_positions(model: Any) -> bool:
-    """Whether a model is told the positions of tokens, rather than counting places."""
+    """Whether a model takes the positions of tokens as an input."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _to_host(x: Tensor) -> Tensor:
-    """Contiguous, on the CPU; what comes from a GPU is page-locked, and still being written."""
+    """Copy to contiguous CPU memory; from a GPU, the copy is page-locked and asynchronous."""
     if x.device.type != "cuda":
         return x.cpu().contiguous()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -113,12 +113,12 @@ class HFTargetEngine:
     """A transformers causal LM, frozen.
 
     Args:
-        target: where it lies.
+        target: the target's files.
         dtype: compute dtype.
-        device: where it runs.
+        device: device that runs the target.
 
     Raises:
-        UserError: transformers cannot load it, or the files lack some of its tensors.
+        UserError: transformers cannot load the target, or tensors are missing from its files.
     """
 
     def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str = "cpu") -> None:
@@ -126,18 +126,18 @@ class HFTargetEngine:
 
         self.target, self.dtype, self.device = target, dtype, torch.device(device)
         model = _load(target, torch_dtype(dtype))
-        # Answers are the model's own: its folder may ask for penalties, beams or suppressed tokens, which no verifier
-        # of drafts applies. Only the tokens that end an answer are taken from there, by the chat template.
+        # Ignore penalties, beams and suppressed tokens in the folder's generation_config.json: no verifier of drafts
+        # applies them. Only its end tokens are used, by ChatTemplate.
         model.generation_config = GenerationConfig()
         self.model = model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def check(self, policy: CapturePolicy) -> None:
-        """Prove on two tokens that the policy can be met, and that the head makes the target's own logits of states.
+        """Test on two tokens that the policy works and that the head in the files computes the target's logits.
 
         Raises:
-            UserError: a layer does not exist, a feature comes out with the wrong width or dtype, or the embedding and
-                head in the files are not what the target computes with.
+            UserError: a layer does not exist, a feature has the wrong width or dtype, or the embedding and head in the
+                files differ from those that the target uses.
         """
         check_layers(policy, self.target.num_layers, self.target.name)
         ids = [0, self.target.vocab_size // 2]
@@ -145,7 +145,7 @@ class HFTargetEngine:
             (features,) = self.capture([ids], policy)
         except UserError:
             raise
-        except Exception as error:  # whatever a class makes of a user's config
+        except Exception as error:  # a class may raise anything for a user's config
             raise UserError(f"{self.target.name}: cannot read two tokens ({first_line(error)})") from error
         for name, width in feature_widths(policy, self.target.hidden_size).items():
             found, dtype = tuple(features[name].shape), features[name].dtype
@@ -157,27 +157,29 @@ class HFTargetEngine:
         self._check_head(ids)
 
     def _check_head(self, ids: list[int]) -> None:
-        """Compare the target's logits of two tokens with what training will make of its last states."""
+        """Compare the target's logits for two tokens with those that training computes from its last states."""
         head = TargetHead.load(self.target, torch_dtype(self.dtype)).to(self.device)
         tokens = torch.tensor(ids, device=self.device)
         if not torch.equal(head.embed(tokens), self.model.get_input_embeddings().weight[tokens]):
-            raise UserError(f"{self.target.name}: the embedding in its files is not the one that transformers reads")
+            raise UserError(
+                f"{self.target.name}: the embedding in its files differs from the one that transformers uses"
+            )
         (features,) = self.capture([ids], CapturePolicy(()))
-        own = self.model(input_ids=tokens[None], use_cache=False).logits[0]
-        mine = head.logits(features[LAST_HIDDEN_STATES].to(self.device))
-        apart = distance(mine, own) if mine.shape == own.shape else math.inf
-        if not apart <= _tolerance(mine.to(torch_dtype(self.dtype)), 1e-3):
+        expected = self.model(input_ids=tokens[None], use_cache=False).logits[0]
+        found = head.logits(features[LAST_HIDDEN_STATES].to(self.device))
+        apart = distance(found, expected) if found.shape == expected.shape else math.inf
+        if not apart <= _tolerance(found.to(torch_dtype(self.dtype)), 1e-3):
             raise UserError(
                 f"{self.target.name}: its logits are not its output head times its last states (log-probabilities "
                 f"differ by {apart:.2g}), so drafts would learn another distribution; {type(self.model).__name__} is "
-                "not supported, or its files are not what its config says"
+                "not supported, or its files do not match its config"
             )
 
     @torch.inference_mode()
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
-        """Features of each sequence; see :class:`TargetEngine`.
+        """Features of each sequence, as :meth:`TargetEngine.capture` specifies.
 
-        Sequences are padded on the right without a mask: attention is causal, so no token sees padding.
+        Sequences are padded on the right without a mask: attention is causal, so no token attends to padding.
         """
         found: dict[int, dict[str, Tensor]] = {}
         tap = FeatureTap(self.model, policy)
@@ -200,15 +202,15 @@ class HFTargetEngine:
         return [{name: _to_host(x[i, : len(ids)]) for name, x in features.items()} for i, ids in enumerate(input_ids)]
 
     def _passes(self, input_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Which sequences are read together: all, unless the length of one would change the positions of others."""
+        """Batches of sequence indices: one batch, unless the length of one sequence changes the positions of others."""
         limit = self.target.positions_change_at
-        everything = range(len(input_ids))
-        short = [i for i in everything if limit is None or len(input_ids[i]) <= limit]
+        indices = range(len(input_ids))
+        short = [i for i in indices if limit is None or len(input_ids[i]) <= limit]
         if short:
             yield short
-        for i in everything:
+        for i in indices:
             if i not in short:
-                # transformers keeps what the longest text so far made of its positions until it reads a short one.
+                # transformers keeps the rotary frequencies of the longest text so far until it reads a short one.
                 backbone(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
                 yield [i]
 
@@ -228,16 +230,16 @@ class HFTargetEngine:
 
         Args:
             prompts: token ids; padded on the left to one length.
-            max_new_tokens: most tokens to add.
-            end_ids: tokens that end an answer; without any, answers are as long as they may be.
-            temperature: 0 for greedy.
-            top_p: nucleus of sampling.
-            top_k: tokens to sample from; 0 for all.
-            seed: of sampling.
+            max_new_tokens: maximum number of tokens to add.
+            end_ids: tokens that end an answer; if empty, every answer has ``max_new_tokens`` tokens.
+            temperature: sampling temperature; 0 for greedy.
+            top_p: nucleus sampling: smallest set of tokens with this total probability.
+            top_k: sample from the k most likely tokens; 0 for all.
+            seed: random seed for sampling.
         """
-        plain = can_take_back(self.model)
-        # Padding would reach the states of other models, or move their positions.
-        together = plain and takes_positions(self.model) and self.target.positions_change_at is None
+        cached = can_roll_back(self.model)
+        # In other models, padding would affect recurrent states or shift positions.
+        together = cached and takes_positions(self.model) and self.target.positions_change_at is None
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -248,10 +250,10 @@ class HFTargetEngine:
         answers: list[list[int]] = []
         for part in [list(prompts)] if together else [[prompt] for prompt in prompts]:
             torch.manual_seed(seed + len(answers))
-            answers += self._generate(part, plain, options)
+            answers += self._generate(part, cached, options)
         return [_until_end(answer, frozenset(end_ids)) for answer in answers]
 
-    def _generate(self, prompts: Sequence[Sequence[int]], plain: bool, options: dict[str, Any]) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[Sequence[int]], cached: bool, options: dict[str, Any]) -> list[list[int]]:
         from transformers import DynamicCache
 
         longest = max(len(p) for p in prompts)
@@ -260,8 +262,8 @@ class HFTargetEngine:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        # A cache that forgets nothing: what a token sees is the model's to say, not that of a window in its config.
-        cache = {"past_key_values": DynamicCache()} if plain else {}
+        # An explicit cache, because transformers' default one drops tokens outside a window in the config.
+        cache = {"past_key_values": DynamicCache()} if cached else {}
         output = self.model.generate(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options, **cache
         )
@@ -273,20 +275,20 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _ = target.weight_files  # refuses pickles, before transformers would look at them
+    _ = target.weight_files  # rejects pickles before transformers reads them
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             target.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # whatever a class, or a package that it wants, makes of a user's files
+    except Exception as error:  # a class, or a package that it needs, may raise anything
         raise UserError(f"{target.folder}: transformers cannot load it ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
             f"{target.folder}: its files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}, "
-            "which would be drawn at random"
+            "which would be initialised at random"
         )
-    if getattr(model, "hf_quantizer", None) is None:  # where transformers dequantises, it leaves the rest in bf16
+    if getattr(model, "hf_quantizer", None) is None:  # transformers dequantises and leaves the rest in bf16
         for weight in model.parameters():
             if weight.dtype in (torch.bfloat16, torch.float16):
                 weight.data = weight.data.to(dtype)

@@ -1,7 +1,7 @@
-"""A target behind HTTP: features come inside the answer, so no store is shared (`specforge target serve` answers).
+"""The target over HTTP (`specforge target serve`): the response contains the features, so no store is shared.
 
-A request is JSON (token ids, what to capture, which target); an answer is a safetensors file with a checksum. Requests
-name the target and its dtype, so whatever answers after a restart is the same target or refuses.
+A request is JSON (token ids, capture policy, target); a response is a safetensors file with a checksum. Requests name
+the target and its dtype, so after a restart the same target answers or the request fails.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ PATH = "/v1/features"
 CHECKSUM = "X-Checksum"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LONGEST_REASON = 4096
-_PASSING = (502, 503, 504, *range(520, 528))  # of a proxy that does not reach the server, or of a busy server
+_TEMPORARY = (502, 503, 504, *range(520, 528))  # a proxy does not reach the server, or the server is busy
 
 logger = logging.getLogger(__name__)
 
 
 def body_checksum(body: bytes | memoryview) -> str:
-    """Algorithm and hex digest of an answer's body."""
+    """Checksum header of a response body: algorithm and hex digest."""
     return f"xxh3-64:{xxhash.xxh3_64_hexdigest(body)}"
 
 
 def printable(text: str, most: int = 300) -> str:
-    """The beginning of somebody else's text, in one line and without what would control a terminal."""
+    """The beginning of foreign text, in one line and without control characters."""
     return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def read_token(path: Path) -> str:
-    """The secret of a server.
+    """Read the token of a server.
 
     Raises:
-        UserError: there is no such file, others than its owner can read or write it, or there is no token in it.
+        UserError: the file does not exist, other users can read or write it, or it contains no token.
     """
     if not path.exists():
-        raise UserError(f"token {path}: cannot be read (no such file); `specforge target serve` makes it")
+        raise UserError(f"token {path}: cannot be read (no such file); `specforge target serve` creates it")
     token = read_secret(path, "token", private=True)
     if len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token:
         raise UserError(f"token {path}: must be one word of at least 16 characters")
@@ -67,23 +67,23 @@ def read_token(path: Path) -> str:
 
 
 class _NoAnswerError(Exception):
-    """The server did not answer this time, or the answer was damaged on its way; another try may succeed."""
+    """The server did not respond, or the response was damaged in transit; a retry may succeed."""
 
 
 class HTTPTargetEngine:
-    """The target of a server; see :class:`TargetEngine`.
+    """A :class:`TargetEngine` that sends requests to a target server.
 
     Args:
         url: such as ``http://127.0.0.1:8010``.
-        token_file: holds the server's token.
-        target: files of the target that must answer.
+        token_file: file with the server's token.
+        target: files of the expected target.
         dtype: its compute dtype.
-        encoding: features travel as they are, or in 8 bits.
-        patience: seconds to go on asking a server that does not answer.
-        timeout: seconds to wait for one answer.
+        encoding: transfer features as they are (``raw``), or in 8 bits.
+        patience: seconds to retry while the server does not respond.
+        timeout: seconds to wait for one response.
 
     Raises:
-        UserError: the address or the token is not one.
+        UserError: the address or the token is malformed.
     """
 
     def __init__(
@@ -113,26 +113,27 @@ class HTTPTargetEngine:
         self._lock = threading.Lock()
 
     def check(self, policy: CapturePolicy) -> None:
-        """Prove on two tokens that the server meets the policy.
+        """Test the policy on two tokens.
 
         Raises:
-            UserError: it cannot, or does not answer.
+            UserError: the server rejects the policy or does not respond.
         """
         check_layers(policy, self.target.num_layers, self.target.name)
         self.capture([[0, 0]], policy)
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
-        """Features of each sequence; see :class:`TargetEngine`.
+        """Features of each sequence, as :meth:`TargetEngine.capture` specifies.
 
         Raises:
-            UserError: the server refuses, answers something else, or has not answered for ``patience`` seconds.
+            UserError: the server rejects the request, returns something else, or does not respond for ``patience``
+                seconds.
         """
         widths, dtype = feature_widths(policy, self.target.hidden_size), torch_dtype(self.dtype)
-        token = encode({name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding)
+        encoded = encode({name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding)
         expected = {
             f"{i}/{name}": ((len(ids), x.shape[1]), x.dtype)
             for i, ids in enumerate(input_ids)
-            for name, x in token.items()
+            for name, x in encoded.items()
         }
         request = {
             "target_fingerprint": self.target.fingerprint,
@@ -143,16 +144,16 @@ class HTTPTargetEngine:
         }
         nbytes = sum(length * width * kind.itemsize for (length, width), kind in expected.values())
         with self._lock:
-            features = self._ask(json.dumps(request).encode(), nbytes + 4096 + 256 * len(expected))
+            features = self._request(json.dumps(request).encode(), nbytes + 4096 + 256 * len(expected))
         found = {name: (tuple(x.shape), x.dtype) for name, x in features.items()}
         if found != expected:
-            raise UserError(f"server {self.url}: answered with {printable(str(found), 200)}, not {expected}"[:500])
+            raise UserError(f"server {self.url}: returned {printable(str(found), 200)}, not {expected}"[:500])
         return [
-            decode({name: features[f"{i}/{name}"] for name in token}, dict.fromkeys(widths, self.dtype))
+            decode({name: features[f"{i}/{name}"] for name in encoded}, dict.fromkeys(widths, self.dtype))
             for i in range(len(input_ids))
         ]
 
-    def _ask(self, body: bytes, limit: int) -> dict[str, Tensor]:
+    def _request(self, body: bytes, limit: int) -> dict[str, Tensor]:
         deadline, pause = time.monotonic() + self.patience, _FIRST_PAUSE
         fresh = self._connection.sock is None
         while True:
@@ -163,10 +164,10 @@ class HTTPTargetEngine:
                 self._connection.close()
                 if time.monotonic() + pause > deadline:
                     raise UserError(
-                        f"server {self.url}: no answer for {self.patience:g} s ({error}); start it again with "
-                        "`specforge target serve` and go on with --ckpt_path last"
+                        f"server {self.url}: no answer for {self.patience:g} s ({error}); restart it with "
+                        "`specforge target serve` and resume with --ckpt_path last"
                     ) from error
-                if fresh:  # a server closes connections that were idle for long, which is nothing to report
+                if fresh:  # a server closes idle connections, which is not worth a warning
                     left = deadline - time.monotonic()
                     logger.warning("server %s: no answer (%s); trying for another %.0f s", self.url, error, left)
                     stopping.pause(pause)
@@ -174,7 +175,7 @@ class HTTPTargetEngine:
                 fresh = True
 
     def _hang_up(self) -> None:
-        """End a wait for the server in another thread."""
+        """Interrupt another thread that waits for the server."""
         sock = self._connection.sock
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -186,9 +187,9 @@ class HTTPTargetEngine:
             self._connection.request("POST", PATH, body, headers)
             with self._connection.getresponse() as answer:
                 if answer.status != http.client.OK:
-                    self._refused(answer)
+                    self._raise_refusal(answer)
                 size = int(answer.headers.get("Content-Length", "-1"))
-                # A proxy may leave the length out.
+                # A proxy may omit the length.
                 data = answer.read() if 0 <= size <= limit else answer.read(limit + 1)
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"server {self.url}: its certificate is not trusted ({error.verify_message})") from error
@@ -197,31 +198,31 @@ class HTTPTargetEngine:
         if max(size, len(data)) > limit:
             self._connection.close()
             raise UserError(
-                f"server {self.url}: an answer of {max(size, len(data))} bytes; at most {limit} can be right"
+                f"server {self.url}: a response of {max(size, len(data))} bytes, but at most {limit} were expected"
             )
         if answer.headers.get(CHECKSUM) != body_checksum(data):
             raise _NoAnswerError("checksum does not match")
         try:
             return load(data)
-        except Exception as error:  # whatever the library makes of a stranger's bytes
-            raise UserError(f"server {self.url}: its answer is not safetensors ({printable(str(error))})") from error
+        except Exception as error:  # the library may raise anything for foreign bytes
+            raise UserError(f"server {self.url}: its response is not safetensors ({printable(str(error))})") from error
 
-    def _refused(self, answer: http.client.HTTPResponse) -> NoReturn:
-        """End, or ask again, as an answer that is none asks for.
+    def _raise_refusal(self, answer: http.client.HTTPResponse) -> NoReturn:
+        """Turn an error response into an exception.
 
         Raises:
             _NoAnswerError: the server is busy, or a proxy does not reach it.
-            UserError: it refuses.
+            UserError: the server rejects the request.
         """
         reason = _reason(answer.read(_LONGEST_REASON))
         self._connection.close()
-        if answer.status in _PASSING:
+        if answer.status in _TEMPORARY:
             raise _NoAnswerError(f"{reason or answer.reason}, HTTP {answer.status}")
         raise UserError(f"server {self.url}: {reason or 'refused'} (HTTP {answer.status})")
 
 
 def _reason(body: bytes) -> str:
-    """What a server says of a refusal; empty where it is not ours."""
+    """The reason in an error response; empty if the response is not from a SpecForge server."""
     try:
         return printable(str(json.loads(body)["error"]))
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Checks that an export or an import is whole: servers skip names that they do not know without a word."""
+"""Checks that exported and imported tensors are complete: servers silently skip names that they do not know."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _INIT_STD = 0.02
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, trained: bool = False
 ) -> None:
-    """Refuse tensors that a server would load as damage, silently.
+    """Reject tensors that a server would silently load as a broken draft.
 
     Args:
-        tensors: what is to be written, in the precision it was trained in.
+        tensors: the tensors to write, in the precision of training.
         expected: a tensor of the right shape for every name.
-        where: what to call it in an error message.
-        trained: whether it is known that the draft was trained.
+        where: name of the export, for error messages.
+        trained: whether the draft is known to be trained.
 
     Raises:
-        UserError: names the first tensor that is unknown, missing, misshapen, not finite or zero; or no tensor was
-            trained.
+        UserError: names the first tensor that is unknown, missing, not finite, all zeros or of the wrong shape; or
+            reports that no tensor was trained.
     """
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
@@ -44,13 +44,13 @@ def check_tensors(
 
 
 def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> None:
-    """Refuse a stored tensor that cannot be what a draft starts from.
+    """Reject a stored tensor from which a draft cannot start.
 
     Args:
         name: its name.
-        tensor: as it was read.
-        expected: the draft's own.
-        where: what to call its file in an error message.
+        tensor: the tensor as read from the file.
+        expected: the draft's own tensor.
+        where: name of the file, for error messages.
 
     Raises:
         UserError: it has another shape or kind of number, is quantised, or is not finite.
@@ -74,9 +74,9 @@ def _check_damage(name: str, tensor: Tensor, where: str) -> None:
 
 
 def _was_trained(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether anything was learnt: the first optimizer step moves every norm away from 1, its initial value.
+    """Whether the draft was trained: the first optimizer step moves every norm away from 1, its initial value.
 
-    In drafts of other projects, norms may have been folded into the matrices, which then do not look initialised.
+    Other projects may fold norms into the matrices, which then do not look freshly initialised.
     """
     weights = {name: x for name, x in tensors.items() if x.is_floating_point()}
     norms = [x for name, x in weights.items() if x.ndim == 1 and "norm" in name]
@@ -86,18 +86,18 @@ def _was_trained(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _looks_random(matrix: Tensor) -> bool:
-    """Whether mean and standard deviation are those of the initialisation."""
-    # The standard deviation of n normal values is known to 1 / sqrt(2 n); training moves it much further.
+    """Whether mean and standard deviation match the initialisation."""
+    # The standard error of the standard deviation of n values is 1 / sqrt(2 n); training moves it much further.
     off = abs(float(matrix.double().std()) / _INIT_STD - 1)
     mean = abs(float(matrix.double().mean()))
     return off < 3 / (2 * matrix.numel()) ** 0.5 and mean < 3 * _INIT_STD / matrix.numel() ** 0.5
 
 
 def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
-    """The target id of each draft id, ``[D]``, from the offsets ``d2t``.
+    """Target id ``[D]`` of each draft id, from the offsets ``d2t``.
 
     Raises:
-        UserError: there is another number of them, they are not whole numbers, or the target ids do not ascend.
+        UserError: the number of offsets is wrong, they are not integers, or the target ids do not ascend.
     """
     if d2t.shape != (size,):
         raise UserError(
@@ -105,7 +105,7 @@ def target_ids(d2t: Tensor, size: int, vocab_size: int, where: str) -> Tensor:
             "(model.draft_config.draft_vocab_size)"
         )
     if d2t.is_floating_point() or d2t.dtype == torch.bool:
-        raise UserError(f"{where}: tensor d2t is {d2t.dtype}, not whole numbers")
+        raise UserError(f"{where}: tensor d2t is {d2t.dtype}, not integers")
     ids = torch.arange(size) + d2t.long()
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or bool((ids[1:] <= ids[:-1]).any()):
         raise UserError(f"{where}: d2t does not map draft ids to ascending target ids")

@@ -1,8 +1,9 @@
-"""The fields of a draft's ``config.json``: which ones its network reads, and what happens to all the others.
+"""The fields of a draft's ``config.json``: those that its network reads, and the treatment of all others.
 
 Each class of drafts declares the fields that it reads and the values that they may have
 (:attr:`~specforge.modeling.draft.registry.Draft.fields`). Any other field must not change the network: it must be
-bookkeeping, null, false, or the default of the transformers class that reads the file. Otherwise it is refused by name.
+bookkeeping, null, false, or the default of the transformers class that reads the file. Otherwise it is rejected by
+name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from specforge.modeling.layers.rope import ROPE_TYPES
+from specforge.modeling.layers.decoder_layer import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Kind:
     """The values that a field may have.
 
     Attributes:
-        words: the values in words, for error messages.
+        words: description of the values, for error messages.
         allows: whether a value is one of them.
-        required: whether a config without the field is refused.
-        default: the network's value if neither the file nor transformers has one.
+        required: whether a config without the field is rejected.
+        default: the value that the network uses if neither the file nor transformers has one.
     """
 
     words: str
@@ -43,7 +44,7 @@ def whole(least: int, most: int) -> Kind:
 
 
 def only(*values: Any) -> Kind:
-    """One of the given values. If there is only one, the network always has that value."""
+    """One of the given values. A single value is also the default."""
     return Kind(
         " or ".join(map(repr, values)),
         lambda x: any(type(x) is type(v) and x == v for v in values),
@@ -52,12 +53,12 @@ def only(*values: Any) -> Kind:
 
 
 def required(kind: Kind) -> Kind:
-    """The same kind, for a field that must be present."""
+    """The same values, for a field that must be present."""
     return replace(kind, required=True)
 
 
 def by_default(value: Any, kind: Kind) -> Kind:
-    """The same kind, for a field whose value is ``value`` if it is absent."""
+    """The same values, for a field that defaults to ``value``."""
     return replace(kind, default=value)
 
 
@@ -89,7 +90,7 @@ KINDS_OF_LAYERS = Kind(
 FULL_LAYERS = Kind("a list of full_attention", lambda x: isinstance(x, list) and all(k == "full_attention" for k in x))
 
 VOCABULARY: Fields = {"vocab_size": required(SIZE), "draft_vocab_size": SIZE, "hidden_size": required(SIZE)}
-# For a draft that uses the target's embedding and head: it has none of its own that could be tied.
+# For drafts that use the target's embedding and head and so have no matrices that could be tied.
 NO_MATRICES: Fields = {"tie_word_embeddings": FLAG}
 # For decoder layers with a gated MLP, under Llama's names.
 LAYER: Fields = {
@@ -107,6 +108,25 @@ LAYER: Fields = {
     "layer_types": FULL_LAYERS,
     "attn_implementation": ANYTHING,
     **dict.fromkeys(("is_causal", "is_neox_style", "rope_is_neox_style", "use_aux_hidden_state"), only(True)),
+}
+
+# For latent attention. There are as many key heads as query heads, and their size is the sum of its two parts.
+LATENT: Fields = {
+    **{name: required(SIZE) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "q_lora_rank": required(SIZE),
+    "rope_interleave": only(True),
+    "attention_bias": only(False),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "qk_head_dim", "num_nextn_predict_layers"), ANYTHING),
+}
+# For DeepSeek's mixture of experts.
+EXPERTS: Fields = {
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
+    **dict.fromkeys(("n_group", "topk_group"), SIZE),
+    "norm_topk_prob": FLAG,
+    "routed_scaling_factor": POSITIVE,
+    "first_k_dense_replace": ANYTHING,
+    "num_local_experts": ANYTHING,
+    "output_router_logits": only(False),
 }
 
 # Fields that do not change a network, besides those that every transformers config has.
@@ -140,7 +160,7 @@ _BOOKKEEPING = frozenset(
         "use_cache",
     }
 )
-# Fields that drafts with fused features ignored in checkpoints without a config_version, and implement now.
+# Fields that EAGLE drafts ignored when checkpoints had no config_version yet, and implement now.
 _IGNORED_BEFORE = ("attention_bias", "norm_before_residual")
 _ROPE: dict[str, dict[str, Kind]] = {
     "default": {},
@@ -167,14 +187,14 @@ ROPE_SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rota
 
 @cache
 def bookkeeping() -> frozenset[str]:
-    """Names of fields that do not change a network. Older files also hold the settings of generation."""
+    """Names of fields that do not change a network; older files also contain the settings of generation."""
     return _BOOKKEEPING | frozenset(PretrainedConfig().to_dict()) | frozenset(GenerationConfig().to_dict())
 
 
 def check_fields(
     config: Mapping[str, Any], reads: Fields, what: str, defaults: Mapping[str, Any], prefix: str = ""
 ) -> None:
-    """Refuse values that a network cannot have, and fields that it does not read but that would change it.
+    """Reject values that a network does not support, and fields that would change it but that it does not read.
 
     Args:
         config: the fields, without nulls.
@@ -203,8 +223,8 @@ def check_fields(
             raise ValueError(f"{said}, which {what} does not support; leave it out")
 
 
-def without_what_was_ignored(config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that describes what the first revisions of SpecForge really trained.
+def without_ignored_fields(config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the network that the first revisions of SpecForge actually trained.
 
     They ignored fields that they did not read, and always rotated whole heads. Their ``dynamic`` positions were plain
     ones for texts of up to ``max_position_embeddings`` tokens.
@@ -223,7 +243,7 @@ def without_what_was_ignored(config: Mapping[str, Any], reads: Fields, defaults:
 
 
 def _is_harmless(name: str, value: Any, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether a field that a network does not read leaves it as it is."""
+    """Whether a field that a network does not read has no effect on it."""
     if name == "sliding_window" and config.get("use_sliding_window") is False:
         return True
     same = name in defaults and value == defaults[name]
@@ -231,7 +251,7 @@ def _is_harmless(name: str, value: Any, config: Mapping[str, Any], defaults: Map
 
 
 def quoted(value: Any) -> str:
-    """A value as error messages show it: on one line, and not too long."""
+    """A value for error messages, on one line of limited length."""
     try:
         text = repr(value)
     except RecursionError:
@@ -240,7 +260,7 @@ def quoted(value: Any) -> str:
 
 
 def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary positions of a config in the form of transformers 5, as a new dict; None if it does not mention any.
+    """The rotary positions of a config in the form of transformers 5, as a new dict; None if it has none.
 
     Older configs have ``rope_theta`` next to ``rope_scaling``. If each kind of layer has its own positions, as in
     Gemma 3, those of the full-attention layers are returned.
@@ -277,7 +297,7 @@ def _standard(rope: Any, name: str) -> dict[str, Any]:
 
 
 def check_rope(rope: Mapping[str, Any]) -> None:
-    """Refuse rotary positions that no draft supports.
+    """Reject rotary positions that drafts do not support.
 
     Raises:
         ValueError: names the field.
@@ -293,11 +313,11 @@ def check_rope(rope: Mapping[str, Any]) -> None:
 
 
 def draft_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary positions of a draft that is derived from a target with this config; None if the target has none.
+    """The rotary positions of a draft derived from a target with this config; None if the target has none.
 
-    They are the target's. If those depend on the length of the text, they are plain ones with the same base, because a
-    key in a draft's cache must stay valid as the text grows. Whole heads are rotated: servers' block drafters support
-    nothing else.
+    They are the target's, unless those depend on the length of the text. Then they are plain ones with the same base,
+    because a key in the draft's cache must stay valid as the text grows. Whole heads are rotated: servers' block
+    drafters support nothing else.
     """
     rope = rope_fields({"rope_parameters": config.get("rope_parameters")})
     if rope is None:

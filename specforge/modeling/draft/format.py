@@ -1,8 +1,7 @@
-"""How drafts look to others: what every algorithm's format has in common.
+"""Formats of draft folders in other projects: the base class of all families' formats.
 
-A format is one small subclass a kind of network, in this folder: the field's tensor names, the config that a
-server reads, and what that server would silently misread. ``hf`` is the field's own form,
-``sglang`` what SGLang serves.
+Each family has a small subclass in its folder: the tensor names and config that other projects use, and the drafts that
+a server would silently misread. ``hf`` is the usual form of published drafts, ``sglang`` the one that SGLang serves.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class DraftFormat:
-    """A draft's folder as others read and write it.
+    """A draft's folder as other projects read and write it.
 
     Attributes:
-        aliases: beginnings of tensor names that others use, and what they are here; tried in this order.
-        not_the_drafts: names (as they are here) of tensors in others' files that are not the draft's.
-        hf_embedding: whether the ``hf`` form carries the target's embedding.
-        refusal: why SGLang cannot serve such a draft at all; None where it can.
-        server: SGLang's name of the algorithm; None where it has none.
-        chain: tokens that the server drafts one after another; 0 where the draft's config says how many.
+        aliases: prefixes of tensor names in other projects, and their replacements here; applied in this order.
+        not_the_drafts: names (as used here) of tensors in other projects' files that do not belong to the draft.
+        hf_embedding: whether the ``hf`` form contains the target's embedding.
+        refusal: why SGLang cannot serve such a draft; None if it can.
+        server: SGLang's name of the algorithm; None if it has none.
+        chain: number of tokens that the server drafts one after another; 0 if the draft's config sets it.
     """
 
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -42,10 +41,10 @@ class DraftFormat:
     chain: ClassVar[int] = 0
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Refuse a draft that SGLang cannot serve, or would serve as another network.
+        """Reject a draft that SGLang cannot serve, or would serve as a different network.
 
         Raises:
-            UserError: says which field, and what the server would make of it.
+            UserError: names the field and the server's interpretation of it.
         """
         if self.refusal is not None:
             raise UserError(f"export: {self.refusal}")
@@ -55,15 +54,15 @@ class DraftFormat:
         return {**config, **_rope_twice(config), "dtype": dtype, "torch_dtype": dtype}
 
     def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
-        """The network of a ``config.json``, at random."""
+        """The randomly initialised network of a ``config.json``."""
         return build_draft(config, where)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The draft's tensors under the names that are written."""
+        """The draft's tensors under their exported names."""
         return state
 
     def serve(self, target: str, folder: Path) -> str | None:
-        """The command that serves the draft; None where SGLang has no such algorithm."""
+        """The command that serves the draft; None if SGLang has no such algorithm."""
         if self.server is None:
             return None
         command = f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {self.server} "
@@ -73,15 +72,15 @@ class DraftFormat:
         return command + chain if self.chain else command
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """Somebody's tensors under SpecForge's names, in fp32, with both vocabulary maps.
+        """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
 
         Args:
-            config: their config.json.
-            tensors: their tensors.
-            where: what to call them in an error message.
+            config: the folder's config.json.
+            tensors: its tensors.
+            where: name of the folder, for error messages.
 
         Raises:
-            UserError: there is no vocabulary map where one is needed.
+            UserError: the vocabulary map is missing or damaged.
         """
         renamed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -103,7 +102,7 @@ class DraftFormat:
         return renamed
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """Write config.json and model.safetensors in the field's own form.
+        """Write config.json and model.safetensors in the usual form of published drafts.
 
         Raises:
             UserError: the draft was never trained, is damaged, or does not fit the target.
@@ -115,7 +114,7 @@ class DraftFormat:
         """Write a folder for ``--speculative-draft-model-path``; SGLang takes the embedding from the target.
 
         Raises:
-            UserError: the draft was never trained, is damaged, or would not be loaded as what it is.
+            UserError: the draft was never trained, is damaged, or would be loaded as a different network.
         """
         self.check(config_fields(draft), target)
         self._write(draft, folder, dtype, {})
@@ -130,17 +129,17 @@ class DraftFormat:
         self._read_back(folder, state)
 
     def _read_back(self, folder: Path, written: dict[str, Tensor]) -> None:
-        """Parity probe: what lies on disk, read as a stranger would, is the network that was written."""
+        """Parity probe: read the folder as any other draft's, and compare it with the network that was written."""
         config, tensors = read_draft(folder)
         again = self.build(config, str(folder))
         again.load_state_dict(self.read(config, tensors, str(folder)))
         for name, tensor in again.state_dict().items():
             if not torch.equal(tensor.to(written[name].dtype), written[name]):
-                raise UserError(f"{folder}: tensor {name} did not survive the round trip")
+                raise UserError(f"{folder}: tensor {name} is different when read back; this is a bug, please report it")
 
 
 def _rope_twice(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE fields in the old form too; servers read one or the other."""
+    """RoPE fields in the older form, too; a server may read either."""
     rope = dict(config.get("rope_parameters") or {})
     fields: dict[str, Any] = {}
     if "rope_theta" in rope:

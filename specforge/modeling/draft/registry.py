@@ -1,7 +1,7 @@
-"""Draft networks by architecture name, and the two files a draft is on disk: config.json, model.safetensors.
+"""The base class of draft networks, the registry by architecture name, and a draft's files on disk.
 
-A new network is one file in this folder with a class under ``@register_draft("ArchitectureName")``; the
-package imports every file in it, so nothing else has to be edited.
+A new network is a class with ``@register_draft("ArchitectureName")`` in any module of this package. The package imports
+all its modules, so nothing else has to be edited. On disk a draft is ``config.json`` and ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from specforge.modeling.draft.fields import (
     check_rope,
     quoted,
     rope_fields,
-    without_what_was_ignored,
+    without_ignored_fields,
 )
 from specforge.system import available_memory
 
@@ -38,20 +38,21 @@ class Draft(nn.Module):
     """Base of every draft network.
 
     Args:
-        config: transformers config with at least ``vocab_size``; ``draft_vocab_size`` when the draft predicts
-            a part of the vocabulary. ``attn_implementation`` (not stored) is ``sdpa`` or ``flex_attention``.
+        config: transformers config with at least ``vocab_size``; ``draft_vocab_size`` if the draft predicts only part
+            of the vocabulary. ``attn_implementation`` (not stored) is ``sdpa`` or ``flex_attention``.
 
     Attributes:
-        fields: the fields of its config that the network reads; any other field that would change a network is
-            refused. None if the class does not declare them: then every field is accepted.
+        fields: the config fields that the network reads; any other field that would change a network is rejected.
+            None if the class does not declare them, so that every field is accepted.
         d2t: ``[D]`` int64, offset from a draft id to its target id: ``target = draft + d2t[draft]``.
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
-        attention_implementations: names that ``attn_implementation`` may have.
+        target_ids: ``[D]`` int64, target id of every draft id; the same tensor until the vocabulary or device changes.
+        attention_implementations: accepted values of ``attn_implementation``.
         trained: whether its weights come from a checkpoint written after at least one optimizer step.
-        flex: whether its layers train with FlexAttention rather than PyTorch's fused kernels.
+        flex: whether its layers train with FlexAttention instead of PyTorch's fused kernels.
 
     Raises:
-        ValueError: a field asks for a network that the class is not.
+        ValueError: a field describes a network that the class does not implement.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Draft(nn.Module):
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "flex_attention")
     d2t: Tensor
     t2d: Tensor
+    target_ids: Tensor
     trained: bool = False
 
     def __init__(self, config: Any) -> None:
@@ -70,7 +72,8 @@ class Draft(nn.Module):
         self.register_buffer("d2t", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.t2d[:size] = True
-        self._target_ids: tuple[tuple[int, int], Tensor] | None = None
+        self.register_buffer("target_ids", torch.arange(size), persistent=False)
+        self.register_load_state_dict_post_hook(Draft._update_target_ids)
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         if attention not in self.attention_implementations:
             raise ValueError(
@@ -79,22 +82,22 @@ class Draft(nn.Module):
         self.flex = attention == "flex_attention"
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
-        """Rename and move fields, in place, that other projects write under other names or in other places.
+    def translate(config: dict[str, Any]) -> None:
+        """Rename and move, in place, the fields that other projects write under other names or in other places.
 
         Raises:
             ValueError: two fields contradict each other.
         """
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a config is of this class although it names another architecture, as other projects do."""
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config describes this class although it names another architecture, as other projects do."""
         return False
 
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
     ) -> tuple[str, Any, Any] | None:
-        """The first field in which this network differs from the network of a config.
+        """The first field in which this network differs from the one that a config describes.
 
         Args:
             config: a config of the same algorithm.
@@ -132,45 +135,37 @@ class Draft(nn.Module):
         self.d2t.copy_(target_ids - torch.arange(len(target_ids), device=target_ids.device))
         self.t2d.zero_()
         self.t2d[target_ids] = True
+        self._update_target_ids()
 
-    @property
-    def target_ids(self) -> Tensor:
-        """``[D]`` target id of every draft id; the same tensor until the vocabulary changes."""
-        key = (self.d2t.data_ptr(), self.d2t._version)
-        if self._target_ids is None or self._target_ids[0] != key:
-            ids = torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
-            self._target_ids = (key, ids)
-        return self._target_ids[1]
+    def _update_target_ids(self, *_: Any) -> None:
+        self.target_ids = torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def draft_ids(self, target_ids: Tensor) -> Tensor:
-        """Draft id of each target id (any shape), -1 where it is outside the draft vocabulary."""
+        """Draft id of each target id (any shape); -1 outside the draft vocabulary."""
         ids = torch.searchsorted(self.target_ids, target_ids)
         return torch.where(self.t2d[target_ids], ids, -1)
 
 
-def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
-    """Start a parameter as a tensor of the target, which a message calls ``what``.
-
-    Raises:
-        UserError: it has another shape.
-    """
-    if parameter.shape != value.shape:
-        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
-    parameter.copy_(value)
-
-
-# The errors with which classes of transformers and torch respond to a user's file.
-REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+# The exceptions that classes of transformers and torch raise for a user's file.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 _DRAFTS: dict[str, type[Draft]] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
 
 def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
-    """Class decorator: drafts whose config names ``architecture`` are built by this class.
+    """Class decorator that registers the class for configs with this architecture.
 
     Args:
-        architecture: the name in ``config.json`` under ``architectures``.
-        config_class: the transformers config class that reads the rest of the file.
+        architecture: the name under ``architectures`` in ``config.json``.
+        config_class: the transformers config class for the rest of the file.
     """
 
     def register(cls: _D) -> _D:
@@ -182,7 +177,7 @@ def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
 
 
 def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, Any]:
-    """A draft's config as SpecForge writes it, as a new dict: its names of architectures and fields, no nulls.
+    """A draft's config in SpecForge's own form, as a new dict: its names of architectures and fields, without nulls.
 
     Args:
         config: the fields of a ``config.json``, or some of them.
@@ -190,7 +185,7 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
         architectures: the architecture that the fields belong to, if they do not name one.
 
     Raises:
-        UserError: it is not an object, or two fields contradict each other.
+        UserError: the config is not an object, or two fields contradict each other.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{where}: is {quoted(config)}, not an object with the fields of a draft")
@@ -202,7 +197,7 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
     names = fields.get("architectures", architectures or [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: architectures is {quoted(names)}, not a list of names")
-    cls = next((cls for cls in _DRAFTS.values() if cls.is_meant(fields)), None)
+    cls = next((cls for cls in _DRAFTS.values() if cls.is_described_by(fields)), None)
     cls = cls or next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
     if cls is None or cls.fields is None:
         return fields
@@ -212,7 +207,7 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
             for name in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
                 fields.pop(name, None)
             fields["rope_parameters"] = rope
-        cls.spell(fields)
+        cls.translate(fields)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {error}") from error
     if "architectures" in fields:
@@ -221,10 +216,10 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
 
 
 def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[Draft]:
-    """The class that a config's ``architectures`` picks.
+    """The registered class for a config's ``architectures``.
 
     Raises:
-        UserError: there is none.
+        UserError: none is registered.
     """
     names = canonical(config, where).get("architectures", [])
     cls = next((_DRAFTS[name] for name in names if name in _DRAFTS), None)
@@ -237,11 +232,11 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
     """Build a randomly initialised draft from the fields of a ``config.json``.
 
     Args:
-        config: the fields; ``architectures`` picks the class.
-        where: what to call the config in an error message.
+        config: the fields; ``architectures`` selects the class.
+        where: name of the config, for error messages.
 
     Raises:
-        UserError: no registered architecture, or the class refuses the fields.
+        UserError: the architecture is not registered, or the class rejects the fields.
     """
     fields, cls = canonical(config, where), draft_class(config, where)
     fields.pop("architectures")
@@ -253,18 +248,18 @@ def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft
         made = cls.config_class(**fields, architectures=[cls.architecture])
         check_memory(lambda: cls(copy.deepcopy(made)))
         return cls(made)
-    except REFUSALS as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{where}: {first_line(error)}") from error
 
 
 def check_memory(build: Callable[[], nn.Module]) -> None:
-    """Refuse a network that does not fit into memory, before any of it is allocated.
+    """Reject a network that does not fit into memory, before any of it is allocated.
 
     Args:
-        build: makes the network; called once, on the meta device, without drawing random numbers.
+        build: builds the network; called once, on the meta device, without using up random numbers.
 
     Raises:
-        ValueError: says how large the network is.
+        ValueError: reports the size of the network.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         tensors = build().state_dict().values()
@@ -275,7 +270,7 @@ def check_memory(build: Callable[[], nn.Module]) -> None:
         )
 
 
-# Positions are compared by their angles, widths by the shapes of tensors; the others do not change what was learnt.
+# Positions are compared by their angles and widths by the shapes of tensors; the others do not affect trained weights.
 _NOT_COMPARED = (
     "rope_parameters",
     "max_position_embeddings",
@@ -293,7 +288,7 @@ def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tup
 
 
 def _network(config: Mapping[str, Any], fields: Fields, ignored: Container[str], prefix: str = "") -> dict[str, Any]:
-    """The values of the fields that a network reads, by their full names."""
+    """Values of the fields that a network reads, by their full names."""
     found: dict[str, Any] = {}
     for name, kind in fields.items():
         if isinstance(kind, Mapping):
@@ -305,16 +300,16 @@ def _network(config: Mapping[str, Any], fields: Fields, ignored: Container[str],
 
 
 def as_trained(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config of a checkpoint without a config_version, without the fields that were ignored at that time.
+    """The config of a checkpoint that has no config_version, without the fields that were ignored at that time.
 
     Raises:
-        UserError: it is not the config of a draft.
+        UserError: it is not a draft's config.
     """
     fields = canonical(config, where)
     cls = next((_DRAFTS[name] for name in fields.get("architectures", ()) if name in _DRAFTS), None)
     if cls is None or cls.fields is None:
         return fields
-    return without_what_was_ignored(fields, cls.fields, vars(cls.config_class()))
+    return without_ignored_fields(fields, cls.fields, vars(cls.config_class()))
 
 
 def config_fields(draft: Draft) -> dict[str, Any]:
@@ -324,10 +319,10 @@ def config_fields(draft: Draft) -> dict[str, Any]:
 
 
 def find_draft_config(name: str) -> Path:
-    """A draft config by path or, where there is no such file, by the name of a shipped one.
+    """Path of a draft config, given its path or the name of one that is shipped.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such file.
     """
     folder = Path(str(files("specforge.configs"))) / "draft"
     shipped = {path.name: path for path in sorted(folder.glob("*.json"))}
@@ -337,15 +332,15 @@ def find_draft_config(name: str) -> Path:
 
 
 def save_draft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``; the folder appears whole or not at all.
+    """Write ``config.json`` and ``model.safetensors``; the folder appears complete or not at all.
 
     Args:
         config: fields of ``config.json``.
-        tensors: by the names to write, each in its own dtype, on the CPU.
-        folder: new or empty; one that this function wrote is replaced.
+        tensors: tensors by name, each in the dtype to write, on the CPU.
+        folder: a new or empty folder; an earlier export is replaced.
 
     Raises:
-        UserError: something else is there, or the disk is full or not writable.
+        UserError: the folder has other content, or the disk is full or not writable.
     """
     content = {name: x.contiguous() for name, x in tensors.items()}
     write_folder(
@@ -370,10 +365,10 @@ def _is_export(folder: Path) -> bool:
 
 
 def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields, as SpecForge writes them, and tensors of a draft on disk.
+    """Config fields, in SpecForge's own form, and tensors of a draft on disk.
 
     Raises:
-        UserError: a file is missing, damaged, or a pickle.
+        UserError: a file is missing or damaged, or is a pickle.
     """
     config = canonical(read_json(folder / "config.json"), str(folder / "config.json"))
     single = folder / "model.safetensors"
@@ -386,6 +381,6 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for path in shards:
         try:
             tensors |= load_file(path)
-        except (SafetensorError, OSError, *REFUSALS) as error:
+        except (SafetensorError, OSError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     return config, tensors

@@ -1,19 +1,21 @@
-"""Attention of a training-time test: causal keys of step 0 plus each row's own keys of the later steps.
+"""Exact attention as a few fused products that share one softmax, merged by their log-sum-exp.
 
-Query row p of step s sees the step-0 keys of its document up to p, and of every step 1..s only its own
-key (EAGLE-3, arXiv 2503.01840, fig. 6). The first part is an ordinary causal product and goes to
-PyTorch's fused kernel; the second is one dot product a step, so no mask and no score matrix of the
-whole row is ever built. Both parts share one softmax: they are merged by their log-sum-exp, and because
-a flash backward needs nothing but the *final* output and log-sum-exp, feeding it the merged ones gives
-the exact gradient of the joint softmax.
+Every draft's attention is a union of key sets: the tokens of a document up to some point, and keys that only a few rows
+share. Each set goes to PyTorch's fused kernel in a product of its own, so neither a mask nor a score matrix of the
+whole batch is ever built. A flash backward needs nothing but the *final* output and log-sum-exp, so feeding it the
+merged ones gives the exact gradient of the joint softmax.
 
-Shape legend: N tokens of the packed batch, R query rows, h query heads, k key/value heads, d / v size of a query and
-key head / of a value head, S steps.
+A training-time test (:func:`ttt_attention`) adds one key per row and step. Query row p of step s sees the step-0 keys
+of its document up to p, and only its own key of each step 1..s (EAGLE-3, arXiv 2503.01840, fig. 6): one dot product
+per step, without a kernel.
+
+Shape legend: N tokens of the packed batch, R query rows, K keys, B runs, L rows of a run, h query heads, k key/value
+heads, d / v size of a query and key head / of a value head, S steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.modeling.layers.flex_attention import Sight, attend
+from specforge.modeling.layers.flex_attention import Visibility, visible_attention
 
 
 class Segment(NamedTuple):
@@ -40,21 +42,54 @@ class Segment(NamedTuple):
     document: int
 
 
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Fused attention of ``[L, heads, d]`` tensors: output ``[L, h, d]`` and log-sum-exp ``[L, h]``.
+class Product(NamedTuple):
+    """One fused product: query rows and the keys that they see.
 
-    All tensors but the mask may have one more dimension in front.
-
-    Args:
-        query: ``[L, h, d]``.
-        key: ``[K, k, d]``.
-        value: ``[K, k, d]``.
-        causal: row i sees the first i + 1 keys.
+    Attributes:
+        rows: the query rows.
+        keys: the keys, as slices that are concatenated.
+        causal: whether row i sees the first i + 1 keys only.
         mask: ``[1, 1, L, K]``, added to the scores; from :func:`additive_mask`.
+        runs: B; rows and keys are that many independent runs of equal length.
+        merge: whether an earlier product has the same rows.
     """
-    q, k, v = (_heads_first(x) for x in (query, key, value))
+
+    rows: slice
+    keys: tuple[slice, ...]
+    causal: bool = False
+    mask: Tensor | None = None
+    runs: int = 1
+    merge: bool = False
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``[B, L, ...]`` of the rows of ``x [R, ...]``."""
+        return x[self.rows].unflatten(0, (self.runs, -1))
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """``[B, K / B, ...]`` of the keys of ``x [K, ...]``."""
+        parts = [x[keys] for keys in self.keys]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, (self.runs, -1))
+
+    def by_slice(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The slices of keys, each with its part of ``x [B, K / B, ...]``."""
+        return zip(self.keys, x.flatten(0, 1).split([s.stop - s.start for s in self.keys]), strict=True)
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[1, 1, L, K]`` for ``allowed [L, K]``: 0 or a large negative number, laid out as the fused kernels need it.
+
+    Not -inf: a row that sees no key would be NaN. As it is, such a row has no weight after the merge.
+    """
+    rows, keys = allowed.shape
+    # The kernel for accelerators needs rows that begin at multiples of 16 bytes.
+    mask = torch.zeros(rows, -(-keys // 16) * 16, dtype=dtype, device=allowed.device)[:, :keys]
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min / 2)[None, None]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+    """Output ``[B, L, h, d]`` and log-sum-exp ``[B, L, h]`` of one product, from PyTorch's fused kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    causal, mask = product.causal, product.mask
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask)
     else:
@@ -63,61 +98,31 @@ def flash(
             q, k, v, _every_head(mask, q), True, is_causal=causal
         )
         lse = lse[..., : q.shape[2]]
-    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-    return (out, lse) if query.ndim == 4 else (out[0], lse[0])
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool = False,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`flash` at ``out [L, h, d]`` and ``lse [L, h]`` of the whole softmax."""
-    g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
-    log_sum = (lse if lse.ndim == 3 else lse.unsqueeze(0)).transpose(1, 2).contiguous()
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, product: Product
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value in one product; ``out`` and ``lse`` are those of the whole softmax."""
+    g, q, k, v, o = (x.transpose(1, 2) for x in (grad, query, key, value, out))
+    lse = lse.transpose(1, 2).contiguous()
+    causal, mask = product.causal, product.mask
     if query.device.type == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, log_sum, 0.0, causal, attn_mask=mask
+            g, q, k, v, o, lse, 0.0, causal, attn_mask=mask
         )
     else:
         heads, kv_heads = q.shape[1], k.shape[1]
-        # The kernel wants the log-sum-exp padded to a multiple of 32 rows.
-        log_sum = F.pad(log_sum, (0, -q.shape[2] % 32), value=float("inf"))
+        # The kernel needs the log-sum-exp padded to a multiple of 32 rows.
+        lse = F.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
         zero = torch.zeros((), dtype=torch.int64, device=q.device)
+        k, v, mask = _repeat_heads(k, heads), _repeat_heads(v, heads), _every_head(mask, q)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            g,
-            q,
-            _repeat_heads(k, heads),
-            _repeat_heads(v, heads),
-            _every_head(mask, q),
-            o,
-            log_sum,
-            zero,
-            zero,
-            0.0,
-            [True, True, True, False],
-            causal,
+            g, q, k, v, mask, o, lse, zero, zero, 0.0, [True, True, True, False], causal
         )
         grads = grad_q, _sum_heads(grad_k, kv_heads), _sum_heads(grad_v, kv_heads)
-    back = tuple(x.transpose(1, 2) for x in grads)
-    return back if query.ndim == 4 else tuple(x[0] for x in back)  # type: ignore[return-value]
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return (x if x.ndim == 4 else x.unsqueeze(0)).transpose(1, 2)
-
-
-def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[1, 1, L, K]`` of 0 and -inf, for ``allowed [L, K]``, laid out as the fused kernels want it."""
-    rows, keys = allowed.shape
-    # The accelerators' kernel wants rows that begin at multiples of 16 bytes.
-    mask = torch.zeros(rows, -(-keys // 16) * 16, dtype=dtype, device=allowed.device)[:, :keys]
-    return mask.masked_fill_(~allowed, -torch.inf)[None, None]
+    return tuple(x.transpose(1, 2) for x in grads)
 
 
 def _every_head(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -139,74 +144,84 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
     return merged, total
 
 
-class _TTTAttention(torch.autograd.Function):
+# The products of an attention, given the dtype of their masks. It is called again in the backward pass, so that masks
+# are not kept.
+Products = Callable[[torch.dtype], Iterable[Product]]
+
+
+class _MergedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], *own: Tensor
-    ) -> Tensor:
-        # Zero, not empty: padded rows are in no segment.
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, products: Products, *own: Tensor) -> Tensor:
+        # Zero, not empty: padded rows are in no product.
         out = torch.zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
         lse = out.new_zeros(query.shape[:2])
-        for row, start, stop, document in segments:
-            rows = slice(row, row + stop - start)
-            part, part_lse = flash(query[rows], key[start:stop], value[start:stop], causal=True)
-            if document < start:
-                prompt = flash(query[rows], key[document:start], value[document:start], causal=False)
-                part, part_lse = _merge(part, part_lse, *prompt)
+        for product in products(query.dtype):
+            rows = product.rows
+            parts = _flash(product.of_rows(query), product.of_keys(key), product.of_keys(value), product)
+            part, part_lse = (x.flatten(0, 1) for x in parts)
+            if product.merge:
+                part, part_lse = _merge(out[rows], lse[rows], part, part_lse)
             out[rows], lse[rows] = part, part_lse
-        scores = _own_scores(query, own[0::2])
-        if scores:
-            total = torch.logaddexp(lse, torch.stack(scores, -1).logsumexp(-1))
-            out.mul_((lse - total).exp_().unsqueeze(-1))
-            for score, own_value in zip(scores, own[1::2], strict=True):
-                _grouped(out, own_value).addcmul_(
-                    _grouped((score - total).exp().unsqueeze(-1), own_value), own_value.unsqueeze(2)
-                )
-            lse = total
+        if own:
+            lse = _add_own(out, lse, query, own)
         out = out.to(query.dtype)
-        ctx.segments = segments
+        ctx.products = products
         ctx.save_for_backward(query, key, value, out, lse, *own)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse, *own = ctx.saved_tensors
-        dtype = query.dtype
-        wide = lse.dtype
-        if grad.device.type == "cpu":  # whose backward kernel is several times slower in bf16 than in fp32
+        dtype, wide = query.dtype, lse.dtype
+        if grad.device.type == "cpu":  # the CPU's backward kernel is several times slower in bf16 than in fp32
             grad, query, key, value, out = (x.to(wide) for x in (grad, query, key, value, out))
         grad = grad.contiguous()
-        grad_query = torch.zeros(query.shape, dtype=wide, device=query.device)
-        grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
-        for row, start, stop, document in ctx.segments:
-            rows = slice(row, row + stop - start)
-            at = (grad[rows], query[rows])
-            result = out[rows], lse[rows]
-            dq, dk, dv = flash_backward(*at, key[start:stop], value[start:stop], *result, causal=True)
-            grad_query[rows] = dq
-            grad_key[start:stop] += dk
-            grad_value[start:stop] += dv
-            if document < start:
-                prompt = slice(document, start)
-                dq, dk, dv = flash_backward(*at, key[prompt], value[prompt], *result, causal=False)
-                grad_query[rows] += dq
-                grad_key[prompt] += dk
-                grad_value[prompt] += dv
-        own_grads: list[Tensor] = []
-        if own:
-            g, q = grad.to(wide), query.to(wide)
-            delta = torch.linalg.vecdot(g, out.to(wide))
-            scale = query.shape[-1] ** -0.5
-            for own_key, own_value, score in zip(own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True):
-                weight = (score - lse).exp_()
-                slope = (_own_dot(g, own_value).sub_(delta)).mul_(weight).mul_(scale).unsqueeze(-1)
-                _grouped(grad_query, own_key).addcmul_(_grouped(slope, own_key), own_key.unsqueeze(2))
-                own_grads += [
-                    _grouped(slope * q, own_key).sum(2).to(own_key.dtype),
-                    _grouped(weight.unsqueeze(-1) * g, own_key).sum(2).to(own_value.dtype),
-                ]
+        grad_query, grad_key, grad_value = (
+            torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value)
+        )
+        for product in ctx.products(query.dtype):
+            g, q, o, s = (product.of_rows(x) for x in (grad, query, out, lse))
+            k, v = product.of_keys(key), product.of_keys(value)
+            dq, dk, dv = _flash_backward(g, q, k, v, o, s, product)
+            if product.merge:
+                grad_query[product.rows] += dq.flatten(0, 1)
+            else:
+                grad_query[product.rows] = dq.flatten(0, 1)
+            for total, part in ((grad_key, dk), (grad_value, dv)):
+                for keys, x in product.by_slice(part):
+                    total[keys] += x
+        own_grads = _own_backward(grad.to(wide), query.to(wide), out.to(wide), lse, own, grad_query) if own else []
         return (grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, *own_grads)
+
+
+def _add_own(out: Tensor, lse: Tensor, query: Tensor, own: Sequence[Tensor]) -> Tensor:
+    """Add each row's own keys and values to its softmax: ``out`` in place, and the new log-sum-exp."""
+    scores = _own_scores(query, own[0::2])
+    total = torch.logaddexp(lse, torch.stack(scores, -1).logsumexp(-1))
+    out.mul_((lse - total).exp_().unsqueeze(-1))
+    for score, own_value in zip(scores, own[1::2], strict=True):
+        _grouped(out, own_value).addcmul_(
+            _grouped((score - total).exp().unsqueeze(-1), own_value), own_value.unsqueeze(2)
+        )
+    return total
+
+
+def _own_backward(
+    grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, own: Sequence[Tensor], grad_query: Tensor
+) -> list[Tensor]:
+    """Gradients of the rows' own keys and values; their part of the queries' gradient is added to ``grad_query``."""
+    found: list[Tensor] = []
+    delta = torch.linalg.vecdot(grad, out)
+    scale = query.shape[-1] ** -0.5
+    for own_key, own_value, score in zip(own[0::2], own[1::2], _own_scores(query, own[0::2]), strict=True):
+        weight = (score - lse).exp_()
+        slope = (_own_dot(grad, own_value).sub_(delta)).mul_(weight).mul_(scale).unsqueeze(-1)
+        _grouped(grad_query, own_key).addcmul_(_grouped(slope, own_key), own_key.unsqueeze(2))
+        found += [
+            _grouped(slope * query, own_key).sum(2).to(own_key.dtype),
+            _grouped(weight.unsqueeze(-1) * grad, own_key).sum(2).to(own_value.dtype),
+        ]
+    return found
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:
@@ -225,6 +240,25 @@ def _own_scores(query: Tensor, own_keys: Sequence[Tensor]) -> list[Tensor]:
     return [_own_dot(query, own_key).mul_(scale) for own_key in own_keys]
 
 
+def merged_attention(
+    query: Tensor, key: Tensor, value: Tensor, products: Products, own: Sequence[tuple[Tensor, Tensor]] = ()
+) -> Tensor:
+    """Attention of every row to the union of the keys of its products and of its own keys.
+
+    Args:
+        query: ``[R, h, d]``, positions already applied.
+        key: ``[K, k, d]``; ``k`` divides ``h`` (grouped-query attention).
+        value: ``[K, k, d]``.
+        products: the products; rows in none are padding.
+        own: keys and values ``[R, k, d]`` that only their own row sees.
+
+    Returns:
+        ``[R, h, d]`` in the dtype of ``query``.
+    """
+    flat = [x for pair in own for x in pair]
+    return _MergedAttention.apply(query, key, value, products, *flat)  # type: ignore[no-any-return]
+
+
 def ttt_attention(
     query: Tensor,
     key: Tensor,
@@ -234,35 +268,41 @@ def ttt_attention(
     *,
     flex: bool = False,
 ) -> Tensor:
-    """Attention of one step of the training-time test, exact, without a mask.
+    """Attention of one step of the training-time test.
 
     Args:
         query: ``[R, h, d]``, positions already applied.
         key: step-0 keys of all tokens, ``[N, k, d]``; ``k`` divides ``h`` (grouped-query attention).
         value: step-0 values, ``[N, k, v]``; ``v`` is at most ``d``.
-        segments: which tokens the query rows are; rows in none are padding.
+        segments: the tokens that the query rows are; rows in none are padding.
         own: keys ``[R, k, d]`` and values ``[R, k, v]`` of steps 1..s; empty at step 0.
-        flex: compute it by FlexAttention.
+        flex: whether to use FlexAttention.
 
     Returns:
         ``[R, h, v]`` in the dtype of ``query``.
     """
     if flex:
-        return attend(query, key, value, own, _sight(len(query), segments, query.device))
+        return visible_attention(query, key, value, own, _visibility(len(query), segments, query.device))
+
+    def products(dtype: torch.dtype) -> Iterator[Product]:
+        for row, start, stop, document in segments:
+            rows = slice(row, row + stop - start)
+            yield Product(rows, (slice(start, stop),), causal=True)
+            if document < start:
+                yield Product(rows, (slice(document, start),), merge=True)
+
     size = value.shape[-1]
-    # The fused kernels want values as wide as keys; zeros add nothing, and their gradient is cut off again.
+    # The fused kernel needs values as wide as keys. Zeros add nothing, and their gradient is cut off again.
     pad = (0, key.shape[-1] - size)
     if pad[1]:
         value, own = F.pad(value, pad), [(k, F.pad(v, pad)) for k, v in own]
-    flat = [x for pair in own for x in pair]
-    out: Tensor = _TTTAttention.apply(query, key, value, segments, *flat)
-    return out[..., :size] if pad[1] else out
+    return merged_attention(query, key, value, products, own)[..., :size]
 
 
-def _sight(rows: int, segments: Sequence[Segment], device: torch.device) -> Sight:
+def _visibility(rows: int, segments: Sequence[Segment], device: torch.device) -> Visibility:
     low, high = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
     for row, start, stop, document in segments:
         low[row : row + stop - start] = document
         high[row : row + stop - start] = np.arange(start, stop) + 1
     each = np.arange(rows)
-    return Sight(*(torch.from_numpy(x).to(device) for x in (low, high, each, np.zeros_like(each))))
+    return Visibility(*(torch.from_numpy(x).to(device) for x in (low, high, each, np.zeros_like(each))))

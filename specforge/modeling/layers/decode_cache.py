@@ -1,55 +1,55 @@
-"""Decoding with a draft's layers: the keys and values of a growing sequence, and attention of some rows to them."""
+"""Decoding with a draft's layers: the key/value cache of a growing text, and attention of new rows to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.modeling.layers.rope import RotaryTable
+from specforge.modeling.layers.decoder_layer import Angles, DecoderLayer, RotaryTable
 
 
 class DecodeCache:
     """Keys and values by layer, and the angles of their positions, in buffers that grow by doubling.
 
-    Which rows count is the caller's; a row that is written again is forgotten.
+    The caller keeps count of the valid rows; writing a row again replaces it.
 
     Args:
-        rotary: the angles.
-        attentions: of each layer: sizes ``kv_heads`` (k), ``head_dim`` (d) and ``value_dim`` (v).
-        dtype: of keys and values.
-        device: of everything.
+        rotary: table of rotary positions.
+        layers: the layers; their attentions give the sizes k, d and v.
+        dtype: dtype of keys and values.
+        device: device of all buffers.
     """
 
     def __init__(
-        self, rotary: RotaryTable, attentions: Sequence[Any], dtype: torch.dtype, device: torch.device
+        self, rotary: RotaryTable, layers: Sequence[DecoderLayer], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._rotary, self._device, self._room = rotary, device, 0
+        self._rotary, self._device, self._capacity = rotary, device, 0
         self._cos, self._sin = rotary(0, device)
+        attentions = [layer.self_attn for layer in layers]
         sizes = [((a.kv_heads, a.head_dim), (a.kv_heads, a.value_dim)) for a in attentions]
         self._layers = [[torch.empty(0, *x, dtype=dtype, device=device) for x in pair] for pair in sizes]
 
     def reserve(self, rows: int) -> None:
-        """Make room for so many rows in all."""
-        if rows <= self._room:
+        """Grow the buffers to hold at least ``rows`` rows."""
+        if rows <= self._capacity:
             return
-        more = max(128, 2 * rows) - self._room
-        self._room += more
+        more = max(128, 2 * rows) - self._capacity
+        self._capacity += more
         self._layers = [[torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in layer] for layer in self._layers]
-        self._cos, self._sin = self._rotary(self._room, self._device)
+        self._cos, self._sin = self._rotary(self._capacity, self._device)
 
-    def angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of some positions, within the room."""
+    def angles(self, start: int, stop: int) -> Angles:
+        """Cosines and sines of the positions ``start .. stop - 1``, which must be reserved."""
         return self._cos[start:stop], self._sin[start:stop]
 
     def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put ``key [n, k, d]`` and ``value [n, k, v]`` behind the first ``start`` rows, within the room.
+        """Write ``key [n, k, d]`` and ``value [n, k, v]`` from row ``start`` on; the rows must be reserved.
 
         Returns:
-            Keys and values of all rows up to theirs, ``[start + n, ...]``.
+            Keys and values of all rows up to the last one written, ``[start + n, ...]``.
         """
         keys, values = self._layers[layer]
         stop = start + len(key)
@@ -57,7 +57,36 @@ class DecodeCache:
         return keys[:stop], values[:stop]
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention ``[n, h, v]`` of ``query [n, h, d]`` to the rows of a cache, all or those of ``mask [n, m]``."""
+class CachedDecoder:
+    """Base of decoders that run a draft's layers on new rows with a key/value cache, on a snapshot of the weights.
+
+    Args:
+        layers: the draft's layers.
+        rotary: its table of rotary positions.
+        dtype: compute dtype.
+
+    Attributes:
+        rows: valid rows of the cache.
+        device: device of the layers.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], rotary: RotaryTable, dtype: torch.dtype) -> None:
+        self.layers, self.dtype, self.device = layers, dtype, layers[0].input_layernorm.weight.device
+        self._rotary = rotary
+        self._weights = [layer.weights(dtype) for layer in layers]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.rows = 0
+        self._cache = DecodeCache(self._rotary, self.layers, self.dtype, self.device)
+
+    def crop(self, rows: int) -> None:
+        """Keep the first ``rows`` rows."""
+        self.rows = rows
+
+
+def cached_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention ``[n, h, v]`` of ``query [n, h, d]`` to m cached rows, or to those that ``mask [n, m]`` allows."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)

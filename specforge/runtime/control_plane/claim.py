@@ -1,4 +1,4 @@
-"""One trainer at a time: a claim on a metadata store, renewed while the trainer lives, which names its process."""
+"""One trainer at a time: a claim on a metadata store that names the trainer's process and is renewed while it lives."""
 
 from __future__ import annotations
 
@@ -9,14 +9,61 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from specforge.errors import UserError
 from specforge.files import parse_json
-from specforge.runtime.control_plane.metadata import Claim, MetadataStore
+from specforge.runtime.control_plane.metadata import Conflict, MetadataStore, Move, State
 
 logger = logging.getLogger(__name__)
+
+_KEY = "trainer"  # of the row
+
+
+class Claim(NamedTuple):
+    """The text that names the only trainer, and until when it is presumed alive."""
+
+    holder: str
+    deadline: float
+
+
+def claim(metadata: MetadataStore, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+    """Make a trainer the only one, or renew its claim, unless the claim of another one has not expired.
+
+    Args:
+        metadata: the store.
+        holder: text that names the trainer.
+        now: current time in seconds.
+        deadline: when the claim expires.
+        instead_of: a trainer that is dead, whether or not its claim has expired.
+
+    Returns:
+        The claim that now holds.
+    """
+    damaged = False
+    while True:
+        (row,) = metadata.get([_KEY])
+        if row is None or row.state is not State.CLAIMED:
+            if damaged:  # there is a row, but not of a claim
+                metadata.remove([_KEY])
+            (new,) = metadata.add([(_KEY, "")], State.CLAIMED)
+            damaged = not new
+            continue
+        if row.owner not in (holder, instead_of) and row.deadline > now:
+            return Claim(row.owner, row.deadline)
+        claimed, expected = {"owner": holder, "deadline": deadline}, {"owner": row.owner, "deadline": row.deadline}
+        with suppress(Conflict):  # another trainer was faster
+            metadata.move([Move([_KEY], (State.CLAIMED,), State.CLAIMED, claimed, expected)])
+            return Claim(holder, deadline)
+
+
+def resign(metadata: MetadataStore, holder: str) -> None:
+    """End the claim of a trainer; does nothing if another one has replaced it."""
+    with suppress(Conflict):
+        free = {"owner": "", "deadline": 0.0}
+        metadata.move([Move([_KEY], (State.CLAIMED,), State.CLAIMED, free, {"owner": holder})])
 
 
 class TrainerClaim:
@@ -24,10 +71,10 @@ class TrainerClaim:
 
     Args:
         metadata: the store.
-        where: what to call it in messages.
-        run: what to call this trainer's run.
-        seconds: a trainer that has not renewed its claim for so long is taken for dead.
-        clock: present time in seconds, the same for all processes.
+        where: name of the store in messages.
+        run: name of this trainer's run in messages.
+        seconds: a trainer that has not renewed its claim for this long is presumed dead.
+        clock: current time in seconds, the same for all processes.
     """
 
     def __init__(
@@ -40,18 +87,18 @@ class TrainerClaim:
         self._done = threading.Event()
 
     def take(self) -> None:
-        """Claim the store, and renew the claim from now on.
+        """Claim the store, and keep renewing the claim.
 
         Raises:
-            UserError: another trainer is at work, or the store cannot be written.
+            UserError: another trainer is running, or the store cannot be written.
         """
-        found = self._ask()
+        found = self._claim()
         if found.holder != self._holder and _is_gone(_read(found.holder)):
-            found = self._ask(instead_of=found.holder)
+            found = self._claim(instead_of=found.holder)
         if found.holder != self._holder:
             raise UserError(
-                f"metadata {self._where}: {_describe(found)} is at work on it; end that one first, or give this run "
-                f"stores of its own (if it is dead, its claim ends in {found.deadline - self._clock():.0f} s)"
+                f"metadata {self._where}: {_describe(found)} is using it; stop that trainer first, or give this run "
+                f"its own stores (if it is dead, its claim expires in {found.deadline - self._clock():.0f} s)"
             )
         threading.Thread(target=self._keep, name="claim", daemon=True).start()
 
@@ -61,32 +108,32 @@ class TrainerClaim:
         Raises:
             UserError: the store cannot be written.
         """
-        found = self._ask()
+        found = self._claim()
         self._taken_by = None if found.holder == self._holder else found
 
     def check(self) -> None:
-        """End a trainer whose place was taken while it was silent.
+        """Stop a trainer that another one has replaced.
 
         Raises:
-            UserError: it was.
+            UserError: it was replaced.
         """
         if self._taken_by is not None:
             raise UserError(
-                f"metadata {self._where}: {_describe(self._taken_by)} took this trainer's place, which had been silent "
-                f"for more than {self._seconds:g} s"
+                f"metadata {self._where}: {_describe(self._taken_by)} has replaced this trainer, which had not renewed "
+                f"its claim for more than {self._seconds:g} s"
             )
 
     def end(self) -> None:
-        """Let others train."""
+        """Let other trainers claim the store."""
         self._done.set()
         try:
-            self._metadata.resign(self._holder)
-        except UserError as error:  # the claim ends by itself
+            resign(self._metadata, self._holder)
+        except UserError as error:  # the claim expires by itself
             logger.warning("%s", error)
 
-    def _ask(self, instead_of: str = "") -> Claim:
+    def _claim(self, instead_of: str = "") -> Claim:
         now = self._clock()
-        return self._metadata.claim(self._holder, now, now + self._seconds, instead_of)
+        return claim(self._metadata, self._holder, now, now + self._seconds, instead_of)
 
     def _keep(self) -> None:
         failed = False
@@ -114,7 +161,7 @@ def _describe(claim: Claim) -> str:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a trainer certainly trains no more: its process ended, or is this one; or nobody can read who it is."""
+    """Whether a trainer has certainly ended: its process ended or is this one, or its claim is unreadable."""
     if not holder:
         return True
     pid, machine = holder.get("pid"), _machine()
@@ -124,7 +171,7 @@ def _is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This boot of this machine, and this process's space of process ids; empty where Linux does not say."""
+    """This boot of this machine, and this process's pid namespace; empty if Linux does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -132,7 +179,7 @@ def _machine() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began; None if it has ended, or Linux does not say."""
+    """When a process of this machine started; None if it has ended, or Linux does not tell."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

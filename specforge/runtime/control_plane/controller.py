@@ -1,8 +1,9 @@
-"""The controller: prompts in, references out, every sample trained once in each epoch of the surviving history.
+"""The control plane: prompts in, references out, every sample trained exactly once per epoch.
 
-It joins a metadata store, which knows the states, with a feature store, which holds the tensors. Producers lease
-prompts and commit references of flushed features; trainers are given references and report steps and checkpoints.
-Only metadata passes through: text, numbers and the frozen records of :mod:`specforge.contracts`.
+The controller holds the state machine of :mod:`~specforge.runtime.control_plane.metadata`: each method reads rows of a
+metadata store, decides, and changes them by compare-and-set. The tensors are in a feature store. Producers lease
+prompts and commit references to stored features; the trainer receives references and reports steps and checkpoints.
+Only metadata crosses: text, numbers and the frozen records of :mod:`specforge.contracts`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Literal
 from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
 from specforge.files import parse_json
-from specforge.runtime.control_plane.metadata import COMMITTED, DEAD, DELIVERED, LEASED, TRAINED, Grant, MetadataStore
+from specforge.runtime.control_plane.metadata import Conflict, MetadataStore, Move, Row, State, StateError, Text
 from specforge.runtime.data_plane.store import FeatureStore
 
 logger = logging.getLogger(__name__)
 
 _EPOCH = re.compile(r"-?\d{1,15}", re.ASCII)
+_UNCOMMITTED = (State.QUEUED, State.LEASED, State.DEAD)
+_WAITING = (State.COMMITTED, State.DELIVERED)
+_DELIVERED = (State.DELIVERED, State.TRAINED, State.DURABLE)
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class LeasedPrompt:
 
     Attributes:
         key: its key in the control plane.
-        sample_id: identity of the sample that it becomes.
-        task: the prompt; ``attempt`` says how often it was tried before.
-        provenance: what is to be captured, and of which target; None where ingestion did not say.
+        sample_id: identity of the sample to produce.
+        task: the prompt; ``attempt`` counts earlier tries.
+        provenance: what to capture and from which target; None if the trainer did not say.
     """
 
     key: str
@@ -46,7 +50,7 @@ class LeasedPrompt:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A prompt that was given up: what it was, how often it was tried, and why it failed last."""
+    """A prompt that was given up: how often it was tried, and why it failed last."""
 
     key: str
     tries: int
@@ -55,39 +59,39 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What a restart put right: samples whose features were ``lost``, features that nobody committed (``orphans``)."""
+    """What a restart repaired: samples whose features were ``lost``, and uncommitted features (``orphans``)."""
 
     lost: int
     orphans: int
 
 
 def sample_key(sample_id: str, epoch: int, stamp: str = "") -> str:
-    """Key of a sample in an epoch; each epoch trains it once.
+    """Key of a sample in an epoch.
 
     Args:
         sample_id: its identity.
-        epoch: which.
-        stamp: what else tells it from samples of other runs in the same stores; part of its name there.
+        epoch: the epoch; each epoch trains the sample once.
+        stamp: distinguishes it from samples of other runs in the same stores; becomes part of its name there.
     """
     return f"{stamped(sample_id, stamp)}@{epoch}"
 
 
 def stamped(sample_id: str, stamp: str) -> str:
-    """Name of a sample in the stores of a run with such a stamp."""
+    """Name of a sample in the stores of a run with this stamp."""
     return f"{sample_id}-{stamp}" if stamp else sample_id
 
 
 class DataFlowController:
-    """Ingest, lease, commit, deliver, trained, durable.
+    """The state machine of samples: ingest, lease, commit, deliver, trained, durable.
 
     Args:
-        metadata: the states.
+        metadata: the rows.
         features: the tensors.
-        clock: present time in seconds, the same for all processes.
-        lease_seconds: a producer that has not renewed a lease for so long is taken for dead.
-        max_tries: how often a prompt is tried before it becomes a dead letter.
-        retain: keep features until a checkpoint covers them, or only until they are trained, when whoever trained them
-            frees them (they are then produced again when a run goes back).
+        clock: current time in seconds, the same for all processes.
+        lease_seconds: a producer that has not renewed a lease for this long is presumed dead.
+        max_tries: how often a prompt is tried before it is given up.
+        retain: keep features until a checkpoint covers them, or only until they are trained; the trainer then frees
+            them, and a run that is rewound has them produced again.
     """
 
     def __init__(
@@ -108,184 +112,287 @@ class DataFlowController:
     # Producers.
 
     def ingest(self, samples: Mapping[str, PromptTask], epoch: int = 0, provenance: Provenance | None = None) -> int:
-        """Queue prompts of an epoch, in their order; what is known already is left as it is.
+        """Queue the prompts of an epoch in order; known ones are left unchanged.
 
         Args:
             samples: prompts by the identity of the sample that each becomes.
-            epoch: which.
-            provenance: tells producers what to capture, and of which target.
+            epoch: the epoch.
+            provenance: tells producers what to capture and from which target.
 
         Returns:
             How many are new.
         """
         items = [(sample_key(name, epoch), dump_task(task, provenance)) for name, task in samples.items()]
-        return sum(self.metadata.ingest(items))
+        return sum(self.metadata.add(items))
 
     def lease(self, owner: str, count: int) -> list[LeasedPrompt]:
-        """Prompts to produce, at most ``count``; those of dead producers and failed ones come again.
+        """Lease prompts to produce, in the order in which they were queued.
 
-        A sample whose features of the epoch before are still held is committed with them and not lent. What a dead
-        producer had put and not committed is deleted, so that the store never holds a sample twice. What is no prompt
-        is dropped: who trains queues what is missing again.
+        Expired leases end first: their prompts are queued again or, after ``max_tries``, given up. If the features of
+        the same sample in the previous epoch are still held, they are committed and the prompt is not leased. Features
+        that a dead producer stored but did not commit are deleted, so that the store never holds a sample twice.
+        Damaged prompts are dropped; the trainer queues missing ones again.
 
         Args:
-            owner: the producer; unique among those that run.
-            count: most prompts.
+            owner: name of the producer, unique among those that run.
+            count: maximum number of prompts.
         """
         _plain(owner)
         while True:
-            now = self.clock()
-            grants = self.metadata.lease(owner, count, now, now + self.lease_seconds, self.max_tries)
+            rows = self._lease(owner, count)
             leased, held, damaged = [], [], []
-            for grant, ref in zip(grants, self._refs([_shift(g.key, -1) for g in grants]), strict=True):
+            for row, ref in zip(rows, self._refs([_shift(row.key, -1) for row in rows]), strict=True):
                 if ref is not None and self.features.holds(ref):
-                    held.append((grant.key, dump_ref(ref)))
+                    held.append((row.key, dump_ref(ref)))
                     continue
                 try:
-                    leased.append(_load_prompt(grant))
+                    leased.append(_load_prompt(row))
                 except ValueError as error:
-                    logger.warning("prompt %r in the metadata store is damaged (%s); it is dropped", grant.key, error)
-                    damaged.append(grant.key)
+                    logger.warning("prompt %r in the metadata store is damaged (%s); it is dropped", row.key, error)
+                    damaged.append(row.key)
             if damaged:
-                self.metadata.forget(damaged)
+                self.metadata.remove(damaged)
             if held:
-                self.metadata.commit(held)
+                self._commit(held)
             if leased or not held:
                 if again := [prompt.key for prompt in leased if prompt.task.attempt]:
                     self._remove_orphans(self.features.backend.stored(), again)
                 return leased
 
+    def _lease(self, owner: str, count: int) -> list[Row]:
+        """Lease queued prompts; returns their rows as they were, with the prompts."""
+        now = self.clock()
+        lease = {"owner": owner, "deadline": now + self.lease_seconds}
+
+        def find() -> list[Row]:
+            self._end_leases(
+                lambda: self.metadata.find((State.LEASED,), until=now),
+                lambda row: (self._after_failure(row.tries), {"reason": f"the lease of {row.owner} expired"}),
+            )
+            return self.metadata.find((State.QUEUED,), limit=count) if count > 0 else []
+
+        def move(rows: list[Row]) -> list[Move]:
+            keys: dict[int, list[str]] = {}
+            for row in rows:
+                keys.setdefault(row.tries, []).append(row.key)
+            return [
+                Move(keys[tries], (State.QUEUED,), State.LEASED, lease | {"tries": tries + 1}, {"tries": tries})
+                for tries in keys
+            ]
+
+        return self._move_found(find, move, "task")
+
+    def _after_failure(self, tries: int) -> State:
+        return State.DEAD if tries >= self.max_tries else State.QUEUED
+
     def renew(self, owner: str, leased: Sequence[LeasedPrompt]) -> list[bool]:
-        """Extend leases; for each, whether ``owner`` still holds it."""
-        return self.metadata.renew(owner, [x.key for x in leased], self.clock() + self.lease_seconds)
+        """Extend leases; returns for each whether ``owner`` still holds it."""
+        lease = {"deadline": self.clock() + self.lease_seconds}
+        keys = list(dict.fromkeys(x.key for x in leased))
+        move = Move(keys, (State.LEASED,), State.LEASED, lease, {"owner": owner})
+        held = self._move([move], "renewed", lambda row: True)
+        return [x.key in held for x in leased]
 
     def release(self, owner: str) -> int:
-        """Give back everything ``owner`` holds, untried: before it stops, or when it starts again under its name.
+        """Queue everything that ``owner`` holds as if it had not been tried: before it stops, or when it restarts.
 
-        What it had put and not committed is deleted.
+        Features that it stored but did not commit are deleted.
 
         Returns:
             How many prompts it held.
         """
         try:
-            stored = self.features.backend.stored()  # before others can be lent the prompts, and put them
+            stored = self.features.backend.stored()  # before others can lease the prompts and store features
         finally:
-            keys = self.metadata.release(owner)
+            keys = self._end_leases(
+                lambda: [row for row in self.metadata.find((State.LEASED,)) if row.owner == owner],
+                lambda row: (State.QUEUED, {"tries": row.tries - 1}),
+            )
         if keys:
             self._remove_orphans(stored, keys)
         return len(keys)
 
-    def fail(self, owner: str, leased: LeasedPrompt, reason: str, final: bool = False) -> str:
-        """Report that a prompt gave no features; returns its state, ``dead`` where it was the last try.
+    def fail(self, owner: str, leased: LeasedPrompt, reason: str, final: bool = False) -> State:
+        """Report that a prompt gave no features.
 
         Args:
             owner: the producer.
             leased: the prompt.
             reason: why.
-            final: whether another try could not do better.
+            final: give the prompt up, because another try cannot succeed.
+
+        Returns:
+            The state of the sample: ``dead`` after the last try; unaffected if ``owner`` no longer held the lease.
+
+        Raises:
+            StateError: the sample is unknown.
         """
         _plain(owner, reason)
-        return self.metadata.fail(owner, leased.key, leased.task.attempt, reason, 1 if final else self.max_tries)
+        tries = leased.task.attempt + 1
+        state = State.DEAD if final else self._after_failure(tries)
+        lease = {"owner": owner, "tries": tries}
+        try:
+            self.metadata.move([Move([leased.key], (State.LEASED,), state, {"reason": reason}, lease)])
+        except Conflict as conflict:
+            row = conflict.rows[leased.key]
+            if row is None:
+                raise StateError(leased.key, "", "failed") from None
+            return row.state
+        return state
 
     def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
-        """Record samples whose features are flushed.
+        """Record samples whose features are flushed, whoever produced them.
 
-        Features of a duplicate are deleted, unless those of the first are gone: then the newer take their place.
+        The first commit of a sample stands. Features of a duplicate are deleted, unless those of the first are gone:
+        then the duplicate replaces them.
 
         Args:
             refs: key and reference of each.
 
         Returns:
-            For each, whether it is new.
+            Whether each is new.
 
         Raises:
             StateError: a key was never ingested; nothing is committed.
         """
         items = [(key, ref, dump_ref(ref)) for key, ref in refs]
-        new = self.metadata.commit([(key, text) for key, _, text in items])
+        new = self._commit([(key, text) for key, _, text in items])
         for (key, ref, text), fresh in zip(items, new, strict=True):
             if not fresh:
                 self._settle_duplicate(key, ref, text)
         return new
 
+    def _commit(self, items: Sequence[tuple[str, str]]) -> list[bool]:
+        moves: dict[str, Move] = {}
+        for key, text in items:
+            moves.setdefault(key, Move([key], _UNCOMMITTED, State.COMMITTED, {"ref": text}))
+        fresh = self._move(list(moves.values()), "committed", lambda row: row is not None)
+        return [fresh.pop(key, None) is not None for key, _ in items]  # a key that comes twice is new once
+
     def _settle_duplicate(self, key: str, ref: SampleRef, text: str) -> None:
-        (first,) = self._refs([key])
-        if first is None or _same_bytes(first, ref):
+        (row,) = self.metadata.get([key], "ref")
+        first = None if row is None else _read_ref(row.key, row.text)
+        if row is None or first is None or _same_bytes(first, ref):
             return
-        if self.features.holds(first) or not self._is_waiting(key):
+        if self.features.holds(first) or row.state not in _WAITING:
             self.features.discard(ref)
-        else:
-            self.metadata.requeue([key])
-            self.metadata.commit([(key, text)])
+            return
+        try:
+            self.metadata.move([Move([key], _WAITING, State.COMMITTED, {"ref": text, "tries": 0})])
+        except Conflict:  # it was queued again meanwhile
+            self.commit([(key, ref)])
 
-    def _is_waiting(self, key: str) -> bool:
-        return any(entry.key == key for entry in self.metadata.entries((COMMITTED, DELIVERED)))
-
-    # Trainers.
+    # The trainer.
 
     def deliver(self, keys: Sequence[str]) -> list[SampleRef]:
         """References of samples to train on; their features may now be read from the store.
 
-        Nothing over the null store, and nothing of a sample whose reference is damaged, which is :meth:`lost`.
+        Samples with a damaged reference are left out; report them by :meth:`lost`.
 
         Raises:
-            StateError: one is not committed, or trained already; none is delivered.
+            StateError: a sample is not committed, or already trained; none is delivered.
         """
-        found = zip(keys, self.metadata.deliver(keys), strict=True)
-        refs = [ref for key, text in found if (ref := _read_ref(key, text)) is not None]
+        move = Move(list(dict.fromkeys(keys)), _WAITING, State.DELIVERED)
+        texts = self._move([move], "delivered", text="ref")
+        refs = [ref for key in keys if (ref := _read_ref(key, texts[key])) is not None]
         self.features.adopt(refs)
         return refs
 
     def trained(self, keys: Sequence[str], step: int) -> None:
-        """Record the optimizer step that used samples.
+        """Record the optimizer step that used samples; repeating the call is harmless.
 
         Raises:
-            StateError: one was not delivered, or another step used it; nothing is recorded.
+            StateError: a sample was not delivered, or another step used it; nothing is recorded.
         """
         _plain(step)
-        self.metadata.mark_trained(keys, step)
+        move = Move(list(dict.fromkeys(keys)), (State.DELIVERED,), State.TRAINED, {"step": step})
+        self._move([move], "trained", lambda row: row is not None and (row.state, row.step) == (State.TRAINED, step))
 
     def durable(self, step: int) -> int:
-        """Record that the checkpoint of ``step`` is complete, and free what it covers; returns the samples."""
-        _plain(step)
-        keys = self.metadata.mark_durable(step)
-        if self.retain == "until_durable":
-            self.free(keys)
-        return len(keys)
-
-    def rewind(self, step: int) -> list[str]:
-        """Go back to the checkpoint of ``step``: what was delivered or trained since is to be trained again.
+        """Record that the checkpoint of ``step`` is complete, and free the features that it covers.
 
         Returns:
-            Those keys; samples whose features are no longer held are queued again.
+            How many samples became durable.
         """
         _plain(step)
-        keys = self.metadata.rewind(step)
-        self._requeue_lost(keys)
-        return keys
+        rows = self._mark_durable(step)
+        if self.retain == "until_durable":
+            self._free(rows)
+        return len(rows)
+
+    def _mark_durable(self, step: int) -> list[Row]:
+        return self._move_found(
+            lambda: self.metadata.find((State.TRAINED,), until=step, text="ref"),
+            lambda rows: [Move([row.key for row in rows], (State.TRAINED,), State.DURABLE)],
+        )
+
+    def resume(self, step: int, keep: Collection[str], queued: Collection[str] = ()) -> None:
+        """Return to the checkpoint of ``step`` after a restart.
+
+        Samples delivered or trained since are to be trained again; those whose features are lost are queued. Samples
+        that wait but are not needed next are dropped with their features, and so are features that nobody committed.
+
+        Args:
+            step: the optimizer step of the checkpoint.
+            keep: keys of leased and committed samples that stay.
+            queued: keys of queued prompts that stay; the trainer queues the others again when it needs them.
+        """
+        self.rewind(step)
+        self.durable(step)
+        self.reconcile()
+        waiting = self.metadata.find((State.QUEUED, State.LEASED, State.COMMITTED))
+        self.forget([row.key for row in waiting if row.key not in (queued if row.state is State.QUEUED else keep)])
+        self.remove_orphans()  # of the leases that are forgotten
+
+    def rewind(self, step: int) -> list[str]:
+        """Return to the checkpoint of ``step``: samples delivered or trained since are to be trained again.
+
+        Returns:
+            Their keys; samples whose features are no longer held are queued again.
+        """
+        _plain(step)
+        rows = self._move_found(
+            lambda: self._found_after(step), lambda rows: [Move([row.key for row in rows], _DELIVERED, State.COMMITTED)]
+        )
+        self._requeue_lost(rows)
+        return [row.key for row in rows]
+
+    def _found_after(self, step: int) -> list[Row]:
+        delivered = self.metadata.find((State.DELIVERED,), text="ref")
+        later = self.metadata.find((State.TRAINED, State.DURABLE), after=step, text="ref")
+        return list({row.key: row for row in [*delivered, *later]}.values())
 
     def free(self, keys: Sequence[str]) -> None:
-        """Let go of the features of trained samples before a checkpoint covers them.
+        """Delete features of trained samples before a checkpoint covers them.
 
-        Where the run goes back they are produced again.
+        If the run is rewound they are produced again.
         """
-        others = self._refs([_shift(key, 1) for key in keys])
-        for ref, other in zip(self._refs(keys), others, strict=True):
+        self._free([row for row in self.metadata.get(keys, "ref") if row is not None])
+
+    def _free(self, rows: Sequence[Row]) -> None:
+        following = self._refs([_shift(row.key, 1) for row in rows])  # the next epoch may use the same features
+        for row, other in zip(rows, following, strict=True):
+            ref = _read_ref(row.key, row.text)
             if ref is not None and (other is None or not _same_bytes(ref, other)):
                 self.features.discard(ref)
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Drop samples and their features, as if they had never been ingested."""
+        """Drop samples and their features as if they had never been ingested; unknown ones are ignored."""
         refs = self._refs(keys)
-        self.metadata.forget(keys)
-        for ref in refs:
-            if ref is not None:
-                self.features.discard(ref)
+        self.metadata.remove(keys)
+        self._discard(refs)
 
     def lost(self, keys: Sequence[str]) -> None:
-        """Queue samples again whose features turned out to be missing or damaged."""
+        """Queue samples again whose features are missing or damaged.
+
+        Raises:
+            StateError: a sample is unknown, trained or durable; none is queued.
+        """
         refs = self._refs(keys)
-        self.metadata.requeue(keys)
+        self._requeue(keys)
+        self._discard(refs)
+
+    def _discard(self, refs: Iterable[SampleRef | None]) -> None:
         for ref in refs:
             if ref is not None:
                 self.features.discard(ref)
@@ -295,19 +402,18 @@ class DataFlowController:
     def reconcile(self) -> Reconciled:
         """After a restart: queue samples whose features are lost, delete features that nobody committed.
 
-        Features of prompts that somebody holds a lease of are left alone: they may be about to be committed.
+        Features of leased prompts are left alone: they may be about to be committed.
         """
-        waiting = [entry.key for entry in self.metadata.entries((COMMITTED, DELIVERED))]
-        return Reconciled(self._requeue_lost(waiting), self.remove_orphans())
+        return Reconciled(self._requeue_lost(self.metadata.find(_WAITING, text="ref")), self.remove_orphans())
 
     def remove_orphans(self) -> int:
-        """Delete features that nobody committed and nobody is about to, such as those of killed producers."""
+        """Delete features that nobody committed or is about to commit, such as those of killed producers."""
         return self._remove_orphans(self.features.backend.stored())
 
     def _remove_orphans(self, stored: Iterable[tuple[str, str]], keys: Collection[str] | None = None) -> int:
-        """Delete those of ``stored`` that are orphans; of ``keys`` alone, whose leases end, where they are given."""
-        # In this order, because producers go on meanwhile: what is put before, leased or committed after one of these
-        # lines is not deleted by the last.
+        """Delete the orphans in ``stored``; if ``keys`` are given, only features of these, whose leases end."""
+        # The order matters, because producers keep working: features that are stored, leased or committed after any
+        # of these lines are not deleted by the last.
         samples = None if keys is None else {_sample(key) for key in keys}
 
         def concerned(sample_id: str) -> bool:
@@ -316,50 +422,120 @@ class DataFlowController:
         stored = [(key, uri) for key, uri in stored if concerned(key.rpartition(".")[0])]
         if not stored:
             return 0
-        leased = {_sample(x.key) for x in self.metadata.entries((LEASED,)) if x.key not in (keys or ())}
-        refs = self.references((COMMITTED, DELIVERED, TRAINED), concerned)
+        leased = {_sample(row.key) for row in self.metadata.find((State.LEASED,)) if row.key not in (keys or ())}
+        refs = self.references((*_WAITING, State.TRAINED), concerned)
         return self.features.remove_orphans(refs, leased, stored)
 
     def references(
-        self, states: Collection[str], concerned: Callable[[str], bool] = lambda sample_id: True
+        self, states: Collection[State], concerned: Callable[[str], bool] = lambda sample_id: True
     ) -> list[SampleRef]:
-        """References of all samples in some states, or of those that concern the caller."""
-        entries = [entry for entry in self.metadata.entries(states) if concerned(_sample(entry.key))]
-        return [ref for x in entries if (ref := _read_ref(x.key, x.ref)) is not None]
+        """References of all samples in some states, or only of those that ``concerned`` selects by sample id."""
+        rows = [row for row in self.metadata.find(states, text="ref") if concerned(_sample(row.key))]
+        return [ref for row in rows if (ref := _read_ref(row.key, row.text)) is not None]
 
     def unfinished(self) -> int:
-        """Samples in work of which the store has bytes already: their puts take long."""
+        """Number of leased samples that the store is already writing."""
         stored = {key.rpartition(".")[0] for key, _ in self.features.backend.stored()}
         now = self.clock()
-        return len(stored & {_sample(x.key) for x in self.metadata.entries((LEASED,)) if x.deadline > now})
+        return len(stored & {_sample(x.key) for x in self.metadata.find((State.LEASED,)) if x.deadline > now})
 
     def silent(self) -> int:
-        """Prompts in work whose producers do not renew their leases, and which nobody else has taken."""
-        now = self.clock()
-        return sum(entry.deadline <= now for entry in self.metadata.entries((LEASED,)))
+        """Number of leases that have expired and that no other producer has taken over yet."""
+        return len(self.metadata.find((State.LEASED,), until=self.clock()))
 
     def dead_letters(self) -> list[DeadLetter]:
         """Prompts that were given up; :meth:`revive` tries them again."""
-        return [DeadLetter(x.key, x.tries, x.reason) for x in self.metadata.entries((DEAD,))]
+        return [DeadLetter(row.key, row.tries, row.reason) for row in self.metadata.find((State.DEAD,))]
 
     def revive(self, keys: Sequence[str]) -> None:
-        """Queue dead letters again, with all their tries."""
-        self.metadata.requeue(keys)
+        """Queue given-up prompts again, with all their tries."""
+        self._requeue(keys)
 
     def counts(self) -> dict[str, int]:
-        """Samples in each state."""
+        """Number of samples in each state."""
         return self.metadata.counts()
 
     def _refs(self, keys: Sequence[str]) -> list[SampleRef | None]:
-        return [_read_ref(key, text) for key, text in zip(keys, self.metadata.refs(keys), strict=True)]
+        rows = self.metadata.get(keys, "ref") if any(keys) else [None] * len(keys)
+        return [None if row is None else _read_ref(row.key, row.text) for row in rows]
 
-    def _requeue_lost(self, keys: Sequence[str]) -> int:
-        lost = [
-            key for key, ref in zip(keys, self._refs(keys), strict=True) if ref is None or not self.features.holds(ref)
-        ]
+    def _requeue_lost(self, rows: Sequence[Row]) -> int:
+        refs = [(row.key, _read_ref(row.key, row.text)) for row in rows]
+        lost = [key for key, ref in refs if ref is None or not self.features.holds(ref)]
         if lost:
-            self.metadata.requeue(lost)
+            self._requeue(lost)
         return len(lost)
+
+    def _requeue(self, keys: Sequence[str]) -> None:
+        """Queue samples again, with all their tries; repeating the call is harmless."""
+        move = Move(list(dict.fromkeys(keys)), (*_WAITING, State.DEAD), State.QUEUED, {"ref": "", "tries": 0})
+        self._move([move], "queued again", lambda row: row is not None and row.state in (State.QUEUED, State.LEASED))
+
+    # Transitions.
+
+    def _move(
+        self,
+        moves: Sequence[Move],
+        action: str,
+        is_done: Callable[[Row | None], bool] = lambda row: False,
+        text: Text = "",
+    ) -> dict[str, str]:
+        """Move samples, all or none.
+
+        Args:
+            moves: the changes.
+            action: what happens to the samples, for the error.
+            is_done: rows that stay unchanged without being an error.
+            text: the long column to return.
+
+        Returns:
+            The text of each sample that was moved, by key.
+
+        Raises:
+            StateError: a sample is unknown, or its state permits neither the move nor leaving it unchanged.
+        """
+        while any(move.keys for move in moves):
+            try:
+                texts = self.metadata.move(moves, text)
+                return {key: texts.get(key, "") for move in moves for key in move.keys}
+            except Conflict as conflict:
+                moves = [move._replace(keys=_left(move, conflict, action, is_done)) for move in moves]
+        return {}
+
+    def _move_found(
+        self, find: Callable[[], list[Row]], moves: Callable[[list[Row]], list[Move]], text: Text = ""
+    ) -> list[Row]:
+        """Move all samples that ``find`` finds; returns their rows as they were, with the requested text."""
+        while True:
+            rows = find()
+            try:
+                texts = self.metadata.move(moves(rows), text) if rows else {}
+                return [row._replace(text=texts[row.key]) for row in rows] if text else rows
+            except Conflict:  # another process changed one of them
+                continue
+
+    def _end_leases(
+        self, find: Callable[[], list[Row]], outcome: Callable[[Row], tuple[State, Mapping[str, object]]]
+    ) -> list[str]:
+        """End leases, unless they were renewed or taken over meanwhile; returns their keys."""
+
+        def move(row: Row) -> Move:
+            lease = {"owner": row.owner, "tries": row.tries, "deadline": row.deadline}
+            return Move([row.key], (State.LEASED,), *outcome(row), lease)
+
+        return [row.key for row in self._move_found(find, lambda rows: list(map(move, rows)))]
+
+
+def _left(move: Move, conflict: Conflict, action: str, is_done: Callable[[Row | None], bool]) -> list[str]:
+    """The keys of a move that are still to be moved after a conflict; raises StateError if one never can be."""
+    left = []
+    for key in move.keys:
+        row = conflict.rows[key]
+        if move.allows(row):
+            left.append(key)
+        elif not is_done(row):
+            raise StateError(key, row.state if row else "", action) from None
+    return left
 
 
 def _sample(key: str) -> str:
@@ -367,25 +543,22 @@ def _sample(key: str) -> str:
 
 
 def _shift(key: str, epochs: int) -> str:
+    """Key of the same sample some epochs later; empty if it is not the key of a sample."""
     sample_id, _, epoch = key.rpartition("@")
     return sample_key(sample_id, int(epoch) + epochs) if _EPOCH.fullmatch(epoch) else ""
 
 
-def _load_prompt(grant: Grant) -> LeasedPrompt:
-    """A prompt that was leased.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    name = _sample(grant.key)
-    if not (SAMPLE_ID.fullmatch(name) and _shift(grant.key, 0)):
+def _load_prompt(row: Row) -> LeasedPrompt:
+    """The prompt of a row as it was before the lease; raises ValueError if it is damaged."""
+    name = _sample(row.key)
+    if not (SAMPLE_ID.fullmatch(name) and _shift(row.key, 0)):
         raise ValueError("its key is not a sample's")
-    task, provenance = load_task(grant.task)
-    return LeasedPrompt(grant.key, name, replace(task, attempt=grant.attempt), provenance)
+    task, provenance = load_task(row.text)
+    return LeasedPrompt(row.key, name, replace(task, attempt=row.tries), provenance)
 
 
 def _read_ref(key: str, text: str) -> SampleRef | None:
-    """A reference; None where there is none, or a damaged one, which is said."""
+    """A reference; None if there is none, or it is damaged, which is logged."""
     if not text:
         return None
     try:
@@ -400,15 +573,15 @@ def _same_bytes(a: SampleRef, b: SampleRef) -> bool:
 
 
 def _plain(*values: object) -> None:
-    """No tensor, array or other object may pass: only text and whole numbers."""
+    """Reject everything but text and integers, such as tensors and arrays."""
     for value in values:
         if type(value) not in (str, int):
             raise TypeError(f"{type(value).__name__} cannot cross the control plane")
 
 
-# References are three lines of JSON: what differs from sample to sample, the tensors' shapes, and where they come
-# from. Runs have few different second lines and one third, so those are made and read once. So it is with prompts,
-# whose second line, where there is one, says what to capture.
+# A reference is three lines of JSON: the fields that differ between samples, the tensors' shapes, and the provenance.
+# A run has few different second lines and one third line, so each is formatted and parsed once. A prompt likewise has
+# an optional second line, which says what to capture.
 
 
 def dump_task(task: PromptTask, provenance: Provenance | None = None) -> str:
@@ -421,7 +594,7 @@ def load_task(text: str) -> tuple[PromptTask, Provenance | None]:
     """A prompt, and what to capture, from its text.
 
     Raises:
-        ValueError: it is not the text of one.
+        ValueError: the text is damaged.
     """
     own, _, provenance = text.partition("\n")
     return PromptTask.from_json(parse_json(own)), _load_provenance(provenance) if provenance else None
@@ -431,17 +604,17 @@ def dump_ref(ref: SampleRef) -> str:
     """Text of a reference.
 
     Raises:
-        TypeError: something in it is neither text nor a number.
+        TypeError: a field is neither text nor a number.
     """
     own = json.dumps([getattr(ref, name) for name in _OWN_FIELDS])
     return f"{own}\n{_dump(ref.features)}\n{_dump((ref.provenance,))}"
 
 
 def load_ref(text: str) -> SampleRef:
-    """A reference from its text; those of one run share their provenance.
+    """A reference from its text; references of one run share their provenance.
 
     Raises:
-        ValueError: it is not the text of one.
+        ValueError: the text is damaged.
     """
     lines = text.split("\n")
     if len(lines) != 3:

@@ -1,9 +1,8 @@
-"""Samples that other processes produce, in the order of training, and never more than the store has room for.
+"""Samples that other processes produce, in training order and within the byte limit of the feature store.
 
-The trainer knows which samples it will ask for, and how many bytes each takes, before any of them is produced. So it
-queues prompts in the order of its plan, as many as there is room for, and the producers do whatever is queued: a slow
-trainer queues little and thereby slows them, the store cannot overflow, and what is wanted next is never locked out
-by what is wanted later.
+The trainer knows which samples it will ask for, and how many bytes each takes, before any of them is produced. It
+queues prompts in training order, only as many as fit into the store, and producers work on whatever is queued. So a
+slow trainer slows the producers down, the store cannot overflow, and later samples never take the room of earlier ones.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from specforge.contracts import PromptTask, Provenance, SampleRef
+from torch import Tensor
+
+from specforge.contracts import ExpectedSample, Provenance, SampleRef
 from specforge.errors import UserError
+from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key, stamped
 from specforge.runtime.control_plane.metadata import (
     COMMITTED,
@@ -28,23 +30,23 @@ from specforge.runtime.control_plane.metadata import (
     TRAINED,
     StateError,
 )
-from specforge.runtime.data_plane.store import BadSampleError, Lease
+from specforge.runtime.data_plane.store import BadSampleError, SampleStore
 
 logger = logging.getLogger(__name__)
 
-Batches = Iterator[tuple[int, Sequence[SampleRef]]]  # the epoch, and the samples, of one batch after the other
-_POLL = 0.01  # seconds; stores of several hosts have nothing to wait on
-KEPT = -1  # epoch of samples that are read again and again, such as held-out ones
+Batch = tuple[int, Sequence[ExpectedSample]]  # epoch and samples
+_POLL = 0.01  # seconds; stores shared between hosts offer no notification
+KEPT = -1  # epoch of samples that are read repeatedly, such as held-out ones
 
 
 @dataclass(frozen=True)
-class Room:
-    """How much may be queued, produced or held at once.
+class Budget:
+    """Limits on samples that are queued, produced or held at the same time.
 
     Attributes:
-        max_bytes: of features.
-        max_samples: in number.
-        low_water: what has filled up is filled again when no more than this part of it is taken.
+        max_bytes: most bytes of features.
+        max_samples: most samples.
+        low_water: refill once usage drops below this fraction.
     """
 
     max_bytes: int
@@ -52,130 +54,155 @@ class Room:
     low_water: float = 0.75
 
     def fits(self, nbytes: int, samples: int) -> bool:
-        """Whether so much may be held."""
+        """Whether this much is within the limits."""
         return nbytes <= self.max_bytes and samples <= self.max_samples
 
     def is_low(self, nbytes: int, samples: int) -> bool:
-        """Whether it is time to fill up."""
+        """Whether to refill at this usage."""
         return nbytes <= self.low_water * self.max_bytes and samples <= self.low_water * self.max_samples
 
-    def window(self, batches: Batches, stamp: str = "") -> Iterator[str]:
-        """Keys of the batches that fit together from the first on, for a stream with such a stamp."""
-        nbytes = samples = 0
-        for epoch, refs in batches:
-            nbytes, samples = nbytes + sum(ref.nbytes for ref in refs), samples + len(refs)
-            if not self.fits(nbytes, samples):
+    def window(self, batches: Iterable[Batch], stamp: str = "") -> Iterator[str]:
+        """Keys of the first batches, as many as fit together, in a stream with this stamp."""
+        nbytes = count = 0
+        for epoch, samples in batches:
+            nbytes, count = nbytes + sum(sample.nbytes for sample in samples), count + len(samples)
+            if not self.fits(nbytes, count):
                 return
-            yield from (sample_key(ref.sample_id, epoch, stamp) for ref in refs)
+            yield from (sample_key(sample.sample_id, epoch, stamp) for sample in samples)
 
 
-class StreamedSamples:
-    """A :class:`~specforge.runtime.data_plane.store.SampleStore` over a control plane.
+class StreamedSamples(SampleStore[ExpectedSample]):
+    """The trainer's side of the control plane.
 
     Args:
         controller: states and tensors.
-        tasks: prompts by the identity of their sample.
-        provenance: what producers are to capture.
-        room: this stream's part of the store.
-        stamp: tells this run's samples from those of runs with other features, or another order of training.
-        stall_seconds: say what is missing when a sample has not come for so long.
-        wait_seconds: give up after so long.
-        wait: what to do while there is nothing to read, for so many seconds; waits by default.
-        probe: writes to the metadata store; asked first when a sample does not come, for producers cannot say so.
+        provenance: target, and what producers are to capture.
+        budget: this stream's share of the store.
+        stamp: separates the samples of this run from those of runs with other features or another training order.
+        kept: keys of kept samples that :meth:`start` leaves queued.
+        rank: this process; the first one restores the control plane.
+        world_size: number of processes.
+        barrier: waits for all ranks.
+        claim: this rank's claim on the metadata store, if it has one.
+        stall_seconds: report the reason when a sample has not arrived for this long.
+        wait_seconds: give up when a sample has not arrived for this long.
+        wait: called with a number of seconds while there is nothing to read; waits by default.
     """
 
-    readers = 2  # one checks and packs what has arrived while the next arrives
+    readers = 2  # one checks and packs what has arrived while the other reads
 
     def __init__(
         self,
         controller: DataFlowController,
-        tasks: Mapping[str, PromptTask],
         provenance: Provenance,
-        room: Room,
+        budget: Budget,
         *,
         stamp: str = "",
+        kept: Collection[str] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[str], object] = lambda name: None,
+        claim: TrainerClaim | None = None,
         stall_seconds: float = 30.0,
         wait_seconds: float = 3600.0,
         wait: Callable[[float], object] | None = None,
-        probe: Callable[[], object] = lambda: None,
     ) -> None:
-        self.controller, self.tasks, self.provenance, self.room = controller, tasks, provenance, room
-        self.stamp, self._probe = stamp, probe
+        self.controller, self.provenance, self.budget = controller, provenance, budget
+        self.stamp, self.kept = stamp, frozenset(kept)
+        self.rank, self.world_size, self._barrier, self._claim = rank, world_size, barrier, claim
         self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
         self._closed = threading.Event()
         self._wait = wait or self._closed.wait
-        self._lock = threading.RLock()  # between the trainer's thread and those that fetch ahead
-        self._ahead: Batches = iter(())
-        self._next: tuple[int, Sequence[SampleRef]] | None = None
-        self._epochs: dict[str, list[int]] = {}  # in which a sample was queued and not read yet
-        self._held: dict[str, int] = {}  # bytes of every key that takes room, in the order of training
+        self._lock = threading.RLock()  # shared by the trainer's thread and the prefetching ones
+        self._ahead: Iterator[Batch] = iter(())
+        self._next: Batch | None = None
+        self._epochs: dict[str, list[int]] = {}  # epochs for which a sample is queued but not read yet
+        self._held: dict[str, int] = {}  # bytes of every key that takes room, in training order
         self._nbytes = 0
-        self._trained: dict[str, int] = {}  # the step of those whose features wait for a checkpoint
-        self._spent: list[str] = []  # trained, and not to be kept
-        self._tidying = threading.Lock()
-        self._extends = False  # whether whoever reads next is to make room for a batch more
+        self._trained: dict[str, int] = {}  # step of every key whose features wait for a checkpoint
+        self._spent: list[str] = []  # trained keys whose features are to be deleted
+        self._freeing = threading.Lock()
+        self._extends = False  # whether the next read is to make room for one more batch
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
-        self._quiet_until = 0.0  # by the monotonic clock; of what is said of waiting
+        self._quiet_until = 0.0  # no report of a stall before this time of the monotonic clock
 
     def key(self, sample_id: str, epoch: int) -> str:
         """Key of a sample of this stream in the control plane."""
         return sample_key(sample_id, epoch, self.stamp)
 
-    def start(self, ahead: Batches) -> None:
-        """Begin, or begin again from another position.
+    # Reading.
+
+    def start(self, step: int, ahead: Callable[[int], Iterator[Batch]]) -> None:
+        """Restore the control plane to the checkpoint of ``step``, then queue this rank's next batches.
 
         Args:
-            ahead: the batches that will be asked for; ends where the run does.
+            step: optimizer step of the checkpoint, 0 for a new run.
+            ahead: the batches that a rank will ask for, up to the end of the run.
+        """
+        if self.rank == 0:
+            wanted = set(self.kept)
+            for rank in range(self.world_size):
+                wanted.update(self.budget.window(ahead(rank), self.stamp))
+            # Other queued prompts are queued again in their turn. Left queued, they would precede the held-out samples,
+            # which a stopped run drops, and the first validation would wait until all of them are produced.
+            self.controller.resume(step, keep=wanted, queued=self.kept)
+        self._barrier("the control plane is at the step of the checkpoint")
+        self.queue(ahead(self.rank))
+
+    def queue(self, ahead: Iterator[Batch]) -> None:
+        """Queue batches from here on, as many as fit, and more whenever there is room again.
+
+        Args:
+            ahead: the batches that this rank will ask for.
         """
         with self._lock:
             self._ahead, self._next = ahead, None
             self._epochs, self._held, self._trained, self._spent, self._nbytes = {}, {}, {}, [], 0
             self._fill()
 
-    def keep(self, refs: Sequence[SampleRef]) -> None:
+    def keep(self, samples: Sequence[ExpectedSample]) -> None:
         """Queue samples that are read any number of times and never trained."""
         with self._lock:
-            self._queue(KEPT, [ref for ref in refs if ref.sample_id not in self._epochs])
+            self._queue(KEPT, [sample for sample in samples if sample.sample_id not in self._epochs])
 
-    def reserve(self, refs: Sequence[SampleRef]) -> bool:
-        """Queue what fits; whether these samples are on their way."""
+    def reserve(self, samples: Sequence[ExpectedSample]) -> bool:
+        """Queue what fits; returns whether these samples are queued."""
         self._closed.clear()
         with self._lock:
             self._fill()
-            if self._coming(refs):
-                self._extends = self._is_last(refs)
+            if self._are_queued(samples):
+                self._extends = self._are_last(samples)
                 return True
-        self._tidy(extend=True)
+        self._free_room(extend=True)
         with self._lock:
             self._fill(at_once=True)
-            return self._coming(refs)
+            return self._are_queued(samples)
 
-    def get(self, ref: SampleRef) -> Lease:
-        """Wait for a sample and fetch its tensors; damaged ones are produced again.
+    def get(self, sample: ExpectedSample) -> dict[str, Tensor]:
+        """Wait for a sample and read its tensors; a damaged sample is produced again.
 
         Raises:
-            BadSampleError: its prompt was given up, or its features are damaged each time or not those expected.
-            UserError: it did not come.
+            BadSampleError: its prompt was given up, or its features are damaged every time or not the expected ones.
+            UserError: the sample did not arrive.
         """
-        name = ref.sample_id
+        name = sample.sample_id
         with self._lock:
             if not self._epochs.get(name):
                 raise UserError(
-                    f"the store has no room for the next batch: {self.room.max_bytes:,} bytes and "
-                    f"{self.room.max_samples:,} samples a rank must hold a whole optimizer step and a batch; raise "
-                    "data.max_bytes and data.max_samples"
+                    f"the store has no room for the next batch: {self.budget.max_bytes:,} bytes and "
+                    f"{self.budget.max_samples:,} samples per rank must hold a whole optimizer step and one more "
+                    "batch; raise data.max_bytes and data.max_samples"
                 )
             epoch = self._epochs[name][0]
             extend, self._extends = self._extends, False
         if extend or self._spent:
-            self._tidy(extend)  # here, where no step waits for it
-        key = self.key(name, epoch)
+            self._free_room(extend)  # in this thread, so that no training step waits for it
         try:
-            lease = self._fetch(ref, epoch)
+            tensors = self._fetch(sample, epoch)
         except BadSampleError:
-            self._let_go([key])
+            self._forget_held([self.key(name, epoch)])
             raise
         finally:
             if epoch != KEPT:
@@ -183,30 +210,29 @@ class StreamedSamples:
                     self._epochs[name].remove(epoch)
         with self._lock:
             self._delivered += 1
-        lease.store = self
-        return lease
+        return tensors
 
-    def _fetch(self, ref: SampleRef, epoch: int) -> Lease:
+    def _fetch(self, sample: ExpectedSample, epoch: int) -> dict[str, Tensor]:
         for attempt in range(self.controller.max_tries):
-            found = self._await(ref, epoch)
-            if (found.features, found.provenance.makes) != (ref.features, ref.provenance.makes):
-                raise BadSampleError(ref.sample_id, "its features are not of the kind that was asked for")
+            found = self._await(sample, epoch)
+            if not sample.matches(found):
+                raise BadSampleError(sample.sample_id, "its features are not of the expected kind")
             try:
                 started = time.monotonic()
-                lease = self.controller.features.get(found)
+                tensors = self.controller.features.get(found)
                 if (seconds := time.monotonic() - started) >= self.stall_seconds:
                     logger.warning("the store is the bottleneck: it took %.0f s to read a sample", seconds)
-                return lease
+                return tensors
             except BadSampleError as error:
                 if attempt + 1 == self.controller.max_tries:
                     raise
                 logger.warning("%s; it is produced again", error)
-                with suppress(StateError):  # gone meanwhile, which is noticed when it is waited for
-                    self.controller.lost([self.key(ref.sample_id, epoch)])
+                with suppress(StateError):  # its record is gone, which the next wait handles
+                    self.controller.lost([self.key(sample.sample_id, epoch)])
         raise AssertionError("max_tries is at least 1")
 
-    def _await(self, ref: SampleRef, epoch: int) -> SampleRef:
-        started, before, key = time.monotonic(), None, self.key(ref.sample_id, epoch)
+    def _await(self, sample: ExpectedSample, epoch: int) -> SampleRef:
+        started, before, key = time.monotonic(), None, self.key(sample.sample_id, epoch)
         while True:
             try:
                 for found in self.controller.deliver([key]):
@@ -215,78 +241,76 @@ class StreamedSamples:
                 self.controller.lost([key])
             except StateError as error:
                 if error.state == DEAD:
-                    raise BadSampleError(ref.sample_id, self._epitaph(key)) from None
+                    raise BadSampleError(sample.sample_id, self._failure_reason(key)) from None
                 if error.state not in (QUEUED, LEASED):
-                    self._restore(ref, epoch, error)
+                    self._restore(sample, epoch, error)
             waited = time.monotonic() - started
             if before is None:
-                before = _produced(self.controller.counts())
-            over = waited >= self.wait_seconds or self._closed.is_set()
-            if over or self._speaks(waited):
-                reason = self._reason(before, waited)
-                if over:
+                before = _count_produced(self.controller.counts())
+            timed_out = waited >= self.wait_seconds or self._closed.is_set()
+            if timed_out or self._should_report(waited):
+                reason = self._stall_reason(before, waited)
+                if timed_out:
                     raise UserError(f"no sample for {waited:.0f} s: {reason}")
-                logger.warning("training waits for samples since %.0f s: %s", waited, reason)
+                logger.warning("training has been waiting for samples for %.0f s: %s", waited, reason)
             self._wait(_POLL)
 
-    def _restore(self, ref: SampleRef, epoch: int, error: StateError) -> None:
-        """Queue a sample again whose record was lost or damaged: that it is still to be trained the checkpoint says.
+    def _restore(self, sample: ExpectedSample, epoch: int, error: StateError) -> None:
+        """Queue a sample again after its record was lost or damaged: the checkpoint shows that it is not trained yet.
 
         Raises:
             UserError: all records are gone.
         """
         if not any(self.controller.counts().values()):
-            raise _refusal(error) from error
+            raise _foreign_store(error) from error
         logger.warning(
             "sample %s is %s in the metadata store, but is yet to be trained; it is queued again",
-            ref.sample_id,
+            sample.sample_id,
             error.state or "missing",
         )
-        self.controller.forget([self.key(ref.sample_id, epoch)])
+        self.controller.forget([self.key(sample.sample_id, epoch)])
         with self._lock:
-            self._ingest([ref], epoch)
+            self._ingest([sample], epoch)
 
-    def _reason(self, before: int, waited: float) -> str:
-        """Why nothing comes."""
+    def _stall_reason(self, before: int, waited: float) -> str:
+        """Why no sample arrives; a store that cannot be written is detected first, as producers cannot report it."""
         try:
-            self._probe()
+            if self._claim is not None:
+                self._claim.renew()
         except UserError as error:
             return str(error)
         counts = self.controller.counts()
-        produced = (_produced(counts) - before) / max(waited, 1e-9)
-        return bottleneck(counts, produced, self.controller.unfinished(), self.controller.silent())
+        rate = (_count_produced(counts) - before) / max(waited, 1e-9)
+        return bottleneck(counts, rate, self.controller.unfinished(), self.controller.silent())
 
-    def _speaks(self, waited: float) -> bool:
-        """Whether to say that nothing comes: of all threads that wait one does, and each time at twice the time."""
+    def _should_report(self, waited: float) -> bool:
+        """Whether this thread reports the stall: one of the waiting threads does, at intervals that double."""
         with self._lock:
             now = time.monotonic()
-            speaks = waited >= self.stall_seconds and now >= self._quiet_until
-            if speaks:
+            due = waited >= self.stall_seconds and now >= self._quiet_until
+            if due:
                 self._quiet_until = now + waited
-            return speaks
+            return due
 
-    def _epitaph(self, key: str) -> str:
+    def _failure_reason(self, key: str) -> str:
         return next((x.reason for x in self.controller.dead_letters() if x.key == key), "it was given up")
 
-    def release(self, lease: Lease) -> None:
-        """End a lease."""
-        self.controller.features.release(lease)
-
-    def free(self, sample_ids: Sequence[str]) -> None:
-        """Nothing: :meth:`trained` and :meth:`durable` say what may go."""
-
     def interrupt(self) -> None:
-        """End all waiting."""
+        """End every wait for a sample."""
         self._closed.set()
 
-    # The ledger.
+    # Acknowledging.
 
-    def trained(self, keys: Sequence[str], step: int) -> None:
-        """Record the optimizer step that used samples.
+    def trained(self, sample_ids: Sequence[str], epoch: int, step: int) -> None:
+        """Record that optimizer step ``step`` uses these samples of ``epoch``.
 
         Raises:
-            UserError: one is in a state in which it cannot be, or all records are gone.
+            UserError: another trainer has claimed the store, a sample is in an impossible state, or all records are
+                gone.
         """
+        if self._claim is not None:
+            self._claim.check()
+        keys = [self.key(name, epoch) for name in sample_ids]
         left = list(keys)
         while True:
             try:
@@ -294,7 +318,7 @@ class StreamedSamples:
                 break
             except StateError as error:
                 if error.state or not any(self.controller.counts().values()):
-                    raise _refusal(error) from error
+                    raise _foreign_store(error) from error
                 logger.warning("%s: its record is gone from the metadata store", error)
                 left.remove(error.key)
         with self._lock:
@@ -304,20 +328,24 @@ class StreamedSamples:
                 self._trained.update({key: step for key in keys if key in self._held})
 
     def durable(self, step: int) -> None:
-        """The controller has recorded a checkpoint of ``step``: what it covers takes no more room."""
+        """Record that the checkpoint of ``step`` is complete, and delete the features that it covers."""
+        if self.rank == 0:
+            self.controller.durable(step)
+            self.controller.remove_orphans()
+        self._barrier("the features that the checkpoint covers are deleted")
         with self._lock:
-            self._let_go([key for key, trained in self._trained.items() if trained <= step])
+            self._forget_held([key for key, trained in self._trained.items() if trained <= step])
 
     def close(self) -> None:
-        """Queue nothing more, and delete what is trained and not to be kept."""
+        """Stop queueing, and delete trained features that are not to be kept."""
         with self._lock:
             self._ahead, self._next = iter(()), None
-        self._tidy()
+        self._free_room()
 
     def flow(self) -> dict[str, float]:
-        """Samples that are ready and queued, bytes for this rank, and rates since the last call."""
+        """Number of ready and queued samples, bytes of this rank, and rates since the last call."""
         counts, now = self.controller.counts(), time.monotonic()
-        mark = (now, self._delivered, _produced(counts))
+        mark = (now, self._delivered, _count_produced(counts))
         seconds, delivered, produced = (new - old for new, old in zip(mark, self._mark, strict=True))
         self._mark = mark
         return {
@@ -335,116 +363,119 @@ class StreamedSamples:
 
     # Room.
 
-    def _coming(self, refs: Sequence[SampleRef]) -> bool:
-        return all(self._epochs.get(ref.sample_id) for ref in refs)
+    def _are_queued(self, samples: Sequence[ExpectedSample]) -> bool:
+        return all(self._epochs.get(sample.sample_id) for sample in samples)
 
-    def _is_last(self, refs: Sequence[SampleRef]) -> bool:
-        """Whether nothing is queued behind these samples, which are."""
+    def _are_last(self, samples: Sequence[ExpectedSample]) -> bool:
+        """Whether nothing is queued after these samples."""
         last = next(reversed(self._held), "")
-        return any(self.key(ref.sample_id, self._epochs[ref.sample_id][0]) == last for ref in refs)
+        return any(self.key(sample.sample_id, self._epochs[sample.sample_id][0]) == last for sample in samples)
 
     def _fill(self, at_once: bool = False) -> None:
-        if not at_once and not self.room.is_low(self._nbytes, len(self._held)):
+        if not at_once and not self.budget.is_low(self._nbytes, len(self._held)):
             return
         while (batch := self._peek()) is not None:
-            epoch, refs = batch
-            size = sum(ref.nbytes for ref in refs)
-            if not self.room.fits(self._nbytes + size, len(self._held) + len(refs)):
+            epoch, samples = batch
+            size = sum(sample.nbytes for sample in samples)
+            if not self.budget.fits(self._nbytes + size, len(self._held) + len(samples)):
                 return
-            self._queue(epoch, refs)
-            self._held.update({self.key(ref.sample_id, epoch): ref.nbytes for ref in refs})
+            self._queue(epoch, samples)
+            self._held.update({self.key(sample.sample_id, epoch): sample.nbytes for sample in samples})
             self._nbytes += size
             self._next = None
 
-    def _peek(self) -> tuple[int, Sequence[SampleRef]] | None:
+    def _peek(self) -> Batch | None:
         if self._next is None:
             self._next = next(self._ahead, None)
         return self._next
 
-    def _queue(self, epoch: int, refs: Sequence[SampleRef]) -> None:
-        self._ingest(refs, epoch)
-        for ref in refs:
-            self._epochs.setdefault(ref.sample_id, []).append(epoch)
+    def _queue(self, epoch: int, samples: Sequence[ExpectedSample]) -> None:
+        self._ingest(samples, epoch)
+        for sample in samples:
+            self._epochs.setdefault(sample.sample_id, []).append(epoch)
 
-    def _ingest(self, refs: Sequence[SampleRef], epoch: int) -> None:
-        tasks = {stamped(ref.sample_id, self.stamp): self.tasks[ref.sample_id] for ref in refs}
+    def _ingest(self, samples: Sequence[ExpectedSample], epoch: int) -> None:
+        tasks = {stamped(sample.sample_id, self.stamp): sample.task for sample in samples}
         self.controller.ingest(tasks, epoch, self.provenance)
 
-    def _tidy(self, extend: bool = False) -> None:
-        """Delete what is not to be kept, outside the lock, for it takes its time; queue what there is room for then.
+    def _free_room(self, extend: bool = False) -> None:
+        """Delete features that are not to be kept, then queue what fits. The slow deletion happens outside the lock.
 
         Args:
-            extend: make room for one more batch, at the cost of what waits for a checkpoint.
+            extend: make room for one more batch, at the cost of features that wait for a checkpoint.
         """
-        with self._tidying:
+        with self._freeing:
             with self._lock:
                 spent, self._spent = self._spent, []
-                in_the_way = self._in_the_way() if extend else []
-            if spent or in_the_way:
-                self.controller.free([*spent, *in_the_way])
+                evicted = self._evictable() if extend else []
+            if spent or evicted:
+                self.controller.free([*spent, *evicted])
             with self._lock:
-                self._let_go([*spent, *in_the_way])
-                self._fill(at_once=bool(in_the_way))
+                self._forget_held([*spent, *evicted])
+                self._fill(at_once=bool(evicted))
 
-    def _in_the_way(self) -> list[str]:
-        """What waits for a checkpoint must not lock out what the next checkpoint needs."""
+    def _evictable(self) -> list[str]:
+        """Keys that wait for a checkpoint, as many as the next batch needs the room of.
+
+        Without this, they could block the batches that lead to the next checkpoint.
+        """
         batch = self._peek()
         if batch is None:
             return []
-        size, count, gone = sum(ref.nbytes for ref in batch[1]), len(batch[1]), []
+        size, count, evicted = sum(sample.nbytes for sample in batch[1]), len(batch[1]), []
         for key in self._trained:
-            if self.room.fits(self._nbytes + size, len(self._held) + count):
+            if self.budget.fits(self._nbytes + size, len(self._held) + count):
                 break
-            gone.append(key)
+            evicted.append(key)
             size, count = size - self._held[key], count - 1
-        if gone and not self._warned:
+        if evicted and not self._warned:
             self._warned = True
             logger.warning(
-                "the store holds fewer steps than lie between checkpoints: features of trained steps are let go early "
-                "and produced again if the run goes back; raise max_bytes or checkpoint more often to keep them"
+                "the store cannot hold all samples between two checkpoints: features of trained steps are deleted "
+                "early, and produced again if the run resumes from an earlier step; raise max_bytes or checkpoint more "
+                "often to keep them"
             )
-        return gone
+        return evicted
 
-    def _let_go(self, keys: Iterable[str]) -> None:
+    def _forget_held(self, keys: Iterable[str]) -> None:
         with self._lock:
             for key in keys:
                 self._nbytes -= self._held.pop(key, 0)
                 self._trained.pop(key, None)
 
 
-def _refusal(error: StateError) -> UserError:
+def _foreign_store(error: StateError) -> UserError:
     return UserError(
         f"{error}: the metadata store was emptied, or another run uses it; resume with --ckpt_path last, which loses "
         "nothing"
     )
 
 
-def _produced(counts: Mapping[str, int]) -> int:
+def _count_produced(counts: Mapping[str, int]) -> int:
     return sum(counts[state] for state in (COMMITTED, DELIVERED, TRAINED, DURABLE))
 
 
-def bottleneck(counts: Mapping[str, int], produced: float, unfinished: int = 0, silent: int = 0) -> str:
-    """Who keeps the others waiting.
+def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stalled: int = 0) -> str:
+    """Which part of the run the others wait for, and what to do about it.
 
     Args:
-        counts: samples in each state.
-        produced: samples a second that producers give.
-        unfinished: samples in work of which the store has bytes already.
-        silent: prompts in work whose leases are over.
+        counts: number of samples in each state.
+        rate: samples produced per second.
+        unfinished: leased prompts whose features are partly written.
+        stalled: leased prompts whose leases have expired.
     """
     queued, leased = counts[QUEUED], counts[LEASED]
-    if silent:
+    if stalled:
         return (
-            f"a producer is silent: it died, or cannot reach the metadata store, with {silent} prompts in hand, which "
-            f"the next one that works takes over; {queued} are queued, {produced:.1f} samples/s produced"
+            f"a producer has stopped responding ({stalled} prompts leased): it died or cannot reach the metadata "
+            f"store; another producer will take them over; {queued} are queued, {rate:.1f} samples/s produced"
         )
     if leased:
-        what, cure = "the producers are the bottleneck", "start more of them"
+        cause, remedy = "the producers are the bottleneck", "start more of them"
         if unfinished:
-            what = f"the store is the bottleneck, which is writing {unfinished} samples"
-            cure = "a faster disk helps"
+            cause, remedy = f"the store is the bottleneck, writing {unfinished} samples", "use a faster disk"
         return (
-            f"{what}: {leased} prompts in work, {queued} queued, {produced:.1f} samples/s produced; {cure} (those of a "
+            f"{cause}: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; {remedy} (prompts of a "
             "dead producer are taken over when their leases expire)"
         )
     if queued:
@@ -452,5 +483,5 @@ def bottleneck(counts: Mapping[str, int], produced: float, unfinished: int = 0, 
     if counts[COMMITTED]:
         return f"the trainer is the bottleneck: {counts[COMMITTED]} samples are ready and nothing is queued"
     if not counts[DELIVERED] + counts[TRAINED]:
-        return "nothing is queued and nothing is being trained: no trainer runs, or it is done"
-    return "the store has no room: all it may hold waits for a checkpoint or to be trained; raise max_bytes"
+        return "nothing is queued and nothing is being trained: no trainer is running, or it has finished"
+    return "the store is full of samples that wait to be trained or for a checkpoint; raise max_bytes"

@@ -1,8 +1,7 @@
-"""How tensors are stored: as they are, or in 8-bit floating point with one scale a token.
+"""Storage formats of tensors: unchanged, or 8-bit floating point with one scale per token.
 
-``float8_e4m3fn`` halves the bytes of bf16 features. Hidden states have tokens whose norm is a thousand
-times the others', hence a scale for each token, not for each tensor. What it costs in τ is measured in
-docs/quickstart.md.
+``float8_e4m3fn`` halves the bytes of bf16 features. The norms of hidden states differ by a factor of a thousand between
+tokens, hence one scale per token rather than per tensor. docs/quickstart.md measures the cost in τ.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _SCALE = ".scale"
 
 
 def encode(tensors: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
-    """Stored form of a sample's tensors: ``name`` and, where it is scaled, ``name.scale [L, 1]`` fp32."""
+    """Stored form of a sample's tensors: ``name`` and, for a scaled tensor, ``name.scale [L, 1]`` fp32."""
     if encoding == "raw":
         return {name: x.contiguous() for name, x in tensors.items()}
     if encoding not in ENCODINGS:
@@ -37,19 +36,19 @@ def encode(tensors: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
 
 
 def stored_width(width: int, itemsize: int, encoding: str) -> int:
-    """Bytes a token of a floating-point tensor of so many values of so many bytes."""
+    """Stored bytes per token of a floating-point feature of this width and item size."""
     return width * itemsize if encoding == "raw" else width + torch.float32.itemsize
 
 
 def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors in their own dtype again.
+    """Tensors in their original dtypes.
 
     Args:
-        stored: the stored form; scales tell what is encoded.
-        dtypes: dtype name of every tensor before it was encoded.
+        stored: the stored form; a tensor with a scale is encoded.
+        dtypes: name of every tensor's original dtype.
 
     Raises:
-        ValueError: a scale does not belong to its tensor.
+        ValueError: a scale does not fit its tensor.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -58,7 +57,9 @@ def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str,
         scale = stored.get(name + _SCALE)
         if scale is not None:
             if name not in dtypes or scale.shape != (*tensor.shape[:-1], 1):
-                raise ValueError(f"{name} has a scale of shape {tuple(scale.shape)}, itself {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name} has a scale of shape {tuple(scale.shape)}, but is {tuple(tensor.shape)} itself"
+                )
             tensor = (tensor.float() * scale).to(getattr(torch, dtypes[name]))
         tensors[name] = tensor
     return tensors

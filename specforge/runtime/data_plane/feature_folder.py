@@ -1,4 +1,4 @@
-"""A folder of captured features: shards, their manifest, and what they were made from."""
+"""A folder of captured features: shards, their manifest, and their provenance."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class FeatureFolder:
     """Captured features on disk.
 
     Attributes:
-        folder: where they lie.
-        store: their tensors.
-        manifest: their references.
-        refs: those committed so far.
-        provenance: what all of them have in common.
+        folder: the folder.
+        store: tensors of the samples.
+        manifest: references to the samples.
+        refs: references committed when the folder was opened.
+        provenance: origin of all features.
         counts: token counts of the prompts.
     """
 
@@ -47,13 +47,13 @@ class FeatureFolder:
 
     @staticmethod
     def check(folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> None:
-        """Refuse a folder that holds features which were made otherwise, or of other prompts.
+        """Reject a folder that holds features of another origin or of other prompts.
 
         Args:
-            folder: where features are to lie; it need not exist.
-            provenance: what they are to be made from.
-            counts: token counts of their prompts.
-            prompts: identity of the prompt set, all its splits included; an empty one is not compared.
+            folder: folder for the features; it need not exist.
+            provenance: origin of the features.
+            counts: token counts of the prompts.
+            prompts: identity of the prompt set with all its splits; not compared if empty.
 
         Raises:
             UserError: the folder holds such features.
@@ -64,16 +64,16 @@ class FeatureFolder:
             return
         meta = _read_meta(folder)
         found = _flat(meta)
-        found.setdefault("provenance.encoding", found.get("encoding"))  # where folders had it before
+        found.setdefault("provenance.encoding", found.get("encoding"))  # as folders of earlier versions have it
         for key, value in _flat({"format": FORMAT, "provenance": provenance.to_json()}).items():
             was = found.get(key)
             if was != value and key != "provenance.target":
                 raise UserError(
                     f"{folder}: holds features with {key} {str(was)[:80]}, not {value}; choose another folder"
                 )
-        # Folders of the first versions say nothing of their prompts but how often each token occurs in them.
-        there = _read_counts(folder)
-        same = torch.equal(there.supervised, counts.supervised) and torch.equal(there.context, counts.context)
+        # Folders of the first versions identify their prompts only by token counts.
+        old = _read_counts(folder)
+        same = torch.equal(old.supervised, counts.supervised) and torch.equal(old.context, counts.context)
         if not same or (prompts and meta.get("prompts") and meta["prompts"] != prompts):
             raise UserError(
                 f"{folder}: holds features of other prompts (other data or options, or others held out); "
@@ -82,7 +82,7 @@ class FeatureFolder:
 
     @staticmethod
     def check_splits(folder: Path, splits: Collection[str]) -> None:
-        """Refuse a folder with features of a split that the prompts do not have.
+        """Reject a folder with features of a split that the prompts do not have.
 
         Raises:
             UserError: the folder holds such a split.
@@ -96,35 +96,34 @@ class FeatureFolder:
 
     @classmethod
     def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> FeatureFolder:
-        """Start a folder, or go on with one that was made from the same target and prompts in the same way.
+        """Create a folder, or open one whose features have the same origin and prompts.
 
         Args:
-            folder: where features are to lie.
-            provenance: what they are made from.
-            counts: token counts of their prompts.
-            prompts: identity of the prompt set, all its splits included.
+            folder: folder for the features.
+            provenance: origin of the features.
+            counts: token counts of the prompts.
+            prompts: identity of the prompt set with all its splits.
 
         Raises:
-            UserError: the folder holds features made otherwise, or of other prompts.
+            UserError: the folder holds features of another origin or of other prompts.
         """
         cls.check(folder, provenance, counts, prompts)
         if not _holds_samples(folder):
             if not (folder / _META).exists():
-                check_folder(folder.resolve(), _is_begun)
+                check_folder(folder.resolve(), _is_unfinished)
             meta = {"format": FORMAT, "provenance": provenance.to_json(), "prompts": prompts}
             tensors = {"supervised": counts.supervised, "context": counts.context}
             write_file(folder / _COUNTS, save(tensors))
             write_file(folder / _META, json.dumps(meta, indent=2) + "\n")
             (folder / MANIFEST).touch()
-        Manifest(folder).recover()
         return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> FeatureFolder:
-        """Read a folder.
+        """Open a folder.
 
         Raises:
-            UserError: it holds no features, or is damaged.
+            UserError: the folder holds no features, or is damaged.
         """
         if not (folder / _META).exists():
             raise UserError(f"{folder}: no features here; make them with `specforge capture`")
@@ -143,7 +142,7 @@ class FeatureFolder:
 
 
 def _holds_samples(folder: Path) -> bool:
-    """Whether anything was captured; a capture that was refused leaves no more than its intention."""
+    """Whether anything was captured; a capture that failed early leaves only metadata."""
     manifest = folder / MANIFEST
     return (folder / _META).exists() and manifest.exists() and manifest.stat().st_size > 0
 
@@ -164,8 +163,8 @@ def _read_counts(folder: Path) -> TokenCounts:
         raise UserError(f"{folder / _COUNTS}: is damaged ({first_line(error)})") from error
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether a folder holds only what a start that was killed leaves."""
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds only the leftovers of a capture that was killed at its start."""
     return all(path.name.lstrip(".").startswith((_COUNTS, _META)) for path in folder.iterdir())
 
 

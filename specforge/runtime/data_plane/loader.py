@@ -1,18 +1,20 @@
-"""The stream of training batches: plan, fetch ahead, check, pack, and a position that survives a crash.
+"""Training batches: planned, prefetched, checked, packed, and resumed exactly.
 
-The position of the stream is what was *trained*, not what was fetched. Every batch carries the cursor of the
-position behind it; the trainer acknowledges it after the step, and ``state_dict`` returns the last
-acknowledged one. So whatever was fetched ahead and not trained is fetched again after a resume, and
-skipping to the middle of an epoch reads nothing, because the plan needs only lengths.
+The loader's position counts *trained* batches, not fetched ones. Each batch carries a cursor, the position after that
+batch; the trainer acknowledges the batch once it is trained, and ``state_dict`` returns the last acknowledged cursor.
+So batches that were prefetched but not trained are fetched again after a resume. Resuming in the middle of an epoch
+reads nothing that it skips, because the plan needs only lengths.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from specforge.contracts import (
     AUX_HIDDEN_STATES,
     INPUT_IDS,
     LOSS_MASK,
-    SampleRef,
+    Sample,
+    SampleT,
     StrategySpec,
     TrainBatch,
     content_id,
@@ -34,35 +37,58 @@ from specforge.runtime.data_plane.store import BadSampleError, SampleStore, Stor
 
 logger = logging.getLogger(__name__)
 
-_LATER = ("dtype", "encoding")  # parts of a state that checkpoints of the first version lack
+_LATER = ("dtype", "encoding")  # missing from checkpoints of the first version
 
 
-class FeatureDataLoader:
-    """Packed batches of stored samples; one pass over it is an epoch.
+class RunLength(NamedTuple):
+    """How far a run trains.
+
+    Attributes:
+        batches: micro-batches per epoch on each rank.
+        accumulate: micro-batches per optimizer step.
+        max_steps: optimizer steps of the run; negative for no limit.
+        max_epochs: epochs of the run; None or negative for no limit.
+    """
+
+    batches: int
+    accumulate: int
+    max_steps: int = -1
+    max_epochs: int | None = None
+
+    def ends_before(self, epoch: int, batch: int) -> bool:
+        """Whether the run is over before this batch of this epoch."""
+        step = epoch * -(-self.batches // self.accumulate) + batch // self.accumulate
+        epochs = -1 if self.max_epochs is None else self.max_epochs
+        return 0 <= epochs <= epoch or 0 <= self.max_steps <= step
+
+
+class FeatureDataLoader(Generic[SampleT]):
+    """Packed batches of samples; one pass over the loader is one epoch.
 
     Args:
-        refs: committed samples.
-        store: holds their tensors, or produces them.
-        spec: what the algorithm reads.
-        batch_size: documents of a batch; or
-        max_tokens: most tokens of a batch. Exactly one of the two is given.
-        shuffle: a new order every epoch.
-        seed: of the orders.
+        samples: the samples of an epoch.
+        store: holds or produces their tensors.
+        spec: requirements of the algorithm.
+        batch_size: documents per batch; or
+        max_tokens: most tokens per batch. Give exactly one of the two.
+        shuffle: draw a new order every epoch.
+        seed: random seed for the orders.
         rank: this process.
-        world_size: all processes; each gets the same number of batches, the last ones may be empty.
-        prefetch: most batches to fetch ahead, fewer where the store has no room; 0 fetches in the caller's thread.
+        world_size: number of processes. Each gets the same number of batches; the last ones may be empty.
+        prefetch: most batches to prefetch, fewer where the store has no room; 0 fetches in the caller's thread.
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
-        pin_memory: put batches in page-locked memory.
+        pin_memory: put batches into page-locked memory.
+        acknowledged: whether batches will be acknowledged; if not, their samples are released once they are packed.
 
     Raises:
-        UserError: a sample lacks what the spec asks for or is longer than ``max_tokens``, or a number is out of range.
+        UserError: a sample lacks a required feature or exceeds ``max_tokens``, or a number is out of range.
     """
 
     def __init__(
         self,
-        refs: Sequence[SampleRef],
-        store: SampleStore,
+        samples: Sequence[SampleT],
+        store: SampleStore[SampleT],
         spec: StrategySpec,
         *,
         batch_size: int | None = None,
@@ -75,18 +101,19 @@ class FeatureDataLoader:
         bad_samples: str = "error",
         pad_to: int = 1,
         pin_memory: bool = False,
+        acknowledged: bool = True,
     ) -> None:
-        check_refs(refs, spec)
+        check_samples(samples, spec)
         if prefetch < 0 or pad_to < 1:
             raise UserError("batches: prefetch must be at least 0 and pad_to at least 1")
-        self.refs, self.store, self.spec = list(refs), store, spec
+        self.samples, self.store, self.spec = list(samples), store, spec
         self.rank, self.world_size = rank, world_size
         self.prefetch, self.bad_samples = prefetch, bad_samples
-        self.pad_to, self.pin_memory = pad_to, pin_memory
+        self.pad_to, self.pin_memory, self.acknowledged = pad_to, pin_memory, acknowledged
         self.quarantined: dict[str, str] = {}
         try:
             self.plan = BatchPlan(
-                [ref.num_tokens for ref in refs],
+                [sample.num_tokens for sample in self.samples],
                 batch_size=batch_size,
                 max_tokens=max_tokens,
                 shuffle=shuffle,
@@ -94,41 +121,41 @@ class FeatureDataLoader:
             )
         except ValueError as error:
             raise UserError(f"batches: {error}") from error
-        self._empty = _empty_sample(self.refs[0])
-        ids = "".join(ref.sample_id for ref in self.refs).encode()
-        self._identity = {
-            "samples": content_id(ids),
+        self._empty = _empty_sample(self.samples[0])
+        self._identity: dict[str, Any] = {
+            "samples": content_id("".join(sample.sample_id for sample in self.samples).encode()),
             "batch_size": batch_size,
             "max_tokens": max_tokens,
             "shuffle": shuffle,
             "seed": seed,
             "world_size": world_size,
-            "dtype": self.refs[0].provenance.dtype,
-            "encoding": self.refs[0].provenance.encoding,
+            "dtype": self.samples[0].provenance.dtype,
+            "encoding": self.samples[0].provenance.encoding,
         }
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
+        self._waited, self._since = 0.0, time.perf_counter()
 
     def __len__(self) -> int:
-        """Batches of an epoch on this rank."""
+        """Batches per epoch on this rank."""
         return -(-len(self.plan) // self.world_size)
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        """Stream one epoch: the next one, or the rest of the one that a loaded state names.
+        """Stream the next epoch, or the rest of the epoch named by a loaded state.
 
-        An iterator that nobody draws from, such as Lightning's trial of every loader, moves nothing.
+        Creating an iterator does not move the position until a batch is drawn: Lightning creates one as a test.
         """
         return self._stream()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position behind the last acknowledged batch, and what the plan was made from."""
+        """Position after the last acknowledged batch, and the inputs of the plan."""
         return {**self._acknowledged, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Continue from a saved position.
 
         Raises:
-            UserError: the samples or the batching are not those of the saved run.
+            UserError: the samples or the batching differ from those of the saved run.
         """
         for key, value in self._identity.items():
             known = key in state or key not in _LATER
@@ -142,114 +169,154 @@ class FeatureDataLoader:
         self._start = (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
         self._acknowledged = {"epoch": epoch, "batch": batch}
 
-    def acknowledge(self, batch: TrainBatch) -> None:
-        """Record that a batch was trained."""
-        self._acknowledged = batch.cursor
-        self.store.free(batch.sample_ids)
+    def start(self, step: int, length: RunLength) -> None:
+        """Start training at this position, after the checkpoint of ``step``; called on every rank.
 
-    def upcoming(self, rank: int) -> Iterator[tuple[int, int, list[SampleRef]]]:
-        """Every batch that a rank will ask for, epoch after epoch: its epoch, its number in it, its samples."""
+        Args:
+            step: optimizer step of the checkpoint, 0 for a new run.
+            length: how far the run trains.
+        """
+        self.store.start(step, partial(self._until_end, length))
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def acknowledge(self, batch: TrainBatch, step: int) -> None:
+        """Record that optimizer step ``step`` uses a batch.
+
+        Args:
+            batch: a trained batch.
+            step: the step that was taken with this batch, or the next one while gradients accumulate.
+        """
+        self._acknowledged = batch.cursor
+        self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
+
+    def durable(self, step: int) -> None:
+        """Record that the checkpoint of ``step`` is complete; called on every rank."""
+        self.store.durable(step)
+
+    def flow(self) -> dict[str, float]:
+        """Figures of the store since the last call, and ``wait``, the share of time spent waiting for batches.
+
+        Empty for stores whose samples are not produced during training.
+        """
+        found = self.store.flow()
+        if found:
+            now = time.perf_counter()
+            found["wait"] = self._waited / max(now - self._since, 1e-9)
+            self._waited, self._since = 0.0, now
+        return found
+
+    def upcoming(self, rank: int) -> Iterator[tuple[int, int, list[SampleT]]]:
+        """Every batch that a rank will ask for, without end: its epoch, its number in the epoch, its samples."""
         epoch, first = self._start
         while True:
-            for number, refs in list(enumerate(self._batches(epoch, rank)))[first:]:
-                yield epoch, number, refs
+            for number, samples in list(enumerate(self._batches(epoch, rank)))[first:]:
+                yield epoch, number, samples
             epoch, first = epoch + 1, 0
 
-    def _batches(self, epoch: int, rank: int) -> Iterator[list[SampleRef]]:
+    def _until_end(self, length: RunLength, rank: int) -> Iterator[tuple[int, list[SampleT]]]:
+        for epoch, number, samples in self.upcoming(rank):
+            if length.ends_before(epoch, number):
+                return
+            if number < length.batches:
+                yield epoch, samples
+
+    def _batches(self, epoch: int, rank: int) -> Iterator[list[SampleT]]:
         batches = self.plan.epoch(epoch)[rank :: self.world_size]
         for n in range(len(self)):
-            yield [self.refs[int(i)] for i in (batches[n] if n < len(batches) else ())]
+            yield [self.samples[int(i)] for i in (batches[n] if n < len(batches) else ())]
 
     def _stream(self) -> Iterator[TrainBatch]:
         epoch, first = self._start
         self._start = (epoch + 1, 0)
         batches = list(self._batches(epoch, self.rank))[first:]
-        work = deque((refs, {"epoch": epoch, "batch": n}) for n, refs in enumerate(batches, first + 1))
+        work = deque((samples, {"epoch": epoch, "batch": n}) for n, samples in enumerate(batches, first + 1))
         torch.get_num_threads()  # fixes this thread's number before the fetching threads set their own
         if self.prefetch == 0:
-            for refs, cursor in work:
-                self.store.reserve(refs)
-                yield self._load(refs, cursor)
+            for samples, cursor in work:
+                self.store.reserve(samples)
+                yield self._timed(partial(self._load, samples, cursor))
             return
-        pending: deque[tuple[list[SampleRef], Future[TrainBatch]]] = deque()
+        pending: deque[tuple[list[SampleT], Future[TrainBatch]]] = deque()
         pool = ThreadPoolExecutor(self.store.readers, "features", initializer=_stay_single_threaded)
         try:
             while work or pending:
                 while work and len(pending) <= self.prefetch:
-                    # The batch that is wanted now is fetched even where there is no room: it may never come.
+                    # The next batch is fetched even if there is no room for it: room may never come.
                     if not self.store.reserve(work[0][0]) and pending:
                         break
-                    refs, cursor = work.popleft()
-                    pending.append((refs, pool.submit(self._load, refs, cursor)))
-                batch = pending[0][1].result()  # it stays pending, so that whoever ends this wait interrupts it
+                    samples, cursor = work.popleft()
+                    pending.append((samples, pool.submit(self._load, samples, cursor)))
+                batch = self._timed(pending[0][1].result)  # still pending, so that leaving this wait interrupts it
                 pending.popleft()
                 yield batch
         finally:
             if pending:
                 self.store.interrupt()
             pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
-            for refs, _ in pending:
-                self.store.free([ref.sample_id for ref in refs])
+            for samples, _ in pending:
+                self.store.release([sample.sample_id for sample in samples])
 
-    def _load(self, refs: Iterable[SampleRef], cursor: dict[str, int]) -> TrainBatch:
-        samples: list[dict[str, Tensor]] = []
-        kept: list[SampleRef] = []
-        leases = []
-        try:
-            for ref in refs:
-                try:
-                    leases.append(self.store.get(ref))
-                except BadSampleError as error:
-                    self._quarantine(ref, error)
-                    continue
-                except StoreFullError as error:
-                    raise UserError(f"a batch does not fit into memory for features: {error}") from error
-                samples.append(leases[-1].tensors)
-                kept.append(ref)
-            batch = collate(samples, kept, self.spec, self._empty, self.pad_to, pin_memory=self.pin_memory)
-        finally:
-            for lease in leases:
-                self.store.release(lease)
+    def _timed(self, wait: Callable[[], TrainBatch]) -> TrainBatch:
+        start = time.perf_counter()
+        batch = wait()
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def _load(self, samples: Iterable[SampleT], cursor: dict[str, int]) -> TrainBatch:
+        tensors: list[dict[str, Tensor]] = []
+        kept: list[Sample] = []
+        for sample in samples:
+            try:
+                tensors.append(self.store.get(sample))
+            except BadSampleError as error:
+                self._quarantine(sample, error)
+                continue
+            except StoreFullError as error:
+                raise UserError(f"a batch does not fit into memory for features: {error}") from error
+            kept.append(sample)
+        batch = collate(tensors, kept, self.spec, self._empty, self.pad_to, pin_memory=self.pin_memory)
+        if not self.acknowledged:
+            self.store.release(batch.sample_ids)
         batch.cursor = cursor
         return batch.pin_memory() if self.pin_memory else batch
 
-    def _quarantine(self, ref: SampleRef, error: BadSampleError) -> None:
+    def _quarantine(self, sample: Sample, error: BadSampleError) -> None:
         if self.bad_samples == "error":
-            raise UserError(f"{error} (from {ref.source}); skip such samples with data.bad_samples: skip") from error
-        if ref.sample_id not in self.quarantined:
-            self.quarantined[ref.sample_id] = error.reason
-            logger.warning("left out %s (from %s)", error, ref.source)
+            raise UserError(f"{error} (from {sample.source}); skip such samples with data.bad_samples: skip") from error
+        if sample.sample_id not in self.quarantined:
+            self.quarantined[sample.sample_id] = error.reason
+            logger.warning("left out %s (from %s)", error, sample.source)
 
 
 def _stay_single_threaded() -> None:
-    """A second pool of OpenMP threads would spin against the training step's (twice slower on two cores)."""
+    """A second pool of OpenMP threads would compete with the training step (twice slower on two cores)."""
     torch.set_num_threads(1)
 
 
 def collate(
-    samples: Sequence[dict[str, Tensor]],
-    refs: Sequence[SampleRef],
+    tensors: Sequence[dict[str, Tensor]],
+    samples: Sequence[Sample],
     spec: StrategySpec,
     empty: dict[str, Tensor],
     pad_to: int = 1,
     *,
     pin_memory: bool = False,
 ) -> TrainBatch:
-    """Pack samples end to end into a flat row; the tensors are copies.
+    """Pack samples end to end into one flat row; the batch holds copies.
 
     Args:
-        samples: tensors of each sample, by name.
-        refs: their references.
-        spec: which tensors the algorithm reads.
-        empty: the tensors of a sample without tokens, for a batch without samples.
+        tensors: tensors of each sample, by name.
+        samples: the samples.
+        spec: requirements of the algorithm.
+        empty: tensors of a sample without tokens, for a batch without samples.
         pad_to: pad to a multiple of this many tokens.
-        pin_memory: pack the features in page-locked memory, which is used again and need not be copied into later.
+        pin_memory: pack features into page-locked memory, which torch reuses, so that no further copy is needed.
     """
-    lengths = tuple(ref.num_tokens for ref in refs)
+    lengths = tuple(sample.num_tokens for sample in samples)
     padding = -sum(lengths) % pad_to
 
     def pack(name: str, pin_memory: bool = False) -> Tensor:
-        parts = [sample[name] for sample in samples] or [empty[name]]
+        parts = [sample[name] for sample in tensors] or [empty[name]]
         if padding:
             parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
         rows = (sum(map(len, parts)), *parts[0].shape[1:])
@@ -262,45 +329,45 @@ def collate(
         features={name: pack(name, pin_memory) for name in spec.features},
         lengths=lengths,
         spans=mask_spans(mask, lengths),
-        sample_ids=tuple(ref.sample_id for ref in refs),
+        sample_ids=tuple(sample.sample_id for sample in samples),
     )
 
 
-def _empty_sample(ref: SampleRef) -> dict[str, Tensor]:
-    return {f.name: torch.zeros(0, *f.shape[1:], dtype=getattr(torch, f.dtype)) for f in ref.features}
+def _empty_sample(sample: Sample) -> dict[str, Tensor]:
+    return {f.name: torch.zeros(0, *f.shape[1:], dtype=getattr(torch, f.dtype)) for f in sample.features}
 
 
-def check_refs(refs: Sequence[SampleRef], spec: StrategySpec) -> None:
-    """Refuse samples that the algorithm cannot use.
+def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
+    """Reject samples that the algorithm cannot use.
 
     Raises:
-        UserError: there are none, or one was captured differently or is too short.
+        UserError: there are none, or one has the wrong features or is too short.
     """
-    if not refs:
+    if not samples:
         raise UserError("features: there are no samples")
-    kind = _kind(refs[0])
-    for ref in refs:
-        captured = ref.provenance.capture
+    first = _feature_types(samples[0])
+    for sample in samples:
+        captured = sample.provenance.capture
         if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
             raise UserError(
-                f"features of sample {ref.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
+                f"features of sample {sample.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
                 f"reads {list(spec.capture.layer_ids)}; capture them again or set model.layer_ids"
             )
-        missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in ref.features})
+        missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in sample.features})
         if missing:
-            raise UserError(f"features of sample {ref.sample_id} lack {missing[0]}, which {spec.algorithm} reads")
-        if _kind(ref) != kind:
+            raise UserError(f"features of sample {sample.sample_id} lack {missing[0]}, which {spec.algorithm} reads")
+        if _feature_types(sample) != first:
             raise UserError(
-                f"features of sample {ref.sample_id} are {_kind(ref)}, but those of sample {refs[0].sample_id} are "
-                f"{kind}; capture them again"
+                f"features of sample {sample.sample_id} are {_feature_types(sample)}, but those of sample "
+                f"{samples[0].sample_id} are {first}; capture them again"
             )
-        if ref.num_tokens < spec.min_tokens:
+        if sample.num_tokens < spec.min_tokens:
             raise UserError(
-                f"sample {ref.sample_id} (from {ref.source}) has {ref.num_tokens} tokens; "
+                f"sample {sample.sample_id} (from {sample.source}) has {sample.num_tokens} tokens; "
                 f"{spec.algorithm} needs {spec.min_tokens}"
             )
 
 
-def _kind(ref: SampleRef) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of a token of each feature."""
-    return {feature.name: (feature.dtype, feature.shape[1:]) for feature in ref.features}
+def _feature_types(sample: Sample) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape per token of each feature."""
+    return {feature.name: (feature.dtype, feature.shape[1:]) for feature in sample.features}

@@ -1,9 +1,8 @@
 """The local backends: memory, and memory-mapped safetensors shards on disk.
 
-A shard is an ordinary safetensors file whose tensors are named ``<sample id>.<generation>/<feature>``; rows
-are unpadded. Writes are collected and become a shard when they are flushed: the file is written under a
-temporary name, synced and renamed, so a shard is there whole or not at all, and a second session only
-ever adds shards.
+A shard is an ordinary safetensors file; its tensors are named ``<sample id>.<generation>/<feature>`` and are not
+padded. Writes are buffered and become a shard when they are flushed. The file is written under a temporary name, synced
+and renamed, so a shard is complete or absent. Later sessions only add shards.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ class MemoryBackend:
         self._groups: dict[str, dict[str, Tensor]] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Keep the tensors, but for page-locked ones, of which a copy: of such memory hosts have little."""
+        """Keep the tensors; page-locked ones are copied, because hosts have little such memory."""
         self._groups[key] = {name: x.clone() if x.is_pinned() else x for name, x in tensors.items()}
         return ""
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
-        """The tensors themselves, not copies."""
+        """Return the tensors themselves, not copies."""
         return dict(self._groups[key])
 
     def remove(self, key: str, uri: str) -> None:
-        """Drop them."""
+        """Drop a group."""
         self._groups.pop(key, None)
 
     def holds(self, key: str, uri: str) -> bool:
-        """Whether they are there."""
+        """Whether a group is held."""
         return key in self._groups
 
     def stored(self) -> list[tuple[str, str]]:
-        """All keys."""
+        """Every key; URIs are empty."""
         return [(key, "") for key in self._groups]
 
     def flush(self) -> None:
@@ -76,30 +75,27 @@ class ShardBackend:
         self._lock = threading.Lock()
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Collect for the next shard, whose name is the uri."""
+        """Buffer a group for the next shard; its file name is the URI."""
         self._buffer[key] = dict(tensors)
         self._bytes += sum(x.nbytes for x in tensors.values())
         return self._name()
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
-        """Views into the memory-mapped shard."""
+        """Return views into the memory-mapped shard."""
         with self._lock:
-            if uri not in self._open:
-                self._open[uri] = self._map(uri)
-            file, names = self._open[uri]
+            file, names = self._mapped(uri)
         return {name: file[f"{key}/{name}"] for name in names[key]}
 
     def remove(self, key: str, uri: str) -> None:
-        """Delete the shard once nothing in it is left."""
+        """Delete the shard once all its groups are removed."""
         if self._buffer.pop(key, None) is not None:
             return
         try:
             with self._lock:
-                if uri not in self._open:
-                    self._open[uri] = self._map(uri)
-                gone = self._removed.setdefault(uri, set())
-                gone.add(key)
-                if gone < set(self._open[uri][1]):
+                _, names = self._mapped(uri)
+                removed = self._removed.setdefault(uri, set())
+                removed.add(key)
+                if removed < set(names):
                     return
                 del self._open[uri], self._removed[uri]
             (self.folder / uri).unlink(missing_ok=True)
@@ -107,11 +103,11 @@ class ShardBackend:
             return
 
     def holds(self, key: str, uri: str) -> bool:
-        """Whether a readable shard, or the next one, has the group."""
+        """Whether a readable shard, or the buffer, has the group."""
         return (key in self._buffer and uri == self._name()) or key in self._keys(uri)
 
     def stored(self) -> list[tuple[str, str]]:
-        """Groups of all readable shards, and of the next one."""
+        """Groups of all readable shards and of the buffer."""
         shards = sorted(path.name for path in self.folder.iterdir() if _SHARD.fullmatch(path.name))
         found = [(key, uri) for uri in shards for key in sorted(self._keys(uri))]
         return found + [(key, self._name()) for key in self._buffer]
@@ -119,17 +115,15 @@ class ShardBackend:
     def _keys(self, uri: str) -> set[str]:
         try:
             with self._lock:
-                if uri not in self._open:
-                    self._open[uri] = self._map(uri)
-                return set(self._open[uri][1]) - self._removed.get(uri, set())
+                return set(self._mapped(uri)[1]) - self._removed.get(uri, set())
         except OSError:
             return set()
 
     def flush(self) -> None:
-        """Write what was collected as one shard.
+        """Write the buffer as one shard.
 
         Raises:
-            UserError: the disk is full or not writable; the shard does not exist.
+            UserError: the disk is full or not writable; no shard is left.
         """
         if not self._buffer:
             return
@@ -147,11 +141,17 @@ class ShardBackend:
         self._next += 1
 
     def pending(self) -> int:
-        """Bytes collected for the next shard."""
+        """Bytes in the buffer."""
         return self._bytes
 
     def _name(self) -> str:
         return f"shard-{self._next:05d}.safetensors"
+
+    def _mapped(self, uri: str) -> tuple[FlatTensors, dict[str, list[str]]]:
+        """A mapped shard, and the names of the features of each of its groups."""
+        if uri not in self._open:
+            self._open[uri] = self._map(uri)
+        return self._open[uri]
 
     def _map(self, uri: str) -> tuple[FlatTensors, dict[str, list[str]]]:
         if not _SHARD.fullmatch(uri):
@@ -165,6 +165,6 @@ class ShardBackend:
             raise OSError(f"{error}; delete it and capture again") from error
         names: dict[str, list[str]] = {}
         for name in file:
-            key, _, feature = name.partition("/")  # where damage took the slash, the feature is missing
+            key, _, feature = name.partition("/")  # without a slash, which means damage, the feature is missing
             names.setdefault(key, []).append(feature)
         return file, names

@@ -1,9 +1,9 @@
 """Mooncake Store as a feature store: memory of other hosts, over TCP or RDMA.
 
 One owner lends memory to a master's store (`specforge store up` starts both); producers and trainers only move bytes.
-Values are whole safetensors files, pinned, so nothing is evicted: a full store refuses, which slows the producers. A
-name holds a random part, so an attempt that died halfway never stands in the way of the next. Master and owner keep
-nothing on disk: when one of them dies, samples are lost, and are produced again.
+Values are whole safetensors files. They are pinned, so nothing is evicted: a full store rejects writes, which slows the
+producers down. Names have a random part, so an attempt that died halfway never blocks the next one. Master and owner
+keep nothing on disk: when one of them dies, samples are lost and produced again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
 _FULL, _UNFINISHED, _MISSING, _UNREACHABLE = -200, -703, -704, -900
-_SMALLEST_SEGMENT, _SMALLEST_BUFFER = 16 << 20, 1 << 16
-_TRUSTED = 64 << 20  # values of no more bytes are fetched without asking the master how many they have
-_SECONDS = 5.0  # to wait for the master where it should answer at once
+_MIN_SEGMENT, _MIN_BUFFER = 16 << 20, 1 << 16
+_TRUSTED = 64 << 20  # up to this many bytes, the size in a value's name is trusted without asking the master
+_TIMEOUT = 5.0  # seconds; a running master answers at once
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class MooncakeAddress:
     """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``.
 
     Attributes:
-        host: of the master.
-        port: of its RPC.
-        metrics: port of its HTTP.
+        host: host of the master.
+        port: RPC port of the master.
+        metrics: HTTP port of the master.
         protocol: ``tcp`` or ``rdma``.
-        devices: RDMA devices, with commas; all where it is empty.
-        namespace: for runs that share a master.
+        devices: comma-separated RDMA devices; empty for all.
+        namespace: separates runs that share a master.
     """
 
     host: str
@@ -61,10 +61,10 @@ class MooncakeAddress:
 
     @classmethod
     def parse(cls, address: str) -> Self:
-        """Read an address.
+        """Parse an address.
 
         Raises:
-            UserError: it is not one.
+            UserError: the text is not a valid address.
         """
         try:
             parts = urlsplit(address)
@@ -76,8 +76,8 @@ class MooncakeAddress:
         except ValueError as error:
             raise UserError(f"store {address}: {error}") from error
         found = cls(parts.hostname or "", port, metrics, namespace=parts.fragment or "specforge", **options)
-        whole = parts.scheme == "mooncake" and found.host and parts.path in ("", "/") and parts.username is None
-        if not whole or found.protocol not in ("tcp", "rdma") or not 0 < metrics < 65536:
+        valid = parts.scheme == "mooncake" and found.host and parts.path in ("", "/") and parts.username is None
+        if not valid or found.protocol not in ("tcp", "rdma") or not 0 < metrics < 65536:
             raise UserError(f"store {address}: must look like mooncake://127.0.0.1:50051?metrics=9003&protocol=tcp")
         return found
 
@@ -88,7 +88,11 @@ class MooncakeAddress:
 
 
 def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
-    """A client of the store, which lends it memory where ``segment_bytes`` is not 0.
+    """Join the store as a client.
+
+    Args:
+        address: address of the master.
+        segment_bytes: memory to lend to the store; 0 to lend none.
 
     Raises:
         UserError: Mooncake is not installed, or the master does not answer.
@@ -101,10 +105,10 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
             f"store {address}: Mooncake cannot be loaded ({error}): {install_hint('mooncake')}; on "
             "Debian apt-get install libibverbs1 libnuma1 libcurl4"
         ) from error
-    if 0 < segment_bytes < _SMALLEST_SEGMENT:
-        raise UserError(f"store {address}: {segment_bytes} bytes; Mooncake takes no less than {_SMALLEST_SEGMENT}")
-    try:  # without a master, Mooncake itself would wait for 90 seconds
-        with socket.create_connection((address.host, address.port), timeout=_SECONDS) as probe:
+    if 0 < segment_bytes < _MIN_SEGMENT:
+        raise UserError(f"store {address}: {segment_bytes} bytes; Mooncake needs at least {_MIN_SEGMENT}")
+    try:  # Mooncake itself would wait 90 seconds for a missing master
+        with socket.create_connection((address.host, address.port), timeout=_TIMEOUT) as probe:
             own = probe.getsockname()[0]
     except OSError as error:
         raise UserError(
@@ -115,29 +119,29 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
         own, "P2PHANDSHAKE", segment_bytes, 0, address.protocol, address.devices, f"{address.host}:{address.port}"
     )
     if code != 0:
-        raise UserError(f"store {address}: cannot be joined (Mooncake's code {code})")
+        raise UserError(f"store {address}: cannot be joined (Mooncake error {code})")
     return client
 
 
 class BufferPool:
-    """Registered memory, handed out again when its last tensor is gone.
+    """Registered memory that is reused once its last tensor is gone.
 
     Args:
-        client: registers it, once.
+        client: registers each block of memory once.
     """
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        # Lists take and give in one step each, so a finalizer may run anywhere without a lock.
+        # Appending to and popping from a list are atomic, so finalizers need no lock.
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def take(self, nbytes: int) -> Tensor:
-        """``[nbytes]`` uint8, of any content.
+        """An uninitialised buffer, ``[nbytes]`` uint8.
 
         Raises:
-            OSError: it cannot be registered.
+            OSError: the memory cannot be registered.
         """
-        size = max(_SMALLEST_BUFFER, 1 << (nbytes - 1).bit_length())
+        size = max(_MIN_BUFFER, 1 << (nbytes - 1).bit_length())
         try:
             block = self._free[size].pop()
         except IndexError:
@@ -151,29 +155,29 @@ class BufferPool:
 
 
 class MooncakeBackend:
-    """Whole samples as pinned values of a Mooncake store; joined at the first use, by each process for itself.
+    """Samples as pinned values of a Mooncake store, which each process joins at the first use.
 
-    One thread moves values, whoever asks, while others check what they wrote or read; two transfers at once are slower
-    on few cores. What is written is on its way while the caller goes on, all that waits in one call, for the calls are
-    what small values cost; whether it has arrived, :meth:`flush` says.
+    One thread per process moves values, while other threads check what they write or read; two concurrent transfers are
+    slower on few cores. Writes are asynchronous, and all waiting values go into one call, because for small values the
+    calls are the cost. :meth:`flush` reports whether they have arrived.
 
     Args:
-        address: see :class:`MooncakeAddress`.
+        address: in the form of :class:`MooncakeAddress`.
 
     Raises:
-        UserError: it is not one.
+        UserError: the address is not valid.
     """
 
     def __init__(self, address: str) -> None:
         self.address = MooncakeAddress.parse(address)
         self._lock = threading.Lock()
         self._joined: tuple[int, Any, BufferPool, ThreadPoolExecutor] | None = None
-        self._waiting: dict[str, list[Tensor]] = {}  # pieces of values that are not in the store yet
-        self._unsent: deque[str] = deque()  # names of those that the thread has not taken up
+        self._waiting: dict[str, list[Tensor]] = {}  # pieces of values that have not arrived yet
+        self._unsent: deque[str] = deque()  # names that the transfer thread has not taken yet
         self._written = 0  # bytes, since the last flush
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Begin to put one value, under a name of its own; the tensors must stay as they are until it is flushed.
+        """Start to put a group under a new name; its tensors must not change until they are flushed.
 
         Raises:
             UserError: the store does not answer.
@@ -184,7 +188,7 @@ class MooncakeBackend:
         pieces += [tensors[name].contiguous() for name in order if tensors[name].nbytes]
         nbytes = sum(piece.nbytes for piece in pieces)
         uri = f"{key}-{secrets.token_hex(8)}-{nbytes}"
-        if self.address.protocol != "tcp":  # which sends from any memory
+        if self.address.protocol != "tcp":  # TCP sends from any memory
             buffer = pool.take(nbytes)
             torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces], out=buffer)
             pieces = [buffer]
@@ -196,46 +200,46 @@ class MooncakeBackend:
         return uri
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
-        """Fetch into registered memory; the tensors are views of it."""
+        """Read into registered memory; the tensors are views of it."""
         name = self._name(key, uri)
         client, pool, transfers = self._join()
         nbytes = int(uri.rpartition("-")[2])
         if nbytes > _TRUSTED and transfers.submit(client.get_size, name).result() != nbytes:
-            raise KeyError(key)  # before so much memory is taken for what a damaged reference says
+            raise KeyError(key)  # before allocating what a damaged reference claims
         buffer = pool.take(nbytes)
         code = transfers.submit(client.get_into, name, buffer.data_ptr(), nbytes).result()
         if code in (_MISSING, _UNFINISHED):
             raise KeyError(key)
         if code != nbytes:
-            raise OSError(f"{uri} is lost: its owner or the master does not answer (Mooncake's code {code})")
+            raise OSError(f"{uri} is lost: its owner or the master does not answer (Mooncake error {code})")
         flat = FlatTensors(buffer, uri, SAMPLE_HEADER)
         return {feature: flat[feature] for feature in flat}
 
     def remove(self, key: str, uri: str) -> None:
-        """Free the value, whoever has asked for it before.
+        """Delete the value, even if it is being read.
 
         Raises:
             UserError: the master does not answer.
         """
         (client, _, transfers), name = self._join(), self._name(key, uri)
-        if self._waiting.pop(name, None):  # it may be on its way, or have arrived where the answer was lost
-            transfers.submit(int).result()  # behind what the thread has begun
+        if self._waiting.pop(name, None):  # it may be in transit, or have arrived unnoticed
+            _drain(transfers)
         if (code := self._ask(lambda: client.remove(name, force=True))) == _UNREACHABLE:
-            raise self._silent(code)
+            raise self._no_answer(code)
 
     def holds(self, key: str, uri: str) -> bool:
-        """Whether the master knows it; of a dead owner's it learns some seconds later.
+        """Whether the master knows the value; it notices the death of an owner after some seconds.
 
         Raises:
             UserError: the master does not answer.
         """
         client, name = self._join()[0], self._name(key, uri)
         if (code := self._ask(lambda: client.is_exist(name))) not in (0, 1):
-            raise self._silent(code)
+            raise self._no_answer(code)
         return code == 1
 
     def stored(self) -> list[tuple[str, str]]:
-        """Key and uri of every value of this namespace.
+        """Key and URI of every value of this namespace.
 
         Raises:
             UserError: the master does not answer.
@@ -251,28 +255,30 @@ class MooncakeBackend:
         return [(match.group(1), uri) for uri in uris if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
-        """Wait until all is sent, and send again what could not be put; that goes on waiting, until it is removed.
+        """Wait for all transfers, and retry the values that could not be put.
+
+        What cannot be put stays pending until it is removed.
 
         Raises:
-            StoreFullError: for some there is no room at the moment, or no owner that lends memory.
-            UserError: some could not be put; the store does not answer.
+            StoreFullError: some do not fit at the moment, or no owner lends memory.
+            UserError: some could not be put, or the store does not answer.
         """
         self._written = 0
         if not self._waiting:
             return
         client, _, transfers = self._join()
-        transfers.submit(int).result()  # behind all that is on its way
-        # A master that was started again is found at the second time.
+        _drain(transfers)
+        # The second attempt reconnects to a restarted master.
         codes = transfers.submit(self._put, client, deque(self._waiting)).result()
         failed = {name: code for name, code in codes.items() if code != 0}
         for name, code in failed.items():
             if code != _FULL:
-                raise UserError(f"store {self.address}: {name} could not be put (Mooncake's code {code})")
+                raise UserError(f"store {self.address}: {name} could not be put (Mooncake error {code})")
         if failed:
             raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
 
     def _put(self, client: Any, names: deque[str]) -> dict[str, int]:
-        """Put what waits under these names, which are taken out; Mooncake's codes."""
+        """Put the waiting values of these names, and empty the queue of names; returns Mooncake's codes."""
         taken = [names.popleft() for _ in range(len(names))]
         values = {name: pieces for name in taken if (pieces := self._waiting.get(name))}
         if not values:
@@ -281,9 +287,9 @@ class MooncakeBackend:
 
         config = ReplicateConfig()
         config.with_hard_pin = True
-        places = [[piece.data_ptr() for piece in pieces] for pieces in values.values()]
+        pointers = [[piece.data_ptr() for piece in pieces] for pieces in values.values()]
         sizes = [[piece.nbytes for piece in pieces] for pieces in values.values()]
-        answers = client.batch_put_from_multi_buffers(list(values), places, sizes, config)
+        answers = client.batch_put_from_multi_buffers(list(values), pointers, sizes, config)
         codes = dict(zip(values, answers, strict=True))
         for name, code in codes.items():
             if code == 0:
@@ -309,18 +315,23 @@ class MooncakeBackend:
         return f"{self.address.namespace}/{uri}"
 
     def _ask(self, call: Callable[[], int]) -> int:
-        """Ask the master; one that was started again is found at the second time."""
+        """Ask the master; a second attempt reconnects to a restarted one."""
         code = call()
         return call() if code == _UNREACHABLE else code
 
-    def _silent(self, code: int) -> UserError:
-        return UserError(f"store {self.address}: the master does not answer (Mooncake's code {code})")
+    def _no_answer(self, code: int) -> UserError:
+        return UserError(f"store {self.address}: the master does not answer (Mooncake error {code})")
 
     def _join(self) -> tuple[Any, BufferPool, ThreadPoolExecutor]:
         with self._lock:
-            # Neither client nor thread survives a fork.
+            # After a fork, neither the client nor the thread works.
             if self._joined is None or self._joined[0] != os.getpid():
                 client = connect(self.address)
                 transfers = ThreadPoolExecutor(1, "mooncake")
                 self._joined = (os.getpid(), client, BufferPool(client), transfers)
             return self._joined[1:]
+
+
+def _drain(transfers: ThreadPoolExecutor) -> None:
+    """Wait until everything submitted so far is done."""
+    transfers.submit(int).result()

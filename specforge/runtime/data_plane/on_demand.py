@@ -1,7 +1,7 @@
-"""Samples that are produced when the stream asks for them, and let go when they are trained.
+"""Samples that are produced when the loader asks for them, and dropped once they are trained.
 
-What a plan of batches needs is known before: identities and lengths. So the stream asks for samples in the order in
-which it trains them, and a sample that is not held is produced on the spot, by the stream's own prefetching thread.
+Planning batches takes only sample ids and lengths, which are known in advance. So the loader asks for samples in
+training order, and the thread that prefetches batches produces the ones that are not held.
 """
 
 from __future__ import annotations
@@ -9,66 +9,56 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from specforge.contracts import SampleRef
-from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, Lease
+from torch import Tensor
+
+from specforge.contracts import ExpectedSample, SampleRef
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, SampleStore
 
 
-class ProducedSamples:
-    """A :class:`SampleStore` over a producer.
+class ProducedSamples(SampleStore[ExpectedSample]):
+    """Samples on demand.
 
     Args:
-        store: holds what was produced; its ``max_bytes`` bounds what is fetched ahead and kept together.
-        produce: puts a sample into ``store`` and returns its reference.
-        keep_bytes: keep trained samples for the next epochs, as far as they fit into so many bytes.
-        until_read: let go of a sample once its batch is made, for streams whose batches nobody acknowledges.
+        store: holds the produced samples; its ``max_bytes`` limits prefetched and kept samples together.
+        produce: captures a sample into ``store``.
+        keep_bytes: keep up to this many bytes of trained samples for the next epochs.
     """
 
-    readers = 1
-
     def __init__(
-        self, store: FeatureStore, produce: Callable[[str], SampleRef], *, keep_bytes: int = 0, until_read: bool = False
+        self, store: FeatureStore, produce: Callable[[ExpectedSample], SampleRef], *, keep_bytes: int = 0
     ) -> None:
-        self.store, self.produce = store, produce
-        self.keep_bytes, self.until_read = keep_bytes, until_read
-        self._lock = threading.Lock()  # between the prefetching thread and the trainer's
+        self.store, self.produce, self.keep_bytes = store, produce, keep_bytes
+        self._lock = threading.Lock()  # shared by the prefetching thread and the trainer's
         self._held: dict[str, SampleRef] = {}
         self._kept: set[str] = set()
         self._kept_bytes = 0
         self._reserved: dict[str, int] = {}
         self._bad: dict[str, str] = {}
 
-    def get(self, ref: SampleRef) -> Lease:
-        """Fetch a sample's tensors, producing it first where it is not held.
+    def get(self, sample: ExpectedSample) -> dict[str, Tensor]:
+        """Read a sample's tensors, after producing the sample if it is not held.
 
         Raises:
-            BadSampleError: what the target made of it must not be trained on.
-            StoreFullError: it does not fit beside the rest of its batch and what is kept.
+            BadSampleError: the target's output must not be used for training.
+            StoreFullError: the sample does not fit next to the rest of its batch and the kept samples.
         """
-        name = ref.sample_id
+        name = sample.sample_id
         if name in self._bad:
             raise BadSampleError(name, self._bad[name])
         if name not in self._held:
             try:
-                produced = self.produce(name)
+                produced = self.produce(sample)
             except BadSampleError as error:
                 self._bad[name] = error.reason
-                self.free([name])
+                self.release([name])
                 raise
             with self._lock:
                 self._held[name] = produced
-        lease = self.store.get(self._held[name])
-        lease.store = self
-        return lease
+        return self.store.get(self._held[name])
 
-    def release(self, lease: Lease) -> None:
-        """End a lease."""
-        self.store.release(lease)
-        if self.until_read:
-            self.free([lease.ref.sample_id])
-
-    def reserve(self, refs: Sequence[SampleRef]) -> bool:
-        """Keep room for samples beside those that are kept and those that wait to be trained, if there is any."""
-        wanted = {ref.sample_id: ref.nbytes for ref in refs}
+    def reserve(self, samples: Sequence[ExpectedSample]) -> bool:
+        """Reserve room next to the kept samples and those that are not trained yet, if there is any."""
+        wanted = {sample.sample_id: sample.nbytes for sample in samples}
         with self._lock:
             waiting = self._reserved | wanted
             total = self._kept_bytes + sum(n for name, n in waiting.items() if name not in self._kept)
@@ -77,8 +67,8 @@ class ProducedSamples:
             self._reserved = waiting
         return True
 
-    def free(self, sample_ids: Sequence[str]) -> None:
-        """Let go of samples, or keep those that still fit into ``keep_bytes``."""
+    def release(self, sample_ids: Sequence[str]) -> None:
+        """Drop samples, except those that still fit into ``keep_bytes``."""
         with self._lock:
             for name in sample_ids:
                 self._reserved.pop(name, None)
@@ -91,5 +81,6 @@ class ProducedSamples:
                 else:
                     self.store.delete(self._held.pop(name))
 
-    def interrupt(self) -> None:
-        """Nothing: what is wanted is produced, not waited for."""
+    def trained(self, sample_ids: Sequence[str], epoch: int, step: int) -> None:
+        """Release trained samples."""
+        self.release(sample_ids)

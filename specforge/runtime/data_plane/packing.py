@@ -1,9 +1,9 @@
-"""Which samples share a batch: a plan made from lengths alone, the same on every rank and after every resume.
+"""The plan of batches, made from lengths alone, so that it is the same on every rank and after every resume.
 
-The number of batches of an epoch is constant. Batches of a token budget are bins packed once from rounded
-lengths; each epoch deals the samples of one rounded length to that length's places at random, and
-shuffles the bins. So every epoch mixes documents anew, no batch exceeds the budget, and the epoch's
-length, on which progress bars and schedules rely, does not change.
+The number of batches per epoch is constant. With a token budget, bins are packed once from rounded lengths; each epoch
+assigns the samples of each rounded length at random to the bins' slots of that length, and shuffles the bins. So every
+epoch mixes documents differently, no batch exceeds the budget, and the length of an epoch, on which progress bars and
+schedules rely, does not change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Lengths are rounded up to budget / 256: at most 0.4 % of the budget is lost to rounding for each document.
+# Lengths are rounded up to multiples of budget / 256, which wastes at most 0.4 % of the budget per document.
 _GRAINS = 256
 
 
@@ -23,13 +23,13 @@ class BatchPlan:
 
     Args:
         lengths: tokens of each sample.
-        batch_size: samples of a batch; or
-        max_tokens: most tokens of a batch. Exactly one of the two is given.
+        batch_size: samples per batch; or
+        max_tokens: most tokens per batch. Give exactly one of the two.
         shuffle: draw a new order each epoch; otherwise samples stay in order.
-        seed: of the orders.
+        seed: random seed for the orders.
 
     Raises:
-        ValueError: both or neither limit is given, or less than 1, or a sample is longer than ``max_tokens``.
+        ValueError: both or neither limit is given, a limit is below 1, or a sample is longer than ``max_tokens``.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class BatchPlan:
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         grain = 1 if max_tokens is None else max(1, max_tokens // _GRAINS)
         self._sizes = -(-self.lengths // grain)
-        self._room = 0 if max_tokens is None else max(max_tokens // grain, int(self._sizes.max(initial=0)))
+        self._capacity = 0 if max_tokens is None else max(max_tokens // grain, int(self._sizes.max(initial=0)))
         self._bins = [] if max_tokens is None else self._pack()
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return len(self._bins) if self.batch_size is None else -(-len(self.lengths) // self.batch_size)
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """Sample indices of each batch of one epoch, every sample once."""
+        """Sample indices of each batch of one epoch; every sample occurs once."""
         count = len(self.lengths)
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(count) if self.shuffle else np.arange(count)
@@ -77,17 +77,17 @@ class BatchPlan:
         return [np.sort(batch) for batch in batches]
 
     def _pack(self) -> list[list[int]]:
-        """Greedy bins: always the largest remaining document that still fits."""
+        """Greedy bins: add the largest remaining document that still fits."""
         left = Counter(self._sizes.tolist())
         sizes = sorted(left)
         bins: list[list[int]] = []
         while sizes:
-            room, chosen = self._room, []
-            while (at := bisect_right(sizes, room) - 1) >= 0:
+            free, chosen = self._capacity, []
+            while (at := bisect_right(sizes, free) - 1) >= 0:
                 size = sizes[at]
-                take = min(left[size], room // size)
+                take = min(left[size], free // size)
                 chosen += [size] * take
-                room -= take * size
+                free -= take * size
                 left[size] -= take
                 if not left[size]:
                     sizes.pop(at)

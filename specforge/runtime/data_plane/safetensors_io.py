@@ -1,7 +1,7 @@
-"""Tensors in the safetensors form: written as chunks, read as views of a mapped file or of a buffer.
+"""Tensors in the safetensors format, written as chunks and read as views of a mapped file or buffer.
 
-Any reader of the format reads what is written here. Beyond it, tensors start on 64 bytes where their sizes allow it
-(processors read across that border at half speed), and a view takes 2 µs, a tenth of the library's own.
+The files are standard safetensors. In addition, tensors are aligned to 64 bytes where their sizes allow it (processors
+read unaligned data at half speed), and creating a view takes 2 µs, a tenth of the time that the library needs.
 """
 
 from __future__ import annotations
@@ -32,29 +32,25 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH, _ALIGN = 8, 64
-SAMPLE_HEADER = 1 << 20  # most bytes of the header of a single sample's file
-_PIECES = 1024  # most that a system call takes
+SAMPLE_HEADER = 1 << 20  # most bytes of the header of a file with a single sample
+_PIECES = 1024  # most buffers per system call
 _MAX_HEADER = 100_000_000
-_MOST_DIMENSIONS = 16
+_MAX_DIMENSIONS = 16
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes, without a copy where it is contiguous."""
+    """A CPU tensor's bytes; copied only if the tensor is not contiguous."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
-    """A safetensors file in pieces: its header, then the bytes of each tensor.
-
-    Args:
-        tensors: on the CPU.
-    """
+    """A safetensors file of CPU tensors in pieces: its header, then the bytes of each tensor."""
     header, order = lay_out(tensors)
     return [header, *(bytes_of(tensors[name]) for name in order)]
 
 
 def lay_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
-    """A safetensors file's header, and the names of the tensors in the order in which their bytes follow it."""
+    """Header of a safetensors file, and the names of its tensors in the order of their bytes."""
     whole = {name: x.nbytes % _ALIGN == 0 for name, x in tensors.items()}
     order = sorted(tensors, key=lambda name: (not whole[name], -tensors[name].itemsize, name))
     header, start = {}, 0
@@ -70,11 +66,11 @@ def lay_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
 def write_flat(path: Path, tensors: Mapping[str, Tensor], *, sync: bool) -> None:
     """Write a safetensors file.
 
-    The system gives large pages to large writes, whatever the pieces are, and a file of large pages is read
-    half as fast again as one of small pages.
+    All pieces go into few large writes, for which the system allocates large pages; such files are read 1.5 times as
+    fast as files of small pages.
 
     Raises:
-        OSError: it cannot be written; a part of it may be there.
+        OSError: the file cannot be written; part of it may remain.
     """
     waiting = deque(memoryview(piece) for piece in chunks(tensors))
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -92,15 +88,15 @@ def write_flat(path: Path, tensors: Mapping[str, Tensor], *, sync: bool) -> None
 
 
 class FlatTensors:
-    """Named views into bytes that are a safetensors file.
+    """Named views into the bytes of a safetensors file.
 
     Args:
         data: ``[N]`` uint8, the whole file.
-        where: what to call it in messages.
-        max_header: most bytes of a header, whose reading takes ten times as much memory.
+        where: name of the file in messages.
+        max_header: most bytes of the header; parsing takes ten times as much memory.
 
     Raises:
-        OSError: they do not begin with a header.
+        OSError: the data does not begin with a header.
     """
 
     def __init__(self, data: Tensor, where: str, max_header: int = _MAX_HEADER) -> None:
@@ -118,10 +114,10 @@ class FlatTensors:
 
     @classmethod
     def map(cls, path: Path, max_header: int = _MAX_HEADER) -> FlatTensors:
-        """Map a file into memory; no file stays open.
+        """Map a file into memory without keeping it open.
 
         Raises:
-            OSError: it is missing, or does not begin with a header.
+            OSError: the file is missing, or does not begin with a header.
         """
         size = path.stat().st_size
         try:
@@ -134,19 +130,19 @@ class FlatTensors:
         return iter(self._entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A view.
+        """A view of one tensor.
 
         Raises:
-            OSError: it does not lie within the data.
+            OSError: the tensor is not within the data.
         """
         entry = self._entries[name]
         try:
             dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and stop <= self._size
-            whole = whole and len(shape) <= _MOST_DIMENSIONS  # the product of a million numbers takes minutes
+            valid = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and stop <= self._size
+            valid = valid and len(shape) <= _MAX_DIMENSIONS  # the product of a million numbers takes minutes
             offset, rest = divmod(self._start + start, dtype.itemsize)
-            if whole and stop - start == math.prod(shape) * dtype.itemsize and not rest:
+            if valid and stop - start == math.prod(shape) * dtype.itemsize and not rest:
                 return torch.empty(0, dtype=dtype).set_(self._storage, offset, shape)  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError, RuntimeError):
             pass
-        raise OSError(f"{self._where}: {name!r} lies at {entry}"[:400])
+        raise OSError(f"{self._where}: {name!r} is at {entry}"[:400])

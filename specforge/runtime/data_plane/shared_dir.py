@@ -1,8 +1,8 @@
-"""A shared mount as a feature store: one safetensors file a sample, for several processes and hosts.
+"""A shared directory as a feature store: one safetensors file per sample, for several processes and hosts.
 
-A file is written under another name and renamed, so it is there whole or not at all. Its name holds a random part,
-so two attempts at the same sample, by whatever processes, never touch each other's bytes: the reference that was
-committed says which of them counts.
+A file is written under another name and renamed, so it is complete or absent. File names have a random part, so two
+attempts at the same sample, even by different processes, never touch each other's bytes; the committed reference
+decides which one counts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class SharedDirBackend:
 
     Args:
         folder: the store.
-        create: make it if it is missing; else it is refused.
+        create: create the folder if it is missing.
 
     Raises:
-        OSError: it is missing, or cannot be made.
+        OSError: the folder is missing, or cannot be created.
     """
 
     def __init__(self, folder: Path, create: bool = True) -> None:
@@ -42,7 +42,7 @@ class SharedDirBackend:
         self._unsynced: dict[Path, int] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write a file of its own.
+        """Write a group to a new file.
 
         Raises:
             UserError: the disk is full or not writable; nothing is left behind.
@@ -59,12 +59,12 @@ class SharedDirBackend:
             if not (isinstance(error, FileNotFoundError) and path.parent.exists()):
                 temporary.unlink(missing_ok=True)
                 raise disk_error(path, error) from error
-            # Others took us for dead and deleted it: it is as lost as if they had done so a moment later.
+            # Another process presumed this one dead and deleted the file: same as if it had done so a moment later.
         self._unsynced[path] = sum(x.nbytes for x in tensors.values())
         return uri
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
-        """Views into the memory-mapped file."""
+        """Return views into the memory-mapped file."""
         try:
             file = FlatTensors.map(self._path(key, uri), SAMPLE_HEADER)
         except FileNotFoundError as error:
@@ -72,26 +72,26 @@ class SharedDirBackend:
         return {name: file[name] for name in file}
 
     def remove(self, key: str, uri: str) -> None:
-        """Delete the file; readers that have it mapped keep it."""
+        """Delete the file; readers that have mapped it keep their data."""
         path = self._path(key, uri)
         self._unsynced.pop(path, None)
         path.unlink(missing_ok=True)
 
     def holds(self, key: str, uri: str) -> bool:
-        """Whether the file is there."""
+        """Whether the file exists."""
         return self._path(key, uri).exists()
 
     def stored(self) -> list[tuple[str, str]]:
-        """Every sample's files, and unfinished ones."""
+        """All samples' files, including unfinished ones."""
         uris: list[str] = []
-        with suppress(FileNotFoundError), os.scandir(self.folder) as parts:  # somebody deletes the store
+        with suppress(FileNotFoundError), os.scandir(self.folder) as parts:  # the store is being deleted
             for part in parts:
                 if part.is_dir(follow_symlinks=False):
                     uris += [f"{part.name}/{name}" for name in os.listdir(part.path)]
         return [(match.group(1), uri) for uri in sorted(uris) if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
-        """Sync what was written to disk.
+        """Sync written files to disk.
 
         Raises:
             UserError: the disk is full or not writable.

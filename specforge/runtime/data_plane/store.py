@@ -1,26 +1,23 @@
-"""The feature store: the only thing that holds tensors.
+"""The feature store: the only component that holds tensors.
 
-Leases, generations, checksums, encodings and limits are written once, here; a backend only moves bytes
-(:class:`FeatureBackend`: memory, shards on disk, a shared directory, Mooncake). A sample that was put
-again has a new generation, and references to the old one are refused; a sample that is being read is
-not deleted until its last reader has let go of it.
+Generations, checksums, encodings and byte limits are implemented once, here; a backend only moves bytes
+(:class:`FeatureBackend`: memory, shards on disk, a shared directory, Mooncake). Storing a sample again gives it a new
+generation and invalidates references to the old one. Tensors that were read stay valid after their sample is deleted,
+because every backend returns memory that outlives its entry.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple, Protocol
 
 import torch
 import xxhash
 from torch import Tensor
 
-from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef
+from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef, SampleT
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.safetensors_io import bytes_of
 
@@ -28,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadSampleError(Exception):
-    """A sample that must not be trained on; the message names it and says what is wrong."""
+    """A sample that must not be used for training; the message names it and gives the reason."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
         super().__init__(f"sample {sample_id}: {reason}")
@@ -36,27 +33,27 @@ class BadSampleError(Exception):
 
 
 class StoreFullError(Exception):
-    """There is no room in the store at the moment; what was there before still is."""
+    """The store is full at the moment; its contents are unchanged."""
 
 
 class FeatureBackend(Protocol):
-    """Moves the bytes of keyed groups of tensors."""
+    """Moves the bytes of named groups of tensors."""
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Store a group; returns the uri by which it can be read once :meth:`flush` has returned."""
+        """Store a group; returns the URI for reading it once :meth:`flush` has returned."""
         ...
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
-        """Fetch a group without copying where the medium allows it.
+        """Read a group, without a copy where the medium allows it. The tensors stay valid after :meth:`remove`.
 
         Raises:
             KeyError: there is no such group.
-            OSError: it cannot be read, or what is there is damaged.
+            OSError: the group is damaged or cannot be read.
         """
         ...
 
     def remove(self, key: str, uri: str) -> None:
-        """Forget a group; unknown keys are ignored."""
+        """Delete a group; unknown keys are ignored."""
         ...
 
     def holds(self, key: str, uri: str) -> bool:
@@ -64,14 +61,14 @@ class FeatureBackend(Protocol):
         ...
 
     def stored(self) -> list[tuple[str, str]]:
-        """Key and uri of every group, and of what dead writers left behind."""
+        """Key and URI of every group, including the leftovers of killed writers."""
         ...
 
     def flush(self) -> None:
         """Make everything written so far durable and readable.
 
         Raises:
-            StoreFullError: the medium had no room for some of it, as one says that takes a while to write.
+            StoreFullError: some of it did not fit; backends that write asynchronously report lack of space here.
         """
         ...
 
@@ -80,86 +77,69 @@ class FeatureBackend(Protocol):
         ...
 
 
-class SampleStore(Protocol):
-    """What the stream of batches reads from: a store of samples, or one that produces them when they are asked for.
+class SampleStore(Generic[SampleT]):
+    """Where the loader reads samples: stored before the run, or produced during it.
+
+    Stores that need not know what training does with their samples implement :meth:`get` alone.
 
     Attributes:
-        readers: threads in which :meth:`get` may be called side by side, and is worth it.
+        readers: number of threads in which calling :meth:`get` concurrently pays off.
     """
 
-    readers: int
+    readers = 1
 
-    def get(self, ref: SampleRef) -> Lease:
-        """Fetch a sample's tensors under a lease.
+    def get(self, sample: SampleT) -> dict[str, Tensor]:
+        """Read a sample's tensors; they stay valid whatever happens to the sample.
 
         Raises:
-            BadSampleError: they must not be trained on.
+            BadSampleError: the sample must not be used for training.
         """
-        ...
+        raise NotImplementedError
 
-    def release(self, lease: Lease) -> None:
-        """End a lease."""
-        ...
+    def start(self, step: int, ahead: Callable[[int], Iterator[tuple[int, Sequence[SampleT]]]]) -> None:
+        """Start training after the checkpoint of ``step``; called on every rank.
 
-    def reserve(self, refs: Sequence[SampleRef]) -> bool:
-        """Whether there is room for samples beside those that wait to be trained; if so, it is kept for them."""
-        ...
+        Args:
+            step: optimizer step of the checkpoint, 0 for a new run.
+            ahead: for a rank, the epoch and the samples of each batch that it will train, up to the end of the run.
+        """
 
-    def free(self, sample_ids: Sequence[str]) -> None:
-        """The samples are trained, or will not be: whatever room they take is no longer needed."""
-        ...
+    def reserve(self, samples: Sequence[SampleT]) -> bool:
+        """Reserve room for samples next to those that are not trained yet; False if there is none at the moment."""
+        return True
+
+    def release(self, sample_ids: Sequence[str]) -> None:
+        """Drop samples that were read but will not be reported to :meth:`trained`."""
+
+    def trained(self, sample_ids: Sequence[str], epoch: int, step: int) -> None:
+        """Record that optimizer step ``step`` uses these samples of ``epoch``."""
+
+    def durable(self, step: int) -> None:
+        """Record that the checkpoint of ``step`` is complete; called on every rank."""
 
     def interrupt(self) -> None:
-        """Whoever waits in :meth:`get` for a sample need not wait any longer: nobody will use it."""
-        ...
+        """End every wait in :meth:`get`: nobody will use the samples."""
+
+    def flow(self) -> dict[str, float]:
+        """Figures to log since the last call; empty where nothing flows."""
+        return {}
 
 
-@dataclass
-class Lease:
-    """A sample's tensors while somebody reads them; use it as a context manager."""
-
-    ref: SampleRef
-    tensors: dict[str, Tensor]
-    token: int
-    store: SampleStore = field(repr=False)
-
-    def __enter__(self) -> dict[str, Tensor]:
-        return self.tensors
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.store.release(self)
-
-
-@dataclass(frozen=True)
-class StoreStat:
-    """What a store holds.
-
-    Attributes:
-        samples: live samples.
-        nbytes: their stored bytes.
-        leases: readers at the moment.
-        max_bytes: the limit, None without one.
-    """
+class StoreStat(NamedTuple):
+    """Number of samples in a store, and their stored bytes."""
 
     samples: int
     nbytes: int
-    leases: int
-    max_bytes: int | None
 
 
-@dataclass
-class _Entry:
+class _Entry(NamedTuple):
     generation: int
     nbytes: int
     uri: str
-    leases: int = 0
-    doomed: bool = False
 
 
-def _checked(sample_id: str, tensors: Mapping[str, Tensor]) -> int:
-    """The number of tokens of a sample that may be stored."""
+def _check_tensors(sample_id: str, tensors: Mapping[str, Tensor]) -> int:
+    """Number of tokens of a sample, once it is known to be fit for storing."""
     check_id(sample_id)
     lengths = {name: len(x) for name, x in tensors.items()}
     if len(set(lengths.values())) != 1:
@@ -171,51 +151,39 @@ def _checked(sample_id: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # NaN and infinity survive a sum, which is fifteen times faster than looking at each value. Where a sum overflows
-    # (as fp16's may), each value is looked at.
+    # NaN and infinity propagate through a sum, which is 15 times faster than checking each value. If the sum itself
+    # overflows, as in fp16, each value is checked.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3-64 in hex over the tensors' bytes, in the order of their names."""
+    """xxh3-64, in hex, of the tensors' bytes in the order of their names."""
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
         digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
-class FeatureStore:
-    """Samples by identity and generation over a backend.
+class FeatureStore(SampleStore[SampleRef]):
+    """Samples by id and generation, over a backend.
+
+    Checksums are verified the first time this process reads a sample.
 
     Args:
         backend: moves the bytes.
         max_bytes: most bytes to hold at once; None for no limit.
-        lease_seconds: a lease older than this is taken for abandoned by :meth:`sweep`.
-        verify: compare checksums at the first read of each sample in this process.
     """
 
-    readers = 1
-
-    def __init__(
-        self,
-        backend: FeatureBackend,
-        *,
-        max_bytes: int | None = None,
-        lease_seconds: float = 600.0,
-        verify: bool = True,
-    ) -> None:
+    def __init__(self, backend: FeatureBackend, *, max_bytes: int | None = None) -> None:
         self.backend, self.max_bytes = backend, max_bytes
-        self.lease_seconds, self.verify = lease_seconds, verify
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._generations: dict[str, int] = {}
-        self._leases: dict[int, tuple[str, int, float]] = {}
         self._verified: set[str] = set()
         self._nbytes = 0
-        self._next_token = 0
 
     def adopt(self, refs: Iterable[SampleRef]) -> None:
-        """Take over samples that lie in the backend already, such as those of a manifest."""
+        """Take over samples that the backend holds already, such as those of a manifest."""
         with self._lock:
             for ref in refs:
                 check_id(ref.sample_id)
@@ -224,23 +192,22 @@ class FeatureStore:
     def put(
         self, sample_id: str, tensors: Mapping[str, Tensor], *, num_supervised: int, source: str, provenance: Provenance
     ) -> SampleRef:
-        """Store a sample; the reference may be handed out after :meth:`flush`.
+        """Store a sample; its reference may be handed out after :meth:`flush`.
 
         Args:
-            sample_id: its identity.
-            tensors: CPU tensors whose first dimension counts tokens, the same in all of them.
+            sample_id: id of the sample.
+            tensors: CPU tensors with the same number of tokens in their first dimension.
             num_supervised: tokens under the loss mask.
             source: file and line of the conversation.
-            provenance: where the features come from, and how they are to be stored.
+            provenance: origin of the features, and the encoding to store them in.
 
         Raises:
-            BadSampleError: a tensor has a wrong first dimension, or a value that is not finite; or the identity could
-                name a path.
-            StoreFullError: the byte limit would be exceeded.
+            BadSampleError: the first dimensions differ, a value is not finite, or the id could name a path.
+            StoreFullError: the sample would exceed the byte limit.
         """
-        num_tokens = _checked(sample_id, tensors)
+        num_tokens = _check_tensors(sample_id, tensors)
         stored = encode(tensors, provenance.encoding)
-        digest = checksum(stored)  # while the look for NaN has left them in the cache
+        digest = checksum(stored)  # right after the check for NaN, while the bytes are still in the cache
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
@@ -273,30 +240,29 @@ class FeatureStore:
             provenance=provenance,
         )
 
-    def get(self, ref: SampleRef) -> Lease:
-        """Fetch a sample's tensors under a lease.
+    def get(self, sample: SampleRef) -> dict[str, Tensor]:
+        """Read a sample's tensors.
 
         Raises:
-            BadSampleError: it is gone, of another generation, damaged, or not what the reference says.
+            BadSampleError: it is missing, replaced by another generation, damaged, or not as the reference describes.
         """
-        key = _key(ref.sample_id, ref.generation)
         with self._lock:
-            entry = self._entries.get(ref.sample_id)
-            if entry is None or entry.doomed:
-                raise BadSampleError(ref.sample_id, "not in the store")
-            if entry.generation != ref.generation:
-                raise BadSampleError(ref.sample_id, f"generation {ref.generation} was replaced by {entry.generation}")
-            entry.leases += 1
-            self._next_token += 1
-            token = self._next_token
-            self._leases[token] = (ref.sample_id, ref.generation, time.monotonic() + self.lease_seconds)
-        lease = Lease(ref, {}, token, self)
-        try:
-            lease.tensors = self._read(key, ref)
-        except BaseException:
-            self.release(lease)
-            raise
-        return lease
+            entry = self._entries.get(sample.sample_id)
+        if entry is None:
+            raise BadSampleError(sample.sample_id, "not in the store")
+        if entry.generation != sample.generation:
+            raise BadSampleError(sample.sample_id, f"generation {sample.generation} was replaced by {entry.generation}")
+        tensors = self._read(_key(sample.sample_id, sample.generation), sample)
+        for spec in sample.features:
+            tensor = tensors.get(spec.name)
+            if tensor is None:
+                raise BadSampleError(sample.sample_id, f"{spec.name} is missing")
+            found = str(tensor.dtype).removeprefix("torch.")
+            if tuple(tensor.shape) != spec.shape or found != spec.dtype:
+                raise BadSampleError(
+                    sample.sample_id, f"{spec.name} is {found} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}"
+                )
+        return tensors
 
     def _read(self, key: str, ref: SampleRef) -> dict[str, Tensor]:
         try:
@@ -305,64 +271,43 @@ class FeatureStore:
             raise BadSampleError(ref.sample_id, f"not in {ref.uri or 'the store'}") from error
         except OSError as error:
             raise BadSampleError(ref.sample_id, str(error)) from error
-        if self.verify and key not in self._verified:
+        if key not in self._verified:
             if checksum(stored) != ref.checksum:
                 raise BadSampleError(ref.sample_id, f"checksum does not match in {ref.uri or 'the store'}")
             self._verified.add(key)
         try:
-            tensors = decode(stored, {f.name: f.dtype for f in ref.features})
+            return decode(stored, {f.name: f.dtype for f in ref.features})
         except ValueError as error:
             raise BadSampleError(ref.sample_id, str(error)) from error
-        for spec in ref.features:
-            tensor = tensors.get(spec.name)
-            if tensor is None:
-                raise BadSampleError(ref.sample_id, f"{spec.name} is missing")
-            found = str(tensor.dtype).removeprefix("torch.")
-            if tuple(tensor.shape) != spec.shape or found != spec.dtype:
-                raise BadSampleError(
-                    ref.sample_id, f"{spec.name} is {found} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}"
-                )
-        return tensors
-
-    def release(self, lease: Lease) -> None:
-        """End a lease; releasing twice is harmless."""
-        with self._lock:
-            self._end(lease.token)
 
     def delete(self, ref: SampleRef) -> bool:
-        """Delete a sample, at once or when its last lease ends.
-
-        Returns:
-            False where the store holds no such generation (it was replaced or deleted before).
-        """
+        """Delete a sample; False if the store holds no such generation."""
         with self._lock:
             entry = self._entries.get(ref.sample_id)
-            if entry is None or entry.generation != ref.generation or entry.doomed:
+            if entry is None or entry.generation != ref.generation:
                 return False
-            entry.doomed = True
-            self._collect(ref.sample_id, entry)
+            self._drop(ref.sample_id, entry)
             return True
 
     def discard(self, ref: SampleRef) -> None:
-        """Delete the bytes that a reference names, whether or not this store knows them."""
+        """Delete the bytes that a reference names, even if another process wrote them."""
         with self._lock:
             entry = self._entries.get(ref.sample_id)
-            known = entry is not None and (entry.generation, entry.uri) == (ref.generation, ref.uri)
-        if known:
-            self.delete(ref)
-        else:
-            check_id(ref.sample_id)
-            self._remove(_key(ref.sample_id, ref.generation), ref.uri)
+            if entry is not None and (entry.generation, entry.uri) == (ref.generation, ref.uri):
+                self._drop(ref.sample_id, entry)
+                return
+        check_id(ref.sample_id)
+        self._remove(_key(ref.sample_id, ref.generation), ref.uri)
 
     def holds(self, ref: SampleRef) -> bool:
-        """Whether the bytes that a reference names are there; whether they are whole shows when they are read."""
+        """Whether the bytes that a reference names are there; damage shows only when they are read."""
         try:
             return self.backend.holds(_key(ref.sample_id, ref.generation), ref.uri)
-        except OSError:  # it names something else than a sample of this store
+        except OSError:  # the URI does not belong to this store
             return False
 
     def disown(self, refs: Iterable[SampleRef]) -> None:
-        """Leave samples to another process: their bytes stay, this one neither counts nor deletes them any more."""
+        """Leave samples to another process: the bytes stay, but are no longer counted or deleted here."""
         with self._lock:
             for ref in refs:
                 entry = self._entries.pop(ref.sample_id, None)
@@ -372,16 +317,16 @@ class FeatureStore:
     def remove_orphans(
         self, refs: Iterable[SampleRef], spare: Collection[str] = (), stored: Sequence[tuple[str, str]] | None = None
     ) -> int:
-        """Delete what no reference names.
+        """Delete groups of tensors that no reference names.
 
         Args:
-            refs: references of everything that is to stay.
-            spare: samples that are left alone.
-            stored: what the backend had stored before ``refs`` and ``spare`` were looked up, where others go on
-                putting; what they put since is left alone.
+            refs: references of everything to keep.
+            spare: ids of samples to leave alone.
+            stored: the backend's contents from before ``refs`` and ``spare`` were collected. Pass it while other
+                processes write: what they have added since is then left alone.
 
         Returns:
-            How many groups of tensors went.
+            Number of deleted groups.
         """
         wanted = {(_key(ref.sample_id, ref.generation), ref.uri) for ref in refs}
         count = 0
@@ -392,37 +337,17 @@ class FeatureStore:
             with self._lock:
                 entry = self._entries.get(sample_id)
                 if entry is not None and (str(entry.generation), entry.uri) == (generation, uri):
-                    entry.doomed = True
-                    self._collect(sample_id, entry)
+                    self._drop(sample_id, entry)
                 else:
                     self._remove(key, uri)
             count += 1
         return count
 
-    def reserve(self, refs: Sequence[SampleRef]) -> bool:
-        """Always: what is stored takes no further room."""
-        return True
-
-    def free(self, sample_ids: Sequence[str]) -> None:
-        """Nothing: stored samples are read again in the next epoch."""
-
-    def interrupt(self) -> None:
-        """Nothing: nobody waits here."""
-
-    def sweep(self, now: float | None = None) -> int:
-        """End leases that are older than ``lease_seconds``; returns how many."""
-        now = time.monotonic() if now is None else now
-        with self._lock:
-            expired = [token for token, (*_, deadline) in self._leases.items() if deadline <= now]
-            for token in expired:
-                self._end(token)
-        return len(expired)
-
     def flush(self) -> None:
         """Make all puts durable and readable.
 
         Raises:
-            StoreFullError: the backend had no room for some of them; they must be discarded.
+            StoreFullError: some did not fit into the backend; discard them.
         """
         self.backend.flush()
 
@@ -431,9 +356,9 @@ class FeatureStore:
         return self.backend.pending()
 
     def stat(self) -> StoreStat:
-        """Counts and bytes."""
+        """Number of samples, and their bytes."""
         with self._lock:
-            return StoreStat(len(self._entries), self._nbytes, len(self._leases), self.max_bytes)
+            return StoreStat(len(self._entries), self._nbytes)
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._entries
@@ -441,38 +366,19 @@ class FeatureStore:
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._entries))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-
     def _remember(self, sample_id: str, entry: _Entry) -> None:
         old = self._entries.get(sample_id)
         if old is not None and (old.generation, old.uri) == (entry.generation, entry.uri):
             return
         if old is not None:
-            # Readers of the old generation keep their tensors; nothing new can reach it.
-            self._nbytes -= old.nbytes
-            self._forget(sample_id, old)
+            self._drop(sample_id, old)
         self._entries[sample_id] = entry
         self._generations[sample_id] = max(entry.generation, self._generations.get(sample_id, 0))
         self._nbytes += entry.nbytes
 
-    def _end(self, token: int) -> None:
-        sample_id, generation, _ = self._leases.pop(token, ("", 0, 0.0))
-        entry = self._entries.get(sample_id)
-        if entry is not None and entry.generation == generation:
-            entry.leases -= 1
-            self._collect(sample_id, entry)
-
-    def _collect(self, sample_id: str, entry: _Entry) -> None:
-        if entry.doomed and entry.leases == 0:
-            del self._entries[sample_id]
-            self._nbytes -= entry.nbytes
-            self._forget(sample_id, entry)
-
-    def _forget(self, sample_id: str, entry: _Entry) -> None:
+    def _drop(self, sample_id: str, entry: _Entry) -> None:
+        del self._entries[sample_id]
+        self._nbytes -= entry.nbytes
         key = _key(sample_id, entry.generation)
         self._verified.discard(key)
         self._remove(key, entry.uri)
@@ -485,10 +391,10 @@ class FeatureStore:
 
 
 def check_id(sample_id: str) -> None:
-    """Refuse an identity that could name a path outside a store's folder.
+    """Reject a sample id that could name a path outside a store's folder.
 
     Raises:
-        BadSampleError: it has other characters than letters, digits, ``_``, ``-`` and inner dots, or is too long.
+        BadSampleError: it contains characters other than letters, digits, ``_``, ``-`` and inner dots, or is too long.
     """
     if not SAMPLE_ID.fullmatch(sample_id):
         raise BadSampleError(repr(sample_id)[:80], "its identity could name a path")

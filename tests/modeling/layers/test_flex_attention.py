@@ -15,11 +15,11 @@ from specforge.errors import UserError
 from specforge.modeling.draft import build_draft, config_fields
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import plan_blocks, sample_anchors
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import deep_attention
-from specforge.modeling.draft.peagle.plan import plan_parallel
-from specforge.modeling.draft.unroll import plan_unroll
+from specforge.modeling.draft.peagle.plan import plan_peagle
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.flex_attention import Sight, attend
+from specforge.modeling.layers.flex_attention import Visibility, visible_attention
 
 LENGTHS, PADDED = (90, 3, 170, 41), 320
 SPANS = [(10, 60), (70, 88), (100, 240), (270, 304)]
@@ -64,7 +64,7 @@ def blocks(window: int | None) -> Case:
 
 def deep() -> Case:
     generator = torch.Generator().manual_seed(0)
-    plan = plan_parallel(LENGTHS, SPANS, 5, PADDED)
+    plan = plan_peagle(LENGTHS, SPANS, 5, PADDED)
     rows = len(plan.anchors)
     sizes = [(rows, HEADS), *[(PADDED, KV_HEADS)] * 2, *[(rows, KV_HEADS)] * 2]
     tensors = [torch.randn(*size, SIZE, generator=generator) for size in sizes]
@@ -116,7 +116,7 @@ def test_a_row_sees_what_its_sight_says():
     query = torch.randn(rows, 1, 16, dtype=torch.float64)
     key, value = (torch.randn(tokens, 1, 16, dtype=torch.float64) for _ in range(2))
     own = [(torch.randn(rows, 1, 16, dtype=torch.float64),) * 2 for _ in range(steps)]
-    out = attend(query, key, value, own, Sight(low, high, group, order))
+    out = visible_attention(query, key, value, own, Visibility(low, high, group, order))
     keys = torch.cat([key, *(k for k, _ in own)])[:, 0]
     values = torch.cat([value, *(v for _, v in own)])[:, 0]
     for row in range(rows):

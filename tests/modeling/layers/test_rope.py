@@ -8,7 +8,7 @@ from transformers import LlamaConfig, StableLmConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
-from specforge.modeling.layers.rope import RotaryTable, apply_rope
+from specforge.modeling.layers.decoder_layer import RotaryTable, apply_rope
 
 CPU = torch.device("cpu")
 ROPES = {

@@ -13,7 +13,8 @@ import pytest
 from specforge.errors import UserError
 from specforge.runtime.control_plane import claim as claim_module
 from specforge.runtime.control_plane.claim import TrainerClaim
-from specforge.runtime.control_plane.metadata import MemoryMetadataStore, unusable
+from specforge.runtime.control_plane.metadata import unusable
+from tests.runtime.control_plane.memory import MemoryMetadataStore
 
 
 class Clock:
@@ -42,7 +43,7 @@ def held_by(store, clock, deadline: float = 1060.0, **changes: object) -> None:
     own = json.loads(claim(store, clock, "runs/other")._holder)
     parent = os.getppid()
     other = own | {"pid": parent, "began": claim_module._began(parent), "host": "node7"} | changes
-    assert store.claim(json.dumps(other), clock.now, deadline).deadline == deadline
+    assert claim_module.claim(store, json.dumps(other), clock.now, deadline).deadline == deadline
 
 
 def refusal(store, clock) -> str:
@@ -55,8 +56,8 @@ def test_a_trainer_at_work_is_named(store, clock):
     held_by(store, clock)
     words = refusal(store, clock)
     assert words.startswith("metadata redis://host/0: the trainer of runs/other (process ")
-    assert f"(process {os.getppid()} on node7) is at work on it" in words
-    assert "its claim ends in 60 s" in words
+    assert f"(process {os.getppid()} on node7) is using it" in words
+    assert "its claim expires in 60 s" in words
 
 
 @pytest.mark.parametrize(
@@ -88,26 +89,26 @@ def test_a_killed_process_is_replaced_at_once_though_nobody_has_asked_for_its_st
 
 @pytest.mark.parametrize("holder", ["", "text", "[]", "[" * 3000, "{}", "null"])
 def test_a_claim_that_nobody_can_read_is_replaced(store, clock, holder):
-    store.claim(holder, clock.now, 9999.0)
+    claim_module.claim(store, holder, clock.now, 9999.0)
     claim(store, clock).take()
 
 
 def test_a_claim_is_renewed_and_ends(store, clock):
     renewed = threading.Semaphore(0)
     mine = claim(store, clock, seconds=0.03)
-    ask = store.claim
+    move = store.move
 
     def watched(*words):
         renewed.release()
-        return ask(*words)
+        return move(*words)
 
-    store.claim = watched
+    store.move = watched
     mine.take()
     for _ in range(4):
         assert renewed.acquire(timeout=60)
     mine.check()
     mine.end()
-    store.claim = ask
+    store.move = move
     held_by(store, clock)
 
 
@@ -118,7 +119,7 @@ def test_who_was_silent_too_long_is_told_that_another_one_trains(store, clock):
     held_by(store, clock, deadline=1120.0)
     mine.check()  # nobody has told it yet
     mine.renew()
-    with pytest.raises(UserError, match=r"the trainer of runs/other .* took this trainer's place"):
+    with pytest.raises(UserError, match=r"the trainer of runs/other .* has replaced this trainer"):
         mine.check()
     mine.end()
     refusal(store, clock)  # the other's claim stays
@@ -131,7 +132,7 @@ def test_a_store_that_cannot_be_written_is_said_where_it_is_asked(store, clock, 
     def full(*words):
         raise unusable("m.db", "database or disk is full")
 
-    store.claim = store.resign = full
+    store.move = full
     with pytest.raises(UserError, match="disk is full"):
         mine.renew()
     mine.end()

@@ -33,14 +33,13 @@ from specforge.runtime.control_plane.metadata import (
     QUEUED,
     STATES,
     TRAINED,
-    MemoryMetadataStore,
-    NullMetadataStore,
     StateError,
 )
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
+from tests.runtime.control_plane.memory import MemoryMetadataStore
 
 PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1, 3)), "float32")
 NAMES = [f"s{i}" for i in range(6)]
@@ -88,8 +87,8 @@ def test_a_sample_goes_from_prompt_to_durable_and_its_features_go(control):
     control.release("w")
     keys = produce(control)
     (ref, *_) = control.deliver(keys)
-    with control.features.get(ref) as tensors:
-        assert tensors["states"].shape == (3, 2)
+    tensors = control.features.get(ref)
+    assert tensors["states"].shape == (3, 2)
     control.trained(keys[:4], 1)
     assert control.features.stat().samples == 6
     assert control.durable(1) == 4
@@ -145,8 +144,8 @@ def test_features_of_a_duplicate_are_deleted(tmp_path, clock):
     assert mine.commit([(leased.key, first)]) == [False]  # the same one twice
     assert [uri for _, uri in mine.features.backend.stored()] == [first.uri]
     (ref,) = others.deliver([leased.key])
-    with others.features.get(ref) as tensors:
-        assert len(tensors["states"]) == 3
+    tensors = others.features.get(ref)
+    assert len(tensors["states"]) == 3
 
 
 def test_a_duplicate_takes_the_place_of_lost_features(control):
@@ -225,16 +224,15 @@ def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
     orphan = put(others.features, "s5")
     (leased,) = others.lease("w", 1)
     ref = put(others.features, leased.sample_id)
-    entries = metadata.entries
+    find = metadata.find
 
-    def meanwhile(states):
+    def meanwhile(states, **options):
+        found = find(states, **options)
         if states == (LEASED,):
-            found = list(entries(states))
             others.commit([(leased.key, ref)])
-            return iter(found)
-        return entries(states)
+        return found
 
-    metadata.entries = meanwhile
+    metadata.find = meanwhile
     assert mine.remove_orphans() == 1
     assert mine.features.holds(ref)
     assert not mine.features.holds(orphan)
@@ -264,7 +262,7 @@ def test_a_restart_queues_what_is_lost_and_deletes_what_nobody_committed(tmp_pat
     keys = produce(before, "w", 3)
     before.deliver(keys[:2])
     backend = before.features.backend
-    backend.remove("s1.1", load_ref(before.metadata.refs([keys[1]])[0]).uri)
+    backend.remove("s1.1", before._refs(keys[1:2])[0].uri)
     put(before.features, "s5")  # its producer died between put and commit, and its lease is over
     (busy,) = before.lease("busy", 1)
     put(before.features, busy.sample_id)  # about to be committed
@@ -304,20 +302,6 @@ def test_damaged_features_are_produced_again(control):
     assert produce(control) == [key]
     (again,) = control.deliver([key])
     assert again.generation == 2
-
-
-def test_over_the_null_store_nothing_is_kept_and_nothing_freed(clock):
-    control = DataFlowController(NullMetadataStore(), FeatureStore(MemoryBackend()), clock=clock)
-    control.ingest(TASKS)
-    ref, keys = put(control.features, "s0"), ["s0@0"]
-    assert control.lease("w", 9) == []
-    assert control.commit([("s0@0", ref)]) == [True]
-    assert control.deliver(keys) == []
-    control.trained(keys, 1)
-    assert control.durable(1) == 0
-    assert control.rewind(0) == control.dead_letters() == []
-    assert control.counts() == dict.fromkeys(STATES, 0)
-    assert control.features.holds(ref)
 
 
 def test_senseless_limits_are_refused():
@@ -510,7 +494,7 @@ class Machine(RuleBasedStateMachine):
 
     def held(self, keys: list[str]) -> dict[str, str]:
         """Of those keys whose features are in the store, what these are called there."""
-        refs = {key: load_ref(text) for key, text in zip(keys, self.metadata.refs(keys), strict=True) if text}
+        refs = {row.key: load_ref(row.text) for row in self.metadata.get(keys, "ref") if row and row.text}
         names = {key: f"{ref.sample_id}.{ref.generation}" for key, ref in refs.items()}
         stored = {name for name, _ in self.features.backend.stored()}
         return {key: name for key, name in names.items() if name in stored}

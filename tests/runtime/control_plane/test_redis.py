@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.contracts import PromptTask
 from specforge.errors import UserError
 from specforge.runtime.addresses import open_metadata
+from specforge.runtime.control_plane.claim import Claim, claim, resign
 from specforge.runtime.control_plane.controller import DataFlowController
 from specforge.runtime.control_plane.metadata import COMMITTED, LEASED, QUEUED, STATES, StateError
 from specforge.runtime.control_plane.redis import RedisMetadataStore
@@ -19,7 +20,7 @@ from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
 from tests.fuzz import survives
 from tests.runtime.control_plane.redis_server import redis_server
-from tests.runtime.control_plane.test_metadata import advance, filled, no_server, states
+from tests.runtime.control_plane.test_metadata import PROVENANCE, Control, advance, filled, no_server, ref, states, uris
 
 pytestmark = [pytest.mark.redis, no_server]
 
@@ -86,13 +87,13 @@ def test_a_user_that_may_not_ask_for_the_policy_is_let_in_and_one_that_may_not_w
     )
     client.acl_setuser("nobody", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+@connection"])
     writer = RedisMetadataStore(f"redis://writer:x@127.0.0.1:{port}/0", namespace="acl")
-    advance(writer, filled(writer), COMMITTED)
+    advance(Control(writer), filled(Control(writer)), COMMITTED)
     reader = RedisMetadataStore(f"redis://reader:x@127.0.0.1:{port}/0", namespace="acl")
     assert reader.counts()[COMMITTED] == 4
-    words = one_line(lambda: reader.ingest([("k", "task")]))
-    assert "this user may not do what is needed" in words
+    words = one_line(lambda: reader.add([("k", "task")]))
+    assert "this user lacks a permission that is needed" in words
     words = one_line(lambda: RedisMetadataStore(f"redis://nobody:x@127.0.0.1:{port}/0"))
-    assert "this user may not do what is needed" in words
+    assert "this user lacks a permission that is needed" in words
 
 
 @pytest.mark.parametrize(
@@ -127,16 +128,16 @@ def test_a_database_that_the_server_does_not_have(port):
 def test_something_else_under_the_namespace_is_said_at_connect(port, client, tmp_path, space):
     client.set(f"{space}:queued", "text")
     words = one_line(lambda: RedisMetadataStore(f"redis://127.0.0.1:{port}/0", namespace=tmp_path.name))
-    assert "name another one behind #" in words
+    assert "choose another namespace, after #" in words
 
 
 # In the middle of a run.
 
 
 def test_a_full_memory_is_one_line_and_loses_nothing(client, store):
-    advance(store, filled(store), COMMITTED)
+    advance(Control(store), filled(Control(store)), COMMITTED)
     client.config_set("maxmemory", 1)
-    for action in (lambda: store.ingest([("new", "task")]), lambda: store.claim("me", 0.0, 9.0)):
+    for action in (lambda: store.add([("new", "task")]), lambda: claim(store, "me", 0.0, 9.0)):
         assert "its memory is full" in one_line(action)
     client.config_set("maxmemory", 0)
     assert store.counts()[COMMITTED] == 4
@@ -145,18 +146,18 @@ def test_a_full_memory_is_one_line_and_loses_nothing(client, store):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), "it is a replica"),
+        (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), "it is a read-only replica"),
         (redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), "memory is full"),
-        (redis.exceptions.NoPermissionError("User x has no permissions"), "this user may not"),
-        (redis.exceptions.AuthenticationError("Authentication required."), "it wants a password"),
-        (redis.exceptions.ResponseError("WRONGTYPE Operation against a key"), "name another one behind #"),
-        (redis.exceptions.BusyLoadingError("Redis is loading the dataset in memory"), "still reading its data"),
+        (redis.exceptions.NoPermissionError("User x has no permissions"), "this user lacks"),
+        (redis.exceptions.AuthenticationError("Authentication required."), "it requires a password"),
+        (redis.exceptions.ResponseError("WRONGTYPE Operation against a key"), "choose another namespace, after #"),
+        (redis.exceptions.BusyLoadingError("Redis is loading the dataset in memory"), "still loading its data"),
         (redis.exceptions.MasterDownError("Link with MASTER is down"), "has lost its master"),
         (redis.exceptions.ClusterDownError("The cluster is down"), "its cluster is down"),
-        (redis.exceptions.ClusterCrossSlotError("Keys in request don't hash to the same slot"), "node of a cluster"),
-        (redis.exceptions.MovedError("3999 127.0.0.1:6381"), "keys are on another"),
+        (redis.exceptions.ClusterCrossSlotError("Keys in request don't hash to the same slot"), "cluster node"),
+        (redis.exceptions.MovedError("3999 127.0.0.1:6381"), "this run are on another"),
         (redis.exceptions.ResponseError("BUSY Redis is busy running a script"), "BUSY Redis is busy"),
-        (redis.exceptions.ResponseError("ERR x script: 12ab, on @user_script:3.\nmore"), "ERR x; when"),
+        (redis.exceptions.ResponseError("ERR x script: 12ab, on @user_script:3.\nmore"), "ERR x; once"),
         (redis.exceptions.InvalidResponse("Protocol Error"), "Protocol Error"),
         (redis.exceptions.TimeoutError("Timeout reading from socket"), "Timeout reading"),
     ],
@@ -173,7 +174,7 @@ def test_what_a_server_says_is_one_line(store, monkeypatch, error, words):
 
 def test_a_replica_is_said_at_the_first_write(store, client, tmp_path):
     with redis_server(tmp_path, "--replicaof", "127.0.0.1", "1") as replica:
-        words = one_line(lambda: RedisMetadataStore(f"redis://127.0.0.1:{replica}/0").claim("me", 0.0, 9.0))
+        words = one_line(lambda: claim(RedisMetadataStore(f"redis://127.0.0.1:{replica}/0"), "me", 0.0, 9.0))
         assert "replica" in words
 
 
@@ -183,18 +184,25 @@ def test_a_replica_is_said_at_the_first_write(store, client, tmp_path):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("score", [0, float("inf")])
 def test_a_ghost_in_a_set_is_left_out_with_a_warning(store, client, space, caplog, state, score):
-    keys = filled(store)
+    control = Control(store)
+    keys = filled(control)
     client.zadd(f"{space}:{state}", {"ghost@0": score, "x\x00\x1b[31m": score})
-    assert store.release("nobody") == []
-    granted = [grant.key for grant in store.lease("w", 9, 0.0, 9.0, 3)]
-    assert granted == keys
-    store.mark_durable(5)
-    store.rewind(0)
+    assert control.release("nobody") == 0
+    assert [prompt.key for prompt in control.lease("w", 9)] == keys
+    control.durable(5)
+    control.rewind(0)
     assert states(store) == dict.fromkeys(keys, LEASED)
     assert client.zcard(f"{space}:{state}") == (4 if state == LEASED else 0)
-    assert "left out 2 entries that are no samples any more, or never were: " in caplog.text
+    assert "left out 2 keys that are not in the state they were listed in: " in caplog.text
     assert "ghost@0" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+def test_ghosts_before_all_prompts_hide_none_of_them(store, client, space):
+    control = Control(store)
+    keys = filled(control)
+    client.zadd(f"{space}:queued", {f"ghost{i}@0": -i for i in range(2786)})
+    assert [prompt.key for prompt in control.lease("w", 3)] == keys[:3]
 
 
 DAMAGES = {
@@ -214,19 +222,17 @@ DAMAGES = {
 @pytest.mark.parametrize("state", STATES)
 def test_a_damaged_sample_is_as_if_it_had_never_been_there(store, client, space, state, damage):
     """Whoever asks for it is told so, and may queue it again; the others are what they were."""
-    keys = filled(store)
-    advance(store, keys, state)
-    DAMAGES[damage](client, f"{space}:sample:k1")
-    actions = [store.requeue, lambda keys: store.commit([(key, "r") for key in keys])]
-    if "number" not in damage or damage == "no number":  # what a step waits for looks at little
-        actions.insert(0, store.deliver)
-    for action in actions:
-        with pytest.raises(StateError, match="k1 is unknown"):
-            action(["k1"])
-    assert store.renew("w", ["k1"], 9.0) == [False]
-    assert store.refs(["k1"]) == [""]
-    assert store.ingest([("k1", "again")]) == [True]
-    expected = {key: QUEUED if key == "k1" else state for key in keys}
+    control = Control(store)
+    keys = filled(control)
+    advance(control, keys, state)
+    DAMAGES[damage](client, f"{space}:sample:k1@0")
+    for action in (control.deliver, control.revive, lambda keys: control.commit([(key, ref(key)) for key in keys])):
+        with pytest.raises(StateError, match="k1@0 is unknown"):
+            action(["k1@0"])
+    assert control.renewed("w", ["k1@0"], 0.0) == [False]
+    assert uris(control, ["k1@0"]) == [None]
+    assert store.add([("k1@0", "again")]) == [True]
+    expected = {key: QUEUED if key == "k1@0" else state for key in keys}
     assert states(store) == expected
     assert {name: n for name, n in store.counts().items() if n} == (
         {QUEUED: 4} if state == QUEUED else {QUEUED: 1, state: 3}
@@ -235,23 +241,21 @@ def test_a_damaged_sample_is_as_if_it_had_never_been_there(store, client, space,
 
 @pytest.mark.parametrize("state", [QUEUED, LEASED, COMMITTED])
 def test_a_sample_that_was_taken_out_of_its_set_comes_back_when_it_is_asked_for(store, client, space, state):
-    keys = filled(store)
-    advance(store, keys, state)
+    control = Control(store)
+    keys = filled(control)
+    advance(control, keys, state)
     client.delete(f"{space}:{state}")
     if state == COMMITTED:
-        assert store.deliver(keys) == [f"ref of {key}" for key in keys]
+        assert control.deliver(keys) == [ref(key) for key in keys]
         return
     for key in keys:
         with pytest.raises(StateError, match=f"{key} is {state}"):
-            store.deliver([key])
-    assert [grant.key for grant in store.lease("other", 9, 1.0, 9.0, 3)] == keys
+            control.deliver([key])
+    assert [key for key, _ in control.lent("other", 9, 1.0)] == keys
 
 
 def control(store) -> DataFlowController:
     return DataFlowController(store, FeatureStore(MemoryBackend()), max_tries=2)
-
-
-PROVENANCE = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,)), "float32")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,7 @@ def test_a_prompt_that_cannot_be_read_is_dropped_and_the_others_go_on(store, cli
 
 
 def test_a_key_that_is_no_samples_is_dropped(store, client, caplog):
-    store.ingest([("nobody", "task"), ("../x@0", "task"), ("s@x", "task")])
+    store.add([("nobody", "task"), ("../x@0", "task"), ("s@x", "task")])
     assert control(store).lease("w", 9) == []
     assert sum(store.counts().values()) == 0
 
@@ -297,15 +301,38 @@ def test_damaged_values_are_one_line_or_left_out(store, client, space, fuzz, cap
             client.hset(f"{space}:sample:s{number}@0", "state", "committed")
             client.zadd(f"{space}:committed", {f"s{number}@0": number})
         survives(everything, refusals=(UserError, StateError))
-    store.forget([entry.key for entry in store.entries(STATES)])
+    store.remove([row.key for row in store.find(STATES)])
 
 
 def test_a_counter_that_is_no_number_is_one_line(store, client, space):
     client.set(f"{space}:seq", "text")
-    assert "not an integer" in one_line(lambda: store.ingest([("k", "task")]))
+    assert "not an integer" in one_line(lambda: store.add([("k", "task")]))
 
 
-def test_a_damaged_claim_is_replaced(store, client, space):
-    client.set(f"{space}:trainer", "text")
-    store.resign("me")
-    assert store.claim("me", 0.0, 9.0) == ("me", 9.0)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_claim_is_replaced(store, client, space, damage):
+    claim(store, "other", 0.0, 9.0)
+    DAMAGES[damage](client, f"{space}:sample:trainer")
+    resign(store, "me")
+    assert claim(store, "me", 0.0, 9.0) == Claim("me", 9.0)
+
+
+def test_the_rows_of_an_earlier_revision_are_read(store, client, space):
+    """Their hashes have no owner before a lease, and no step before training; the deadline is a score."""
+    row = {"task": "t", "tries": 1, "ref": "r", "reason": ""}
+    for seq, state in enumerate(STATES, 1):
+        more = {"leased": {"owner": "w"}, "trained": {"step": 7}, "durable": {"step": 6}}.get(state, {})
+        client.hset(f"{space}:sample:s@{seq}", mapping=row | {"state": state, "seq": seq} | more)
+        client.zadd(f"{space}:{state}", {f"s@{seq}": {"leased": 12.5, "trained": 7, "durable": 6}.get(state, seq)})
+    client.set(f"{space}:seq", len(STATES))
+    client.hset(f"{space}:trainer", mapping={"holder": "one that died", "deadline": 3.0})
+    assert [(row.key, row.state) for row in store.find(STATES)] == [(f"s@{i}", x) for i, x in enumerate(STATES, 1)]
+    assert [(row.owner, row.deadline, row.tries, row.text) for row in store.find((LEASED,), text="ref")] == [
+        ("w", 12.5, 1, "r")
+    ]
+    assert claim(store, "me", 0.0, 9.0) == Claim("me", 9.0)
+    control = Control(store)
+    assert control.durable(7) == 1
+    assert control.rewind(6) == ["s@4", "s@5"]
+    assert store.add([("new", "task")]) == [True]
+    assert store.find(STATES)[-1].key == "new"

@@ -26,8 +26,8 @@ def content(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     opened = FeatureFolder.open(folder / "train")
     found = {}
     for ref in opened.refs:
-        with opened.store.get(ref) as tensors:
-            found[ref.sample_id] = {name: x.clone() for name, x in tensors.items()}
+        tensors = opened.store.get(ref)
+        found[ref.sample_id] = {name: x.clone() for name, x in tensors.items()}
     return found
 
 
@@ -94,7 +94,7 @@ def test_folders_that_name_their_encoding_elsewhere_are_read_and_gone_on_with(
     assert capture(target, prompts, folder, "--encoding", encoding) == 0
     for name in ("train", "heldout"):
         now = FeatureFolder.open(folder / name)
-        wanted = {ref.sample_id: now.store.get(ref).tensors for ref in now.refs}
+        wanted = {ref.sample_id: now.store.get(ref) for ref in now.refs}
         meta, manifest = folder / name / "features.json", folder / name / "manifest.jsonl"
         fields = json.loads(meta.read_text())
         fields["encoding"] = fields["provenance"].pop("encoding")
@@ -104,7 +104,7 @@ def test_folders_that_name_their_encoding_elsewhere_are_read_and_gone_on_with(
         manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
         old = FeatureFolder.open(folder / name)
         for ref in old.refs:
-            found = old.store.get(ref).tensors
+            found = old.store.get(ref)
             assert all(torch.equal(found[key], x) for key, x in wanted[ref.sample_id].items())
     assert capture(target, prompts, folder, "--encoding", encoding) == 0
     other = "raw" if encoding == "float8_e4m3fn" else "float8_e4m3fn"

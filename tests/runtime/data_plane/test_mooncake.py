@@ -108,8 +108,8 @@ def test_a_full_store_refuses_and_evicts_nothing(together):
         kept = [ref for ref in refs if store.holds(ref)]
         assert 8 <= len(kept) < 20
         for ref in kept:
-            with store.get(ref) as tensors:
-                assert torch.equal(tensors["states"], sample(int(ref.sample_id[1:]), 300_000)["states"])
+            tensors = store.get(ref)
+            assert torch.equal(tensors["states"], sample(int(ref.sample_id[1:]), 300_000)["states"])
         with pytest.raises(StoreFullError):
             store.flush()  # nothing that a flush has let pass is missing
         store.delete(kept.pop(0))
@@ -184,8 +184,8 @@ def test_a_flush_that_breaks_off_is_done_again(address):
     assert not store.holds(ref)
     gate.broken = False
     store.flush()
-    with store.get(ref) as tensors:
-        assert torch.equal(tensors["states"], sample(0, 300_000)["states"])
+    tensors = store.get(ref)
+    assert torch.equal(tensors["states"], sample(0, 300_000)["states"])
     close(store)
 
 
@@ -205,18 +205,16 @@ def test_what_is_written_last_arrives_before_the_store_is_left(address):
 def test_buffers_are_registered_once_and_handed_out_again_only_when_nobody_reads_them(address):
     store = FeatureStore(MooncakeBackend(address))
     refs = [put(store, f"s{i}", seed=i, length=20_000) for i in range(4)]
-    leases = [store.get(ref) for ref in refs]
-    for i, lease in enumerate(leases):
-        assert torch.equal(lease.tensors["states"], sample(i, 20_000)["states"])
-    kept = leases[0].tensors["states"][3:5]
-    places = {lease.tensors["states"].data_ptr() for lease in leases}
-    for lease in leases:
-        store.release(lease)
-    del lease, leases
+    read = [store.get(ref) for ref in refs]
+    for i, tensors in enumerate(read):
+        assert torch.equal(tensors["states"], sample(i, 20_000)["states"])
+    kept = read[0]["states"][3:5]
+    places = {tensors["states"].data_ptr() for tensors in read}
+    del tensors, read
     gc.collect()
     for _ in range(10):
-        with store.get(refs[1]) as tensors:
-            assert tensors["states"].data_ptr() in places
+        tensors = store.get(refs[1])
+        assert tensors["states"].data_ptr() in places
     assert torch.equal(kept, sample(0, 20_000)["states"][3:5])
     close(store)
 
@@ -235,8 +233,8 @@ def test_other_processes_read_and_delete_what_was_put(address):
     store = FeatureStore(MooncakeBackend(address))
     store.adopt(refs[:4])
     for seed, ref in enumerate(refs[:4]):
-        with store.get(ref) as tensors:
-            assert torch.equal(tensors["states"], sample(seed)["states"])
+        tensors = store.get(ref)
+        assert torch.equal(tensors["states"], sample(seed)["states"])
     store.discard(refs[0])
     assert store.remove_orphans(refs[1:4]) == 1
     assert [store.holds(ref) for ref in refs] == [False, True, True, True, False]
@@ -251,8 +249,8 @@ def test_samples_go_through_registered_buffers_where_the_transport_wants_that(ad
     backend.address = replace(backend.address, protocol="rdma")  # joined over TCP, which takes any memory
     refs = [first, put(store, "b", seed=1), put(store, "c", seed=2, length=100_000)]
     for seed, ref in enumerate(refs):
-        with store.get(ref) as tensors:
-            assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
+        tensors = store.get(ref)
+        assert torch.equal(tensors["states"], sample(seed, ref.num_tokens)["states"])
     close(store)
 
 
@@ -296,8 +294,8 @@ def test_after_a_restart_with_nothing_samples_are_lost_and_new_ones_are_kept():
     second = store_up(*ports)
     try:
         assert second.stdout.readline().startswith(address)
-        with store.get(put(store, "c")) as tensors:  # by the client that knew the first
-            assert torch.equal(tensors["states"], sample()["states"])
+        tensors = store.get(put(store, "c"))  # by the client that knew the first
+        assert torch.equal(tensors["states"], sample()["states"])
         close(store)
         store = FeatureStore(MooncakeBackend(address))
         store.adopt([ref])
@@ -305,8 +303,8 @@ def test_after_a_restart_with_nothing_samples_are_lost_and_new_ones_are_kept():
         with pytest.raises(BadSampleError, match="sample a: not in"):
             store.get(ref)
         new = put(store, "b")
-        with store.get(new) as tensors:
-            assert torch.equal(tensors["states"], sample()["states"])
+        tensors = store.get(new)
+        assert torch.equal(tensors["states"], sample()["states"])
         close(store)
     finally:
         second.terminate()
@@ -335,5 +333,5 @@ def test_the_command_names_a_taken_port_and_stops_cleanly(end):
 
 @needs_mooncake
 def test_too_small_a_store_is_refused():
-    with pytest.raises(UserError, match="1000 bytes; Mooncake takes no less than 16777216"):
+    with pytest.raises(UserError, match="1000 bytes; Mooncake needs at least 16777216"):
         connect(MooncakeAddress("127.0.0.1", 1, 2), 1000)

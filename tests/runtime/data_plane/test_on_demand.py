@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specforge.contracts import CapturePolicy, FeatureSpec, Provenance, SampleRef, StrategySpec
+from specforge.contracts import (
+    CapturePolicy,
+    ExpectedSample,
+    FeatureSpec,
+    PromptTask,
+    Provenance,
+    SampleRef,
+    StrategySpec,
+)
 from specforge.errors import UserError
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from specforge.runtime.data_plane.local import MemoryBackend
@@ -17,13 +25,14 @@ SPEC = StrategySpec("any", CapturePolicy(()), ("states",), 1, 1)
 LENGTH, BYTES = 10, 10 * (4 * 4 + 4 + 1)
 
 
-def expected(count: int) -> list[SampleRef]:
+def expected(count: int) -> list[ExpectedSample]:
     specs = (
         FeatureSpec("input_ids", "int32", (LENGTH,)),
         FeatureSpec("loss_mask", "uint8", (LENGTH,)),
         FeatureSpec("states", "float32", (LENGTH, 4)),
     )
-    return [SampleRef(f"s{i}", 0, specs, LENGTH, LENGTH, BYTES, "", "", f"line {i}", PROVENANCE) for i in range(count)]
+    tasks = [PromptTask(f"t{i}", tuple(range(LENGTH)), (1,) * LENGTH, f"line {i}") for i in range(count)]
+    return [ExpectedSample(f"s{i}", task, specs, BYTES, PROVENANCE) for i, task in enumerate(tasks)]
 
 
 class Producer:
@@ -35,7 +44,8 @@ class Producer:
         self.bad = bad
         self.peak = 0
 
-    def __call__(self, name: str) -> SampleRef:
+    def __call__(self, sample: ExpectedSample) -> SampleRef:
+        name = sample.sample_id
         self.made.append(name)
         value = float("nan") if name in self.bad else float(name[1:])
         tensors = {
@@ -59,7 +69,7 @@ def train(loader: FeatureDataLoader) -> list[str]:
         for name, states in zip(batch.sample_ids, batch.features["states"].split(LENGTH), strict=True):
             assert bool((states == float(name[1:])).all())
         seen += batch.sample_ids
-        loader.acknowledge(batch)
+        loader.acknowledge(batch, 1)
     return seen
 
 
@@ -69,7 +79,7 @@ def test_every_sample_is_produced_once_an_epoch_and_freed_when_trained(prefetch)
     loader = stream(producer, prefetch=prefetch)
     for epoch in range(3):
         assert train(loader) == producer.made[12 * epoch :]
-        assert producer.store.stat().samples == producer.store.stat().leases == 0
+        assert producer.store.stat().samples == 0
     assert len(producer.made) == 36
 
 
@@ -91,7 +101,7 @@ def test_a_slow_trainer_holds_the_producer_back(room, keep):
         seen = []
         for batch in loader:
             seen += batch.sample_ids
-            loader.acknowledge(batch)
+            loader.acknowledge(batch, 1)
         assert len(set(seen)) == 12
     assert producer.peak <= room * BYTES
 
@@ -107,7 +117,7 @@ def test_what_was_fetched_ahead_and_not_trained_is_let_go(taken):
     loader = stream(producer, prefetch=2)
     batches = iter(loader)
     for _ in range(taken):
-        loader.acknowledge(next(batches))
+        loader.acknowledge(next(batches), 1)
     batches.close()
     assert producer.store.stat().samples == 0
     assert len(train(loader)) == 12
@@ -126,8 +136,8 @@ def test_bad_samples_are_tried_once_and_leave_no_reservation():
 
 def test_unacknowledged_streams_free_what_was_read():
     producer = Producer(max_bytes=4 * BYTES)
-    samples = ProducedSamples(producer.store, producer, until_read=True)
-    loader = FeatureDataLoader(expected(12), samples, SPEC, batch_size=2, shuffle=False)
+    samples = ProducedSamples(producer.store, producer)
+    loader = FeatureDataLoader(expected(12), samples, SPEC, batch_size=2, shuffle=False, acknowledged=False)
     for _ in range(2):
         assert [name for batch in loader for name in batch.sample_ids] == [f"s{i}" for i in range(12)]
     assert producer.store.stat().samples == 0

@@ -1,10 +1,9 @@
 """Attention of block drafting: every block sees the tokens before its anchor, and itself.
 
-The context's keys and values are those of the packed tokens, shared by all blocks; a block brings its own
-(DFlash, arXiv 2602.06036, section 4). Blocks whose anchors lie next to each other see almost the same tokens,
-so a few of them share one fused product over the tokens up to the last anchor, with a mask no larger than that
-product's scores; the blocks' own parts are one batched product. Both parts share one softmax, merged by their
-log-sum-exp (see :mod:`specforge.modeling.layers.attention`).
+The context's keys and values are those of the packed tokens, shared by all blocks; a block brings its own (DFlash,
+arXiv 2602.06036, section 4). Blocks with neighbouring anchors see almost the same tokens, so a few of them share one
+product over the tokens up to the last anchor, with a mask no larger than that product's scores. The blocks' own parts
+are one batched product.
 
 Shape legend: N tokens of the packed batch, n blocks, b slots of a block, R = n b query rows, h query heads,
 k key/value heads, d head size.
@@ -13,13 +12,13 @@ k key/value heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specforge.modeling.layers.attention import _merge, flash, flash_backward
-from specforge.modeling.layers.flex_attention import Sight, attend
+from specforge.modeling.layers.attention import Product, additive_mask, merged_attention
+from specforge.modeling.layers.flex_attention import Visibility, visible_attention
 
 
 class BlockGroup(NamedTuple):
@@ -30,7 +29,7 @@ class BlockGroup(NamedTuple):
         stop: one past the last.
         document: flat token at which their document begins.
         low: flat token of the first anchor.
-        high: flat token of the last anchor; no block sees it or what follows.
+        high: flat token of the last anchor; no block sees it or the tokens after it.
     """
 
     first: int
@@ -38,89 +37,6 @@ class BlockGroup(NamedTuple):
     document: int
     low: int
     high: int
-
-
-class _Product(NamedTuple):
-    """One fused product: the query rows, the tokens they look at, and the mask."""
-
-    rows: slice
-    tokens: slice
-    mask: Tensor
-
-
-def _products(
-    groups: Sequence[BlockGroup], anchors: Tensor, size: int, window: int | None, dtype: torch.dtype
-) -> Iterator[_Product]:
-    slots = torch.arange(size, device=anchors.device)
-    # Not -inf: a row that sees nothing would be NaN; so it has no weight after the merge.
-    hidden = torch.finfo(dtype).min / 2
-    for first, stop, document, low, high in groups:
-        begin = document if window is None else max(document, low - window + 1)
-        if begin == high:
-            continue
-        tokens = torch.arange(begin, high, device=anchors.device)
-        at = anchors[first:stop, None, None]
-        unseen = tokens >= at
-        if window is not None:
-            unseen = unseen | (tokens <= at + slots[:, None] - window)
-        # The accelerators' kernel wants rows that begin at multiples of 16 bytes.
-        width = -(-len(tokens) // 16) * 16
-        mask = torch.zeros(stop - first, size, width, dtype=dtype, device=anchors.device)[..., : len(tokens)]
-        mask.masked_fill_(unseen, hidden)
-        rows = slice(first * size, stop * size)
-        yield _Product(rows, slice(begin, high), mask.flatten(0, 1)[None, None])
-
-
-class _BlockAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own_key: Tensor,
-        own_value: Tensor,
-        anchors: Tensor,
-        groups: Sequence[BlockGroup],
-        window: int | None,
-    ) -> Tensor:
-        size = len(query) // len(anchors)
-        q, k, v = (x.unflatten(0, (-1, size)) for x in (query, own_key, own_value))
-        part, part_lse = flash(q, k, v, causal=window is not None)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out, lse = part.to(wide).flatten(0, 1).contiguous(), part_lse.flatten(0, 1).contiguous()
-        for rows, tokens, mask in _products(groups, anchors, size, window, query.dtype):
-            seen = flash(query[rows], key[tokens], value[tokens], causal=False, mask=mask)
-            out[rows], lse[rows] = _merge(out[rows], lse[rows], *seen)
-        out = out.to(query.dtype)
-        ctx.plan = groups, window
-        ctx.save_for_backward(query, key, value, own_key, own_value, anchors, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, own_key, own_value, anchors, out, lse = ctx.saved_tensors
-        groups, window = ctx.plan
-        dtype, wide = query.dtype, lse.dtype
-        if grad.device.type == "cpu":  # whose backward kernel is several times slower in bf16 than in fp32
-            tensors = (grad, query, key, value, own_key, own_value, out)
-            grad, query, key, value, own_key, own_value, out = (x.to(wide) for x in tensors)
-        grad = grad.contiguous()
-        size = len(query) // len(anchors)
-        g, q, k, v, o, s = (x.unflatten(0, (-1, size)) for x in (grad, query, own_key, own_value, out, lse))
-        grads = flash_backward(g, q, k, v, o, s, causal=window is not None)
-        grad_query, grad_own_key, grad_own_value = (x.flatten(0, 1).to(wide) for x in grads)
-        grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
-        for rows, tokens, mask in _products(groups, anchors, size, window, query.dtype):
-            dq, dk, dv = flash_backward(
-                grad[rows], query[rows], key[tokens], value[tokens], out[rows], lse[rows], False, mask
-            )
-            grad_query[rows] += dq
-            grad_key[tokens] += dk
-            grad_value[tokens] += dv
-        found = (grad_query, grad_key, grad_value, grad_own_key, grad_own_value)
-        return *(x.to(dtype) for x in found), None, None, None
 
 
 def block_attention(
@@ -135,7 +51,7 @@ def block_attention(
     *,
     flex: bool = False,
 ) -> Tensor:
-    """Attention of all blocks, exact; no mask is larger than the scores of a few blocks.
+    """Attention of all blocks; no mask is larger than the scores of a few blocks.
 
     Args:
         query: ``[R, h, d]``, positions already applied.
@@ -143,24 +59,44 @@ def block_attention(
         value: values of all tokens, ``[N, k, d]``.
         own_key: the blocks' own keys, ``[R, k, d]``.
         own_value: the blocks' own values, ``[R, k, d]``.
-        anchors: ``[n]`` flat token of each block's slot 0; tokens before it are seen.
-        groups: the blocks by document; what is in none sees its own block only.
-        window: keys that lie this far back or further are hidden, and slots after a row's own (a sliding layer);
-            None for a full layer, which sees its whole block. At least b.
-        flex: compute it by FlexAttention.
+        anchors: ``[n]`` flat token of each block's slot 0; a block sees the tokens before it.
+        groups: the blocks by document; a block in none sees only itself.
+        window: in a sliding layer, a row sees no key that is this many tokens back or more, and no slot after its own;
+            None for a full layer, in which a row sees its whole block. At least b.
+        flex: whether to use FlexAttention.
 
     Returns:
         ``[R, h, d]`` in the dtype of ``query``.
     """
+    tokens, blocks, rows = len(key), len(anchors), len(query)
+    size = rows // blocks
     if flex:
-        sight = _sight(len(query) // len(anchors), anchors, groups, window)
-        return attend(query, key, value, [(own_key, own_value)], sight)
-    return _BlockAttention.apply(  # type: ignore[no-any-return]
-        query, key, value, own_key, own_value, anchors, groups, window
-    )
+        visibility = _visibility(size, anchors, groups, window)
+        return visible_attention(query, key, value, [(own_key, own_value)], visibility)
+
+    def products(dtype: torch.dtype) -> Iterator[Product]:
+        own = slice(tokens, tokens + rows)
+        yield Product(slice(0, rows), (own,), causal=window is not None, runs=blocks)
+        for first, stop, document, low, high in groups:
+            begin = document if window is None else max(document, low - window + 1)
+            if begin < high:
+                seen = torch.arange(begin, high, device=anchors.device)
+                mask = additive_mask(_allowed(seen, anchors[first:stop], size, window), dtype)
+                yield Product(slice(first * size, stop * size), (slice(begin, high),), mask=mask, merge=True)
+
+    return merged_attention(query, torch.cat([key, own_key]), torch.cat([value, own_value]), products)
 
 
-def _sight(size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int | None) -> Sight:
+def _allowed(tokens: Tensor, anchors: Tensor, size: int, window: int | None) -> Tensor:
+    """Whether the rows of some blocks, all slots of one after those of the other, see the context's ``tokens``."""
+    at = anchors[:, None, None]
+    allowed = (tokens < at).expand(-1, size, -1)
+    if window is not None:
+        allowed = allowed & (tokens > at + torch.arange(size, device=anchors.device)[:, None] - window)
+    return allowed.flatten(0, 1)
+
+
+def _visibility(size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int | None) -> Visibility:
     slots = torch.arange(size, device=anchors.device)
     documents = anchors.new_zeros(len(anchors))
     real = torch.zeros_like(documents)
@@ -172,4 +108,4 @@ def _sight(size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int
         low, order = torch.maximum(low, anchors.unsqueeze(1) + slots - window + 1), slots
     block = torch.arange(len(anchors), device=anchors.device)
     group, order = torch.broadcast_tensors(block.unsqueeze(1), order)
-    return Sight(*(x.flatten() for x in (low, high, group, order)))
+    return Visibility(*(x.flatten() for x in (low, high, group, order)))

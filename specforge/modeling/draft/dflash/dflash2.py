@@ -1,10 +1,10 @@
-"""The DFlash-2 draft: DFlash with convolutions over the slots of a block and a choice among the likeliest tokens.
+"""The DFlash-2 draft: DFlash with convolutions over the slots of a block, and a selection among the likeliest tokens.
 
-The network is that of the published ``DFlash2DraftModel`` checkpoints; there is no paper. Each sublayer reads and
-writes through a causal convolution over its block's slots, whose coefficients depend on the slot's normed input x:
-y_k = Σ_j x_{k-j} ⊙ (base_j + delta_{k,j}), delta = W x_k being one number for each group of channels. It starts as the
-identity. The head's ``selector_top_k`` likeliest tokens are scored again by what comes before: token c after token t,
-at the state z, gets U(c) + Σ (A_t ⊙ P z ⊙ B_c), and the best of them is drafted.
+The network is that of the published ``DFlash2DraftModel`` checkpoints; there is no paper. The input and output of each
+sublayer pass through a causal convolution over the slots of the block, y_k = Σ_j x_{k-j} ⊙ (base_j + delta_{k,j}).
+delta = W x_k depends on the slot's normed input, with one coefficient per group of channels. The convolution starts as
+the identity. The head's ``selector_top_k`` likeliest tokens are scored again given the preceding token: token c after
+token t, at state z, gets U(c) + Σ (A_t ⊙ P z ⊙ B_c), and the best of them is drafted.
 
 Shape legend: R rows (whole blocks of b slots), H hidden size, J taps, g groups, M drafts, r rank, K candidates, V
 vocabulary, D draft vocabulary.
@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
 
-from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, _Heads, _Weights, block_size
+from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, block_size
 from specforge.modeling.draft.fields import SIZE, Fields, by_default
 from specforge.modeling.draft.registry import register_draft
+from specforge.modeling.layers.decoder_layer import LayerWeights
 
 IN, OUT = 0, 1
 
 
 class DynamicConv(nn.Module):
-    """The convolutions before (``IN``) and behind (``OUT``) a sublayer.
+    """The convolutions before (``IN``) and after (``OUT``) a sublayer.
 
     Args:
         width: H.
         block: b.
         taps: J.
-        group: channels of a group.
+        group: channels per group.
 
     Raises:
         ValueError: the groups do not divide the channels, or there are more taps than slots.
@@ -52,13 +53,13 @@ class DynamicConv(nn.Module):
         self.start_as_identity()
 
     def start_as_identity(self) -> None:
-        """Pass on what comes in."""
+        """Reset the parameters so that the output equals the input."""
         with torch.no_grad():
             self.base_kernel.zero_()[:, 0] = 1.0
             self.kernel_projection.weight.zero_()
 
     def forward(self, x: Tensor, normed: Tensor, side: int) -> Tensor:
-        """Convolve ``x [R, H]``, with the coefficients that the sublayer's input ``normed [R, H]`` says."""
+        """Convolve ``x [R, H]`` with the coefficients that belong to the sublayer's input ``normed [R, H]``."""
         matrix = self.kernel_projection.weight.chunk(2)[side].to(x.dtype)
         delta = F.linear(normed, matrix).view(-1, self.block, self.taps, matrix.shape[0] // self.taps, 1)
         base = self.base_kernel[side].to(x.dtype).view(self.taps, -1, self.group)
@@ -71,7 +72,7 @@ class DynamicConv(nn.Module):
 
 
 class DFlash2Layer(BlockLayer):
-    """DFlash's layer between convolutions; the context's keys and values pass none."""
+    """DFlash's layer with convolutions around its sublayers, except for the context's keys and values."""
 
     mixes_slots: ClassVar[bool] = True
 
@@ -82,25 +83,25 @@ class DFlash2Layer(BlockLayer):
         self.attention_conv = DynamicConv(config.hidden_size, block_size(config), *sizes)
         self.mlp_conv = DynamicConv(config.hidden_size, block_size(config), *sizes)
 
-    def project(self, hidden: Tensor, w: _Weights) -> _Heads:
-        """Heads of whole blocks' rows ``[R, H]``."""
+    def project(self, hidden: Tensor, w: LayerWeights) -> Tensor:
+        """Input products of the rows ``[R, H]`` of whole blocks."""
         normed = self.input_layernorm(hidden)
-        return self._heads(F.linear(self.attention_conv(normed, normed, IN), w.qkv))
+        return F.linear(self.attention_conv(normed, normed, IN), w.hidden)
 
-    def finish(self, hidden: Tensor, attention: Tensor, w: _Weights) -> Tensor:
-        """As :meth:`BlockLayer.finish`, of whole blocks."""
+    def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
+        """As :meth:`DecoderLayer.finish`, for the rows of whole blocks."""
         out = F.linear(attention.flatten(1), w.out)
         hidden = hidden + self.attention_conv(out, self.input_layernorm(hidden), OUT)
         normed = self.post_attention_layernorm(hidden)
-        gate, up = F.linear(self.mlp_conv(normed, normed, IN), w.gate_up).chunk(2, -1)
-        return hidden + self.mlp_conv(F.linear(F.silu(gate) * up, w.down), normed, OUT)
+        gate, up = F.linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]).chunk(2, -1)
+        return hidden + self.mlp_conv(F.linear(F.silu(gate) * up, w.mlp["down"]), normed, OUT)
 
 
 class CandidateSelector(nn.Module):
-    """Scores of a token after another, at a state.
+    """Scores of a token given the preceding token and the state.
 
     Args:
-        vocab_size: V, of the tokens before.
+        vocab_size: V, of the preceding tokens.
         draft_vocab_size: D.
         hidden_size: H.
         rank: r.
@@ -115,7 +116,7 @@ class CandidateSelector(nn.Module):
         self.hidden_projection = nn.Linear(hidden_size, rank, bias=False)
 
     def context(self, states: Tensor, before: Tensor) -> Tensor:
-        """A_t ⊙ P z, ``[M, r]``, of ``states [M, H]`` and the tokens ``before [M]``."""
+        """A_t ⊙ P z, ``[M, r]``, for ``states [M, H]`` and the preceding tokens ``before [M]``."""
         seen = F.embedding(before, self.predecessor_codebook).to(states.dtype)
         return seen * F.linear(states, self.hidden_projection.weight.to(states.dtype))
 
@@ -134,11 +135,11 @@ class DFlash2(DFlash):
     """DFlash-2.
 
     Args:
-        config: as :class:`DFlash`'s, its ``dflash_config`` with ``conv_kernel_size`` (2), ``conv_group_size`` (16),
-            ``selector_rank`` (256) and ``selector_top_k`` (16).
+        config: as for :class:`DFlash`, with ``conv_kernel_size`` (2), ``conv_group_size`` (16), ``selector_rank`` (256)
+            and ``selector_top_k`` (16) in ``dflash_config``.
 
     Raises:
-        ValueError: a field is missing or asks for a network that this class is not.
+        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -157,7 +158,7 @@ class DFlash2(DFlash):
 
 
 class SelectingCorrector:
-    """The selector when decoding, token by token.
+    """Selects among the candidates token by token when decoding.
 
     Args:
         draft: the network.
@@ -169,9 +170,9 @@ class SelectingCorrector:
         self._matrix = self.selector.successor_codebook.to(dtype)
 
     def reset(self) -> None:
-        """Nothing is remembered."""
+        """Start a new block; the selector has no state."""
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
-        """The scores of the candidates after ``token``; -inf elsewhere."""
+        """The scores ``[D]`` of the candidates after ``token``; -inf elsewhere."""
         context = self.selector.context(state.unsqueeze(0), torch.tensor([token], device=state.device))
         return self.selector.choose(logits, F.linear(context, self._matrix)[0])

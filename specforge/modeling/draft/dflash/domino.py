@@ -1,9 +1,9 @@
-"""The Domino draft: the block backbone, and a GRU that tells each draft which tokens of the block come before it.
+"""The Domino draft: the DFlash backbone, and a GRU over the preceding tokens of the block (arXiv 2605.29707).
 
-Domino (arXiv 2605.29707): the backbone drafts all tokens in parallel, with base logits U_d. A GRU reads the tokens of
-the block one by one; g_d is its state after the anchor and the d tokens behind it. The final logits of draft d are
-U_d + W2 SiLU(W1 [z_d; g_d]), z the backbone's states, from draft ``pure_draft_prefix_len`` on; those before keep the
-base logits. With ``shift_label`` slot 0, the anchor, predicts too.
+The backbone drafts all tokens in parallel, with base logits U_d. A GRU reads the tokens of the block one by one; g_d is
+its state after the anchor and the d tokens after it. The final logits of draft d are U_d + W2 SiLU(W1 [z_d; g_d]), with
+z the backbone's states, from draft ``pure_draft_prefix_len`` on; earlier drafts keep the base logits. With
+``shift_label`` slot 0, the anchor, predicts a token, too.
 
 Shape legend: M drafts, n blocks, T drafts of a block, H hidden size, G hidden size of the GRU, r width of the
 correction, D draft vocabulary.
@@ -25,10 +25,10 @@ from specforge.modeling.draft.registry import register_draft
 
 
 class PrefixGRU(nn.Module):
-    """A GRU without biases, its parameters named and laid out as in ``torch.nn.GRU``.
+    """A GRU without biases, with the parameter names and layout of ``torch.nn.GRU``.
 
     Args:
-        width: of the inputs, H.
+        width: H, width of the inputs.
         hidden: G.
     """
 
@@ -41,11 +41,11 @@ class PrefixGRU(nn.Module):
             nn.init.uniform_(weight, -(hidden**-0.5), hidden**-0.5)
 
     def read(self, inputs: Tensor) -> Tensor:
-        """The inputs' part ``[..., 3 G]`` of all gates, which no state enters, of ``inputs [..., H]``."""
+        """The inputs' part ``[..., 3 G]`` of all gates, which does not depend on the state, for ``inputs [..., H]``."""
         return F.linear(inputs, self.weight_ih_l0.to(inputs.dtype))
 
     def step(self, gates: Tensor, state: Tensor) -> Tensor:
-        """Next state ``[n, G]``, from what :meth:`read` made of the input, ``[n, 3 G]``, and the state before it.
+        """Next state ``[n, G]``, from the input's part of the gates ``[n, 3 G]`` (:meth:`read`) and the previous state.
 
         r, u = σ(..), c = tanh(W x + r ⊙ V h), h' = (1 - u) ⊙ c + u ⊙ h.
         """
@@ -71,14 +71,14 @@ class Domino(DFlash):
     """Domino.
 
     Args:
-        config: as :class:`DFlash`'s, its ``dflash_config`` with ``gru_hidden_dim``, ``emb_dim``,
-            ``pure_draft_prefix_len`` (1) and ``shift_label`` (true).
+        config: as for :class:`DFlash`, with ``gru_hidden_dim``, ``emb_dim``, ``pure_draft_prefix_len`` (1) and
+            ``shift_label`` (true) in ``dflash_config``.
 
     Raises:
-        ValueError: a field is missing or asks for a network that this class is not.
+        ValueError: a field is missing or describes a network that this class does not implement.
 
     Attributes:
-        prefix: drafts at the start of a block that keep their base logits.
+        prefix: number of drafts at the start of a block that keep their base logits.
     """
 
     fields: ClassVar[Fields] = {**DFlash.fields, "dflash_config": {**DFlash.nested, **_NESTED}}
@@ -100,8 +100,8 @@ class Domino(DFlash):
         )
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """Other projects name the architecture of DFlash and set this field."""
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """Other projects use the name of DFlash's architecture and set ``projector_type``."""
         nested = config.get("dflash_config")
         return isinstance(nested, Mapping) and _KIND.allows(nested.get("projector_type"))
 
@@ -111,7 +111,7 @@ class Domino(DFlash):
         return int(self.config.dflash_config.get("shift_label", True))
 
     def mix(self, states: Tensor, memory: Tensor) -> Tensor:
-        """What the last matrix reads, ``[M, r]``: SiLU(W1 [z; g]) of ``states [M, H]`` and ``memory [M, G]``."""
+        """The input ``[M, r]`` of W2: SiLU(W1 [z; g]) of ``states [M, H]`` and ``memory [M, G]``."""
         matrix = self.embed_proj.get_parameter("0.weight").to(states.dtype)
         return F.silu(F.linear(torch.cat([states, memory.to(states.dtype)], -1), matrix))
 
@@ -121,20 +121,20 @@ class Domino(DFlash):
         return self.embed_proj.get_parameter("2.weight")
 
     def corrections(self, embeds: Tensor, tokens: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
-        """What the last matrix reads for every draft; 0 for the drafts that keep their base logits.
+        """The input of W2 for every draft; 0 for drafts that keep their base logits.
 
         Args:
-            embeds: ``[K, H]`` embeddings of the different tokens there are.
-            tokens: ``[n, T]`` which of them the blocks hold: the anchor and the tokens behind it.
+            embeds: ``[K, H]`` embeddings of the distinct tokens.
+            tokens: ``[n, T]`` index of each token of the blocks among them: the anchor and the tokens after it.
             states: ``[M, H]`` the drafts' states.
             block: ``[M]`` block of each draft.
-            depth: ``[M]`` which of its block it is.
+            depth: ``[M]`` index of the draft in its block.
 
         Returns:
             ``[M, r]``.
         """
         rows = (depth >= self.prefix).nonzero().flatten()
-        # One product for each different token rather than each slot: blocks overlap, and words come again.
+        # One product per distinct token instead of per slot: blocks overlap, and tokens recur.
         gates = self.prefix_gru.read(embeds.to(states.dtype))
         memory = [gates.new_zeros(len(tokens), self.prefix_gru.hidden)]
         for column in tokens.unbind(1):
@@ -145,11 +145,11 @@ class Domino(DFlash):
 
 
 class DominoCorrector:
-    """The GRU and its correction when decoding, token by token.
+    """Corrects the logits token by token when decoding.
 
     Args:
         draft: the network.
-        embed: embeddings ``[n, H]`` of token ids ``[n]``.
+        embed: maps token ids ``[n]`` to embeddings ``[n, H]``.
         dtype: compute dtype.
     """
 
@@ -159,12 +159,12 @@ class DominoCorrector:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a block."""
+        """Start a new block."""
         self._memory = self._matrix.new_zeros(1, self.draft.prefix_gru.hidden)
         self._depth = 0
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
-        """The logits of the draft after ``token``, corrected."""
+        """The corrected logits ``[D]`` of the draft after ``token``."""
         embeds = self.embed(torch.tensor([token], device=state.device)).to(self.dtype)
         gru = self.draft.prefix_gru
         self._memory = gru.step(gru.read(embeds), self._memory)

@@ -1,4 +1,4 @@
-"""Drafts a whole block at once with a trained network: the context grows, the block is computed anew every round."""
+"""Drafter of the block families: the context's cache grows, and every round computes a new block."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from specforge.modeling.draft.dflash.network import BlockDecoder
 
 
 class Corrector(Protocol):
-    """Corrects a block's logits by the tokens drafted so far."""
+    """Corrects a block's logits given the tokens drafted so far."""
 
     def reset(self) -> None:
-        """Begin a block."""
+        """Start a new block."""
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
-        """The next draft's final logits ``[D]``, from its logits, its state ``[H]`` and the token before it."""
+        """The next draft's final logits ``[D]``, from its own logits, its state ``[H]`` and the preceding token."""
 
 
 class BlockDrafter(TrainedDrafter):
@@ -31,7 +31,7 @@ class BlockDrafter(TrainedDrafter):
     Args:
         network: the network.
         embed: embeddings ``[n, H]`` of token ids ``[n]``.
-        head: the target's, over the draft vocabulary.
+        head: the target's head over the draft vocabulary.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
@@ -39,7 +39,6 @@ class BlockDrafter(TrainedDrafter):
         mask_token_id: the token of every slot but the first.
         first: the slot that drafts the first token: 1 where slots predict their own token, 0 where the next one.
         corrector: of the logits, token by token; None drafts all tokens from the block alone.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
@@ -55,21 +54,15 @@ class BlockDrafter(TrainedDrafter):
         mask_token_id: int,
         first: int,
         corrector: Corrector | None = None,
-        deterministic: bool = False,
     ) -> None:
         self.network, self.embed, self.head = network, embed, head
         self.first, self.corrector = first, corrector
         self._block = torch.full((block_size,), mask_token_id, device=target_ids.device)
-        super().__init__(target_ids, vocab_size, capture, deterministic)
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.network.reset()
+        super().__init__(target_ids, vocab_size, capture, network)
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Extend the context by what was committed, then draft a block behind it; at most b tokens."""
+        """Extend the context by the committed tokens, and draft a block after it; at most b tokens."""
         count = min(count, len(self._block) - self.first)
         if count == 0:
             return Proposal(())

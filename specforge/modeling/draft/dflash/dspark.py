@@ -1,9 +1,9 @@
-"""The DSpark draft: the block backbone, a Markov head that corrects each draft by the token before it, a confidence.
+"""The DSpark draft: the DFlash backbone, a Markov head and a confidence head (arXiv 2607.05147).
 
-DSpark (arXiv 2607.05147): slot 0, the anchor, predicts too, so a block of b tokens drafts b. The logits of draft d
-are U_d + B_d, U the target's head on the backbone's states and B low-rank in the token before (``vanilla``), in it
-and the state (``gated``), or in all tokens of the block so far (``rnn``). The confidence estimates the
-probability that the draft is accepted.
+Slot 0, the anchor, predicts a token, too, so a block of b slots drafts b tokens. The logits of draft d are U_d + B_d. U
+is the target's head on the backbone's states. B is low-rank and depends on the preceding token (``vanilla``), on it
+and the state (``gated``), or on all preceding tokens of the block (``rnn``). The confidence estimates the probability
+that the draft is accepted.
 
 Shape legend: M drafts, n blocks, T drafts of a block, H hidden size, r Markov rank, D draft vocabulary.
 """
@@ -25,10 +25,10 @@ KINDS = ("vanilla", "gated", "rnn")
 
 
 class MarkovHead(nn.Module):
-    """Low-rank correction of the logits by the tokens before.
+    """Low-rank correction of the logits given the preceding tokens.
 
     Args:
-        vocab_size: V, of the tokens before.
+        vocab_size: V, of the preceding tokens.
         draft_vocab_size: D.
         hidden_size: H.
         rank: r.
@@ -46,16 +46,16 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """``W1`` of some tokens."""
+        """Rows ``[M, r]`` of the first matrix for ``tokens [M]``."""
         return F.embedding(tokens, self.markov_w1.weight).to(dtype)
 
     def forward(self, before: Tensor, states: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What ``markov_w2`` reads.
+        """The input of ``markov_w2``.
 
         Args:
-            before: ``[M, r]`` embedded token before each draft.
+            before: ``[M, r]`` embedding of the token before each draft.
             states: ``[M, H]`` the drafts' states.
-            memory: ``[M, r]`` what ``rnn`` remembers of the drafts before; None at the first.
+            memory: ``[M, r]`` state of ``rnn`` after the preceding drafts; None at the first.
 
         Returns:
             ``[M, r]``, and the memory after these drafts (``rnn`` only).
@@ -72,7 +72,7 @@ class MarkovHead(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """The logit of the probability that a draft is accepted."""
+    """Estimates, as a logit, the probability that a draft is accepted."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,11 +92,11 @@ class DSpark(DFlash):
     """DSpark.
 
     Args:
-        config: as :class:`DFlash`'s, with ``markov_rank``, ``markov_head_type`` (``vanilla``, ``gated``, ``rnn``),
+        config: as for :class:`DFlash`, with ``markov_rank``, ``markov_head_type`` (``vanilla``, ``gated``, ``rnn``),
             ``enable_confidence_head`` and ``confidence_head_with_markov``.
 
     Raises:
-        ValueError: a field is missing or asks for a network that this class is not.
+        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -118,17 +118,17 @@ class DSpark(DFlash):
 
     @property
     def shift(self) -> int:
-        """1: the anchor's slot predicts too."""
+        """1: the anchor's slot predicts, too."""
         return 1
 
     def corrections(self, before: Tensor, states: Tensor, block: Tensor, depth: Tensor) -> Tensor:
-        """What the Markov head's second matrix reads for every draft.
+        """The input of the Markov head's second matrix for every draft.
 
         Args:
-            before: ``[M, r]`` embedded token before each draft.
+            before: ``[M, r]`` embedding of the token before each draft.
             states: ``[M, H]`` their states.
             block: ``[M]`` block of each draft, ascending.
-            depth: ``[M]`` which of its block it is; 0, 1, ... without a gap.
+            depth: ``[M]`` index of the draft in its block; 0, 1, ... without gaps.
 
         Returns:
             ``[M, r]``.
@@ -147,14 +147,14 @@ class DSpark(DFlash):
         return torch.cat(found)[torch.cat(at).argsort()]
 
     def confidence(self, before: Tensor, states: Tensor) -> Tensor | None:
-        """Logits ``[M]`` of the drafts' acceptance; None without the head."""
+        """Logits ``[M]`` of the drafts' acceptance; None without a confidence head."""
         if self.confidence_head is None:
             return None
         return self.confidence_head(torch.cat([states, before], -1) if self.with_markov else states)
 
 
 class MarkovCorrector:
-    """The Markov head when decoding, token by token.
+    """Corrects the logits token by token when decoding.
 
     Args:
         draft: the network.
@@ -167,11 +167,11 @@ class MarkovCorrector:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a block."""
+        """Start a new block."""
         self._memory: Tensor | None = None
 
     def __call__(self, logits: Tensor, state: Tensor, token: int) -> Tensor:
-        """The logits of the draft after ``token``, corrected."""
+        """The corrected logits ``[D]`` of the draft after ``token``."""
         before = self.head.embed(torch.tensor([token], device=state.device), self.dtype)
         out, self._memory = self.head(before, state.unsqueeze(0), self._memory)
         return logits + F.linear(out, self._matrix)[0]

@@ -1,4 +1,4 @@
-"""Block drafters: the names of the DFlash code, which SGLang loads with or without ``model.`` in front."""
+"""Formats of block drafters: the names of the DFlash code, which SGLang loads with or without the prefix ``model.``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from specforge.modeling.draft.format import DTYPES, DraftFormat
 
 
 class DFlashFormat(DraftFormat):
-    """DFlash checkpoints, and DFlash-2's: the embedding and the head are the target's."""
+    """DFlash and DFlash-2 checkpoints; embedding and head are the target's."""
 
     aliases = (("model.", ""), ("encoder.fc.", "fc."), ("encoder.output_norm_enc.", "hidden_norm."))
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
     server = "DFLASH"
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """See :meth:`DraftFormat.check`."""
+        """Reject drafts that SGLang cannot serve, or would serve as a different network.
+
+        Raises:
+            UserError: names the field and the server's interpretation of it.
+        """
         fields = config["dflash_config"]
         check_captured_layers(fields["target_layer_ids"], target)
         if config["draft_vocab_size"] != target.vocab_size:
@@ -32,18 +36,20 @@ class DFlashFormat(DraftFormat):
             )
         if target.lm_head_bias() is not None:
             raise UserError(
-                f"export: the head of {target.name} has a bias, which SGLang leaves out when it drafts; use --to hf"
+                f"export: the head of {target.name} has a bias, which SGLang omits when drafting; use --to hf"
             )
         if "partial_rotary_factor" in config["rope_parameters"]:
             raise UserError("export: partial_rotary_factor is set; SGLang's DFlash rotates whole heads")
         if config.get("qk_norm") is False:
-            raise UserError("export: qk_norm is off; SGLang's DFlash has the norms of Qwen3, and needs their weights")
+            raise UserError("export: qk_norm is off, but SGLang's DFlash requires the norms of Qwen3; use --to hf")
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """For a draft vocabulary, add the target's head for its tokens; vLLM would leave it at random values.
+        """As in :class:`DraftFormat`; with a draft vocabulary, add the target's head for its tokens.
+
+        Without it, vLLM would leave the head at random values.
 
         Raises:
-            UserError: see :meth:`DraftFormat.to_hf`; or the head of a draft vocabulary would need a bias.
+            UserError: as in :class:`DraftFormat`; or the head of a draft vocabulary would need a bias.
         """
         extra: dict[str, Tensor] = {}
         if not bool(draft.t2d.all()):
@@ -55,29 +61,29 @@ class DFlashFormat(DraftFormat):
         self._write(draft, folder, dtype, extra)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without the vocabulary maps where they say nothing."""
+        """The tensors, without the vocabulary maps if the draft predicts the whole vocabulary."""
         maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
         return {name: x for name, x in state.items() if name not in maps}
 
 
 class DSparkFormat(DFlashFormat):
-    """DSpark checkpoints; SGLang reads the heads' fields at the top of the config, where SpecForge has them."""
+    """DSpark checkpoints; SGLang and SpecForge both have the heads' fields at the top level of the config."""
 
     server = "DSPARK"
 
 
 class DominoFormat(DFlashFormat):
-    """Domino checkpoints, which SGLang serves as DFLASH and tells by ``projector_type``."""
+    """Domino checkpoints, which SGLang serves as DFLASH and recognises by ``projector_type``."""
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """See :meth:`DraftFormat.check`."""
+        """As in :class:`DFlashFormat`; SGLang keeps the base logits of exactly one draft."""
         super().check(config, target)
         prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
         if prefix != 1:
             raise UserError(f"export: pure_draft_prefix_len is {prefix}; SGLang corrects all drafts but one")
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As everywhere, under DFlash's architecture, with every field that SGLang needs."""
+        """As in :class:`DraftFormat`, under DFlash's architecture, with every field that SGLang needs."""
         fields = {"shift_label": True, "pure_draft_prefix_len": 1, **config["dflash_config"]}
         return {
             **super().config(config, dtype),

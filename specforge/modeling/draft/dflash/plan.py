@@ -1,8 +1,8 @@
-"""Which blocks a block drafter trains on, planned on the host: anchors by document, and their supervised slots.
+"""The blocks that a block drafter trains on, planned on the host: anchors by document, and their supervised drafts.
 
-A block starts at its anchor, a token that is known; slot k of it stands at the anchor's position + k. Its d-th
-draft (d = 0, 1, ...) is the token d + 1 after the anchor, wherever in the block it is predicted. A draft is
-trained where that token is of the anchor's own document and supervised.
+A block starts at its anchor, a known token; its slot k has the anchor's position + k. Its d-th draft (d = 0, 1, ...) is
+the token d + 1 after the anchor, whichever slot predicts it. A draft is trained if that token is supervised and in the
+anchor's document.
 
 Shape legend: N tokens of the packed batch, n blocks, b slots of a block, M supervised drafts.
 """
@@ -18,11 +18,11 @@ import xxhash
 from torch import Tensor
 
 from specforge.modeling.draft.dflash.attention import BlockGroup
-from specforge.modeling.draft.unroll import ROUND, Plan, borders
+from specforge.modeling.draft.plan import ROUND, Plan, borders
 
-# Blocks that share one product over the context; more of them hide more of it from each other.
+# Blocks that share one product over the context. The more share one, the more of its scores are masked.
 _GROUP = 8
-# Blocks are padded to a multiple of this, for the same reason as rows (see ROUND).
+# The number of blocks is rounded up to a multiple of this, for the same reason as rows (see ROUND).
 _BLOCK_ROUND = 4
 
 
@@ -32,15 +32,15 @@ class BlockPlan(Plan):
 
     Attributes:
         count: supervised drafts; M is padded to a multiple of :data:`ROUND`, n to a multiple of four.
-        blocks: real blocks among the n.
+        blocks: number of blocks without padding.
         anchors: ``[n]`` flat token of each block's anchor, ascending.
         positions: ``[N]`` position of each token in its document.
-        groups: the blocks, some at a time.
+        groups: runs of blocks that share a product over the context.
         block: ``[M]`` block of each draft, ascending.
-        depth: ``[M]`` d, which draft of its block it is.
+        depth: ``[M]`` index d of the draft in its block.
         labels: ``[M]`` flat token that it predicts.
-        firsts: for every real block, how many drafts lie before its own; last, their number.
-        longest: tokens of the longest document.
+        firsts: index of every block's first draft, without padding; last, the number of drafts.
+        longest: number of tokens of the longest document.
     """
 
     count: int
@@ -56,7 +56,7 @@ class BlockPlan(Plan):
 
 
 def starts(spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Every anchor there can be: supervised tokens that a supervised token of their run follows."""
+    """Every possible anchor: supervised tokens that are followed by a supervised token of the same run."""
     parts = [np.arange(first, stop - 1, dtype=np.int64) for first, stop in spans]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
@@ -64,15 +64,15 @@ def starts(spans: Sequence[tuple[int, int]]) -> np.ndarray:
 def sample_anchors(
     lengths: Sequence[int], spans: Sequence[tuple[int, int]], most: int, keys: Sequence[str]
 ) -> np.ndarray:
-    """Draw at most ``most`` anchors of each document, uniformly and without replacement.
+    """Draw at most ``most`` anchors per document, uniformly and without replacement.
 
-    What is drawn for a document depends on its key alone, so neither batches, ranks nor a resumption change it.
+    A document's anchors depend on its key alone, so they do not change with the batch, the rank or a resumed run.
 
     Args:
         lengths: tokens of each document.
         spans: supervised runs.
-        most: anchors of a document.
-        keys: seed of each document's draw.
+        most: maximum number of anchors per document.
+        keys: random seed of each document.
 
     Returns:
         Flat tokens, ascending.
@@ -98,15 +98,27 @@ def plan_blocks(
     *,
     contiguous: bool = False,
 ) -> BlockPlan:
-    """Plan the blocks of some anchors.
+    """Plan the blocks at the given anchors.
+
+    For example, six tokens whose last three are supervised, two anchors, two drafts per block,
+    ``plan_blocks([6], [(3, 6)], np.array([3, 4]), depths=2)``, without the padding of n and M::
+
+        anchor     3     4
+        draft 0    4     5
+        draft 1    5     -      token 6 is not there
+
+        block  = 0 0 1          of the three drafts
+        depth  = 0 1 0
+        labels = 4 5 5
+        firsts = 0 2 3
 
     Args:
-        lengths: tokens of each document, in order; what lies behind them is padding.
+        lengths: tokens of each document, in order; the tokens after them are padding.
         spans: supervised tokens as flat ``(start, stop)`` runs, sorted, none crossing a document's border.
         anchors: flat tokens, ascending.
-        depths: drafts of a block.
-        tokens: N when the batch is padded; the sum of ``lengths`` when not given.
-        contiguous: a token that is not supervised ends the block, rather than leaving a gap in it.
+        depths: drafts per block.
+        tokens: N if the batch is padded; by default the sum of ``lengths``.
+        contiguous: whether an unsupervised token ends the block instead of leaving a gap in it.
     """
     tokens = sum(lengths) if tokens is None else tokens
     begin, end = borders(lengths, tokens)

@@ -1,1 +1,1 @@
-"""EAGLE-3 drafts: Llama and DeepSeek layers, and their names in servers."""
+"""EAGLE-3 drafts, with a Llama or a DeepSeek layer."""

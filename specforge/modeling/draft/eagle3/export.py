@@ -1,4 +1,4 @@
-"""EAGLE-3 drafts: SpecForge keeps the names of the EAGLE-3 code (``midlayer.*``), which SGLang and vLLM load."""
+"""The format of EAGLE-3 drafts: SpecForge keeps the names of the EAGLE-3 code (``midlayer.*``), for SGLang and vLLM."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ class Eagle3Format(DraftFormat):
     server, chain = "EAGLE3", 4
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """See :meth:`DraftFormat.config`; with the fields of :func:`for_vllm`."""
+        """As in :class:`DraftFormat`, with the fields of :func:`for_vllm`."""
         return {**super().config(config, dtype), **for_vllm(config)}
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """See :meth:`DraftFormat.check`."""
+        """Reject drafts that SGLang cannot serve, or would serve as a different network.
+
+        Raises:
+            UserError: names the field and the server's interpretation of it.
+        """
         eagle = config.get("eagle_config") or {}
         layers = eagle.get("eagle_aux_hidden_state_layer_ids")
         if not layers:
@@ -61,11 +65,11 @@ class Eagle3Format(DraftFormat):
 
 
 def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields that vLLM reads in configs of drafts with fused features.
+    """Fields that vLLM reads in the configs of EAGLE drafts.
 
     It counts captured layers by their inputs, so its ids are one higher than SGLang's. Its top-level field takes
-    precedence over ``eagle_config``, so one folder is right for both. It takes ``norm_before_residual`` as true in some
-    forms if it is absent.
+    precedence over ``eagle_config``, so one folder serves both. In some forms, a missing ``norm_before_residual`` means
+    true to vLLM.
     """
     layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     return {
@@ -75,13 +79,13 @@ def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_captured_layers(layers: list[int], target: TargetFiles) -> None:
-    """Refuse the target's last layer: SGLang captures what *enters* the layer above.
+    """Reject the target's last layer: SGLang captures the *input* of the layer above.
 
     Raises:
         UserError: names the layer.
     """
     if max(layers) >= target.num_layers - 1:
         raise UserError(
-            f"export: layer {max(layers)} is the last of {target.name}; SGLang captures what enters the layer "
+            f"export: layer {max(layers)} is the last of {target.name}; SGLang captures the input of the layer "
             "above, so it cannot serve this draft"
         )

@@ -1,64 +1,217 @@
-"""The EAGLE-3 draft: one decoder layer over [token embedding, fused target features], with any attention.
+"""The EAGLE-3 draft: one decoder layer over [token embedding, fused target features] (arXiv 2503.01840).
 
-The network of arXiv 2503.01840: ``fc`` fuses the captured layers, ``midlayer`` is a decoder layer whose attention
-input is twice as wide, ``norm`` and ``lm_head`` give logits over the draft vocabulary. EAGLE-3.1 adds one norm
-per captured layer before ``fc`` (``fc_norm``) and feeds the normed state to the next step (``norm_output``).
+``fc`` fuses the captured layers to draft states, the attention of ``midlayer`` reads an input twice as wide, and
+``norm`` and ``lm_head`` give logits over the draft vocabulary. EAGLE-3.1 adds one norm per captured layer before ``fc``
+(``fc_norm``) and feeds the normed state to the next step (``norm_output``). The attention is grouped-query (Llama) or
+latent (DeepSeek, Kimi); the unroll and the decoder are the same for both.
 
-An attention supplies its projections (:class:`~specforge.modeling.draft.eagle3.family.Eagle3Attention`); the unroll and
-the decoder are the same for all.
+The attention's input is ``[RMSNorm(embedding); RMSNorm(hidden)]``. A matrix product splits over such a concatenation,
+and the embedding's product at step s is that of step 0 shifted by s tokens, so it is computed once for all T steps.
 
-The input of the attention is ``[RMSNorm(embedding); RMSNorm(hidden)]``. A matrix product splits over such
-a concatenation, and the embedding half at step s is that of step 0 shifted by s tokens, so it is
-computed once for all T steps.
-
-Shape legend: N tokens, R query rows, T steps, H hidden size, A captured layers x target hidden size,
-D draft vocabulary, h / k query / key heads, d / v size of a query and key head / of a value head.
+Shape legend: N tokens, R query rows, T steps, H hidden size, A captured layers x target hidden size, D draft
+vocabulary, h / k query / key heads, d / v size of a query and key head / of a value head.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DeepseekV3Config, LlamaConfig
 
-from specforge.modeling.draft.eagle3.family import Eagle3Attention, Eagle3Layer, FusedDraft
-from specforge.modeling.draft.fields import FLAG, Fields
-from specforge.modeling.draft.unroll import UnrollPlan
+from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_layers import LastLayer
+from specforge.modeling.draft.eagle3.plan import UnrollPlan
+from specforge.modeling.draft.fields import (
+    ANYTHING,
+    EXPERTS,
+    FLAG,
+    LATENT,
+    LAYER,
+    LAYER_IDS,
+    SIZE,
+    Fields,
+    only,
+    quoted,
+    required,
+)
+from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.starting import copy_into, rotary_of_target
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.decode_cache import DecodeCache, attend
-from specforge.modeling.layers.functional import compute_dtype
+from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
+from specforge.modeling.layers.decoder_layer import (
+    Attention,
+    DecoderLayer,
+    GroupedAttention,
+    RMSNorm,
+    RotaryTable,
+    compute_dtype,
+)
+from specforge.modeling.layers.latent_attention import LatentAttention
+
+_CAPTURED = "eagle_aux_hidden_state_layer_ids"
 
 
-class Eagle3Draft(FusedDraft):
+class EagleDraft(Draft):
+    """Base of the drafts that read captured layers of the target through ``fc`` and have a head of their own.
+
+    Args:
+        config: a transformers config with ``draft_vocab_size`` and ``eagle_config``; optional
+            ``target_hidden_size`` (default ``hidden_size``), ``fc_norm`` (a norm per captured layer, EAGLE-3.1),
+            ``norm_before_fc`` (one norm over all of them), ``norm_before_residual`` and ``attention_bias``.
+
+    Attributes:
+        layer_ids: the captured layers.
+        fc: from A to H.
+        norm: norm of the states that ``lm_head`` reads.
+        lm_head: from H to D.
+
+    Raises:
+        ValueError: a field is missing or describes a network that this class does not implement.
+    """
+
+    fields: ClassVar[Fields] = {
+        **LAYER,
+        "tie_word_embeddings": only(False),
+        "norm_before_residual": FLAG,
+        "norm_before_fc": FLAG,
+        "fc_norm": FLAG,
+        "num_aux_hidden_states": SIZE,
+        "eagle_config": {
+            _CAPTURED: required(LAYER_IDS),
+            "norm_before_fc": FLAG,
+            "use_aux_hidden_state": only(True),
+            "use_input_layernorm_in_first_layer": only(True),
+            "use_last_layernorm": only(True),
+        },
+    }
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.layer_ids = tuple(config.eagle_config[_CAPTURED])
+        count = getattr(config, "num_aux_hidden_states", len(self.layer_ids))
+        if count != len(self.layer_ids):
+            raise ValueError(f"num_aux_hidden_states is {count}, but {_CAPTURED} is {list(self.layer_ids)}")
+        width = getattr(config, "target_hidden_size", None) or config.hidden_size
+        eps = config.rms_norm_eps
+        features = width * len(self.layer_ids)
+        before = config.eagle_config.get("norm_before_fc", getattr(config, "norm_before_fc", False))
+        self.input_norm = RMSNorm(features, eps) if before else None
+        per_layer = getattr(config, "fc_norm", False)
+        self.fc_norm = nn.ModuleList(RMSNorm(width, eps) for _ in self.layer_ids) if per_layer else None
+        self.fc = nn.Linear(features, config.hidden_size, bias=False)
+        self.build_layers(config)
+        self.norm = RMSNorm(config.hidden_size, eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary = RotaryTable(config)
+
+    @staticmethod
+    def translate(config: dict[str, Any]) -> None:
+        """Move captured layers to ``eagle_config``, and rename ``use_aux_norm``, SGLang's older name of ``fc_norm``.
+
+        Layer ids in ``eagle_config`` refer to the outputs of layers. VLLM's top-level field refers to inputs, so its
+        ids are one higher.
+        """
+        eagle, above = config.get("eagle_config", {}), config.pop(_CAPTURED, None)
+        if not isinstance(eagle, Mapping):
+            return
+        own = {key: x for key, x in eagle.items() if key != _CAPTURED or x not in ([], ())}
+        if above is not None:
+            if not isinstance(above, list) or not all(type(layer) is int for layer in above):
+                raise ValueError(f"{_CAPTURED} is {quoted(above)}, not a list of layers")
+            below = [layer - 1 for layer in above]
+            if list(own.setdefault(_CAPTURED, below)) != below:
+                raise ValueError(
+                    f"{_CAPTURED} is {quoted(above)}, but {quoted(own[_CAPTURED])} in eagle_config; the top-level ids "
+                    "must be one higher, because vLLM counts layers by their inputs"
+                )
+        if own or "eagle_config" in config:
+            config["eagle_config"] = own
+        if config.pop("use_aux_norm", False):
+            config["fc_norm"] = True
+
+    @abstractmethod
+    def build_layers(self, config: Any) -> None:
+        """Build the layers between ``fc`` and ``norm``."""
+
+    @property
+    @abstractmethod
+    def first_layer(self) -> DecoderLayer:
+        """The layer that reads the token embedding in addition to the fused features."""
+
+    @torch.no_grad()
+    def start_from_target(self, target: TargetFiles) -> None:
+        """Initialise from the target: its last layer, reading the last captured one, and its head.
+
+        Parameters without a counterpart keep their values: the embedding's columns of the attention's input
+        projections, and the columns of ``fc`` that read the other captured layers.
+
+        Raises:
+            UserError: the target's last layer is not of the draft's kind and dimensions.
+        """
+        last, layer, width = LastLayer(target), self.first_layer, self.fc.out_features
+        doubled = {id(p.weight) for p in layer.self_attn.inputs()}
+        pairs = [
+            (p[:, width:] if id(p) in doubled else p, f"self_attn.{name}")
+            for name, p in layer.self_attn.named_parameters()
+        ]
+        pairs += [(p, f"mlp.{name}") for name, p in layer.mlp.named_parameters()]
+        pairs += [
+            (layer.hidden_norm.weight, "input_layernorm.weight"),
+            (layer.post_attention_layernorm.weight, "post_attention_layernorm.weight"),
+        ]
+        for parameter, name in pairs:
+            copy_into(parameter, last.tensor(name), f"{target.name}: {name} of its last layer")
+        copy_into(self.norm.weight, last.final_norm(), f"{target.name}: its final norm")
+        copy_into(self.lm_head.weight, target.lm_head()[self.target_ids.cpu()], f"{target.name}: its lm_head")
+        self.fc.weight[:, -width:] += torch.eye(width, device=self.fc.weight.device)
+        rotary = rotary_of_target(self.rotary, self.config, target)
+        last.check(lambda states: layer.run(states, rotary), [name for _, name in pairs], self.architecture)
+
+    def fuse(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Fuse captured layers ``[N, A]`` into draft states ``[N, H]``."""
+        features = aux_hidden_states.to(dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.layer_ids), dim=-1)
+            features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return F.linear(features, self.fc.weight.to(dtype))
+
+
+class Eagle3Draft(EagleDraft):
     """Base of EAGLE-3 drafts: one layer, unrolled in training, run row by row in decoding.
 
     Args:
-        config: see :class:`~specforge.modeling.draft.eagle3.family.FusedDraft`; optional ``norm_output`` (EAGLE-3.1).
-
-    Attributes:
-        attention: the attention's class, made from the config.
+        config: see :class:`EagleDraft`; optional ``norm_output`` (EAGLE-3.1).
 
     Raises:
-        ValueError: a field is missing or asks for a network that this class is not.
+        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
-    fields: ClassVar[Fields] = {**FusedDraft.fields, "norm_output": FLAG}
-    attention: ClassVar[type[Eagle3Attention]]
+    fields: ClassVar[Fields] = {**EagleDraft.fields, "norm_output": FLAG}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.norm_output = bool(getattr(config, "norm_output", False))
 
+    @staticmethod
+    @abstractmethod
+    def build_attention(config: Any) -> Attention:
+        """Build the attention, whose input is 2H wide."""
+
     def build_layers(self, config: Any) -> None:
-        """One layer."""
+        """Build the one layer."""
         if config.num_hidden_layers != 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: an EAGLE-3 draft has one layer")
-        self.midlayer = Eagle3Layer(config, self.attention(config))
+        self.midlayer = DecoderLayer(config, self.build_attention(config))
 
     @property
-    def entry(self) -> Eagle3Layer:
+    def first_layer(self) -> DecoderLayer:
         """The one layer."""
         return self.midlayer
 
@@ -68,10 +221,10 @@ class Eagle3Draft(FusedDraft):
         Args:
             aux_hidden_states: ``[N, A]`` captured layers, concatenated.
             embeds: ``[N, H]`` the target's embedding of every token.
-            plan: which rows to compute, from :func:`plan_unroll`.
+            plan: the rows to compute, from :func:`~specforge.modeling.draft.eagle3.plan.plan_unroll`.
 
         Returns:
-            ``[T, R, H]`` normed states, what ``lm_head`` reads, in the compute dtype.
+            ``[T, R, H]`` normed states for ``lm_head``, in the compute dtype.
         """
         dtype = compute_dtype(self.fc.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
@@ -81,7 +234,7 @@ class Eagle3Draft(FusedDraft):
     def _unroll(self, aux_hidden_states: Tensor, embeds: Tensor, plan: UnrollPlan, dtype: torch.dtype) -> Tensor:
         layer, attn, w = self.midlayer, self.midlayer.self_attn, self.midlayer.weights(dtype)
         width = attn.query_width
-        embed = layer.read(embeds.to(dtype), w)
+        embed = layer.project_embedding(embeds.to(dtype), w)
         cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
         row_positions = plan.positions[plan.rows]
 
@@ -113,11 +266,44 @@ class Eagle3Draft(FusedDraft):
         return Eagle3Decoder(self, dtype)
 
 
-class Eagle3Decoder:
-    """Runs the draft row by row with a key/value cache; later changes of the draft's weights do not reach it.
+@register_draft("LlamaForCausalLMEagle3", config_class=LlamaConfig)
+class LlamaEagle3(Eagle3Draft):
+    """EAGLE-3 draft with a Llama layer; ``attention_bias`` gives all four projections a bias."""
 
-    Rows are consecutive: the row of position p is the p-th that :meth:`extend` was given. A chain step is
-    one more row, because at step s the training-time test also places row p at position p+s.
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, "attention_bias": FLAG}
+
+    @staticmethod
+    def build_attention(config: LlamaConfig) -> Attention:
+        """Grouped-query attention."""
+        return GroupedAttention(config, 2 * config.hidden_size, out_bias=True)
+
+
+@register_draft("Eagle3DeepseekV2ForCausalLM", config_class=DeepseekV3Config)
+class DeepseekEagle3(Eagle3Draft):
+    """EAGLE-3 draft with multi-head latent attention and a dense MLP, as SGLang loads it for DeepSeek and Kimi targets.
+
+    Both ``a`` projections read the doubled input. Fields of the target's experts are accepted and not read: configs
+    copied from a target have them, and servers ignore them in a draft, too.
+    """
+
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, **LATENT, **dict.fromkeys(EXPERTS, ANYTHING)}
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        # The size of the rotary table, which a config of another attention may have set otherwise.
+        config.head_dim = config.qk_rope_head_dim
+        super().__init__(config)
+
+    @staticmethod
+    def build_attention(config: DeepseekV3Config) -> Attention:
+        """Latent attention."""
+        return LatentAttention(config, 2 * config.hidden_size)
+
+
+class Eagle3Decoder(CachedDecoder):
+    """Runs the draft row by row with a key/value cache; later changes of the draft's weights do not affect it.
+
+    Rows are consecutive: the row of position p is the p-th that :meth:`extend` received. A chain step is one more
+    row, because the training-time test also places row p at position p+s at step s.
 
     Args:
         draft: the network.
@@ -125,21 +311,9 @@ class Eagle3Decoder:
     """
 
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype) -> None:
-        self.draft, self.dtype = draft, dtype
-        self.device = draft.fc.weight.device
-        self._weights = draft.midlayer.weights(dtype)
+        super().__init__([draft.midlayer], draft.rotary, dtype)
+        self.draft = draft
         self._lm_head = draft.lm_head.weight.to(dtype)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.rows = 0
-        attentions = [self.draft.midlayer.self_attn]
-        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
-
-    def crop(self, rows: int) -> None:
-        """Keep the first ``rows`` rows."""
-        self.rows = rows
 
     @torch.inference_mode()
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
@@ -151,24 +325,24 @@ class Eagle3Decoder:
         """Append rows.
 
         Args:
-            hidden: ``[n, H]`` fused features of committed tokens, or the state that the last call fed back.
-            embeds: ``[n, H]`` embedding of the token after each row's.
+            hidden: ``[n, H]`` fused features of committed tokens, or the feedback of the last call.
+            embeds: ``[n, H]`` embedding of the token that follows each row's.
 
         Returns:
             ``(logits [D], feedback [H])`` of the last row: the next token's distribution over the draft
-            vocabulary, and the state to feed to the next chain step.
+            vocabulary, and the state to pass to the next chain step.
         """
-        layer, attn, w = self.draft.midlayer, self.draft.midlayer.self_attn, self._weights
+        layer, attn, w = self.draft.midlayer, self.draft.midlayer.self_attn, self._weights[0]
         before, after = self.rows, self.rows + hidden.shape[0]
         self._cache.reserve(after)
-        product = layer.read(embeds.to(self.dtype), w)
+        product = layer.project_embedding(embeds.to(self.dtype), w)
         product = product + layer.hidden_norm.linear(hidden, w.hidden)
         key, value = attn.keys_values(product[:, attn.query_width :], self._cache.angles(before, after), w.more)
         keys, values = self._cache.write(0, before, key, value)
         self.rows = after
-        # Only the last row's output is used; the others are there for their keys.
+        # Of the last row the output is needed, of the others only keys and values.
         query = attn.queries(product[-1:, : attn.query_width], self._cache.angles(after - 1, after), w.more)
-        hidden = layer.finish(hidden[-1:], attend(query, keys, values), w)
+        hidden = layer.finish(hidden[-1:], cached_attention(query, keys, values), w)
         normed = self.draft.norm(hidden)
         logits = F.linear(normed, self._lm_head)
         return logits[0], (normed if self.draft.norm_output else hidden)[0]

@@ -1,7 +1,7 @@
-"""Drafting with heads on the target's last hidden state (Medusa, Hydra): no cache, no state but one row.
+"""Drafter with heads on the target's last hidden state (Medusa, Hydra), without a cache.
 
-The features lag the committed tokens by one. The last row h is that of the token *before* the last committed one,
-so the first head drafts the token two after h's, the next one three after, and so on.
+The features lag the committed tokens by one. The last row h belongs to the token *before* the last committed one, so
+the first head drafts the token two after h's, the second head the token three after it, and so on.
 """
 
 from __future__ import annotations
@@ -18,26 +18,20 @@ from specforge.modeling.draft.heads.network import HeadsDecoder
 
 
 class HeadsDrafter(TrainedDrafter):
-    """Drafts a chain, one token a head.
+    """Drafts a chain, one token per head.
 
     Args:
         decoder: the heads.
-        embed: embeddings ``[n, H]`` of token ids ``[n]``.
+        embed: maps token ids ``[n]`` to embeddings ``[n, H]``.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
     def __init__(
-        self,
-        decoder: HeadsDecoder,
-        embed: Callable[[Tensor], Tensor],
-        target_ids: Tensor,
-        vocab_size: int,
-        deterministic: bool = False,
+        self, decoder: HeadsDecoder, embed: Callable[[Tensor], Tensor], target_ids: Tensor, vocab_size: int
     ) -> None:
         self.decoder, self.embed = decoder, embed
-        super().__init__(target_ids, vocab_size, CapturePolicy((), last_hidden_states=True), deterministic)
+        super().__init__(target_ids, vocab_size, CapturePolicy((), last_hidden_states=True))
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:

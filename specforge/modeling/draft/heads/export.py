@@ -1,4 +1,4 @@
-"""Medusa drafts, under vLLM's names or SpecForge's own, and Hydra drafts, under SpecForge's. SGLang serves neither."""
+"""Formats of Medusa drafts (vLLM's names or SpecForge's) and Hydra drafts (SpecForge's). SGLang serves neither."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.heads.network import VLLM_NAMES
 
-_THEIRS = ((r"blocks\.(\d+)\.layers\.", r"heads.\1.blocks."), (r"lm_heads\.(\d+)\.", r"heads.\1.lm_head."))
-_MINE = ((r"heads\.(\d+)\.blocks\.", r"blocks.\1.layers."), (r"heads\.(\d+)\.lm_head\.", r"lm_heads.\1."))
+_FROM_VLLM = ((r"blocks\.(\d+)\.layers\.", r"heads.\1.blocks."), (r"lm_heads\.(\d+)\.", r"heads.\1.lm_head."))
+_TO_VLLM = ((r"heads\.(\d+)\.blocks\.", r"blocks.\1.layers."), (r"heads\.(\d+)\.lm_head\.", r"lm_heads.\1."))
 
 
 class HeadsFormat(DraftFormat):
     """``heads.{k}.blocks.{j}.weight`` and ``heads.{k}.lm_head.weight``."""
 
-    refusal = "SGLang has no heads on the last hidden state, so it cannot serve such a draft; use --to hf"
+    refusal = "SGLang does not serve Medusa or Hydra heads; use --to hf"
 
 
 class MedusaFormat(HeadsFormat):
-    """VLLM's names. It serves Medusa over the whole vocabulary only, so a draft vocabulary keeps SpecForge's names."""
+    """VLLM's names, or SpecForge's with a draft vocabulary: vLLM serves Medusa over the whole vocabulary only."""
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """See :meth:`DraftFormat.config`."""
+        """As in :class:`DraftFormat`, with vLLM's names of the fields where it can serve the draft."""
         written = super().config(config, dtype)
         if config["draft_vocab_size"] != config["vocab_size"]:
             return written
@@ -34,14 +34,14 @@ class MedusaFormat(HeadsFormat):
         return {**written, **numbers, "architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": False}
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See :meth:`DraftFormat.tensors`."""
+        """The draft's tensors, under vLLM's names where it can serve the draft."""
         if not bool(state["t2d"].all()):
             return state
-        return {_renamed(name, _MINE): x for name, x in state.items() if name not in ("d2t", "t2d")}
+        return {_renamed(name, _TO_VLLM): x for name, x in state.items() if name not in ("d2t", "t2d")}
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """See :meth:`DraftFormat.read`."""
-        return super().read(config, {_renamed(name, _THEIRS): x for name, x in tensors.items()}, where)
+        """As in :class:`DraftFormat`, from either set of names."""
+        return super().read(config, {_renamed(name, _FROM_VLLM): x for name, x in tensors.items()}, where)
 
 
 def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -1,9 +1,9 @@
-"""Drafts of independent or sequential heads on the target's last hidden state: Medusa and Hydra.
+"""Drafts with independent or sequential heads on the target's last hidden state: Medusa and Hydra.
 
-Position k (from 0) predicts token p+2+k from the last hidden state h of token p. Medusa (arXiv 2401.10774):
-``x = h + SiLU(W h)``, once or more, then a linear head of its own. Hydra (arXiv 2402.05109): the first block reads
-the embeddings of the tokens p+1 .. p+1+k beside h, ``x = h + SiLU(W [h; e; ...; e])``. With every W at zero and the
-target's own rows in the linear heads, each starts as the target's next-token head.
+Position k (from 0) predicts token p+2+k from the last hidden state h of token p. Medusa (arXiv 2401.10774) applies
+``x = h + SiLU(W h)`` once or more, then a linear head per position. Hydra (arXiv 2402.05109) also reads the embeddings
+of the tokens p+1 .. p+1+k in the first block, ``x = h + SiLU(W [h; e; ...; e])``. With every W at zero and the target's
+own rows in the linear heads, every position starts as the target's next-token head.
 
 Shape legend: R rows, T positions, H hidden size, D draft vocabulary.
 """
@@ -31,8 +31,9 @@ from specforge.modeling.draft.fields import (
     quoted,
     required,
 )
-from specforge.modeling.draft.registry import Draft, copy_into, register_draft
-from specforge.modeling.layers.functional import compute_dtype
+from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.starting import copy_into
+from specforge.modeling.layers.decoder_layer import compute_dtype
 
 _Head = tuple[list[Tensor], Tensor]
 
@@ -43,8 +44,8 @@ class DraftHead(nn.Module):
     Args:
         hidden: H.
         vocabulary: D.
-        blocks: residual blocks.
-        tokens: embeddings that the first block reads beside the hidden state.
+        blocks: number of residual blocks.
+        tokens: number of embeddings that the first block reads in addition to the hidden state.
     """
 
     def __init__(self, hidden: int, vocabulary: int, blocks: int, tokens: int) -> None:
@@ -63,8 +64,8 @@ class DraftHead(nn.Module):
         return [cast(nn.Linear, block).weight for block in self.blocks]
 
 
-def _through(blocks: Sequence[Tensor], hidden: Tensor, embeds: Sequence[Tensor]) -> Tensor:
-    """State ``[R, H]`` of one head, from ``hidden [R, H]`` and the embeddings it reads, each ``[R, H]``."""
+def _apply_blocks(blocks: Sequence[Tensor], hidden: Tensor, embeds: Sequence[Tensor]) -> Tensor:
+    """State ``[R, H]`` of one head, from ``hidden [R, H]`` and the embeddings that it reads, each ``[R, H]``."""
     hidden = hidden + F.silu(F.linear(torch.cat([hidden, *embeds], -1), blocks[0]))
     for block in blocks[1:]:
         hidden = hidden + F.silu(F.linear(hidden, block))
@@ -75,14 +76,14 @@ VLLM_NAMES = {"num_heads": "num_draft_heads", "num_hidden_layers": "num_head_blo
 
 
 class HeadsDraft(Draft):
-    """K heads; how many token embeddings each reads is the subclass's.
+    """Base of drafts with K heads.
 
     Args:
         config: ``hidden_size``, ``vocab_size``, ``num_draft_heads`` (K), ``num_head_blocks`` (default 1) and
             ``draft_vocab_size``.
 
     Attributes:
-        sequential: whether head k reads the k+1 tokens between the hidden state's and its own.
+        sequential: whether head k also reads the k+1 tokens between the hidden state's token and its own.
     """
 
     fields: ClassVar[Fields] = {
@@ -96,8 +97,8 @@ class HeadsDraft(Draft):
     sequential: bool
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
-        """Rename vLLM's fields for the numbers of heads and blocks."""
+    def translate(config: dict[str, Any]) -> None:
+        """Rename vLLM's fields for the number of heads and blocks."""
         for theirs, mine in VLLM_NAMES.items():
             value = config.pop(theirs, None)
             if value is not None and config.setdefault(mine, value) != value:
@@ -118,7 +119,7 @@ class HeadsDraft(Draft):
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
-        """Zero every block and copy the target's rows into every linear head: Medusa's own initialisation.
+        """Set every block to zero and copy the target's rows into every linear head: Medusa's own initialisation.
 
         Raises:
             UserError: the target's head has another width.
@@ -134,40 +135,40 @@ class HeadsDraft(Draft):
 
         Args:
             hidden: ``[R, H]`` the target's last hidden states.
-            embeds: T tensors ``[R, H]``: embeddings of the first, second ... token after each row's.
+            embeds: T tensors ``[R, H]``: embeddings of the first, second, ... token after each row's.
 
         Returns:
-            ``[T, R, H]``; the k-th goes to the linear head of ``heads[k]``.
+            ``[T, R, H]``; the k-th state is the input of the linear head of ``heads[k]``.
         """
         dtype = compute_dtype(self.each[0].lm_head.weight)
         hidden, embeds = hidden.to(dtype), [x.to(dtype) for x in embeds]
         states = []
         for k, head in enumerate(self.each[: len(embeds)]):
             blocks = [matrix.to(dtype) for matrix in head.matrices]
-            states.append(_through(blocks, hidden, embeds[: k + 1] if self.sequential else ()))
+            states.append(_apply_blocks(blocks, hidden, embeds[: k + 1] if self.sequential else ()))
         return torch.stack(states)
 
     def decoder(self, dtype: torch.dtype) -> HeadsDecoder:
-        """The draft for decoding in ``dtype``."""
+        """A snapshot of the draft for decoding in ``dtype``."""
         return HeadsDecoder(self, dtype)
 
 
 @register_draft("MedusaDraft", config_class=PretrainedConfig)
 class MedusaDraft(HeadsDraft):
-    """Heads that read the hidden state alone (arXiv 2401.10774)."""
+    """Heads that read only the hidden state (arXiv 2401.10774)."""
 
     fields: ClassVar[Fields] = {**HeadsDraft.fields, "medusa_fc_bias": only(False)}
     sequential = False
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """VLLM has another name for the architecture."""
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """VLLM uses another name for the architecture."""
         return "MedusaModel" in config.get("architectures", ())
 
 
 @register_draft("HydraDraft", config_class=PretrainedConfig)
 class HydraDraft(HeadsDraft):
-    """Heads that read the tokens drafted before theirs (arXiv 2402.05109)."""
+    """Heads that also read the tokens drafted before theirs (arXiv 2402.05109)."""
 
     sequential = True
 
@@ -186,7 +187,7 @@ class HeadsDecoder:
 
     @property
     def positions(self) -> int:
-        """K, the most tokens that can be drafted in a round."""
+        """K, the maximum number of tokens drafted per round."""
         return len(self._heads)
 
     @torch.inference_mode()
@@ -195,11 +196,11 @@ class HeadsDecoder:
 
         Args:
             hidden: ``[1, H]`` the target's last hidden state of the last token that it processed.
-            embeds: embeddings ``[1, H]`` of the last committed token and of those drafted since.
+            embeds: embeddings ``[1, H]`` of the last committed token and of the tokens drafted since.
 
         Returns:
             ``[D]``.
         """
         blocks, lm_head = self._heads[len(embeds) - 1]
         read = [x.to(self.dtype) for x in embeds] if self.sequential else ()
-        return F.linear(_through(blocks, hidden.to(self.dtype), read), lm_head)[0]
+        return F.linear(_apply_blocks(blocks, hidden.to(self.dtype), read), lm_head)[0]

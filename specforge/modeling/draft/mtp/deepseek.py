@@ -1,14 +1,14 @@
 """The MTP module with a DeepSeek layer: multi-head latent attention, and a dense MLP or a mixture of experts.
 
-The experts are transformers' own (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias
-that only chooses, groups, a shared expert. That bias is not trained, and no balance loss is added.
+The experts are those of transformers (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16): sigmoid scores, a router bias
+that affects only the selection, groups, a shared expert. The bias is not trained, and no balance loss is added.
 
 Shape legend: R rows, H hidden size, h heads, d / v size of a query and key head / of a value head.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,31 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from specforge.errors import UserError
-from specforge.modeling.draft.eagle3.deepseek import EXPERTS, LATENT, LatentAttention
-from specforge.modeling.draft.eagle3.family import SwiGLUMLP
-from specforge.modeling.draft.fields import FLAG, Fields, only
-from specforge.modeling.draft.mtp.network import MTPDraft, MTPWeights
+from specforge.modeling.draft.fields import EXPERTS, FLAG, LATENT, Fields, only
+from specforge.modeling.draft.mtp.network import MTPDraft
 from specforge.modeling.draft.registry import register_draft
+from specforge.modeling.layers.decoder_layer import Attention, RMSNorm
+from specforge.modeling.layers.latent_attention import LatentAttention
 
 _GATE_UP, _DOWN = "layer.mlp.experts.gate_up_proj", "layer.mlp.experts.down_proj"
 _BIAS = "layer.mlp.gate.e_score_correction_bias"
 
 
-class PlainLatentAttention(LatentAttention):
-    """Latent attention of a layer that reads H columns, as the target's own layers do."""
+class MixtureOfExperts(DeepseekV3MoE):  # type: ignore[misc]
+    """Transformers' mixture of experts, with the methods of :class:`SwiGLUMLP`; randomly initialised."""
 
-    input_parts: ClassVar[int] = 1
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The matrices in the compute dtype; the router's stays as it is, because it multiplies in fp32."""
+        return {name: x if name.startswith("gate.") else x.to(dtype) for name, x in self.named_parameters()}
+
+    def residual(self, x: Tensor, norm: RMSNorm, weights: dict[str, Tensor]) -> Tensor:
+        """``x + MoE(norm(x))`` for ``x [R, H]`` and :meth:`weights`."""
+        return x + functional_call(self, weights, (norm(x),))
 
 
 @register_draft("DeepseekMTPDraft", config_class=DeepseekV3Config)
@@ -39,33 +50,32 @@ class DeepseekMTPDraft(MTPDraft):
 
     Args:
         config: a ``DeepseekV3Config`` with the fields of :class:`~specforge.modeling.draft.mtp.network.MTPDraft`;
-            ``moe`` (default false) for a mixture of experts of the config's numbers instead of the dense MLP.
+            ``moe`` (default false) selects a mixture of experts, with the config's sizes, instead of the dense MLP.
     """
 
     fields: ClassVar[Fields] = {**MTPDraft.fields, **LATENT, **EXPERTS, "moe": FLAG, "qk_norm": only(False)}
     form: ClassVar[str] = "a DeepSeek layer"
-    attention: ClassVar[type[PlainLatentAttention]] = PlainLatentAttention
 
     def __init__(self, config: DeepseekV3Config) -> None:
         config.moe = bool(getattr(config, "moe", False))
-        # Its loop over the experts that are hit runs on any device and in any dtype.
+        # The eager loop over the selected experts runs on any device and in any dtype.
         config._experts_implementation = "eager"
-        # The rotary table goes by this field, which a config of other attention may have set otherwise.
+        # The size of the rotary table, which a config of another attention may have set otherwise.
         config.head_dim = config.qk_rope_head_dim
         super().__init__(config)
 
     @staticmethod
-    def make_mlp(config: Any) -> nn.Module:
-        """A dense MLP, or with ``moe`` transformers' mixture of experts, at random."""
-        if not config.moe:
-            return SwiGLUMLP(config)
-        mlp = DeepseekV3MoE(config)
-        for parameter in mlp.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        return mlp
+    def build_attention(config: DeepseekV3Config) -> Attention:
+        """Latent attention."""
+        return LatentAttention(config)
+
+    @staticmethod
+    def build_mlp(config: DeepseekV3Config) -> nn.Module | None:
+        """A dense MLP, or with ``moe`` a mixture of experts."""
+        return MixtureOfExperts(config) if config.moe else None
 
     def module_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """One tensor an expert and projection; the router's bias keeps its dtype, as in DeepSeek's checkpoints."""
+        """One tensor per expert and projection; the router's bias keeps its dtype, as in DeepSeek's checkpoints."""
         found = super().module_tensors(dtype)
         found |= {n: x.detach().cpu() for n, x in self.named_buffers() if n == _BIAS}
         if _GATE_UP in found:
@@ -76,10 +86,10 @@ class DeepseekMTPDraft(MTPDraft):
         return found
 
     def start_from(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Copy tensors by their names here, those of experts one by one.
+        """Copy tensors by name; those of the experts are separate.
 
         Raises:
-            UserError: one has no place, or another shape: the layer is of another form.
+            UserError: the tensors belong to another form of layer: one is unknown, missing or of another shape.
         """
         tensors = dict(tensors)
         count = self.config.num_local_experts if self.config.moe else 0
@@ -91,30 +101,6 @@ class DeepseekMTPDraft(MTPDraft):
             gate, up, down = (torch.stack([tensors.pop(n) for n in every[k::3]]) for k in range(3))
             tensors |= {_GATE_UP: torch.cat([gate, up], dim=1), _DOWN: down}
         super().start_from(tensors, what)
-
-    def mlp_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The MLP's matrices in the compute dtype; the router makes its own of its weight, in fp32."""
-        if not self.config.moe:
-            return super().mlp_weights(dtype)
-        own = self.layer.mlp.named_parameters()
-        return {name: x if name.startswith("gate.") else x.to(dtype) for name, x in own}
-
-    def apply_mlp(self, x: Tensor, mlp: dict[str, Tensor]) -> Tensor:
-        """``x + MLP(norm(x))`` of ``x [R, H]``."""
-        if not self.config.moe:
-            return super().apply_mlp(x, mlp)
-        return x + functional_call(self.layer.mlp, mlp, (self.layer.post_attention_layernorm(x),))
-
-    def weights(self, dtype: torch.dtype) -> MTPWeights:
-        """Cast and fuse the matrices."""
-        return self.fuse_weights(self.layer.self_attn.inputs(), self.layer.self_attn.more(dtype), dtype)
-
-    def heads(self, x: Tensor, w: MTPWeights, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query and key ``[R, h, d]`` and value ``[R, h, v]`` of ``x [R, H]``, positions applied."""
-        attn, product = self.layer.self_attn, self.layer.input_layernorm.linear(x, w.qkv)
-        query = attn.queries(product[:, : attn.query_width], (cos, sin), w.more)
-        key, value = attn.keys_values(product[:, attn.query_width :], (cos, sin), w.more)
-        return query, key, value
 
 
 def _expert(index: int, projection: str) -> str:

@@ -1,7 +1,7 @@
-"""MTP weights in targets' checkpoints: read from there, and stitched back in under the family's names.
+"""MTP weights in a target's checkpoint: reading them, and writing a trained module back under the family's names.
 
-Servers read an MTP module from the target's own folder, so the form that SGLang serves is a copy of the target with
-the trained module in the place of its own.
+Servers read an MTP module from the target's own folder, so the form that SGLang serves is a copy of the target with its
+module replaced by the trained one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from specforge.modeling.draft.mtp.network import MTPDraft
 
 @dataclass(frozen=True)
 class MTPFamily:
-    """How a family of targets names its first MTP module.
+    """Names of the first MTP module in a family of targets.
 
     Attributes:
-        name: for messages.
-        prefix: beginning of its tensors' names.
-        names: SpecForge's name of each tensor outside the decoder layer, by the family's (without the prefix).
-        layer: beginning of the layer's tensors after the prefix.
-        hidden_first: whether the projection reads the hidden state before the embedding.
+        name: name of the family, for messages.
+        prefix: prefix of its tensors' names.
+        names: SpecForge's name of each tensor outside the decoder layer, by the family's name without the prefix.
+        layer: prefix of the layer's tensors, after ``prefix``.
+        hidden_first: whether the projection's first columns read the hidden state instead of the embedding.
         skipped: copies of the embedding and the head.
         mask_first: whether the first row reads no embedding.
-        served: whether SGLang has a module of this form: Qwen's have experts there, or gated attention.
+        served: whether SGLang supports a module of this form. Its Qwen modules have experts or gated attention.
     """
 
     name: str
@@ -66,7 +66,7 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
 
 
 def mtp_family(target: TargetFiles) -> MTPFamily | None:
-    """The family whose names the target's MTP weights have; None if it has none."""
+    """The family of the target's MTP weights, recognised by their names; None if it has none."""
     for family in _families(target):
         if all(family.prefix + name in target.weight_files for name in family.names):
             return family
@@ -74,10 +74,10 @@ def mtp_family(target: TargetFiles) -> MTPFamily | None:
 
 
 def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
-    """The target's MTP module under SpecForge's names.
+    """The tensors of the target's MTP module under SpecForge's names.
 
     Raises:
-        UserError: the target has none, or has it quantised in a form that is not read.
+        UserError: the target has no MTP module, or it is quantised in an unsupported form.
     """
     family = require_mtp(target)
     found: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def mtp_tensors(target: TargetFiles) -> dict[str, Tensor]:
 
 
 def require_mtp(target: TargetFiles) -> MTPFamily:
-    """The target's family.
+    """The family of the target's MTP weights.
 
     Raises:
         UserError: the target has no MTP weights.
@@ -105,8 +105,8 @@ def require_mtp(target: TargetFiles) -> MTPFamily:
     return family
 
 
-def _named_as_theirs(family: MTPFamily, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SpecForge's tensors of a module as the family has them."""
+def _in_family_form(family: MTPFamily, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's tensors under the family's names and with the family's order of columns."""
     theirs = {mine: family.prefix + name for name, mine in family.names.items()}
     return {
         theirs.get(n) or family.prefix + family.layer + n.removeprefix("layer."): (
@@ -122,17 +122,16 @@ def _swap(proj: Tensor) -> Tensor:
 
 
 class MTPFormat(DraftFormat):
-    """``hf`` is the module under SpecForge's names; ``sglang`` the target with the module in it."""
+    """``hf`` is the module under SpecForge's names; ``sglang`` is the target with the module inside."""
 
     def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """Write a copy of the target whose MTP weights are the trained ones; each file keeps its tensors' names.
+        """Write a copy of the target with the trained MTP weights; every file keeps the names of its tensors.
 
-        What the target keeps as 8-bit blocks is written as such.
+        Tensors that the target stores as 8-bit blocks are written as such.
 
         Raises:
-            UserError: the target has no MTP weights or none of some tensor's name, SGLang has no
-                such module or would feed back another state, the draft is not trained or damaged, or the folder is not
-                empty.
+            UserError: the target lacks MTP weights or one of the tensors, SGLang has no such module or would feed back
+                another state, the draft is untrained or damaged, or the folder is not empty.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
@@ -141,16 +140,19 @@ class MTPFormat(DraftFormat):
                 f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
             )
         if not draft.norm_output:
-            raise UserError("export: norm_output is off; SGLang feeds the normed output back, of every family's module")
+            raise UserError("export: norm_output is off, but SGLang feeds back the normed output; use --to hf")
         if draft.mask_first != family.mask_first:
-            raise UserError(f"export: mask_first is not what SGLang does with {family.name}: {family.mask_first}")
+            raise UserError(
+                f"export: mask_first is {draft.mask_first}, but SGLang's {family.name} module has {family.mask_first}; "
+                "use --to hf"
+            )
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}", draft.trained)
-        renamed = _named_as_theirs(family, draft.module_tensors(DTYPES[dtype]))
+        renamed = _in_family_form(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))
         if unknown:
             raise UserError(f"export: {target.name} has no tensor {unknown[0]}; its server would skip it silently")
         if target.weight_block is not None:
-            wide = _named_as_theirs(family, draft.module_tensors(torch.float32))
+            wide = _in_family_form(family, draft.module_tensors(torch.float32))
             for name in [n for n in renamed if n + SCALE in target.weight_files]:
                 renamed[name], renamed[name + SCALE] = quantise(wide[name], target.weight_block)
         _copy_target(target, folder, renamed)
@@ -164,7 +166,7 @@ class MTPFormat(DraftFormat):
 
 
 def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tensor]) -> None:
-    """Copy the target's folder file by file, with some tensors replaced; the folder appears whole or not at all."""
+    """Copy the target's folder file by file, with some tensors replaced; it appears complete or not at all."""
     rewritten = {target.weight_files[name].name for name in replaced}
     with staged_folder(folder) as staging:
         for path in sorted(p for p in target.folder.iterdir() if p.is_file()):

@@ -1,7 +1,7 @@
-"""A drafter that proposes all tokens of a round in one pass of its network.
+"""P-EAGLE's drafter, which proposes all tokens of a round in one pass of its network.
 
-The tokens of a round are drawn independently of each other: the network has seen none of them. Verification is
-lossless all the same, because each was sampled from the distribution that is reported for it.
+The tokens of a round are sampled independently of each other, because the network has seen none of them. Verification
+is still lossless: each token is sampled from the distribution that is reported for it.
 """
 
 from __future__ import annotations
@@ -15,38 +15,26 @@ from specforge.decoding.verify import Proposal, Sampling
 from specforge.modeling.draft.peagle.network import PEagleDecoder
 
 
-class ParallelDrafter(TrainedDrafter):
-    """Drafts γ tokens with one pass.
+class PEagleDrafter(TrainedDrafter):
+    """Drafts γ tokens in one pass.
 
     Args:
         decoder: the network.
-        embedding: ``[V, H]`` the target's.
+        embedding: ``[V, H]`` the target's embedding.
         target_ids: ``[D]`` target id of every draft id.
         vocab_size: V.
         capture: features that the network reads.
-        deterministic: whether the likeliest tokens are drafted when sampling too.
     """
 
     def __init__(
-        self,
-        decoder: PEagleDecoder,
-        embedding: Tensor,
-        target_ids: Tensor,
-        vocab_size: int,
-        capture: CapturePolicy,
-        deterministic: bool = False,
+        self, decoder: PEagleDecoder, embedding: Tensor, target_ids: Tensor, vocab_size: int, capture: CapturePolicy
     ) -> None:
         self.decoder, self.embedding = decoder, embedding
-        super().__init__(target_ids, vocab_size, capture, deterministic)
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.decoder.reset()
+        super().__init__(target_ids, vocab_size, capture, decoder)
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Extend the cache by what was committed, and draft ``count`` tokens behind it."""
+        """Extend the cache by the committed tokens, and draft ``count`` tokens after them."""
         if count == 0:
             return Proposal(())
         features, following = self.take()

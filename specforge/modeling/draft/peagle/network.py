@@ -1,10 +1,10 @@
 """The P-EAGLE draft: all tokens of a round in one pass (arXiv 2602.01469).
 
-EAGLE-3's first layer and Llama layers above it. A drafted token beyond the first reads the embedding of a mask token
-and, where the first reads the target's features, one learnt vector (``mask_hidden``, as wide as the features).
-Names are those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
+It has EAGLE-3's layer at the bottom and Llama layers above. Drafted tokens after the first read the embedding of a mask
+token and, instead of the target's features, one learnt vector of the same width (``mask_hidden``). Names of tensors are
+those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
 
-Shape legend: N tokens, R tokens whose state the head reads, E deep elements, H hidden size, A captured layers x
+Shape legend: N tokens, R tokens that predict a label at depth 0, E deep elements, H hidden size, A captured layers x
 target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c drafted tokens.
 """
 
@@ -19,38 +19,37 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.family import Angles, Eagle3Layer, FusedDraft, LayerWeights
-from specforge.modeling.draft.eagle3.llama import LlamaEagle3, LlamaEagle3Attention
+from specforge.modeling.draft.eagle3.network import EagleDraft, LlamaEagle3
 from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
 from specforge.modeling.draft.peagle.attention import deep_attention
-from specforge.modeling.draft.peagle.plan import ParallelPlan
+from specforge.modeling.draft.peagle.plan import PEaglePlan
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
-from specforge.modeling.layers.decode_cache import DecodeCache, attend
-from specforge.modeling.layers.functional import compute_dtype
+from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
+from specforge.modeling.layers.decoder_layer import DecoderLayer, GroupedAttention, LayerWeights, compute_dtype
 
 _MASKS = ("ptd_token_id", "pard_token")
 
 
 @register_draft("PEagleDraftModel", config_class=LlamaConfig)
-class PEagleDraft(FusedDraft):
+class PEagleDraft(EagleDraft):
     """P-EAGLE draft.
 
     Args:
-        config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.family.FusedDraft`,
-            ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad``: the draft has an embedding
-            of its own, which is trained.
+        config: a ``LlamaConfig`` with the fields of :class:`~specforge.modeling.draft.eagle3.network.EagleDraft`,
+            ``num_hidden_layers``, ``mask_token_id``, and optional ``embed_requires_grad`` (the draft trains an
+            embedding of its own).
 
     Attributes:
-        mask_hidden: ``[1, 1, A]`` features of a token that is not there yet.
-        embed_tokens: the draft's own embedding, or None: the target's, frozen.
+        mask_hidden: ``[1, 1, A]`` features of a mask token.
+        embed_tokens: the draft's own embedding; None if it uses the target's frozen one.
 
     Raises:
         ValueError: the mask token is outside the vocabulary.
     """
 
     fields: ClassVar[Fields] = {
-        **FusedDraft.fields,
+        **EagleDraft.fields,
         "attention_bias": FLAG,
         "mask_token_id": required(TOKEN),
         "embed_requires_grad": FLAG,
@@ -67,41 +66,41 @@ class PEagleDraft(FusedDraft):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if own else None
 
     @classmethod
-    def is_meant(cls, config: Mapping[str, Any]) -> bool:
-        """VLLM names the architecture of EAGLE-3 and adds a mask token."""
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """VLLM uses the name of EAGLE-3's architecture and adds a mask token."""
         named = LlamaEagle3.architecture in config.get("architectures", ())
         return named and any(config.get(name) is not None for name in _MASKS)
 
     @staticmethod
-    def spell(config: dict[str, Any]) -> None:
-        """As for EAGLE-3; vLLM has other names for the mask token."""
-        FusedDraft.spell(config)
+    def translate(config: dict[str, Any]) -> None:
+        """As for EAGLE-3, and rename vLLM's fields for the mask token."""
+        EagleDraft.translate(config)
         for name in _MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
             if mask is not None and config.setdefault("mask_token_id", mask) != mask:
                 raise ValueError(f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}")
 
     def build_layers(self, config: LlamaConfig) -> None:
-        """A layer over [embedding, features], then Llama layers."""
+        """Build a layer over [embedding, features], and Llama layers above it."""
         size = config.hidden_size
         self.layers = nn.ModuleList(
-            Eagle3Layer(config, LlamaEagle3Attention(config, size if i else 2 * size))
+            DecoderLayer(config, GroupedAttention(config, size if i else 2 * size, out_bias=True))
             for i in range(config.num_hidden_layers)
         )
 
     @property
-    def entry(self) -> Eagle3Layer:
+    def first_layer(self) -> DecoderLayer:
         """The first layer."""
         return self.stack[0]
 
     @property
-    def stack(self) -> list[Eagle3Layer]:
-        """The layers, the first one at the bottom."""
-        return cast("list[Eagle3Layer]", list(self.layers))
+    def stack(self) -> list[DecoderLayer]:
+        """The layers, from the bottom up."""
+        return cast("list[DecoderLayer]", list(self.layers))
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
-        """As an EAGLE-3 draft does; upper layers begin as the identity, an own embedding as the target's."""
+        """As for EAGLE-3; upper layers start as the identity, and an embedding of the draft's own as the target's."""
         super().start_from_target(target)
         self.start_embedding(target)
         for layer in self.stack[1:]:
@@ -110,7 +109,7 @@ class PEagleDraft(FusedDraft):
 
     @torch.no_grad()
     def start_embedding(self, target: TargetFiles) -> None:
-        """An embedding of the draft's own begins as the target's."""
+        """Copy the target's embedding into the draft's own, if it has one."""
         if self.embed_tokens is not None:
             self.embed_tokens.weight.copy_(target.embedding())
 
@@ -118,18 +117,18 @@ class PEagleDraft(FusedDraft):
         """Embeddings ``[n, H]`` of ``input_ids [n]``: the draft's own, or the target's ``embedding [V, H]``."""
         return F.embedding(input_ids, embedding if self.embed_tokens is None else self.embed_tokens.weight)
 
-    def forward(self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: ParallelPlan) -> Tensor:
+    def forward(self, aux_hidden_states: Tensor, input_ids: Tensor, embedding: Tensor, plan: PEaglePlan) -> Tensor:
         """Run all depths at once.
 
         Args:
             aux_hidden_states: ``[N, A]`` captured layers, concatenated.
             input_ids: ``[N]`` tokens.
-            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
-            plan: which elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_parallel`.
+            embedding: ``[V, H]`` the target's embedding; not used if the draft has its own.
+            plan: the elements to compute, from :func:`~specforge.modeling.draft.peagle.plan.plan_peagle`.
 
         Returns:
-            ``[R + E, H]`` normed states, what ``lm_head`` reads, in the compute dtype: of the tokens ``plan.rows``,
-            then of the deep elements.
+            ``[R + E, H]`` normed states for ``lm_head``, in the compute dtype: those of the tokens ``plan.rows``, then
+            those of the deep elements.
         """
         dtype = compute_dtype(self.fc.weight)
         # Every product below names its dtype; autocast would also narrow the reductions.
@@ -145,8 +144,8 @@ class PEagleDraft(FusedDraft):
             last = len(weights) - 1
             for i, (layer, w) in enumerate(zip(self.stack, weights, strict=True)):
                 if i > 0:
-                    product = layer.carry(hidden, w)
-                heads = project(layer, product, (cos, sin), w)
+                    product = layer.project(hidden, w)
+                heads = layer.attention_heads(product, (cos, sin), w)
                 attention = _attend(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
                     hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
@@ -156,23 +155,23 @@ class PEagleDraft(FusedDraft):
     def first(
         self, aux_hidden_states: Tensor, embeds: Tensor, next_tokens: Tensor, w: LayerWeights
     ) -> tuple[Tensor, Tensor]:
-        """What enters the first layer, of n tokens and of one mask.
+        """States and input products of the first layer, for n tokens and one mask token.
 
-        All masks enter it alike; only their positions, which come later, differ.
+        All mask tokens have the same ones; they differ only in their positions, which are applied later.
 
         Args:
-            aux_hidden_states: ``[n, A]``.
-            embeds: ``[m, H]`` embeddings, the mask token's last.
-            next_tokens: ``[n]`` which of them each token reads.
+            aux_hidden_states: ``[n, A]`` captured layers of the tokens.
+            embeds: ``[m, H]`` embeddings, the last one that of the mask token.
+            next_tokens: ``[n]`` index of the embedding that each token reads.
             w: the first layer's weights.
 
         Returns:
-            States ``[n + 1, H]`` and the products of the attention's input projections, the mask's last.
+            States ``[n + 1, H]`` and input products ``[n + 1, O]``; the last row is the mask token's.
         """
-        layer, dtype = self.entry, w.out.dtype
+        layer, dtype = self.first_layer, w.out.dtype
         features = torch.cat([aux_hidden_states.to(dtype), self.mask_hidden[0].to(dtype)])
         hidden = self.fuse(features, dtype)
-        embed = layer.read(embeds.to(dtype), w)
+        embed = layer.project_embedding(embeds.to(dtype), w)
         embed = torch.cat([embed[next_tokens], embed[-1:]])
         return hidden, layer.state_norm.linear(hidden, w.hidden) + embed
 
@@ -181,17 +180,9 @@ class PEagleDraft(FusedDraft):
         return PEagleDecoder(self, dtype)
 
 
-Heads = tuple[Tensor, Tensor, Tensor]
-
-
-def project(layer: Eagle3Layer, product: Tensor, angles: Angles, w: LayerWeights) -> Heads:
-    """Rotated queries, rotated keys, and values of an attention's input products."""
-    attn = layer.self_attn
-    query = attn.queries(product[:, : attn.query_width], angles, w.more)
-    return query, *attn.keys_values(product[:, attn.query_width :], angles, w.more)
-
-
-def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, *, flex: bool) -> Tensor:
+def _attend(
+    heads: tuple[Tensor, Tensor, Tensor], tokens: int, plan: PEaglePlan, rows: Tensor | None, *, flex: bool
+) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
     query, key, value = heads
     segments = plan.documents if rows is None else plan.segments
@@ -208,8 +199,8 @@ def _attend(heads: Heads, tokens: int, plan: ParallelPlan, rows: Tensor | None, 
     )
 
 
-class PEagleDecoder:
-    """Runs the draft with a key/value cache of the committed tokens; a snapshot of its weights.
+class PEagleDecoder(CachedDecoder):
+    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights.
 
     Args:
         draft: the network.
@@ -217,26 +208,17 @@ class PEagleDecoder:
     """
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
-        self.draft, self.dtype = draft, dtype
-        self.device = draft.fc.weight.device
-        self._weights = [layer.weights(dtype) for layer in draft.stack]
-        self._lm_head = draft.lm_head.weight.to(dtype)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.rows = 0
-        attentions = [layer.self_attn for layer in self.draft.stack]
-        self._cache = DecodeCache(self.draft.rotary, attentions, self.dtype, self.device)
+        super().__init__(draft.stack, draft.rotary, dtype)
+        self.draft, self._lm_head = draft, draft.lm_head.weight.to(dtype)
 
     @torch.inference_mode()
     def draft_logits(self, aux_hidden_states: Tensor, following: Tensor, embedding: Tensor, count: int) -> Tensor:
-        """Append committed rows, and draft behind the last of them.
+        """Append committed rows, and draft the tokens after the last of them.
 
         Args:
             aux_hidden_states: ``[n, A]`` captured layers of tokens that the target has processed, at least one.
-            following: ``[n]`` the token after each.
-            embedding: ``[V, H]`` the target's embedding; read unless the draft has its own.
+            following: ``[n]`` the token after each of them.
+            embedding: ``[V, H]`` the target's embedding; not used if the draft has its own.
             count: c.
 
         Returns:
@@ -251,16 +233,16 @@ class PEagleDecoder:
         end = self.rows + len(rows)
         self._cache.reserve(end)
         angles = self._cache.angles(self.rows, end)
-        # A mask stands where a chain would have its next row, and sees what that would: this is plain causal attention.
+        # A mask token has the position of a chain's next row and sees the same keys: plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
-        for i, (layer, w) in enumerate(zip(draft.stack, self._weights, strict=True)):
+        for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
             if i > 0:
-                product = layer.carry(hidden, w)
-            query, key, value = project(layer, product, angles, w)
-            # The masks' rows are written again by the next call.
+                product = layer.project(hidden, w)
+            query, key, value = layer.attention_heads(product, angles, w)
+            # The next call overwrites the rows of the mask tokens.
             keys, values = self._cache.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
-            hidden = layer.finish(hidden, attend(query, keys, values, seen), w)
+            hidden = layer.finish(hidden, cached_attention(query, keys, values, seen), w)
         self.rows += new
         return F.linear(draft.norm(hidden), self._lm_head)

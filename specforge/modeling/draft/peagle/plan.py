@@ -1,9 +1,9 @@
-"""Which elements a parallel draft computes: anchors at several depths, planned on the host.
+"""The elements that P-EAGLE computes, anchors at several depths, planned on the host (arXiv 2602.01469).
 
-Element (a, d) stands at anchor a, d tokens ahead: it takes position a+d and predicts token a+d+2. At depth 0 it
-reads the anchor's features and the embedding of token a+1; deeper ones read a mask token. It sees the
-depth-0 elements of its document up to a, and the elements of its own anchor up to depth d (P-EAGLE, arXiv
-2602.01469). Deep elements may be dropped at random in training, never leaving a hole in an anchor's depths.
+Element (a, d) is d tokens ahead of anchor a: it has position a+d and predicts token a+d+2. At depth 0 it reads the
+anchor's features and the embedding of token a+1; deeper elements read a mask token. It sees the depth-0 elements of its
+document up to a, and the elements of its own anchor up to depth d. Training may drop deep elements at random, but never
+leaves a gap in an anchor's depths.
 
 Shape legend: N tokens of the packed batch, R tokens whose depth-0 state the head reads, E deep elements,
 M labels (supervised tokens), T depths.
@@ -18,49 +18,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import Chunk
-from specforge.modeling.draft.unroll import ROUND, Plan, plan_unroll
+from specforge.modeling.draft.plan import ROUND, Plan
 from specforge.modeling.layers.attention import Segment
 
-# Deep elements of one attention product: enough to fill a fused kernel; a mask is as wide as its document.
+# Deep elements per attention product: enough to fill a fused kernel. A mask is as wide as its document.
 _CHUNK = 512
 
 
 @dataclass(frozen=True)
 class DepthSampling:
-    """How many deep elements training keeps: a share ``max(ratio ** d, least)`` of a document's labels at depth d.
+    """Share of a document's elements at depth d that training keeps, ``max(ratio ** d, least)``.
 
     Args:
-        ratio: r; 1 keeps all.
-        least: the share that the deepest keep.
+        ratio: r; 1 keeps all elements.
+        least: the smallest share at any depth.
     """
 
     ratio: float = 0.8
     least: float = 0.2
 
     def size(self, labels: int, depth: int) -> int:
-        """Elements kept at a depth of a document with so many supervised tokens, where there are that many."""
+        """Number of elements to keep at a depth of a document with this many labels, if it has that many."""
         return int(max(0, labels - depth) * max(self.ratio**depth, self.least))
 
 
 @dataclass(frozen=True)
-class ParallelPlan(Plan):
+class PEaglePlan(Plan):
     """Index tensors of one packed batch.
 
     Attributes:
-        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.unroll.ROUND`.
+        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.plan.ROUND`.
         rows: ``[R]`` flat token of each depth-0 element that predicts a label.
         segments: those rows as runs of consecutive tokens.
-        documents: the documents, as runs too.
+        documents: the documents, as runs of tokens as well.
         positions: ``[N]`` position of each token in its document.
         next_tokens: ``[N]`` the token whose embedding a depth-0 element reads (clamped to its document).
-        anchors: ``[E]`` flat token of each deep element's anchor, ascending but for padding.
+        anchors: ``[E]`` flat token of each deep element's anchor, ascending except for padding.
         depths: ``[E]`` its depth, 1 and up; 0 for padding.
-        chunks: the deep elements in pieces of one document.
+        chunks: runs of deep elements of one document.
         labels: ``[M]`` flat token that the M-th group of students predicts.
-        students: ``[M, T]`` its student at each depth, among R + E states; 0 where there is none.
+        students: ``[M, T]`` its student at each depth, among R + E states; 0 if there is none.
         valid: ``[M, T]`` whether that student exists.
-        longest: tokens of the longest document.
+        longest: number of tokens of the longest document.
     """
 
     count: int
@@ -78,23 +79,34 @@ class ParallelPlan(Plan):
     longest: int
 
 
-def plan_parallel(
+def plan_peagle(
     lengths: Sequence[int],
     spans: Sequence[tuple[int, int]],
     depths: int,
     tokens: int | None = None,
     sampling: DepthSampling | None = None,
     seeds: Sequence[int] = (),
-) -> ParallelPlan:
+) -> PEaglePlan:
     """Plan T depths over packed documents.
 
+    For example, six tokens whose last three are supervised, ``plan_peagle([6], [(3, 6)], depths=3)``, without the
+    padding of R, E and M::
+
+        label      3  4  5
+        depth 0    1  2  3      rows; row a predicts token a+2
+        depth 1    0  1  2      anchors of the deep elements (0, 1), (1, 1), (2, 1)
+        depth 2       0  1      and (0, 2), (1, 2)
+
+    The deep elements are ordered by anchor: ``anchors = 0 0 1 1 2``, ``depths = 1 2 1 2 1``. Their states follow those
+    of the three rows, so ``students`` of label 5 is ``2 7 6``.
+
     Args:
-        lengths: tokens of each document, in order; what lies behind them is padding.
+        lengths: tokens of each document, in order; the tokens after them are padding.
         spans: supervised tokens as flat ``(start, stop)`` runs, sorted, none crossing a document's border.
         depths: T.
-        tokens: N when the batch is padded; the sum of ``lengths`` when not given.
-        sampling: which deep elements to keep; all when not given.
-        seeds: of each document's sampling.
+        tokens: N if the batch is padded; by default the sum of ``lengths``.
+        sampling: share of the deep elements to keep; by default all are kept.
+        seeds: random seed of each document's sampling.
     """
     first = plan_unroll(lengths, spans, 1, tokens)
     labels = first.labels[: first.count].numpy()
@@ -122,7 +134,7 @@ def plan_parallel(
     students[of, flat_depths] = len(first.rows) + np.arange(offset)
     valid[of, flat_depths] = True
     pad = (0, -offset % ROUND)
-    return ParallelPlan(
+    return PEaglePlan(
         count=first.count,
         rows=first.rows,
         segments=first.segments,
@@ -161,7 +173,7 @@ def _elements(
 
 
 def _chunks(anchors: np.ndarray, begin: int, offset: int) -> list[Chunk]:
-    """Pieces of a document's deep elements that do not part an anchor's."""
+    """Runs of a document's deep elements that keep those of an anchor together."""
     chunks = []
     start = 0
     borders = np.flatnonzero(np.diff(anchors, append=np.iinfo(np.int64).max)) + 1

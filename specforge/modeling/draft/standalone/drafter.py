@@ -1,7 +1,7 @@
-"""Drafts with a small language model of its own, which keeps the keys and values of the text in a cache.
+"""Drafter with a separate small language model and its key/value cache.
 
-It never reads the first token of a text: SGLang shifts a draft's input by one token, for a stand-alone model as for
-EAGLE's, and what it accepts is what counts.
+It never reads the first token of a text: SGLang shifts the draft's input by one token, for a stand-alone model as for
+EAGLE, and drafting here must match SGLang's.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from specforge.decoding.verify import Proposal, Sampling
 
 
 class StandaloneDrafter(TrainedDrafter):
-    """Drafts one token after another with a causal LM; rejected tokens are cut off its cache.
+    """Drafts one token after another with a causal LM, and removes rejected tokens from its cache.
 
     Args:
         model: a transformers causal LM in eval mode.
         target_ids: ``[D]`` target id of every row of its head.
         vocab_size: V.
-        deterministic: whether the likeliest token is drafted when sampling too.
     """
 
-    def __init__(self, model: Any, target_ids: Tensor, vocab_size: int, deterministic: bool = False) -> None:
+    def __init__(self, model: Any, target_ids: Tensor, vocab_size: int) -> None:
         self.model = model
-        super().__init__(target_ids.cpu(), vocab_size, None, deterministic)
+        super().__init__(target_ids.cpu(), vocab_size, None)
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -39,7 +38,7 @@ class StandaloneDrafter(TrainedDrafter):
         self._cached: list[int] = []  # tokens whose keys and values the cache holds
 
     def observe(self, tokens: Sequence[int], features: Features) -> None:
-        """Keep what was committed; drafted tokens that were accepted stay in the cache."""
+        """Record committed tokens; accepted drafts stay in the cache."""
         start = len(self._tokens)
         self._tokens += tokens if self._tokens else tokens[1:]
         kept = min(start, len(self._cached))
@@ -51,7 +50,7 @@ class StandaloneDrafter(TrainedDrafter):
 
     @torch.inference_mode()
     def propose(self, count: int, sampling: Sampling, generator: torch.Generator | None = None) -> Proposal:
-        """Read what was committed since, then draft ``count`` tokens."""
+        """Read the tokens committed since the last call, then draft ``count`` tokens."""
         new: Sequence[int] = self._tokens[len(self._cached) :]
         parts: list[Proposal] = []
         while len(parts) < count:

@@ -1,4 +1,4 @@
-"""Stand-alone drafts: the ordinary folder of a transformers causal LM, which SGLang serves as STANDALONE."""
+"""The format of stand-alone drafts: the folder of a transformers causal LM, which SGLang serves as STANDALONE."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from specforge.modeling.draft.standalone.network import StandaloneDraft
 
 
 class StandaloneFormat(DraftFormat):
-    """Names without ``model.``, a tied head left out, no vocabulary maps."""
+    """Names without the prefix ``model.``, without a tied head and vocabulary maps."""
 
     server, chain = "STANDALONE", 4
 
     def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
-        """See :meth:`DraftFormat.build`."""
+        """The randomly initialised model of a ``config.json``."""
         return StandaloneDraft(config, where)
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """See :meth:`DraftFormat.check`."""
+        """Reject a draft with another vocabulary than the target's."""
         if config["vocab_size"] != target.vocab_size:
             raise UserError(
                 f"export: the draft has {config['vocab_size']} tokens, {target.name} has {target.vocab_size}"
             )
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """See :meth:`DraftFormat.config`.
+        """As in :class:`DraftFormat`.
 
         Raises:
-            UserError: the draft's head covers a part of the vocabulary, which no server's causal LM can have.
+            UserError: the draft's head covers a part of the vocabulary, which servers do not support in a causal LM.
         """
         size = config.get("draft_vocab_size") or config["vocab_size"]
         if size != config["vocab_size"]:
@@ -45,11 +45,11 @@ class StandaloneFormat(DraftFormat):
         return super().config({k: v for k, v in config.items() if k != "draft_vocab_size"}, dtype)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See :meth:`DraftFormat.tensors`."""
+        """The model's tensors under its own names."""
         return {n.removeprefix("model."): x for n, x in state.items() if n not in ("d2t", "t2d")}
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """See :meth:`DraftFormat.read`."""
+        """As in :class:`DraftFormat`, without tensors that the model derives from others."""
         tied = config.get("tie_word_embeddings")
         named = {
             f"model.{name}": x

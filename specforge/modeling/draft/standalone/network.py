@@ -1,7 +1,7 @@
-"""A small language model of its own as the draft: any causal LM of transformers with the target's vocabulary.
+"""A separate small language model as the draft: any causal LM of transformers with the target's vocabulary.
 
-It reads nothing of the target but the text. Its weights keep their names behind ``model.``, so that an export is
-the ordinary folder that transformers and servers load.
+It reads only the text, no features of the target. Its weights keep their names after the prefix ``model.``, so that an
+export is the usual folder that transformers and servers load.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from specforge.files import first_line
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_layers import backbone
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
-from specforge.modeling.draft.registry import REFUSALS, Draft, check_memory, copy_into
+from specforge.modeling.draft.registry import LIBRARY_ERRORS, Draft, check_memory
+from specforge.modeling.draft.starting import copy_into, spread
 
 
 class StandaloneDraft(Draft):
     """A causal LM of transformers.
 
     Args:
-        config: fields of its ``config.json``. With a ``draft_vocab_size`` below ``vocab_size`` it has an output head
-            of that many rows, untied from the embedding.
-        where: what to call the config in an error message.
+        config: fields of its ``config.json``. A ``draft_vocab_size`` below ``vocab_size`` gives it an output head with
+            that many rows, untied from the embedding.
+        where: name of the config, for error messages.
 
     Raises:
         UserError: transformers has no such model, or its logits are not its head times its last state.
@@ -48,7 +49,7 @@ class StandaloneDraft(Draft):
             check_memory(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(made)))
             super().__init__(made)
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        except (ImportError, *REFUSALS) as error:
+        except (ImportError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{where}: {first_line(error)}") from error
         self.architecture = type(self.model).__name__
         self.config.architectures = [self.architecture]
@@ -63,12 +64,12 @@ class StandaloneDraft(Draft):
 
     @property
     def head_weight(self) -> Tensor:
-        """``[D, H]``, rows of the output head."""
+        """``[D, H]`` matrix of the output head."""
         return self.model.get_output_embeddings().weight  # type: ignore[no-any-return]
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest text that the draft can be trained on; None if there is no limit.
+        """Maximum number of tokens of a training text; None if there is no limit.
 
         Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
         of a batch.
@@ -109,7 +110,7 @@ class StandaloneDraft(Draft):
         try:
             logits = self.model(ids, use_cache=False).logits
             plain = torch.allclose(logits, seen[1]) and torch.allclose(self(ids), seen[0])
-        except (ImportError, *REFUSALS) as error:
+        except (ImportError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{where}: the model fails on two tokens ({first_line(error)})") from error
         finally:
             handle.remove()
@@ -123,14 +124,14 @@ class StandaloneDraft(Draft):
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
     ) -> tuple[str, Any, Any] | None:
-        """See :meth:`Draft.difference`."""
+        """As in :class:`Draft`, for all fields of the model's config."""
         theirs, mine = (x.to_dict() for x in (_config_of(config, where), self.config))
         names = sorted(theirs.keys() - bookkeeping() - {"draft_vocab_size"})
         found = next((n for n in names if n not in ignored and theirs[n] != mine.get(n)), None)
         return None if found is None else (found, theirs[found], mine.get(found))
 
     def decoder(self, dtype: torch.dtype) -> Any:
-        """The causal LM in another dtype; the copy is kept until the weights change."""
+        """The causal LM in ``dtype``; a converted copy is kept until the weights change."""
         if dtype == self.head_weight.dtype:
             return self.model
         key = (dtype, self.head_weight.device, *(p._version for p in self.model.parameters()))
@@ -140,10 +141,10 @@ class StandaloneDraft(Draft):
 
     @torch.no_grad()
     def start_from_target(self, target: TargetFiles) -> None:
-        """Copy embedding, head, final norm and as many decoder layers of the target as the draft has, evenly spaced.
+        """Copy the target's embedding, head, final norm and evenly spaced decoder layers, as many as the draft has.
 
         Raises:
-            UserError: a tensor is missing in the target, or of another shape.
+            UserError: a tensor is missing in the target, or has another shape.
         """
         layers = spread(self.config.num_hidden_layers, target.num_layers)
         head = next((name for name, p in self.model.named_parameters() if p is self.head_weight), None)
@@ -158,7 +159,7 @@ class StandaloneDraft(Draft):
             copy_into(parameter, value, f"{name} of {target.name}")
 
     def _keep_tied_tensors_once(self) -> None:
-        """A tied tensor is stored under its first name only, and shared again when it is loaded."""
+        """Store tied tensors under their first name only, and share them again on loading."""
         first: dict[int, str] = {}
         tied: dict[str, str] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
@@ -178,7 +179,7 @@ class StandaloneDraft(Draft):
         self.register_load_state_dict_pre_hook(share)
 
 
-# Fields that say nothing of the network; a quantised target's draft is not quantised.
+# Fields that do not describe the network. The draft of a quantised target is not quantised.
 _NOT_THE_NETWORKS = (
     "_name_or_path",
     "architectures",
@@ -193,7 +194,7 @@ def _config_of(config: Mapping[str, Any], where: str) -> Any:
     """The transformers config with these fields.
 
     Raises:
-        UserError: there is no such kind of model, or it refuses the fields.
+        UserError: transformers has no such model type, or it rejects the fields.
     """
     kind = config.get("model_type")
     fields = copy.deepcopy({key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)})
@@ -201,7 +202,7 @@ def _config_of(config: Mapping[str, Any], where: str) -> Any:
         return _config_class(kind, where)(**fields)
     except UserError:
         raise
-    except (ImportError, *REFUSALS) as error:
+    except (ImportError, *LIBRARY_ERRORS) as error:
         raise UserError(f"{where}: {first_line(error)}") from error
 
 
@@ -214,10 +215,10 @@ def _config_class(kind: Any, where: str) -> Any:
 
 
 def changes_of(given: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
-    """A user's fields for a model of ``model_type`` ``kind``, under the names that its config class has for them.
+    """A user's fields for a model of ``model_type`` ``kind``, under the names in its config class.
 
     Raises:
-        UserError: the class has no such field; it would ignore it.
+        UserError: the class has no such field and would ignore it.
     """
     made = _config_class(kind, where)()
     known = {*made.to_dict(), *made.attribute_map, *ROPE_SPELLINGS, "draft_vocab_size", "attn_implementation"}
@@ -230,7 +231,7 @@ def changes_of(given: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any
 
 
 def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
-    """Fields of a model like the target with fewer layers: fields with an entry per layer keep evenly spaced ones.
+    """Fields of a model like the target, with fewer layers; lists with one entry per layer keep evenly spaced ones.
 
     Raises:
         UserError: the target does not have that many layers.
@@ -248,13 +249,8 @@ def config_like(target: TargetFiles, layers: Any) -> dict[str, Any]:
     return {**fields, names.get("num_hidden_layers", "num_hidden_layers"): layers}
 
 
-def spread(count: int, layers: int) -> list[int]:
-    """``count`` of a model's layers, evenly spaced, the first and the last among them."""
-    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
-
-
 def _in_layer(name: str, layers: list[int]) -> str:
-    """A tensor's name in the model whose layers ``layers`` were taken."""
+    """The name that a tensor has in the model from which ``layers`` were taken."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if at is not None:

@@ -1,9 +1,11 @@
-"""Which rows a training-time test computes, planned on the host from document lengths and supervised spans.
+"""The rows that a training-time test computes, planned on the host from document lengths and supervised spans.
 
-Row p of step s reads the embedding of token p+1+s and predicts token p+2+s (EAGLE-3, arXiv 2503.01840,
-section 3.2). Reading the plan from the label's side: the supervised token j is predicted by T students,
-row j-2-s at step s, and all of them share one teacher, the target's distribution at token j-1. A row
-that no student needs is not a query at any step; it only contributes its step-0 key and value.
+At step s, row p reads the embedding of token p+1+s and predicts token p+2+s (EAGLE-3, arXiv 2503.01840, section 3.2).
+Seen from the label, the supervised token j is predicted by T students: row j-2-s at step s. All of them share one
+teacher, the target's distribution at token j-1. Rows that no label needs have no query at any step; they only
+contribute their key and value of step 0.
+
+Drafts with heads (Medusa, Hydra) and MTP modules are planned the same way.
 
 Shape legend: N tokens of the packed batch, R query rows, M labels (supervised tokens), T steps.
 """
@@ -12,37 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specforge.modeling.draft.plan import ROUND, Plan, borders
 from specforge.modeling.layers.attention import Segment
-
-# Matrix libraries prepare a kernel for every new shape, which on a CPU in bf16 takes several times longer than
-# the product itself. Rounded row counts repeat.
-ROUND = 32
-
-
-class Plan:
-    """Index tensors of one packed batch, made on the host."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same plan with its tensors on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return type(self)(**{**vars(self), **moved})
-
-
-def borders(lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of N ``tokens``, the first token of its document and the one after the last.
-
-    Each padding token is a document of its own. So its position is 0, which is in every table of positions, however
-    much padding there is.
-    """
-    sizes = np.asarray([*lengths, *[1] * (tokens - sum(lengths))], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    return np.repeat(ends - sizes, sizes), np.repeat(ends, sizes)
 
 
 @dataclass(frozen=True)
@@ -50,17 +28,17 @@ class UnrollPlan(Plan):
     """Index tensors of one packed batch.
 
     Attributes:
-        steps: T, how often the layer is applied.
-        count: supervised tokens; M and R are padded to a multiple of :data:`ROUND`.
+        steps: T, the number of times that the layer is applied.
+        count: supervised tokens; M and R are padded to a multiple of :data:`~specforge.modeling.draft.plan.ROUND`.
         rows: ``[R]`` flat token of each query row.
-        segments: the rows as runs of consecutive tokens; padded rows are in none.
+        segments: the rows as runs of consecutive tokens, without padding.
         positions: ``[N]`` position of each token in its document.
         next_tokens: ``[N]`` the token whose embedding a row reads at step 0 (clamped to its document).
         row_tokens: ``[T, R]`` the token whose embedding a query row reads at step s (clamped).
         labels: ``[M]`` flat token that the M-th group of students predicts.
-        students: ``[M, T]`` row (0..R-1) that predicts the label at step s; 0 where there is none.
-        valid: ``[M, T]`` whether that student exists: its row lies in the label's document, which is not padding.
-        longest: tokens of the longest document.
+        students: ``[M, T]`` row (0..R-1) that predicts the label at step s; 0 if there is none.
+        valid: ``[M, T]`` whether that student exists: its row is in the label's document, and the label is not padding.
+        longest: number of tokens of the longest document.
     """
 
     steps: int
@@ -81,11 +59,21 @@ def plan_unroll(
 ) -> UnrollPlan:
     """Plan T steps over packed documents.
 
+    For example, six tokens whose last three are supervised, ``plan_unroll([6], [(3, 6)], steps=2)``, without the
+    padding of R and M::
+
+        label j      3  4  5
+        students     1  2  3    at step 0, row j-2
+                     0  1  2    at step 1, row j-3
+        rows         0  1  2  3           of 6: rows 4 and 5 predict nothing that is supervised
+        row_tokens   1  2  3  4           at step 0
+                     2  3  4  5           at step 1
+
     Args:
-        lengths: tokens of each document, in order; what lies behind them is padding.
+        lengths: tokens of each document, in order; the tokens after them are padding.
         spans: supervised tokens as flat ``(start, stop)`` runs, sorted, none crossing a document's border.
         steps: T.
-        tokens: N when the batch is padded; the sum of ``lengths`` when not given.
+        tokens: N if the batch is padded; by default the sum of ``lengths``.
     """
     tokens = sum(lengths) if tokens is None else tokens
     begin, end = borders(lengths, tokens)
@@ -122,6 +110,7 @@ def plan_unroll(
 
 
 def _segments(rows: np.ndarray, begin: np.ndarray) -> tuple[Segment, ...]:
+    """Runs of consecutive rows of one document."""
     if not len(rows):
         return ()
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(begin[rows]) != 0)) + 1

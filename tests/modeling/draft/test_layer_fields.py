@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lightning_modules.base import layer_fields
 from lightning_modules.dflash import DFlashModule
 from lightning_modules.eagle3 import Eagle3Module
 from lightning_modules.peagle import PEagleModule
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import build_draft
+from specforge.modeling.draft.starting import layer_fields
 from tests.families import BASE, FAMILIES, LLAMA3, YARN
 from tests.tiny import write_target
 

@@ -1,0 +1,284 @@
+"""How a draft starts: its config for a target, the draft on disk it continues from, and its first weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specforge.errors import UserError
+from specforge.export.checkpoint import read_checkpoint
+from specforge.files import read_json
+from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft.checks import check_stored
+from specforge.modeling.draft.fields import draft_rope, quoted, rope_fields
+from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.registry import Draft, as_trained, canonical, config_fields, find_draft_config, read_draft
+from specforge.modeling.layers.decoder_layer import ROPE_TYPES, RotaryTable
+
+CHECKPOINT_KEY = "specforge"
+# Checkpoints without a version were written before drafts rejected fields that they do not read.
+CONFIG_VERSION = 1
+
+
+class SavedDraft(NamedTuple):
+    """A draft on disk from which a run starts.
+
+    Attributes:
+        path: a SpecForge checkpoint, or the folder of a published draft.
+        config: its config in SpecForge's own form.
+        tensors: its tensors as stored.
+        form: format of a folder; None for a checkpoint.
+        steps: optimizer steps of a checkpoint.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    form: DraftFormat | None
+    steps: int = 0
+
+    @classmethod
+    def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
+        """Read a checkpoint or a folder.
+
+        Raises:
+            UserError: the path is neither, or its content is damaged.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config, tensors = read_draft(path)
+            if "d2t" in tensors and tensors["d2t"].ndim == 1:
+                config.setdefault("draft_vocab_size", len(tensors["d2t"]))
+            return cls(path, config, tensors, form)
+        checkpoint = read_checkpoint(path)
+        state = checkpoint["state_dict"].items()
+        state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
+        config = saved_config(checkpoint[CHECKPOINT_KEY], str(path))
+        return cls(path, config, state, None, int(checkpoint.get("global_step", 0)))
+
+    @classmethod
+    def named(cls, init_from: str | None, form: DraftFormat, others: Sequence[str] = ()) -> SavedDraft | None:
+        """The draft at ``init_from``; None if that is None or one of the keywords in ``others``."""
+        return None if init_from is None or init_from in others else cls.read(init_from, form)
+
+
+def saved_config(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The draft config in a checkpoint's own entry (:data:`CHECKPOINT_KEY`).
+
+    Raises:
+        UserError: the entry has no draft config.
+    """
+    if not isinstance(saved, Mapping) or "draft_config" not in saved:
+        raise UserError(f"{where}: not a SpecForge checkpoint")
+    config = canonical(saved["draft_config"], where)
+    return config if saved.get("config_version") == CONFIG_VERSION else as_trained(config, where)
+
+
+def draft_config_for(
+    target: TargetFiles,
+    given: str | Mapping[str, Any] | None,
+    defaults: Mapping[str, Any],
+    source: SavedDraft | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The draft config of a run.
+
+    Args:
+        target: the target that the draft must fit.
+        given: path of a JSON file or name of a shipped one; or fields to change; or None.
+        defaults: the algorithm's config for this target, to which the changes apply.
+        source: the draft from which the run starts; the changes apply to its config instead.
+
+    Returns:
+        The fields, and their name for error messages.
+
+    Raises:
+        UserError: the file cannot be read, or a field does not fit the target.
+    """
+    if source is not None:
+        _name_layers(source.config, defaults)
+    if isinstance(given, str):
+        config, where = canonical(read_json(find_draft_config(given)), given), given
+    else:
+        base, where = defaults if source is None else source.config, "model.draft_config"
+        config = _merged(canonical(base, where), given or {}, where)
+    _name_layers(config, defaults)
+    fits = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
+    for key, value in fits.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {config[key]}, but the target {target.name} has {value}")
+    size = config.get("draft_vocab_size")
+    if isinstance(size, int) and size > target.vocab_size:
+        raise UserError(f"{where}: draft_vocab_size is {size}, but {target.name} has {target.vocab_size} tokens")
+    if config.get("hidden_size") != target.hidden_size:
+        raise UserError(
+            f"{where}: hidden_size is {config.get('hidden_size')}, but the draft reads the embedding of "
+            f"{target.name}, whose width is {target.hidden_size}"
+        )
+    return config, where
+
+
+def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Fill in the default captured layers of an EAGLE draft, as servers do."""
+    own = config.get("eagle_config", {})
+    if "eagle_config" in defaults and isinstance(own, Mapping):
+        config["eagle_config"] = {**defaults["eagle_config"], **own}
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config with some fields changed, also inside ``eagle_config`` and ``dflash_config``."""
+    loose = ("rope_theta", "partial_rotary_factor")
+    rope = {} if not isinstance(given, Mapping) else {key: given[key] for key in loose if key in given}
+    if rope and not (given.get("rope_parameters") or given.get("rope_scaling")):
+        given = {**given, "rope_parameters": {**base.get("rope_parameters", {}), **rope}}
+    changes = canonical(given, where, base.get("architectures"))
+    nested = {
+        key: {**base[key], **value}
+        for key, value in changes.items()
+        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+    }
+    return {**base, **changes, **nested}
+
+
+def layer_fields(target: TargetFiles) -> dict[str, Any]:
+    """Fields of a draft config whose layers have the target's dimensions and positions.
+
+    They describe Llama layers whatever the target's layers are: gated MLPs, RMS norms, rotary positions.
+
+    Raises:
+        UserError: the target's config has no number of attention heads.
+    """
+    config, hidden = target.config, target.hidden_size
+    heads = _first_size(config, ("num_attention_heads",))
+    if heads is None:
+        raise UserError(f"{target.name}: its config has no num_attention_heads; set model.draft_config to a JSON file")
+    kv_heads = _first_size(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    head_dim = _first_size(config, ("head_dim",)) or hidden // heads
+    # LlamaConfig accepts only numbers of heads that divide the hidden size.
+    heads = next(count for count in range(heads, 0, -1) if hidden % count == 0)
+    positions = _first_size(config, ("max_position_embeddings",))
+    rope = draft_rope(config)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _first_size(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"))
+        or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": math.gcd(heads, kv_heads),
+        "head_dim": max(2, head_dim + head_dim % 2),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
+        "vocab_size": target.vocab_size,
+        **({} if rope is None else {"rope_parameters": rope}),
+        **({} if positions is None else {"max_position_embeddings": positions}),
+    }
+
+
+def _first_size(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of the named fields that is a size; for a list with one entry per layer, its last entry."""
+    for name in names:
+        value = config.get(name)
+        value = value[-1] if isinstance(value, list) and value else value
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """Draw a linear layer's matrix from a normal distribution with standard deviation 0.02, as targets do."""
+    if isinstance(module, torch.nn.Linear):
+        torch.nn.init.normal_(module.weight, std=0.02)
+
+
+def initialise_layers(module: torch.nn.Module) -> None:
+    """As :func:`initialise`, with biases of zero."""
+    initialise(module)
+    if isinstance(module, torch.nn.Linear) and module.bias is not None:
+        torch.nn.init.zeros_(module.bias)
+
+
+def distinct_layers(chosen: list[int], num_layers: int) -> list[int]:
+    """An algorithm's choice of layers, or evenly spaced ones if the target has too few for the choice to be distinct.
+
+    The last layer is never chosen, because servers capture the input of the layer above.
+    """
+    if min(chosen) >= 0 and len(set(chosen)) == len(chosen):
+        return chosen
+    below = max(1, num_layers - 1)
+    return spread(min(len(chosen), below), below)
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """``count`` evenly spaced layers of a model, including the first and the last."""
+    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
+    """Copy a tensor of the target, named ``what`` in error messages, into a parameter.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    if parameter.shape != value.shape:
+        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+    parameter.copy_(value)
+
+
+def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> RotaryTable:
+    """The rotary positions to use when a draft's layer is compared with the target's.
+
+    A derived draft may have simpler positions than the target (:func:`draft_rope`), which is no reason to reject it:
+    the comparison then uses the target's positions. Positions chosen by the user are compared as they are.
+
+    Args:
+        own: the draft's table.
+        config: the draft's config.
+        target: the target.
+    """
+
+    def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
+        if rope is None or rope["rope_type"] not in ROPE_TYPES:
+            return None
+        changed = copy.copy(config)
+        changed.rope_parameters = dict(rope)
+        return RotaryTable(changed)
+
+    if table(draft_rope(target.config)) in (None, own):
+        return own
+    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
+
+
+def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
+    """Load the weights of a draft on disk: a SpecForge checkpoint, or the folder of a published draft.
+
+    Raises:
+        UserError: it is a different network, or a tensor is missing, unknown, damaged or of another shape.
+    """
+    if not isinstance(source, SavedDraft):
+        source = SavedDraft.read(source, form)
+    path = source.path
+    # A block drafter may continue training with another block size.
+    found = draft.difference(source.config, str(path), ignored=("block_size",))
+    if found is not None:
+        name, theirs, mine = found
+        raise UserError(
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
+            "out of model.draft_config (or model.layer_ids) to continue with the trained network"
+        )
+    tensors = source.tensors
+    if source.form is not None:
+        tensors = source.form.read(config_fields(draft), tensors, where=str(path))
+    own = draft.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise UserError(f"{path}: tensor {name} has no place in the draft")
+        check_stored(name, tensor, own[name], str(path))
+    missing = sorted(set(own) - set(tensors))
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing")
+    draft.load_state_dict(tensors)
+    draft.trained = source.steps > 0
