@@ -11,10 +11,12 @@ drafted per round; τ (tau): acceptance length.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from specforge.packages import VERSION
+
 if TYPE_CHECKING:
     from specforge.api import CaptureOptions, EvaluateOptions, algorithms, capture, evaluate, load_draft
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["CaptureOptions", "EvaluateOptions", "__version__", "algorithms", "capture", "evaluate", "load_draft"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_modules import DraftModule
 from lightning_modules.loading import algorithms, find_algorithm, load_module
-from specforge.cli.console import progress_bar, say
+from specforge.console import progress_bar, say
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, MethodResult
 from specforge.eval.held_out import evaluate_draft

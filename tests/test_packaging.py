@@ -14,7 +14,7 @@ import pytest
 
 from specforge.cli import shadowing
 from specforge.errors import UserError
-from specforge.extras import EXTRAS, install_hint, installed
+from specforge.packages import EXTRAS, install_hint, installed
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -68,7 +68,7 @@ def test_either_build_of_mooncake_is_found_and_named(build, tmp_path):
     code = "import sys; sys.path = [x for x in sys.path if 'site-packages' not in x]\n"
     result = run(
         "-c",
-        code + "from specforge.extras import installed; print(installed('mooncake'))",
+        code + "from specforge.packages import installed; print(installed('mooncake'))",
         path=f"{tmp_path}:{ROOT}",
         cwd=ROOT,
     )

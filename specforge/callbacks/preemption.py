@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from specforge import stopping
+import specforge.stopping as stopping
 from specforge.callbacks.checkpoint import LastCheckpoint
 from specforge.callbacks.lightning_internals import (
     after_signal_handlers,

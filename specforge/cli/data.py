@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from specforge.cli.console import progress_bar, say
+from specforge.console import progress_bar, say
 from specforge.data import prompts as prompt_sets
 from specforge.data.conversations import parse_record, read_raw
 from specforge.data.prompts import PrepareOptions, PrepareReport, PromptSet

@@ -11,9 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from specforge import __version__
 from specforge.cli.recipes import GPUs, Recipe, read_head, recipes
-from specforge.extras import EXTRAS, install_hint, installed
+from specforge.packages import EXTRAS, VERSION, install_hint, installed
 
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors", "jsonargparse", "torchmetrics")
 
@@ -55,7 +54,7 @@ def main() -> int:
 
 def findings() -> Iterator[tuple[str, str]]:
     """Titles and texts, from top to bottom."""
-    yield "specforge", f"{__version__} in {Path(__file__).parents[1]}"
+    yield "specforge", f"{VERSION} in {Path(__file__).parents[1]}"
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "packages", ", ".join(installed(name) or f"{name} missing" for name in _PACKAGES)
     for name, extra in EXTRAS.items():

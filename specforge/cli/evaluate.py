@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from lightning_modules.loading import load_module
-from specforge.cli.console import console, progress_bar, say
+from specforge.console import console, progress_bar, say
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, MethodResult, as_json
 from specforge.eval.held_out import evaluate_draft

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import datamodules  # noqa: F401 - registers the built-in classes by name
 import lightning_modules
-from specforge import stopping
+import specforge.stopping as stopping
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.callbacks.checkpoint import (
     AtomicCheckpointIO,

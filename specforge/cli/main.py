@@ -8,9 +8,9 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from specforge import __version__
 from specforge.cli.shadowing import check
 from specforge.errors import UserError, escaped, mistake_behind
+from specforge.packages import VERSION
 
 # Name: ("module:function", description). A function's parameters are the command's options, except in
 # specforge.cli.fit, which passes its words to LightningCLI.
@@ -40,7 +40,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            f"SpecForge {__version__}: train speculative-decoding drafts.",
+            f"SpecForge {VERSION}: train speculative-decoding drafts.",
             "",
             "usage: specforge COMMAND [options]      specforge COMMAND --help",
             "",
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if argv[0] in ("-V", "--version"):
-        print(f"specforge {__version__}")
+        print(f"specforge {VERSION}")
         return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings concern its own API
     if logging.lastResort is not None:  # the handler that prints our warnings

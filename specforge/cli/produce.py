@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from specforge.cli.console import say
+from specforge.console import say
 from specforge.errors import UserError
 from specforge.inference.capture import CaptureOptions
 from specforge.inference.producer import Producer

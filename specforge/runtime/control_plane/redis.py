@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from specforge.errors import UserError
-from specforge.extras import install_hint
 from specforge.files import first_line
+from specforge.packages import install_hint
 from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text, unusable
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from specforge import stopping
+import specforge.stopping as stopping
 from specforge.contracts import (
     AUX_HIDDEN_STATES,
     INPUT_IDS,

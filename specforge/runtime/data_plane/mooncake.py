@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
-from specforge.extras import install_hint
+from specforge.packages import install_hint
 from specforge.runtime.data_plane.safetensors_io import SAMPLE_HEADER, FlatTensors, lay_out
 from specforge.runtime.data_plane.store import StoreFullError
 

@@ -1,10 +1,12 @@
-"""Optional packages: the extras of pyproject.toml that SpecForge's own code imports."""
+"""SpecForge's version, and optional packages: the extras of pyproject.toml that its own code imports."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from importlib.util import find_spec
 from typing import NamedTuple
+
+VERSION = "0.1.0"
 
 
 class Extra(NamedTuple):
