@@ -37,7 +37,7 @@ from specforge.modeling.draft.standalone.network import StandaloneDraft, changes
 from specforge.modeling.draft.starting import SavedDraft, load_weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextPlan(Plan):
     """Supervised tokens of a batch whose documents become rows of equal length.
 

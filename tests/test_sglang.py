@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.export.test_eagle_export import LATENT
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -24,6 +23,7 @@ from specforge.decoding.decoder import decode
 from specforge.inference.target_engine import HFTargetEngine
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
 from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise
+from tests.modeling.draft.eagle3.test_export import LATENT
 from tests.sglang_cpu import environment, serve
 from tests.tiny import write_tokenizer
 

@@ -266,10 +266,10 @@ def test_it_can_start_at_the_last_layer_of_an_8_bit_target(eight_bit):
 @pytest.mark.parametrize(
     ("quantization", "dtype", "message"),
     [
-        ({"quant_method": "fp8", "weight_block_size": None}, None, "float8_e4m3fn, of which only"),
+        ({"quant_method": "fp8", "weight_block_size": None}, None, "float8_e4m3fn, but only"),
         ({"quant_method": "fp8", "weight_block_size": [8, 8]}, None, "have . x . scales, not"),
-        ({"quant_method": "fp8", "weight_block_size": BLOCK}, torch.float8_e5m2, "float8_e5m2, of which only"),
-        ({"quant_method": "bitsandbytes"}, torch.int8, "int8, of which only"),
+        ({"quant_method": "fp8", "weight_block_size": BLOCK}, torch.float8_e5m2, "float8_e5m2, but only"),
+        ({"quant_method": "bitsandbytes"}, torch.int8, "int8, but only"),
     ],
 )
 def test_other_quantised_weights_are_refused_by_name(eight_bit, tmp_path, quantization, dtype, message):

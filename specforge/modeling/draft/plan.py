@@ -15,7 +15,10 @@ ROUND = 32
 
 
 class Plan:
-    """Base of the dataclasses that hold the index tensors of one packed batch."""
+    """Base of the dataclasses that hold the index tensors of one packed batch.
+
+    The dataclasses are not frozen, because Lightning's half precision converts a batch field by field.
+    """
 
     def to(self, device: torch.device) -> Self:
         """The same plan with its tensors on ``device``."""

@@ -26,7 +26,7 @@ _GROUP = 8
 _BLOCK_ROUND = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockPlan(Plan):
     """Index tensors of the blocks of one packed batch.
 

@@ -23,7 +23,7 @@ from specforge.modeling.draft.plan import ROUND, Plan, borders
 from specforge.modeling.layers.attention import Segment
 
 
-@dataclass(frozen=True)
+@dataclass
 class UnrollPlan(Plan):
     """Index tensors of one packed batch.
 

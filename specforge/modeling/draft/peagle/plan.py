@@ -44,7 +44,7 @@ class DepthSampling:
         return int(max(0, labels - depth) * max(self.ratio**depth, self.least))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PEaglePlan(Plan):
     """Index tensors of one packed batch.
 
