@@ -99,7 +99,7 @@ class MedusaModule(DistilledModule):
             UserError: there are fewer heads than ``positions``.
         """
         if positions > len(self.draft.heads):
-            raise UserError(f"{positions} tokens per round, but the draft has {len(self.draft.heads)} heads")
+            raise UserError(f"gamma is {positions}, but the draft has {len(self.draft.heads)} heads")
         plan: UnrollPlan = super().full_plan(batch, positions)
         return plan
 

@@ -33,7 +33,7 @@ def evaluate_draft(
     Args:
         module: the draft's module, such as ``lightning_modules.load_module`` returns; it is moved to the device.
         prompts: folder from `specforge prepare`; its held-out part is used if it has one.
-        options: how; the device must be one that PyTorch knows.
+        options: how to evaluate; the device must be one that PyTorch knows.
         cache: keeps the target's own answers.
         num_prompts: evaluate only the first N prompts.
         suffix_corpus: prompt set whose answers suffix decoding may draft from.
@@ -102,4 +102,4 @@ def _prompt(task: PromptTask) -> list[int]:
 
 
 def _answer(task: PromptTask) -> list[int]:
-    return [token for token, learnt in zip(task.input_ids, task.loss_mask, strict=True) if learnt]
+    return [token for token, supervised in zip(task.input_ids, task.loss_mask, strict=True) if supervised]

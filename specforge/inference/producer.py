@@ -36,9 +36,9 @@ class Producer:
         engine: returns the target's engine for a compute dtype.
         fingerprint: fingerprint of the target; prompts for another target are rejected.
         owner: name of this producer; a restart under the same name releases the prompts it had leased.
-        max_prompts: most prompts to lease at a time.
-        batch_tokens: most tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not
-            depend on other prompts in the batch.
+        max_prompts: maximum number of prompts to lease at a time.
+        batch_tokens: maximum number of tokens per forward pass, including padding; 1 runs each prompt alone,
+            so that features do not depend on other prompts in the batch.
         vocab_size: size of the target's vocabulary, if known; prompts with larger token ids are given up.
     """
 
@@ -78,7 +78,7 @@ class Producer:
                         if not busy:
                             self._flush()
                     except StoreFullError as error:
-                        logger.warning("the store is full (%s); waiting for room", error)
+                        logger.warning("the store is full (%s); waiting for space", error)
                         for worker in self._workers.values():
                             worker.drop()
                         self._release()

@@ -166,7 +166,7 @@ class RolloutWorker:
 
         Args:
             tasks: prompts.
-            batch_tokens: most tokens per forward pass, including padding.
+            batch_tokens: maximum number of tokens per forward pass, including padding.
 
         Raises:
             UserError: the store cannot be written.

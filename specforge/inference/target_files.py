@@ -150,7 +150,7 @@ class TargetFiles:
         return int(found * max(factors, default=1))
 
     @cached_property
-    def learnt_positions(self) -> int | None:
+    def learned_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
         table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
         found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)

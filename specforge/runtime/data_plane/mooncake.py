@@ -177,7 +177,7 @@ class MooncakeBackend:
         self._written = 0  # bytes, since the last flush
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Start to put a group under a new name; its tensors must not change until they are flushed.
+        """Begin to store a group under a new name; its tensors must not change until they are flushed.
 
         Raises:
             UserError: the store does not answer.
@@ -275,7 +275,7 @@ class MooncakeBackend:
             if code != _FULL:
                 raise UserError(f"store {self.address}: {name} could not be put (Mooncake error {code})")
         if failed:
-            raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
+            raise StoreFullError(f"store {self.address}: no space for {len(failed)} samples")
 
     def _put(self, client: Any, names: deque[str]) -> dict[str, int]:
         """Put the waiting values of these names, and empty the queue of names; returns Mooncake's codes."""

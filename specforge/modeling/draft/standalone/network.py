@@ -71,14 +71,14 @@ class StandaloneDraft(Draft):
     def longest(self) -> int | None:
         """Maximum number of tokens of a training text; None if there is no limit.
 
-        Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
+        Learned positions end there. Rotary positions that depend on the length of the text change there, for all texts
         of a batch.
         """
         table = getattr(self.config, "max_position_embeddings", None)
         words = self.model.get_input_embeddings()
-        learnt = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
+        learned = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
         # Some classes keep two rows of the table for padding.
-        if table and any(m.num_embeddings - table in (0, 2) for m in learnt):
+        if table and any(m.num_embeddings - table in (0, 2) for m in learned):
             return int(table)
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
@@ -154,7 +154,7 @@ class StandaloneDraft(Draft):
             else:
                 source = _in_layer(name, layers)
                 if source not in target.weight_files:
-                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start there")
+                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start from it")
                 value = target.tensor(source)
             copy_into(parameter, value, f"{name} of {target.name}")
 
