@@ -39,19 +39,12 @@ from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Supervised(NamedTuple):
-    """The supervised drafts of a batch.
+    """The supervised drafts of a batch."""
 
-    Attributes:
-        plan: names their blocks and labels.
-        states: ``[M, H]`` normed states that the head reads.
-        labels: ``[M]`` draft ids; -1 outside the draft vocabulary.
-        trained: ``[M]`` bool, whether the draft is in the loss.
-    """
-
-    plan: BlockPlan
-    states: Tensor
-    labels: Tensor
-    trained: Tensor
+    plan: BlockPlan  # names their blocks and labels
+    states: Tensor  # [M, H] normed states that the head reads
+    labels: Tensor  # [M] draft ids; -1 outside the draft vocabulary
+    trained: Tensor  # [M] bool, whether the draft is in the loss
 
 
 class BlockFamilyModule(DraftModule):

@@ -39,15 +39,10 @@ from specforge.modeling.draft.starting import SavedDraft, load_weights
 
 @dataclass
 class TextPlan(Plan):
-    """Supervised tokens of a batch whose documents become rows of equal length.
+    """Supervised tokens of a batch whose documents become rows of equal length."""
 
-    Attributes:
-        labels: ``[M]`` flat token of each label.
-        rows: ``[M, 1]`` flat index of the state that predicts it, among the padded rows.
-    """
-
-    labels: Tensor
-    rows: Tensor
+    labels: Tensor  # [M] flat token of each label
+    rows: Tensor  # [M, 1] flat index of the state that predicts it, among the padded rows
 
 
 class StandaloneModule(DistilledModule):

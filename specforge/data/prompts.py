@@ -38,17 +38,11 @@ _NAMES = ("input_ids", "loss_mask", "offsets", "supervised_counts", "context_cou
 
 @dataclass
 class PromptSet:
-    """Tokenised documents.
-
-    Attributes:
-        tasks: the documents.
-        tokenizer: fingerprint of the tokenizer.
-        counts: token counts over all documents.
-    """
+    """Tokenised documents."""
 
     tasks: list[PromptTask]
-    tokenizer: str
-    counts: TokenCounts
+    tokenizer: str  # fingerprint of the tokenizer
+    counts: TokenCounts  # token counts over all documents
 
     def save(self, folder: Path) -> None:
         """Write the folder atomically."""

@@ -16,17 +16,11 @@ from specforge.errors import UserError
 
 @dataclass(frozen=True)
 class Member:
-    """The properties of a conversation that determine its split.
+    """The properties of a conversation that determine its split."""
 
-    Attributes:
-        split: the split that the record names, if any.
-        samples: ids of its samples.
-        prompts: hashes of its prompts, including those with answers that are not trained on.
-    """
-
-    split: str | None
-    samples: tuple[str, ...]
-    prompts: frozenset[bytes]
+    split: str | None  # the split that the record names, if any
+    samples: tuple[str, ...]  # ids of its samples
+    prompts: frozenset[bytes]  # hashes of its prompts, including those with answers that are not trained on
 
     @classmethod
     def of(cls, record: DataRecord, tasks: Sequence[PromptTask], special_ids: Collection[int] = ()) -> Member:

@@ -22,20 +22,14 @@ from specforge.decoding.verify import Sampling, verify
 
 @dataclass
 class Decoded:
-    """One decoded answer.
+    """One decoded answer."""
 
-    Attributes:
-        tokens: the answer, ending in the end token if there is one.
-        rounds: verification passes of the target, prefill excluded.
-        drafted: per position, how often a token was drafted there and all drafts before it were accepted.
-        accepted: per position, how often that token was accepted.
-        seconds: wall time after the prefill, including the draft's own prefill; prompts decoded together share it.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    rounds: int = 0
+    tokens: list[int] = field(default_factory=list)  # the answer, ending in the end token if there is one
+    rounds: int = 0  # verification passes of the target, prefill excluded
+    # per position, how often a token was drafted there and all drafts before it were accepted
     drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)  # per position, how often that token was accepted
+    # wall time after the prefill, including the draft's own prefill; prompts decoded together share it
     seconds: float = 0.0
 
     @property

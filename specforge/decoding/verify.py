@@ -59,14 +59,10 @@ class Sampling:
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens.
+    """Drafted tokens."""
 
-    Attributes:
-        tokens: target ids, in order.
-        probs: ``[n, V]`` fp32 distributions that the tokens were sampled from; None for a deterministic draft.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # target ids, in order
+    # [n, V] fp32 distributions that the tokens were sampled from; None for a deterministic draft
     probs: Tensor | None = None
 
 

@@ -24,37 +24,22 @@ from specforge.errors import UserError
 
 
 class Teacher(NamedTuple):
-    """The target's side of a tile. Fields that the objective does not read hold anything.
+    """The target's side of a tile. Fields that the objective does not read hold anything."""
 
-    Attributes:
-        labels: ``[C, 1]`` int64 draft id of the label; arbitrary if the row has no weight.
-        probs: ``[C, 1, D]`` fp32, p̃.
-        entropy: ``[C, 1]`` fp32, -Σ p̃ log p̃.
-        full: ``[C, 1, D]`` fp32, p on the draft vocabulary.
-    """
-
-    labels: Tensor
-    probs: Tensor
-    entropy: Tensor
-    full: Tensor
+    labels: Tensor  # [C, 1] int64 draft id of the label; arbitrary if the row has no weight
+    probs: Tensor  # [C, 1, D] fp32, p̃
+    entropy: Tensor  # [C, 1] fp32, -Σ p̃ log p̃
+    full: Tensor  # [C, 1, D] fp32, p on the draft vocabulary
 
 
 class Student(NamedTuple):
-    """The draft's side of a tile.
+    """The draft's side of a tile."""
 
-    Attributes:
-        probs: ``[C, T, D]`` fp32, q; may be overwritten.
-        logits: ``[C, T, D]`` fp32, z.
-        log_sum: ``[C, T]`` fp32, log Σ exp z.
-        label_logits: ``[C, T]`` fp32, z at the label.
-        rows: the tile's labels, as a slice of all M.
-    """
-
-    probs: Tensor
-    logits: Tensor
-    log_sum: Tensor
-    label_logits: Tensor
-    rows: slice
+    probs: Tensor  # [C, T, D] fp32, q; may be overwritten
+    logits: Tensor  # [C, T, D] fp32, z
+    log_sum: Tensor  # [C, T] fp32, log Σ exp z
+    label_logits: Tensor  # [C, T] fp32, z at the label
+    rows: slice  # the tile's labels, as a slice of all M
 
     def cross_entropy(self, teacher: Teacher) -> Tensor:
         """``[C, T]`` -Σ p̃ log q."""

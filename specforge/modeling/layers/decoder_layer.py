@@ -356,25 +356,15 @@ class SwiGLUMLP(nn.Module):
 
 
 class LayerWeights(NamedTuple):
-    """A layer's matrices in the compute dtype; cast and concatenated once for all rows and steps of a pass.
+    """A layer's matrices in the compute dtype; cast and concatenated once for all rows and steps of a pass."""
 
-    Attributes:
-        embed: columns of the attention's input projections that read the embedding; none in an ordinary layer.
-        hidden: columns that read the hidden state.
-        bias: biases of the input projections, or None.
-        more: further matrices of the attention.
-        out: output projection.
-        out_bias: its bias, or None.
-        mlp: matrices of the MLP.
-    """
-
-    embed: Tensor
-    hidden: Tensor
-    bias: Tensor | None
-    more: tuple[Tensor, ...]
+    embed: Tensor  # columns of the attention's input projections that read the embedding; none in an ordinary layer
+    hidden: Tensor  # columns that read the hidden state
+    bias: Tensor | None  # biases of the input projections, or None
+    more: tuple[Tensor, ...]  # further matrices of the attention
     out: Tensor
-    out_bias: Tensor | None
-    mlp: dict[str, Tensor]
+    out_bias: Tensor | None  # its bias, or None
+    mlp: dict[str, Tensor]  # matrices of the MLP
 
 
 class DecoderLayer(nn.Module):

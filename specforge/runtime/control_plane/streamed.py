@@ -32,17 +32,11 @@ KEPT = -1  # epoch of samples that are read repeatedly, such as held-out ones
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on samples that are queued, produced or held at the same time.
+    """Limits on samples that are queued, produced or held at the same time."""
 
-    Attributes:
-        max_bytes: most bytes of features.
-        max_samples: most samples.
-        low_water: refill once usage drops below this fraction.
-    """
-
-    max_bytes: int
-    max_samples: int
-    low_water: float = 0.75
+    max_bytes: int  # most bytes of features
+    max_samples: int  # most samples
+    low_water: float = 0.75  # refill once usage drops below this fraction
 
     def fits(self, nbytes: int, samples: int) -> bool:
         """Whether this much is within the limits."""

@@ -27,23 +27,14 @@ _COUNTS = "token_counts.safetensors"
 
 @dataclass
 class FeatureFolder:
-    """Captured features on disk.
-
-    Attributes:
-        folder: the folder.
-        store: tensors of the samples.
-        manifest: references to the samples.
-        refs: references committed when the folder was opened.
-        provenance: origin of all features.
-        counts: token counts of the prompts.
-    """
+    """Captured features on disk."""
 
     folder: Path
-    store: FeatureStore
-    manifest: Manifest
-    refs: list[SampleRef]
-    provenance: Provenance
-    counts: TokenCounts
+    store: FeatureStore  # tensors of the samples
+    manifest: Manifest  # references to the samples
+    refs: list[SampleRef]  # references committed when the folder was opened
+    provenance: Provenance  # origin of all features
+    counts: TokenCounts  # token counts of the prompts
 
     @staticmethod
     def check(folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> None:

@@ -41,19 +41,12 @@ _LATER = ("dtype", "encoding")  # missing from checkpoints of the first version
 
 
 class RunLength(NamedTuple):
-    """How far a run trains.
+    """How far a run trains."""
 
-    Attributes:
-        batches: micro-batches per epoch on each rank.
-        accumulate: micro-batches per optimizer step.
-        max_steps: optimizer steps of the run; negative for no limit.
-        max_epochs: epochs of the run; None or negative for no limit.
-    """
-
-    batches: int
-    accumulate: int
-    max_steps: int = -1
-    max_epochs: int | None = None
+    batches: int  # micro-batches per epoch on each rank
+    accumulate: int  # micro-batches per optimizer step
+    max_steps: int = -1  # optimizer steps of the run; negative for no limit
+    max_epochs: int | None = None  # epochs of the run; None or negative for no limit
 
     def ends_before(self, epoch: int, batch: int) -> bool:
         """Whether the run is over before this batch of this epoch."""

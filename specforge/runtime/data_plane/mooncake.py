@@ -41,23 +41,14 @@ _TIMEOUT = 5.0  # seconds; a running master answers at once
 
 @dataclass(frozen=True)
 class MooncakeAddress:
-    """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``.
+    """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``."""
 
-    Attributes:
-        host: host of the master.
-        port: RPC port of the master.
-        metrics: HTTP port of the master.
-        protocol: ``tcp`` or ``rdma``.
-        devices: comma-separated RDMA devices; empty for all.
-        namespace: separates runs that share a master.
-    """
-
-    host: str
-    port: int
-    metrics: int
-    protocol: str = "tcp"
-    devices: str = ""
-    namespace: str = "specforge"
+    host: str  # host of the master
+    port: int  # RPC port of the master
+    metrics: int  # HTTP port of the master
+    protocol: str = "tcp"  # tcp or rdma
+    devices: str = ""  # comma-separated RDMA devices; empty for all
+    namespace: str = "specforge"  # separates runs that share a master
 
     @classmethod
     def parse(cls, address: str) -> Self:
