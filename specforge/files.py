@@ -231,9 +231,6 @@ class LineLog:
     """A text file that only grows, by whole lines; each append is durable.
 
     A crash may leave a cut-off last line. It is not read, and the next append removes it.
-
-    Args:
-        path: the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:

@@ -32,12 +32,7 @@ class Member:
 
 
 def prompts_of(task: PromptTask, special_ids: Collection[int] = ()) -> Iterator[bytes]:
-    """Hash each prompt of a sample: all tokens before each supervised run.
-
-    Args:
-        task: the sample.
-        special_ids: special tokens; a prompt of special tokens alone is skipped.
-    """
+    """Hash each prompt of a sample (all tokens before a supervised run), unless it has only special tokens."""
     digest, start, has_text = xxhash.xxh3_128(), 0, False
     for stop in (i + 1 for i, (a, b) in enumerate(pairwise(task.loss_mask)) if b and not a):
         piece = task.input_ids[start:stop]

@@ -47,12 +47,7 @@ class Turn:
 
 
 class TurnTokenizer:
-    """Tokenises prompts and answers without adding special tokens.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        end_ids: tokens that end an answer.
-    """
+    """Tokenises prompts and answers without adding special tokens."""
 
     def __init__(self, tokenizer: Any, end_ids: frozenset[int]) -> None:
         self.tokenizer, self.end_ids = tokenizer, end_ids

@@ -47,10 +47,6 @@ class TargetFiles:
     def find(cls, name: str, what: str = "target") -> TargetFiles:
         """Locate a target by folder or hub name.
 
-        Args:
-            name: folder or hub name.
-            what: its name in error messages.
-
         Raises:
             UserError: the folder does not exist, and the hub has no such model or does not respond.
         """
@@ -337,11 +333,7 @@ class TargetFiles:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """The file of each tensor, from the index of a model in several files.
-
-    Raises:
-        UserError: the index is malformed, or names a file that is not in its folder.
-    """
+    """The file of each tensor, from the index of a model in several files."""
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):

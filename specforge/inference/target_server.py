@@ -259,11 +259,7 @@ class _Reads(io.RawIOBase):
 
 
 def _set_timeout(connection: socket.socket, deadline: float) -> None:
-    """Limit the next socket call by a deadline.
-
-    Raises:
-        TimeoutError: the deadline has passed.
-    """
+    """Limit the next socket call by a deadline."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("too slow")

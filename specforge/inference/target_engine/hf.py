@@ -21,12 +21,7 @@ from specforge.inference.target_layers import backbone, decoder_layers
 
 
 class FeatureTap:
-    """Records the features of every forward pass.
-
-    Args:
-        model: a transformers causal LM.
-        policy: the features to record.
-    """
+    """Records the features of every forward pass."""
 
     def __init__(self, model: Any, policy: CapturePolicy) -> None:
         self.policy = policy
@@ -111,11 +106,6 @@ def _to_host(x: Tensor) -> Tensor:
 
 class HFTargetEngine:
     """A transformers causal LM, frozen.
-
-    Args:
-        target: the target's files.
-        dtype: compute dtype.
-        device: device that runs the target.
 
     Raises:
         UserError: transformers cannot load the target, or tensors are missing from its files.

@@ -208,12 +208,7 @@ class HTTPTargetEngine:
             raise UserError(f"server {self.url}: its response is not safetensors ({printable(str(error))})") from error
 
     def _raise_refusal(self, answer: http.client.HTTPResponse) -> NoReturn:
-        """Turn an error response into an exception.
-
-        Raises:
-            _NoAnswerError: the server is busy, or a proxy does not reach it.
-            UserError: the server rejects the request.
-        """
+        """Turn an error response into an exception."""
         reason = _reason(answer.read(_LONGEST_REASON))
         self._connection.close()
         if answer.status in _TEMPORARY:

@@ -46,12 +46,6 @@ def check_tensors(
 def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> None:
     """Reject a stored tensor from which a draft cannot start.
 
-    Args:
-        name: its name.
-        tensor: the tensor as read from the file.
-        expected: the draft's own tensor.
-        where: name of the file, for error messages.
-
     Raises:
         UserError: it has another shape or kind of number, is quantised, or is not finite.
     """

@@ -231,10 +231,6 @@ def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[
 def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft:
     """Build a randomly initialised draft from the fields of a ``config.json``.
 
-    Args:
-        config: the fields; ``architectures`` selects the class.
-        where: name of the config, for error messages.
-
     Raises:
         UserError: the architecture is not registered, or the class rejects the fields.
     """

@@ -225,11 +225,6 @@ def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> Rota
 
     A derived draft may have simpler positions than the target (:func:`draft_rope`), which is no reason to reject it:
     the comparison then uses the target's positions. Positions chosen by the user are compared as they are.
-
-    Args:
-        own: the draft's table.
-        config: the draft's config.
-        target: the target.
     """
 
     def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:

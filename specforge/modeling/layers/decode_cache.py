@@ -60,11 +60,6 @@ class DecodeCache:
 class CachedDecoder:
     """Base of decoders that run a draft's layers on new rows with a key/value cache, on a snapshot of the weights.
 
-    Args:
-        layers: the draft's layers.
-        rotary: its table of rotary positions.
-        dtype: compute dtype.
-
     Attributes:
         rows: valid rows of the cache.
         device: device of the layers.

@@ -89,12 +89,6 @@ class FeatureFolder:
     def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> FeatureFolder:
         """Create a folder, or open one whose features have the same origin and prompts.
 
-        Args:
-            folder: folder for the features.
-            provenance: origin of the features.
-            counts: token counts of the prompts.
-            prompts: identity of the prompt set with all its splits.
-
         Raises:
             UserError: the folder holds features of another origin or of other prompts.
         """

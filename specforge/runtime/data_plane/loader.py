@@ -166,12 +166,7 @@ class FeatureDataLoader(Generic[SampleT]):
         self._acknowledged = {"epoch": epoch, "batch": batch}
 
     def start(self, step: int, length: RunLength) -> None:
-        """Start training at this position, after the checkpoint of ``step``; called on every rank.
-
-        Args:
-            step: optimizer step of the checkpoint, 0 for a new run.
-            length: how far the run trains.
-        """
+        """Start training at this position, after the checkpoint of ``step``; called on every rank."""
         self.store.start(step, partial(self._until_end, length))
         self._waited, self._since = 0.0, time.perf_counter()
 

@@ -158,12 +158,7 @@ class DFlash2(DFlash):
 
 
 class SelectingCorrector:
-    """Selects among the candidates token by token when decoding.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Selects among the candidates token by token when decoding."""
 
     def __init__(self, draft: DFlash2, dtype: torch.dtype) -> None:
         self.selector = draft.candidate_selector

@@ -154,12 +154,7 @@ class DSpark(DFlash):
 
 
 class MarkovCorrector:
-    """Corrects the logits token by token when decoding.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Corrects the logits token by token when decoding."""
 
     def __init__(self, draft: DSpark, dtype: torch.dtype) -> None:
         self.head, self.dtype = draft.markov_head, dtype

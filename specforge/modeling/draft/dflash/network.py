@@ -253,12 +253,7 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
 
 
 class BlockDecoder(CachedDecoder):
-    """Drafts one block at a time over a growing context; later changes of the draft's weights do not affect it.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Drafts one block at a time over a growing context; later changes of the draft's weights do not affect it."""
 
     def __init__(self, draft: DFlash, dtype: torch.dtype) -> None:
         super().__init__(draft.decoder_layers, draft.rotary, dtype)

@@ -304,10 +304,6 @@ class Eagle3Decoder(CachedDecoder):
 
     Rows are consecutive: the row of position p is the p-th that :meth:`extend` received. A chain step is one more
     row, because the training-time test also places row p at position p+s at step s.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
     """
 
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype) -> None:

@@ -174,12 +174,7 @@ class HydraDraft(HeadsDraft):
 
 
 class HeadsDecoder:
-    """Logits of one row at a time.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Logits of one row at a time."""
 
     def __init__(self, draft: HeadsDraft, dtype: torch.dtype) -> None:
         self.dtype, self.sequential = dtype, draft.sequential

@@ -187,13 +187,7 @@ class MTPDraft(Draft):
 
 
 class MTPDecoder(CachedDecoder):
-    """Runs the module row by row with a key/value cache; step s of row p is one more row, at position p+s.
-
-    Args:
-        draft: the module.
-        head: the target's head over the draft vocabulary.
-        dtype: compute dtype.
-    """
+    """Runs the module row by row with a key/value cache; step s of row p is one more row, at position p+s."""
 
     def __init__(self, draft: MTPDraft, head: OutputHead, dtype: torch.dtype) -> None:
         super().__init__([draft.layer], draft.rotary, dtype)

@@ -200,12 +200,7 @@ def _all_attention(
 
 
 class PEagleDecoder(CachedDecoder):
-    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights."""
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
         super().__init__(draft.decoder_layers, draft.rotary, dtype)

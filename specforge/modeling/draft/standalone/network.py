@@ -92,11 +92,7 @@ class StandaloneDraft(Draft):
 
     @torch.no_grad()
     def _check_logits(self, where: str) -> None:
-        """Check on two tokens that the logits are the head times the last state, as training assumes.
-
-        Raises:
-            UserError: the class scales or caps the logits, or changes the state before the head.
-        """
+        """Check on two tokens that the logits are the head times the last state, as training assumes."""
         seen: list[Tensor] = []
 
         def enlarge(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -191,11 +187,7 @@ _NOT_THE_NETWORKS = (
 
 
 def _config_of(config: Mapping[str, Any], where: str) -> Any:
-    """The transformers config with these fields.
-
-    Raises:
-        UserError: transformers has no such model type, or it rejects the fields.
-    """
+    """The transformers config with these fields."""
     kind = config.get("model_type")
     fields = copy.deepcopy({key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)})
     try:
