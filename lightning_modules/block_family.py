@@ -126,11 +126,7 @@ class BlockFamilyModule(DraftModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Reject training data in which no sample fills a block, besides the common setup.
-
-        Raises:
-            UserError: states the supervised tokens of the largest sample and those that a block needs.
-        """
+        """Reject training data in which no sample fills a block, besides the common setup."""
         super().setup(stage)
         if stage != "fit":
             return
@@ -151,11 +147,7 @@ class BlockFamilyModule(DraftModule):
         return plan_blocks(lengths, spans, anchors, drafts, batch.num_tokens, contiguous=self.contiguous)
 
     def full_plan(self, batch: TrainBatch, positions: int) -> BlockPlan:
-        """Plan of a block of ``positions`` drafts at every token of the answers.
-
-        Raises:
-            UserError: a block drafts fewer tokens.
-        """
+        """Plan of a block of ``positions`` drafts at every token of the answers."""
         self._check_positions(positions)
         lengths, spans = batch.lengths, batch.spans
         return plan_blocks(lengths, spans, starts(spans), positions, batch.num_tokens, contiguous=True)

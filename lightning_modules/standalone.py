@@ -97,11 +97,7 @@ class StandaloneModule(DistilledModule):
         self.start = network.start_from_target if init_from == "target" else None
 
     def setup(self, stage: str) -> None:
-        """Reject texts that are longer than the draft supports, besides the common setup.
-
-        Raises:
-            UserError: states the length of the longest text and the limit.
-        """
+        """Reject texts that are longer than the draft supports, besides the common setup."""
         super().setup(stage)
         most, limit = max((ref.num_tokens for ref in self.training_samples()), default=0), self.draft.longest
         if limit is not None and most > limit:

@@ -33,15 +33,10 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """A target model's folder.
+    """A target model's folder."""
 
-    Attributes:
-        name: folder or hub name, as given by the user.
-        folder: local folder with config.json and safetensors.
-    """
-
-    name: str
-    folder: Path
+    name: str  # folder or hub name, as given by the user
+    folder: Path  # local folder with config.json and safetensors
 
     @classmethod
     def find(cls, name: str, what: str = "target") -> TargetFiles:

@@ -200,11 +200,7 @@ class TargetServer(ThreadingHTTPServer):
         return connection in self._authorized
 
     def admit(self, connection: socket.socket) -> None:
-        """Count a connection as one that has presented the token.
-
-        Raises:
-            _RefusedError: there are too many of them.
-        """
+        """Count a connection as one that has presented the token."""
         with self._lock:
             if connection not in self._authorized and len(self._authorized) >= _AUTHORIZED:
                 raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")

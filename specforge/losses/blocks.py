@@ -5,6 +5,7 @@ Shape legend: M rows, C rows of a tile, r rank, D draft vocabulary, K candidates
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,22 +15,19 @@ from torch.nn import functional as F
 from specforge.losses.objectives import CrossEntropy, Student, Teacher, overlap, subtract_at_labels
 
 
+@dataclass(eq=False)
 class DPace:
     """D-PACE's weights: how much a right token adds to the expected length of the accepted prefix (arXiv 2605.18810).
 
     With the smoothed confidence s = (1 - α) q(label) + α of each supervised draft (1 for all others) and
     C_k = Π_{j≤k} s_j, the weight of draft k is Σ_{j≥k} C_j over supervised j.
-
-    Args:
-        block: ``[M]`` block of each row.
-        depth: ``[M]`` place of each row's draft in its block.
-        drafts: T, drafts per block.
-        alpha: α.
-        form: ``dpace``; or one factor of it alone: ``prefix``, C_k, or ``continuation``, Σ_{j≥k} C_j / C_k.
     """
 
-    def __init__(self, block: Tensor, depth: Tensor, drafts: int, alpha: float, form: str) -> None:
-        self.block, self.depth, self.drafts, self.alpha, self.form = block, depth, drafts, alpha, form
+    block: Tensor  # [M] block of each row
+    depth: Tensor  # [M] place of each row's draft in its block
+    drafts: int  # T, drafts per block
+    alpha: float
+    form: str  # dpace; or one factor of it alone: prefix, C_k, or continuation, Σ_{j≥k} C_j / C_k
 
     def __call__(self, rows: slice, probs: Tensor) -> Tensor:
         """Weights of the rows of some whole blocks, from the draft's probabilities of the labels, ``[C]`` each."""
@@ -72,6 +70,7 @@ class Acceptance:
         return loss, subtract_at_labels(grad, teacher, self.ce)
 
 
+@dataclass(eq=False)
 class Candidates:
     """-log q(label) - weight · log s(label), s = softmax over K candidates of log q(c) + context · matrix_c.
 
@@ -79,23 +78,20 @@ class Candidates:
     it gives the first term and the gradient of both by the logits; :meth:`entropy` is the second term with its gradient
     by context and matrix.
 
-    Args:
-        context: ``[M, r]``.
-        matrix: ``[D, r]``.
-        top_k: K.
-        weight: weight of the second term.
-
-    Attributes:
-        hits: ``[M]`` bool, whether the best of the K most likely tokens, without the replacement, is the label.
     """
 
     draft_vocabulary: ClassVar[bool] = False
     full_vocabulary: ClassVar[bool] = False
 
-    def __init__(self, context: Tensor, matrix: Tensor, top_k: int, weight: float) -> None:
-        self.context, self.matrix, self.top_k, self.weight = context, matrix, top_k, weight
-        wide = torch.promote_types(context.dtype, torch.float32)
-        rows, device = len(context), context.device
+    context: Tensor  # [M, r]
+    matrix: Tensor  # [D, r]
+    top_k: int  # K
+    weight: float  # weight of the second term
+
+    def __post_init__(self) -> None:
+        wide = torch.promote_types(self.context.dtype, torch.float32)
+        rows, device, top_k = len(self.context), self.context.device, self.top_k
+        # [M] bool, whether the best of the K most likely tokens, without the replacement, is the label
         self.hits = torch.zeros(rows, dtype=torch.bool, device=device)
         self._ids = torch.zeros(rows, top_k, dtype=torch.int64, device=device)
         self._label_ranks = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -172,13 +172,9 @@ class LKAlpha:
 
 @dataclass(frozen=True)
 class LKLambda:
-    """λ KL(p̃ ‖ q) + (1 - λ)(1 - α) with λ = exp(-η α), α detached, per token (arXiv 2602.23881).
+    """λ KL(p̃ ‖ q) + (1 - λ)(1 - α) with λ = exp(-η α), α detached, per token (arXiv 2602.23881)."""
 
-    Args:
-        eta: how fast the weight moves from KL to total variation as acceptance grows.
-    """
-
-    eta: float = 3.0
+    eta: float = 3.0  # how fast the weight moves from KL to total variation as acceptance grows
     draft_vocabulary: ClassVar[bool] = True
     full_vocabulary: ClassVar[bool] = True
 
@@ -193,13 +189,9 @@ class LKLambda:
 
 @dataclass(frozen=True)
 class TopK:
-    """-Σ_{x ∈ TopK(p̃)} p̃(x) log q(x) over the teacher's K most likely draft tokens (HASS, arXiv 2408.15766).
+    """-Σ_{x ∈ TopK(p̃)} p̃(x) log q(x) over the teacher's K most likely draft tokens (HASS, arXiv 2408.15766)."""
 
-    Args:
-        k: K; capped at the size of the draft vocabulary.
-    """
-
-    k: int = 10
+    k: int = 10  # K; capped at the size of the draft vocabulary
     draft_vocabulary: ClassVar[bool] = True
     full_vocabulary: ClassVar[bool] = False
 

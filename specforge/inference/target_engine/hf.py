@@ -123,12 +123,7 @@ class HFTargetEngine:
 
     @torch.inference_mode()
     def check(self, policy: CapturePolicy) -> None:
-        """Test on two tokens that the policy works and that the head in the files computes the target's logits.
-
-        Raises:
-            UserError: a layer does not exist, a feature has the wrong width or dtype, or the embedding and head in the
-                files differ from those that the target uses.
-        """
+        """Test on two tokens that the policy works and that the head in the files computes the target's logits."""
         check_layers(policy, self.target.num_layers, self.target.name)
         ids = [0, self.target.vocab_size // 2]
         try:

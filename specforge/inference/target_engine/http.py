@@ -113,11 +113,7 @@ class HTTPTargetEngine:
         self._lock = threading.Lock()
 
     def check(self, policy: CapturePolicy) -> None:
-        """Test the policy on two tokens.
-
-        Raises:
-            UserError: the server rejects the policy or does not respond.
-        """
+        """Test the policy on two tokens."""
         check_layers(policy, self.target.num_layers, self.target.name)
         self.capture([[0, 0]], policy)
 

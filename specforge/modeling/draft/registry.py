@@ -161,12 +161,7 @@ _D = TypeVar("_D", bound=type[Draft])
 
 
 def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
-    """Class decorator that registers the class for configs with this architecture.
-
-    Args:
-        architecture: the name under ``architectures`` in ``config.json``.
-        config_class: the transformers config class for the rest of the file.
-    """
+    """Class decorator: registers a draft under an architecture, with the transformers class of its ``config.json``."""
 
     def register(cls: _D) -> _D:
         cls.architecture, cls.config_class = architecture, config_class

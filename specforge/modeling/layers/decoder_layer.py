@@ -250,23 +250,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Interface of an attention: projections of the layer's input, and the heads that their products make.
+    """Interface of an attention: projections of the layer's input, and the heads that their products make."""
 
-    Attributes:
-        heads: h.
-        kv_heads: k.
-        head_dim: d, of queries and keys.
-        value_dim: v.
-        query_width: columns of the input product that make the queries; they come first.
-        o_proj: output projection, from ``h v`` to H.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    query_width: int
-    o_proj: nn.Linear
+    heads: int  # h
+    kv_heads: int  # k
+    head_dim: int  # d, of queries and keys
+    value_dim: int  # v
+    query_width: int  # columns of the input product that make the queries; they come first
+    o_proj: nn.Linear  # output projection, from h v to H
 
     @abstractmethod
     def inputs(self) -> list[nn.Linear]:

@@ -171,12 +171,7 @@ class FeatureDataLoader(Generic[SampleT]):
         self._waited, self._since = 0.0, time.perf_counter()
 
     def acknowledge(self, batch: TrainBatch, step: int) -> None:
-        """Record that optimizer step ``step`` uses a batch.
-
-        Args:
-            batch: a trained batch.
-            step: the step that was taken with this batch, or the next one while gradients accumulate.
-        """
+        """Record that optimizer step ``step`` uses a batch."""
         self._acknowledged = batch.cursor
         self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
 

@@ -25,12 +25,7 @@ from specforge.modeling.draft.registry import register_draft
 
 
 class PrefixGRU(nn.Module):
-    """A GRU without biases, with the parameter names and layout of ``torch.nn.GRU``.
-
-    Args:
-        width: H, width of the inputs.
-        hidden: G.
-    """
+    """A GRU without biases, with the parameter names and layout of ``torch.nn.GRU``."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

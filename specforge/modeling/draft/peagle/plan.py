@@ -29,15 +29,10 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class DepthSampling:
-    """Share of a document's elements at depth d that training keeps, ``max(ratio ** d, least)``.
+    """Share of a document's elements at depth d that training keeps, ``max(ratio ** d, least)``."""
 
-    Args:
-        ratio: r; 1 keeps all elements.
-        least: the smallest share at any depth.
-    """
-
-    ratio: float = 0.8
-    least: float = 0.2
+    ratio: float = 0.8  # r; 1 keeps all elements
+    least: float = 0.2  # the smallest share at any depth
 
     def size(self, labels: int, depth: int) -> int:
         """Number of elements to keep at a depth of a document with this many labels, if it has that many."""
