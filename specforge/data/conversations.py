@@ -26,22 +26,11 @@ from specforge.files import first_line, parse_json, read_json
 from specforge.packages import install_hint
 
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "assistant", "bot", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train")  # OpenAI's name, Axolotl's

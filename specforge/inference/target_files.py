@@ -143,10 +143,7 @@ class TargetFiles:
     @cached_property
     def learnt_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
-        table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
-        found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
-        # Some classes reserve two rows of the table for padding.
-        return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
+        return learnt_positions(self._skeleton, self.config.get("max_position_embeddings"))
 
     @cached_property
     def positions_change_at(self) -> int | None:
@@ -337,6 +334,14 @@ def _indexed(index: Path) -> dict[str, Path]:
         if Path(file).name != file or not (index.parent / file).is_file():
             raise UserError(f"{index}: names {file!r}, which is not a file in the same folder")
     return {name: index.parent / file for name, file in names.items()}
+
+
+def learnt_positions(model: Any, size: int | None) -> int | None:
+    """``size`` if a model has a table of learnt positions of this size, else None."""
+    words = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+    # Some classes reserve two rows of the table for padding.
+    return size if size and any(m.num_embeddings - size in (0, 2) for m in tables) else None
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -6,13 +6,12 @@ Shape legend: M rows, C rows of a tile, r rank, D draft vocabulary, K candidates
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.losses.objectives import CrossEntropy, Student, Teacher, overlap, subtract_at_labels
+from specforge.losses.objectives import CrossEntropy, Objective, Student, Teacher, overlap, subtract_at_labels
 
 
 @dataclass(eq=False)
@@ -42,7 +41,7 @@ class DPace:
         return weights[at]
 
 
-class Acceptance:
+class Acceptance(Objective):
     """DSpark's loss: ce · (-log q(label)) + l1 · ‖q - p‖₁ with the full-vocabulary p (arXiv 2607.05147).
 
     Args:
@@ -55,8 +54,7 @@ class Acceptance:
             filled tile by tile.
     """
 
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = True
+    full_vocabulary = True
 
     def __init__(self, ce: float, l1: float, like: Tensor) -> None:
         self.ce, self.l1 = ce, l1
@@ -71,7 +69,7 @@ class Acceptance:
 
 
 @dataclass(eq=False)
-class Candidates:
+class Candidates(Objective):
     """-log q(label) - weight · log s(label), s = softmax over K candidates of log q(c) + context · matrix_c.
 
     The candidates are the K most likely tokens of q; a label that is not among them replaces the last. As an objective,
@@ -79,9 +77,6 @@ class Candidates:
     by context and matrix.
 
     """
-
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = False
 
     context: Tensor  # [M, r]
     matrix: Tensor  # [D, r]

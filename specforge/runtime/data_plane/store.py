@@ -337,11 +337,7 @@ class FeatureStore(SampleStore[SampleRef]):
         return count
 
     def flush(self) -> None:
-        """Make all puts durable and readable.
-
-        Raises:
-            StoreFullError: some did not fit into the backend; discard them.
-        """
+        """Make all puts durable and readable; see :meth:`FeatureBackend.flush`. What did not fit is to be discarded."""
         self.backend.flush()
 
     def pending(self) -> int:

@@ -69,9 +69,6 @@ class Domino(DFlash):
         config: as for :class:`DFlash`, with ``gru_hidden_dim``, ``emb_dim``, ``pure_draft_prefix_len`` (1) and
             ``shift_label`` (true) in ``dflash_config``.
 
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
-
     Attributes:
         prefix: number of drafts at the start of a block that keep their base logits.
     """

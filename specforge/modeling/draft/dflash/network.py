@@ -87,9 +87,6 @@ class DFlash(Draft):
             which are causal within the block; ``qk_norm: false`` selects Llama layers; optional
             ``target_hidden_size`` and ``draft_vocab_size``.
 
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
-
     Attributes:
         nested: the fields inside ``dflash_config``.
         layer: the class of the layers.

@@ -69,9 +69,6 @@ class EagleDraft(Draft):
         fc: from A to H.
         norm: norm of the states that ``lm_head`` reads.
         lm_head: from H to D.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -188,9 +185,6 @@ class Eagle3Draft(EagleDraft):
 
     Args:
         config: see :class:`EagleDraft`; optional ``norm_output`` (EAGLE-3.1).
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {**EagleDraft.fields, "norm_output": FLAG}

@@ -43,9 +43,6 @@ class PEagleDraft(EagleDraft):
     Attributes:
         mask_hidden: ``[1, 1, A]`` features of a mask token.
         embed_tokens: the draft's own embedding; None if it uses the target's frozen one.
-
-    Raises:
-        ValueError: the mask token is outside the vocabulary.
     """
 
     fields: ClassVar[Fields] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles, learnt_positions
 from specforge.inference.target_layers import backbone
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
 from specforge.modeling.draft.registry import LIBRARY_ERRORS, Draft, check_memory
@@ -75,11 +75,8 @@ class StandaloneDraft(Draft):
         of a batch.
         """
         table = getattr(self.config, "max_position_embeddings", None)
-        words = self.model.get_input_embeddings()
-        learnt = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
-        # Some classes keep two rows of the table for padding.
-        if table and any(m.num_embeddings - table in (0, 2) for m in learnt):
-            return int(table)
+        if (learnt := learnt_positions(self.model, table)) is not None:
+            return learnt
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
