@@ -223,8 +223,8 @@ class PEagleDecoder(CachedDecoder):
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)
-        self._cache.reserve(end)
-        angles = self._cache.angles(self.rows, end)
+        self.reserve(end)
+        angles = self.angles(self.rows, end)
         # A mask token has the position of a chain's next row and sees the same keys: plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
         for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
@@ -232,7 +232,7 @@ class PEagleDecoder(CachedDecoder):
                 product = layer.project(hidden, w)
             query, key, value = layer.attention_heads(product, angles, w)
             # The next call overwrites the rows of the mask tokens.
-            keys, values = self._cache.write(i, self.rows, key, value)
+            keys, values = self.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
             hidden = layer.finish(hidden, cached_attention(query, keys, values, seen), w)
