@@ -68,11 +68,6 @@ class DraftFormat:
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
 
-        Args:
-            config: the folder's config.json.
-            tensors: its tensors.
-            where: name of the folder, for error messages.
-
         Raises:
             UserError: the vocabulary map is missing or damaged.
         """

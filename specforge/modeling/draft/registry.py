@@ -97,12 +97,7 @@ class Draft(nn.Module):
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
     ) -> tuple[str, Any, Any] | None:
-        """The first field in which this network differs from the one that a config describes.
-
-        Args:
-            config: a config of the same algorithm.
-            where: name of the config, for error messages.
-            ignored: fields that are not compared.
+        """The first field, ``ignored`` ones aside, in which this network differs from one that a config describes.
 
         Returns:
             The field's name, the config's value and this network's value; None if there is no difference.
@@ -174,10 +169,7 @@ def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
 def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, Any]:
     """A draft's config in SpecForge's own form, as a new dict: its names of architectures and fields, without nulls.
 
-    Args:
-        config: the fields of a ``config.json``, or some of them.
-        where: name of the config, for error messages.
-        architectures: the architecture that the fields belong to, if they do not name one.
+    ``config`` may have only some fields of a ``config.json``; ``architectures`` are theirs if they name none.
 
     Raises:
         UserError: the config is not an object, or two fields contradict each other.

@@ -134,12 +134,7 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, ``x / sqrt(mean(x²) + eps) * weight``, computed in fp32 (arXiv 1910.07467).
-
-    Args:
-        size: width of the last dimension.
-        eps: added to the mean square.
-    """
+    """Root-mean-square norm, ``x / sqrt(mean(x²) + eps) * weight``, computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -356,8 +356,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     def _free_room(self, extend: bool = False) -> None:
         """Delete features that are not to be kept, then queue what fits. The slow deletion happens outside the lock.
 
-        Args:
-            extend: make room for one more batch, at the cost of features that wait for a checkpoint.
+        ``extend`` makes room for one more batch, at the cost of features that wait for a checkpoint.
         """
         with self._freeing:
             with self._lock:

@@ -38,13 +38,9 @@ class FeatureFolder:
 
     @staticmethod
     def check(folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> None:
-        """Reject a folder that holds features of another origin or of other prompts.
+        """Reject a folder that holds features of another origin or of other prompts; it need not exist.
 
-        Args:
-            folder: folder for the features; it need not exist.
-            provenance: origin of the features.
-            counts: token counts of the prompts.
-            prompts: identity of the prompt set with all its splits; not compared if empty.
+        ``prompts`` is the identity of the prompt set with all its splits; it is not compared if empty.
 
         Raises:
             UserError: the folder holds such features.

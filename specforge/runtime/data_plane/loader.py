@@ -290,15 +290,10 @@ def collate(
     *,
     pin_memory: bool = False,
 ) -> TrainBatch:
-    """Pack samples end to end into one flat row; the batch holds copies.
+    """Pack samples end to end into one flat row, padded to a multiple of ``pad_to`` tokens; the batch holds copies.
 
-    Args:
-        tensors: tensors of each sample, by name.
-        samples: the samples.
-        spec: requirements of the algorithm.
-        empty: tensors of a sample without tokens, for a batch without samples.
-        pad_to: pad to a multiple of this many tokens.
-        pin_memory: pack features into page-locked memory, which torch reuses, so that no further copy is needed.
+    ``empty`` has the tensors of a sample without tokens, for a batch without samples. With ``pin_memory``, features are
+    packed into page-locked memory, which torch reuses, so that no further copy is needed.
     """
     lengths = tuple(sample.num_tokens for sample in samples)
     padding = -sum(lengths) % pad_to
