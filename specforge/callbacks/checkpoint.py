@@ -122,14 +122,7 @@ class DraftCheckpoint(CheckpointCallback):
     def on_train_batch_end(self, *_: Any) -> None:
         """Do nothing."""
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def on_validation_end(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def on_train_end(self, *_: Any) -> None:
-        """Do nothing."""
+    on_train_epoch_end = on_validation_end = on_train_end = on_train_batch_end
 
 
 class LastCheckpoint(DraftCheckpoint):
