@@ -188,11 +188,7 @@ class TopK(Objective):
 
 
 class Mix(Objective):
-    """A weighted sum of objectives.
-
-    Args:
-        parts: the weight and objective of each term.
-    """
+    """A weighted sum of objectives; each of the ``parts`` is a weight and an objective."""
 
     def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
         self.parts = parts
