@@ -27,21 +27,13 @@ CONFIG_VERSION = 1
 
 
 class SavedDraft(NamedTuple):
-    """A draft on disk from which a run starts.
+    """A draft on disk from which a run starts."""
 
-    Attributes:
-        path: a SpecForge checkpoint, or the folder of a published draft.
-        config: its config in SpecForge's own form.
-        tensors: its tensors as stored.
-        form: format of a folder; None for a checkpoint.
-        steps: optimizer steps of a checkpoint.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    form: DraftFormat | None
-    steps: int = 0
+    path: Path  # a SpecForge checkpoint, or the folder of a published draft
+    config: dict[str, Any]  # its config in SpecForge's own form
+    tensors: dict[str, Tensor]  # its tensors as stored
+    form: DraftFormat | None  # format of a folder; None for a checkpoint
+    steps: int = 0  # optimizer steps of a checkpoint
 
     @classmethod
     def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
@@ -233,11 +225,6 @@ def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> Rota
 
     A derived draft may have simpler positions than the target (:func:`draft_rope`), which is no reason to reject it:
     the comparison then uses the target's positions. Positions chosen by the user are compared as they are.
-
-    Args:
-        own: the draft's table.
-        config: the draft's config.
-        target: the target.
     """
 
     def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
