@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 import datamodules  # noqa: F401 - registers the built-in classes by name
 import lightning_modules
 import specforge.stopping as stopping
+from lightning_modules.optimizers import OptimizerOptions
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.callbacks.checkpoint import (
     AtomicCheckpointIO,
@@ -254,23 +255,20 @@ def _with_save_dir(words: Sequence[str]) -> list[str]:
 
 
 def option_names() -> list[str]:
-    """Every option of `specforge fit`, including those of the built-in models and data modules."""
-    keys = ["seed_everything", "ckpt_path", "model", "data"]
-    classes = {"trainer": [pl.Trainer], "checkpoint": [LastCheckpoint], "best_checkpoint": [BestCheckpoint]}
-    keys += [f"{base}.{name}" for base, found in classes.items() for name in _parameters(found)]
+    """Options of a run, including those of the built-in models and data modules."""
     data = [cls for cls in _subclasses(pl.LightningDataModule) if cls.__module__.split(".")[0] == "datamodules"]
-    for base, built_in in (("model", list(lightning_modules.algorithms().values())), ("data", data)):
-        keys += [f"{base}.init_args.{name}" for name in _parameters(built_in)]
+    models = list(lightning_modules.algorithms().values())
+    classes: dict[str, list[Any]] = {"trainer": [pl.Trainer], "model.init_args": models, "data.init_args": data}
+    classes |= {
+        "model.init_args.optimizer": [OptimizerOptions],
+        "checkpoint": [LastCheckpoint],
+        "best_checkpoint": [BestCheckpoint],
+    }
+    keys = ["seed_everything", "ckpt_path", "model", "data"]
+    for prefix, found in classes.items():
+        for cls in found:
+            keys += jsonargparse.ArgumentParser().add_class_arguments(cls, prefix)
     return list(dict.fromkeys(keys))
-
-
-def _parameters(classes: Sequence[type]) -> Iterator[str]:
-    """Parameters of constructors, including those that ``**kwargs`` passes on to a base class of ours."""
-    for cls in classes:
-        for base in cls.__mro__:
-            if base is cls or base.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
-                parameters = list(inspect.signature(base).parameters.values())
-                yield from (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
 
 
 def _class_names() -> list[str]:
