@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import loggers
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -45,6 +46,7 @@ from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.system import keep_freed_memory
 
+_MODE = "specforge"  # jsonargparse's name for :func:`_load_yaml`
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/run",
     "gradient_clip_val": 0.5,
@@ -144,6 +146,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, words: Sequence[str], callbacks: Sequence[pl.Callback]) -> None:
         self.command = command
+        jsonargparse.set_loader(_MODE, _load_yaml, (yaml.YAMLError,))
         description = {"prog": f"specforge {command}", "usage": f"specforge {command} [--config FILE] [options]"}
         super().__init__(
             pl.LightningModule,
@@ -162,6 +165,7 @@ class TrainingCLI(LightningCLI):
                 "description": _DESCRIPTIONS[command],
                 "epilog": _MORE_HELP + environment_help(command),
                 "exit_on_error": False,
+                "parser_mode": _MODE,
             },
             args=list(words),
             run=False,
@@ -198,8 +202,9 @@ class TrainingCLI(LightningCLI):
         if config["val_check_interval"] == 0:
             raise UserError("trainer.val_check_interval: must be above 0; to skip validation, set limit_val_batches: 0")
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
-        if config.get("logger.init_args.save_dir") == "":
-            config["logger.init_args.save_dir"] = config["default_root_dir"]
+        for logger in config["logger"] if isinstance(config["logger"], list) else [config["logger"]]:
+            if isinstance(logger, jsonargparse.Namespace) and logger.get("init_args.save_dir") == "":
+                logger["init_args.save_dir"] = config["default_root_dir"]
         run, given = Path(config["default_root_dir"]), self.config["ckpt_path"]
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
         if given not in (None, "hpc"):
@@ -243,15 +248,37 @@ class TrainingCLI(LightningCLI):
 
 
 def _with_save_dir(words: Sequence[str]) -> list[str]:
-    """Set an empty save_dir, which becomes the run's folder, for a logger that is given by name."""
-    named = {name for name in loggers.__all__ if "save_dir" in inspect.signature(getattr(loggers, name)).parameters}
+    """Set an empty save_dir, which becomes the run's folder, for a logger that the command line names."""
     result: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         result.append(word)
         option, _, value = word.partition("=")
-        if (option == "--trainer.logger" and value in named) or (before == "--trainer.logger" and word in named):
+        if _needs_folder(value if option == "--trainer.logger" else word if before == "--trainer.logger" else None):
             result.append("--trainer.logger.save_dir=")
     return result
+
+
+def _load_yaml(text: str) -> Any:
+    """Load YAML; a logger in it that has no save_dir gets an empty one, as :func:`_with_save_dir` does."""
+    loaded = jsonargparse.get_loader("yaml")(text)
+    trainer = loaded.get("trainer") if isinstance(loaded, dict) else None
+    if isinstance(trainer, dict) and trainer.get("logger"):
+        given = trainer["logger"]
+        trainer["logger"] = [_in_folder(x) for x in given] if isinstance(given, list) else _in_folder(given)
+    return loaded
+
+
+def _in_folder(logger: Any) -> Any:
+    logger = {"class_path": logger} if _needs_folder(logger) else logger
+    if isinstance(logger, dict) and _needs_folder(logger.get("class_path")):
+        return {**logger, "init_args": {"save_dir": "", **(logger.get("init_args") or {})}}
+    return logger
+
+
+def _needs_folder(name: Any) -> bool:
+    """Whether a name is that of a Lightning logger that writes into a folder."""
+    name = name.rpartition(".")[2] if isinstance(name, str) else ""
+    return name in loggers.__all__ and "save_dir" in inspect.signature(getattr(loggers, name)).parameters
 
 
 def option_names() -> list[str]:

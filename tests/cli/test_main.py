@@ -244,6 +244,24 @@ def test_a_logger_by_name_writes_into_the_runs_folder(words, target, features, t
     assert not (tmp_path / "lightning_logs").exists()
 
 
+@pytest.mark.parametrize(
+    "loggers",
+    [
+        "CSVLogger",
+        {"class_path": "CSVLogger"},
+        ["CSVLogger", {"class_path": "TensorBoardLogger", "init_args": {"name": "board"}}],
+    ],
+    ids=["name", "class", "list"],
+)
+def test_a_logger_by_name_in_a_recipe_writes_into_the_runs_folder(loggers, target, features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(target, features, tmp_path, trainer__max_steps=1, trainer__logger=loggers)
+    assert main(["fit", "--config", str(path)]) == 0
+    assert list((tmp_path / "run" / "lightning_logs").rglob("metrics.csv"))
+    assert (tmp_path / "run" / "board").is_dir() == isinstance(loggers, list)
+    assert not (tmp_path / "lightning_logs").exists()
+
+
 def test_callbacks_loggers_and_precision_are_swapped_in_config(target, features, tmp_path):
     path = recipe(
         target,
