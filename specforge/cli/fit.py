@@ -101,15 +101,18 @@ _MORE_HELP = (
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved configuration into the run's folder."""
+    """Writes the resolved configuration into the run's folder, and gives it to the loggers as hyperparameters."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Do nothing yet: a run that is rejected changes nothing."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file; a resumed run writes it again."""
+        """Write the file, and log the options; a resumed run does so again."""
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
+        options = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({key: x for key, x in options.items() if key in ("model", "data", "trainer")})
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``."""
@@ -118,21 +121,21 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunLogger(loggers.TensorBoardLogger):
-    """TensorBoardLogger that creates its files with the first metrics: a run that is rejected leaves none."""
+    """TensorBoardLogger that creates its files when training starts: a run that is rejected leaves none."""
 
-    def __init__(self, folder: str, at_once: bool) -> None:
-        super().__init__(folder, name="tensorboard", version="")
-        self._opened = at_once
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="tensorboard", version="", default_hp_metric=False)
+        self._opened = False
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's writer; before the first metrics, an object that does nothing."""
+        """TensorBoard's writer; before training starts, an object that does nothing."""
         return super().experiment if self._opened else NoExperiment()
 
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Write metrics."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Write the run's options, the first content of the files."""
         self._opened = True
-        super().log_metrics(metrics, step)
+        super().log_hyperparams(*args, **kwargs)
 
 
 class TrainingCLI(LightningCLI):
@@ -224,8 +227,8 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = plugins
         if config["barebones"]:
             kwargs |= {key: None for key in _NOT_BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
-        elif config.get("logger") in (None, True):
-            kwargs["logger"] = RunLogger(config["default_root_dir"], at_once=self.command != "fit")
+        elif config.get("logger") in (None, True):  # a validation adds nothing to the run's files
+            kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.command == "fit" else False
         if config.get("enable_progress_bar") is not False and not config["barebones"]:
             self.trainer_defaults["callbacks"].append(RunProgress())  # last, so that it shows the others' values
         if config["barebones"] or config["enable_checkpointing"] is False:
@@ -241,10 +244,17 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def run(self) -> None:
-        """Train or validate."""
-        arguments = {name: self.config_init[name] for name in self._arguments}
-        method = getattr(self.trainer, self.command)
-        method(self.model, datamodule=self.datamodule, **{**arguments, "ckpt_path": self._checkpoint})
+        """Train, or validate and print the metrics."""
+        arguments = {name: self.config_init[name] for name in self._arguments} | {"ckpt_path": self._checkpoint}
+        if self.command == "fit":
+            self.trainer.fit(self.model, datamodule=self.datamodule, **arguments)
+            return
+        shown = arguments.pop("verbose")
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **arguments)
+        metrics = self.trainer.callback_metrics
+        if shown and self.trainer.is_global_zero:
+            width = max(map(len, metrics), default=0)
+            print("\n".join(f"{name:<{width}}  {metrics[name]:.4g}" for name in sorted(metrics)))
 
 
 def _with_save_dir(words: Sequence[str]) -> list[str]:
