@@ -122,7 +122,7 @@ class TrainingMetrics(pl.Callback):
         }
         values |= {f"train/accuracy_{k + 1}": float(a) for k, a in enumerate(hits / rows)}
         values |= {f"train/loss_{k + 1}": float(x) for k, x in enumerate(losses / rows)}
-        pl_module.log_dict(values, rank_zero_only=True)
+        log_row(trainer, pl_module, values)
         self.latest = {name: values[f"train/{name}"] for name in ("loss", "tokens_per_second")}
         shown = {"loss": self.latest["loss"], "tok/s": self.latest["tokens_per_second"]}  # in other progress bars
         pl_module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
@@ -182,6 +182,23 @@ class _Clock:
     def restart(self) -> float:
         seconds, self._sum, self._since = self.seconds, 0.0, time.perf_counter()
         return seconds
+
+
+def log_row(trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float], bar: str = "") -> None:
+    """Log values of the current optimizer step, as ``metrics.jsonl`` numbers it; Lightning's own number is one less.
+
+    Args:
+        trainer: its loggers get the values.
+        pl_module: the values become the trainer's ``callback_metrics``.
+        values: by name.
+        bar: name of the value that Lightning's progress bars show too.
+    """
+    if values and not trainer.sanity_checking:
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
+            logger.save()
+    for name, value in values.items():
+        pl_module.log(name, value, prog_bar=name == bar, logger=False, rank_zero_only=True)
 
 
 def is_time_to_log(trainer: pl.Trainer) -> bool:

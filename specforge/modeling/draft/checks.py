@@ -36,7 +36,10 @@ def check_tensors(
         if tensor.is_floating_point():
             _check_damage(name, tensor, where)
     if not (trained or _was_trained(tensors)):
-        raise UserError(f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained")
+        raise UserError(
+            f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained; train it "
+            "with `specforge fit`, or export a checkpoint written after the first step"
+        )
     _check_vocabulary(tensors, where)
 
 

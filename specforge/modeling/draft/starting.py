@@ -253,8 +253,8 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     if found is not None:
         name, theirs, mine = found
         raise UserError(
-            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
-            "out of model.draft_config (or model.layer_ids) to continue with the trained network"
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; to continue with "
+            f"the trained network, set {_option(name)} to the trained value or leave it out"
         )
     tensors = source.tensors
     if source.form is not None:
@@ -269,3 +269,8 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
         raise UserError(f"{path}: tensor {missing[0]} is missing")
     draft.load_state_dict(tensors)
     draft.trained = source.steps > 0
+
+
+def _option(field: str) -> str:
+    """The option that sets a field of the draft config."""
+    return "model.layer_ids" if field.endswith("layer_ids") else f"model.draft_config.{field}"
