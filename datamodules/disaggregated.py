@@ -29,16 +29,17 @@ class DisaggregatedDataModule(PromptDataModule):
 
     Args:
         prompts: folder with ``train`` and, for validation, ``heldout``.
-        store: address of the feature store: a folder that all processes see, or ``mooncake://...``.
+        store: address of the feature store: a folder that all processes can access, or ``mooncake://...``.
         metadata: address of the metadata store: a file (SQLite), for one host, or ``redis://host:port/0#name``.
-        max_samples: most samples that are queued, produced or held at once.
+        max_samples: maximum number of samples that are queued, produced or held at once.
         low_water: refill once usage drops below this fraction of the limits.
-        retain: keep features until a checkpoint covers them, as far as there is room (``until_durable``), or only until
-            they are trained (``until_trained``); a run that resumes from an earlier step then has them produced again.
+        retain: keep features until a checkpoint covers them, as far as there is space (``until_durable``), or only
+            until they are trained (``until_trained``); a run that resumes from an earlier step then has them produced
+            again.
         lease_seconds: a producer that has not responded for this long is presumed dead.
         max_tries: attempts per prompt before it is given up.
-        stall_seconds: report the reason when a sample has not arrived for this long.
-        wait_seconds: stop the run when a sample has not arrived for this long.
+        stall_seconds: report the reason if no sample arrives for this long.
+        wait_seconds: stop the run if no sample arrives for this long.
         **options: options of every datamodule that starts from prompts.
     """
 

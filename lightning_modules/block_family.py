@@ -59,7 +59,7 @@ class BlockFamilyModule(DraftModule):
         anchors: maximum number of blocks per document and epoch.
         decay: γ of the weights exp(-(k-1)/γ); by default 7, 5 or 4 for blocks of at least 16, at least 10 or fewer
             tokens.
-        label: the token that counts as right: the one in the ``data``, or the ``target``'s most likely one.
+        label: the token that counts as correct: the one in the ``data``, or the ``target``'s most likely one.
         anchor_seed: random seed for drawing anchors.
         gamma: tokens drafted per round in validation, from every token of the answers; by default 4, or fewer if a
             block drafts fewer.

@@ -67,12 +67,12 @@ class DistilledModule(DraftModule):
         capture: features that the draft reads.
         weights: ``[T]`` weight of each trained position in the loss.
         has_vocabulary: whether the draft comes with its vocabulary.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or a weight for
-            each of several by name.
-        lk_eta: η of ``lk_lambda``.
-        topk: K of ``topk``.
-        label: the token that counts as right: the ``target``'s most likely one, or the one in the ``data``. They agree
-            if the target wrote the data greedily; ``data`` then saves a product with the whole vocabulary.
+        loss: training loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or a
+            weight for each of several by name.
+        lk_eta: η of the loss ``lk_lambda``: how fast it moves from KL to total variation as acceptance grows.
+        topk: K of the loss ``topk``.
+        label: the token that counts as correct: the ``target``'s most likely one, or the one in the ``data``. They
+            agree if the target wrote the data greedily; ``data`` then saves a product with the whole vocabulary.
         chunk: labels per loss tile; sized to the cache by default. It does not change the result.
     """
 

@@ -59,7 +59,7 @@ def evaluate(
     Args:
         draft: a draft from `load_draft`, or the path of one.
         prompts: folder from `specforge prepare`; its held-out part is used if it has one.
-        options: how; the defaults are those of `specforge evaluate`.
+        options: how to evaluate; the defaults are those of `specforge evaluate`.
         num_prompts: evaluate only the first N prompts; by default all.
         cache: folder for the target's own answers.
         progress: print a line when a step begins.
@@ -102,7 +102,7 @@ def capture(
         target: folder or hub name of the target.
         prompts: folder from `specforge prepare`.
         output: folder for the features, with one subfolder per split.
-        options: how; the defaults are those of `specforge capture`.
+        options: how to capture; the defaults are those of `specforge capture`.
         algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
         layer_ids: decoder layers to keep instead of the algorithm's default.
         progress: show a progress bar.

@@ -30,7 +30,7 @@ class Sampling:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError(
                 f"sampling: temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} "
-                "(want temperature >= 0, 0 < top_p <= 1, top_k >= 0)"
+                "(required: temperature >= 0, 0 < top_p <= 1, top_k >= 0)"
             )
 
     @property

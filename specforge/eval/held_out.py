@@ -96,4 +96,4 @@ def _prompt(task: PromptTask) -> list[int]:
 
 
 def _answer(task: PromptTask) -> list[int]:
-    return [token for token, learnt in zip(task.input_ids, task.loss_mask, strict=True) if learnt]
+    return [token for token, supervised in zip(task.input_ids, task.loss_mask, strict=True) if supervised]

@@ -38,8 +38,8 @@ class Producer:
     fingerprint: str  # fingerprint of the target; prompts for another target are rejected
     owner: str  # name of this producer; a restart under the same name releases the prompts it had leased
     _: KW_ONLY
-    max_prompts: int = 8  # most prompts to lease at a time
-    # Most tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not depend on other
+    max_prompts: int = 8  # maximum number of prompts to lease at a time
+    # Maximum number of tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not depend on other
     # prompts in the batch.
     batch_tokens: int = 1
     vocab_size: int | None = None  # of the target, if known; prompts with larger token ids are given up
@@ -68,7 +68,7 @@ class Producer:
                         if not busy:
                             self._flush()
                     except StoreFullError as error:
-                        logger.warning("the store is full (%s); waiting for room", error)
+                        logger.warning("the store is full (%s); waiting for space", error)
                         for worker in self._workers.values():
                             worker.drop()
                         self._release()

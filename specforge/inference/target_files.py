@@ -141,7 +141,7 @@ class TargetFiles:
         return int(found * max(factors, default=1))
 
     @cached_property
-    def learnt_positions(self) -> int | None:
+    def learned_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
         return learnt_positions(self._skeleton, self.config.get("max_position_embeddings"))
 

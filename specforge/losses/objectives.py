@@ -239,7 +239,7 @@ def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0, topk: i
     if not parts:
         raise UserError("loss: the mix is empty")
     if topk < 1:
-        raise UserError(f"topk is {topk}: at least 1")
+        raise UserError(f"topk must be at least 1, not {topk}")
     if len(parts) == 1 and 1.0 in parts.values():
         return known[next(iter(parts))]
     return Mix([(weight, known[name]) for name, weight in parts.items()])

@@ -50,11 +50,12 @@ def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
         UserError: it has another shape or kind of number, is quantised, or is not finite.
     """
     if tensor.shape != expected.shape:
-        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}")
+        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, but the draft's is {tuple(expected.shape)}")
     weights = expected.is_floating_point()
     if weights != tensor.is_floating_point() or (weights and tensor.dtype.itemsize < 2):
         raise UserError(
-            f"{where}: tensor {name} is {tensor.dtype}, the draft's {expected.dtype}; save it in bfloat16 or float32"
+            f"{where}: tensor {name} is {tensor.dtype}, but the draft's is {expected.dtype}; save it in bfloat16 or "
+            "float32"
         )
     if weights and not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{where}: tensor {name} holds NaN or infinity")

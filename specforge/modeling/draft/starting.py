@@ -216,7 +216,10 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
         UserError: it has another shape.
     """
     if parameter.shape != value.shape:
-        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+        raise UserError(
+            f"{what} is {tuple(value.shape)}, but the draft's is {tuple(parameter.shape)}, so the draft cannot start "
+            "from it"
+        )
     parameter.copy_(value)
 
 
@@ -262,7 +265,7 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     own = draft.state_dict()
     for name, tensor in tensors.items():
         if name not in own:
-            raise UserError(f"{path}: tensor {name} has no place in the draft")
+            raise UserError(f"{path}: the draft has no tensor {name}")
         check_stored(name, tensor, own[name], str(path))
     missing = sorted(set(own) - set(tensors))
     if missing:

@@ -181,7 +181,7 @@ class RotaryTable:
     def __init__(self, config: Any) -> None:
         self._frequencies, self._factor = _frequencies(config)
         if 2 * len(self._frequencies) > config.head_dim:
-            raise ValueError(f"head_dim is {config.head_dim}: dimensions are rotated in pairs")
+            raise ValueError(f"head_dim is {config.head_dim}, but must be even: dimensions are rotated in pairs")
 
     def __eq__(self, other: object) -> bool:
         """Whether the angles are the same."""
@@ -318,7 +318,7 @@ class GroupedAttention(Attention):
     def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """``[R, k, d]`` each."""
         key, value = product.unflatten(1, (-1, self.head_dim)).chunk(2, dim=1)
-        # The contiguous copy lets go of the whole product, of which the values are only the last third.
+        # The contiguous copy frees the whole product; the values are only its last third.
         return rotated(norm_heads(self.k_norm, key), angles), value.contiguous()
 
 

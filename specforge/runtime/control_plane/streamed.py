@@ -2,7 +2,7 @@
 
 The trainer knows which samples it will ask for, and how many bytes each takes, before any of them is produced. It
 queues prompts in training order, only as many as fit into the store, and producers work on whatever is queued. So a
-slow trainer slows the producers down, the store cannot overflow, and later samples never take the room of earlier ones.
+slow trainer slows the producers down, the store cannot overflow, and later samples never displace earlier ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KEPT = -1  # epoch of samples that are read repeatedly, such as held-out ones
 class Budget:
     """Limits on samples that are queued, produced or held at the same time."""
 
-    max_bytes: int  # most bytes of features
-    max_samples: int  # most samples
+    max_bytes: int  # maximum number of bytes of features
+    max_samples: int  # maximum number of samples
     low_water: float = 0.75  # refill once usage drops below this fraction
 
     def fits(self, nbytes: int, samples: int) -> bool:
@@ -85,12 +85,12 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         self._ahead: Iterator[Batch] = iter(())
         self._next: Batch | None = None
         self._epochs: dict[str, list[int]] = {}  # epochs for which a sample is queued but not read yet
-        self._held: dict[str, int] = {}  # bytes of every key that takes room, in training order
+        self._held: dict[str, int] = {}  # bytes of every key that takes space, in training order
         self._nbytes = 0
         self._trained: dict[str, int] = {}  # step of every key whose features wait for a checkpoint
         self._spent: list[str] = []  # trained keys whose features are to be deleted
         self._freeing = threading.Lock()
-        self._extends = False  # whether the next read is to make room for one more batch
+        self._extends = False  # whether the next read must free space for one more batch
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
@@ -150,7 +150,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         with self._lock:
             if not self._epochs.get(name):
                 raise UserError(
-                    f"the store has no room for the next batch: {self.budget.max_bytes:,} bytes and "
+                    f"the store is too small for the next batch: {self.budget.max_bytes:,} bytes and "
                     f"{self.budget.max_samples:,} samples per rank must hold a whole optimizer step and one more "
                     "batch; raise data.max_bytes and data.max_samples"
                 )
@@ -219,7 +219,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         if not any(self.controller.counts().values()):
             raise _foreign_store(error) from error
         logger.warning(
-            "sample %s is %s in the metadata store, but is yet to be trained; it is queued again",
+            "sample %s is %s in the metadata store, but has not been trained yet; it is queued again",
             sample.sample_id,
             error.state or "missing",
         )
@@ -236,7 +236,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             return str(error)
         counts = self.controller.counts()
         rate = (_count_produced(counts) - before) / max(waited, 1e-9)
-        return bottleneck(counts, rate, self.controller.unfinished(), self.controller.silent())
+        return bottleneck(counts, rate, self.controller.unfinished(), self.controller.stalled())
 
     def _should_report(self, waited: float) -> bool:
         """Whether this thread reports the stall: one of the waiting threads does, at intervals that double."""
@@ -248,7 +248,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             return due
 
     def _failure_reason(self, key: str) -> str:
-        return next((x.reason for x in self.controller.dead_letters() if x.key == key), "it was given up")
+        return next((x.reason for x in self.controller.given_up() if x.key == key), "it was given up")
 
     def interrupt(self) -> None:
         """End every wait for a sample."""
@@ -369,7 +369,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
                 self._fill(at_once=bool(evicted))
 
     def _evictable(self) -> list[str]:
-        """Keys that wait for a checkpoint, as many as the next batch needs the room of.
+        """Keys that wait for a checkpoint, as many as must be deleted to make space for the next batch.
 
         Without this, they could block the batches that lead to the next checkpoint.
         """
@@ -410,7 +410,7 @@ def _count_produced(counts: Mapping[str, int]) -> int:
 
 
 def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stalled: int = 0) -> str:
-    """Which part of the run the others wait for, and what to do about it.
+    """The part of the run that limits its speed, and what to do about it.
 
     Args:
         counts: number of samples in each state.

@@ -63,7 +63,7 @@ class FeatureFolder:
         same = torch.equal(old.supervised, counts.supervised) and torch.equal(old.context, counts.context)
         if not same or (prompts and meta.get("prompts") and meta["prompts"] != prompts):
             raise UserError(
-                f"{folder}: holds features of other prompts (other data or options, or others held out); "
+                f"{folder}: holds features of other prompts (from other data, options or held-out conversations); "
                 "choose another folder"
             )
 
@@ -107,7 +107,7 @@ class FeatureFolder:
             UserError: the folder holds no features, or is damaged.
         """
         if not (folder / _META).exists():
-            raise UserError(f"{folder}: no features here; make them with `specforge capture`")
+            raise UserError(f"{folder}: no features here; create them with `specforge capture`")
         meta = _read_meta(folder)
         try:
             provenance = Provenance.from_json(meta["provenance"])

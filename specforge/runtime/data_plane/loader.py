@@ -63,12 +63,12 @@ class FeatureDataLoader(Generic[SampleT]):
         store: holds or produces their tensors.
         spec: requirements of the algorithm.
         batch_size: documents per batch; or
-        max_tokens: most tokens per batch. Give exactly one of the two.
+        max_tokens: maximum number of tokens per batch. Give exactly one of the two.
         shuffle: draw a new order every epoch.
         seed: random seed for the orders.
         rank: this process.
         world_size: number of processes. Each gets the same number of batches; the last ones may be empty.
-        prefetch: most batches to prefetch, fewer where the store has no room; 0 fetches in the caller's thread.
+        prefetch: maximum number of batches to prefetch, fewer if the store is full; 0 fetches in the caller's thread.
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches into page-locked memory.
@@ -192,7 +192,7 @@ class FeatureDataLoader(Generic[SampleT]):
         return found
 
     def upcoming(self, rank: int) -> Iterator[tuple[int, int, list[SampleT]]]:
-        """Every batch that a rank will ask for, without end: its epoch, its number in the epoch, its samples."""
+        """Endless stream of the batches that a rank will ask for: epoch, number in the epoch, samples."""
         epoch, first = self._start
         while True:
             for number, samples in list(enumerate(self._batches(epoch, rank)))[first:]:
@@ -228,7 +228,7 @@ class FeatureDataLoader(Generic[SampleT]):
         try:
             while work or pending:
                 while work and len(pending) <= self.prefetch:
-                    # The next batch is fetched even if there is no room for it: room may never come.
+                    # The next batch is fetched even if there is no space for it: space may never become free.
                     if not self.store.reserve(work[0][0]) and pending:
                         break
                     samples, cursor = work.popleft()
@@ -327,7 +327,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         UserError: there are none, or one has the wrong features or is too short.
     """
     if not samples:
-        raise UserError("features: there are no samples")
+        raise UserError("features: the folder contains no samples")
     first = _feature_types(samples[0])
     for sample in samples:
         captured = sample.provenance.capture
@@ -347,7 +347,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         if sample.num_tokens < spec.min_tokens:
             raise UserError(
                 f"sample {sample.sample_id} (from {sample.source}) has {sample.num_tokens} tokens; "
-                f"{spec.algorithm} needs {spec.min_tokens}"
+                f"{spec.algorithm} needs at least {spec.min_tokens}"
             )
 
 

@@ -34,7 +34,7 @@ class Manifest:
         try:
             lines = self._log.lines()
         except FileNotFoundError as error:
-            raise UserError(f"{self.path}: no such file; make features with `specforge capture`") from error
+            raise UserError(f"{self.path}: no such file; create features with `specforge capture`") from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         refs: dict[str, SampleRef] = {}

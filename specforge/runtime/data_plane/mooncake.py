@@ -243,7 +243,7 @@ class MooncakeBackend:
             if code != _FULL:
                 raise UserError(f"store {self.address}: {name} could not be put (Mooncake error {code})")
         if failed:
-            raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
+            raise StoreFullError(f"store {self.address}: no space for {len(failed)} samples")
 
     def _put(self, client: Any, names: deque[str]) -> dict[str, int]:
         """Put the waiting values of these names, and empty the queue of names; returns Mooncake's codes."""

@@ -54,7 +54,7 @@ class ProducedSamples(SampleStore[ExpectedSample]):
         return self.store.get(self._held[name])
 
     def reserve(self, samples: Sequence[ExpectedSample]) -> bool:
-        """Reserve room next to the kept samples and those that are not trained yet, if there is any."""
+        """Reserve space next to the kept samples and those that are not trained yet, if there is any."""
         wanted = {sample.sample_id: sample.nbytes for sample in samples}
         with self._lock:
             waiting = self._reserved | wanted

@@ -34,7 +34,7 @@ class SharedDirBackend:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
         elif not folder.is_dir():
-            raise OSError("no such folder; a run makes it when it starts")
+            raise OSError("no such folder; a run creates it when it starts")
         self._unsynced: dict[Path, int] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:

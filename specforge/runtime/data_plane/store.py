@@ -164,7 +164,7 @@ class FeatureStore(SampleStore[SampleRef]):
 
     Args:
         backend: moves the bytes.
-        max_bytes: most bytes to hold at once; None for no limit.
+        max_bytes: maximum number of bytes to hold at once; None for no limit.
     """
 
     def __init__(self, backend: FeatureBackend, *, max_bytes: int | None = None) -> None:
@@ -386,7 +386,7 @@ def check_id(sample_id: str) -> None:
         BadSampleError: it contains characters other than letters, digits, ``_``, ``-`` and inner dots, or is too long.
     """
     if not SAMPLE_ID.fullmatch(sample_id):
-        raise BadSampleError(repr(sample_id)[:80], "its identity could name a path")
+        raise BadSampleError(repr(sample_id)[:80], "its id could name a path")
 
 
 def _key(sample_id: str, generation: int) -> str:

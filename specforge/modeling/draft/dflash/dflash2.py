@@ -44,8 +44,8 @@ class DynamicConv(nn.Module):
         super().__init__()
         if group < 1 or width % group or not 1 <= taps <= block:
             raise ValueError(
-                f"conv_group_size is {group}, conv_kernel_size {taps}; want a divisor of hidden_size {width}, and 1 to "
-                f"{block} slots of a block"
+                f"conv_group_size is {group} and conv_kernel_size {taps}; they must be a divisor of hidden_size "
+                f"{width}, and 1 to {block} slots of a block"
             )
         self.block, self.taps, self.group = block, taps, group
         self.base_kernel = nn.Parameter(torch.empty(2, taps, width))

@@ -91,11 +91,11 @@ class MTPDraft(Draft):
         """
         own = {n: x for n, x in self.state_dict().items() if n not in ("d2t", "t2d")}
         for name in sorted(set(tensors) ^ set(own)):
-            lack = "has no place in" if name in tensors else "is missing for"
+            lack = "does not belong to" if name in tensors else "is missing for"
             raise UserError(f"{what}: {name} {lack} {self.form} of this draft config")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, the draft's {tuple(own[name].shape)}")
+                raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, but the draft's is {tuple(own[name].shape)}")
             own[name].copy_(tensor)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The P-EAGLE draft: all tokens of a round in one pass (arXiv 2602.01469).
 
 It has EAGLE-3's layer at the bottom and Llama layers above. Drafted tokens after the first read the embedding of a mask
-token and, instead of the target's features, one learnt vector of the same width (``mask_hidden``). Names of tensors are
-those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
+token and, instead of the target's features, one learned vector of the same width (``mask_hidden``). Names of tensors
+are those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
 
 Shape legend: N tokens, R tokens that predict a label at depth 0, E deep elements, H hidden size, A captured layers x
 target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c drafted tokens.

@@ -71,7 +71,7 @@ class StandaloneDraft(Draft):
     def longest(self) -> int | None:
         """Maximum number of tokens of a training text; None if there is no limit.
 
-        Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
+        Learned positions end there. Rotary positions that depend on the length of the text change there, for all texts
         of a batch.
         """
         table = getattr(self.config, "max_position_embeddings", None)
@@ -147,7 +147,7 @@ class StandaloneDraft(Draft):
             else:
                 source = _in_layer(name, layers)
                 if source not in target.weight_files:
-                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start there")
+                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start from it")
                 value = target.tensor(source)
             copy_into(parameter, value, f"{name} of {target.name}")
 
