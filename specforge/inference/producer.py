@@ -39,8 +39,8 @@ class Producer:
     owner: str  # name of this producer; a restart under the same name releases the prompts it had leased
     _: KW_ONLY
     max_prompts: int = 8  # maximum number of prompts to lease at a time
-    # Maximum number of tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not depend on other
-    # prompts in the batch.
+    # Maximum number of tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not
+    # depend on other prompts in the batch.
     batch_tokens: int = 1
     vocab_size: int | None = None  # of the target, if known; prompts with larger token ids are given up
 
