@@ -85,11 +85,7 @@ class DisaggregatedDataModule(PromptDataModule):
         super().setup(stage)
 
     def _take_claim(self, controller: DataFlowController) -> TrainerClaim | None:
-        """Make this run the only trainer of the metadata store; the first rank holds the claim.
-
-        Raises:
-            UserError: another trainer holds it; raised on every rank.
-        """
+        """Make this run the only trainer of the metadata store; the first rank holds the claim."""
         trainer, claim, reason = self.trainer, None, ""
         if trainer.is_global_zero:
             run = str(getattr(trainer, "default_root_dir", "a run"))
@@ -140,9 +136,6 @@ class DisaggregatedDataModule(PromptDataModule):
 
         Sample ids cover tokens, target and layers; the stamp covers the rest. So the leftovers of a run with a wrong
         option are never mistaken for the samples of another.
-
-        Args:
-            planned: samples with a training order.
         """
         plan = [
             self.limits,

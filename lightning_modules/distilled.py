@@ -30,28 +30,18 @@ class Students:
     """Which state predicts which label.
 
     Shape legend: G heads, S states of each, H hidden size, D draft vocabulary, M labels, T positions.
-
-    Attributes:
-        states: ``[G, S, H]`` the draft's normed states; head g and its states belong to the positions ``g T/G`` up to
-            ``(g+1) T/G``.
-        heads: the G matrices ``[D, H]``.
-        labels: ``[M]`` flat token of each label; padded at the end.
-        index: ``[M, T]`` the state that predicts label m at position t; any where there is none. T is 1 if all
-            positions are alike.
-        valid: ``[M, T]`` whether that state exists.
-        num_labels: labels before the padding.
-        num_supervised: number by which the sum of the training losses is divided.
-        bias: ``[D]`` added to the logits of all heads; None if there is none.
     """
 
+    # [G, S, H] the draft's normed states; head g and its states belong to the positions g T/G up to (g+1) T/G
     states: Tensor
-    heads: Sequence[Tensor]
-    labels: Tensor
+    heads: Sequence[Tensor]  # the G matrices [D, H]
+    labels: Tensor  # [M] flat token of each label; padded at the end
+    # [M, T] the state that predicts label m at position t; any where there is none. T is 1 if all positions are alike
     index: Tensor
-    valid: Tensor
-    num_labels: int
-    num_supervised: int
-    bias: Tensor | None = None
+    valid: Tensor  # [M, T] whether that state exists
+    num_labels: int  # labels before the padding
+    num_supervised: int  # number by which the sum of the training losses is divided
+    bias: Tensor | None = None  # [D] added to the logits of all heads; None if there is none
 
     def by_head(self, columns: Tensor) -> tuple[Tensor, ...]:
         """The columns ``[M, T]`` of each head."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def capture(
     pick_device(options.device)  # an invalid name is reported before anything is read
     files = TargetFiles.find(str(target))
     policy = find_algorithm(algorithm).capture_policy(files, None if layer_ids is None else list(layer_ids))
-    with _capture_bar() if progress else _nothing_shown() as show:
+    with _capture_bar() if progress else nullcontext(lambda step: None) as show:
         return capture_features(files, Path(prompts), Path(output), policy, options, show)
 
 
@@ -139,8 +139,3 @@ def _capture_bar() -> Iterator[Callable[[CaptureProgress], None]]:
             bar.update(lines[step.split], completed=step.finished, rate=rate)
 
         yield show
-
-
-@contextmanager
-def _nothing_shown() -> Iterator[Callable[[CaptureProgress], None]]:
-    yield lambda step: None

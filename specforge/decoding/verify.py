@@ -19,17 +19,11 @@ from specforge.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from logits.
+    """How the next token is chosen from logits."""
 
-    Args:
-        temperature: sampling temperature; 0 takes the most likely token.
-        top_p: nucleus sampling: keep the smallest set of tokens with at least this total probability.
-        top_k: keep the k most likely tokens; 0 keeps all.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = 0.0  # sampling temperature; 0 takes the most likely token
+    top_p: float = 1.0  # nucleus sampling: keep the smallest set of tokens with at least this total probability
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -59,14 +53,10 @@ class Sampling:
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens.
+    """Drafted tokens."""
 
-    Attributes:
-        tokens: target ids, in order.
-        probs: ``[n, V]`` fp32 distributions that the tokens were sampled from; None for a deterministic draft.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # target ids, in order
+    # [n, V] fp32 distributions that the tokens were sampled from; None for a deterministic draft
     probs: Tensor | None = None
 
 

@@ -12,13 +12,9 @@ from specforge.errors import UserError
 
 
 class TargetEngine(Protocol):
-    """Computes features of the target.
+    """Computes features of the target."""
 
-    Attributes:
-        dtype: name of the compute dtype.
-    """
-
-    dtype: str
+    dtype: str  # name of the compute dtype
 
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens.

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
@@ -32,17 +32,11 @@ KEPT = -1  # epoch of samples that are read repeatedly, such as held-out ones
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on samples that are queued, produced or held at the same time.
+    """Limits on samples that are queued, produced or held at the same time."""
 
-    Attributes:
-        max_bytes: maximum number of bytes of features.
-        max_samples: maximum number of samples.
-        low_water: refill once usage drops below this fraction.
-    """
-
-    max_bytes: int
-    max_samples: int
-    low_water: float = 0.75
+    max_bytes: int  # maximum number of bytes of features
+    max_samples: int  # maximum number of samples
+    low_water: float = 0.75  # refill once usage drops below this fraction
 
     def fits(self, nbytes: int, samples: int) -> bool:
         """Whether this much is within the limits."""
@@ -62,48 +56,31 @@ class Budget:
             yield from (sample_key(sample.sample_id, epoch, stamp) for sample in samples)
 
 
+@dataclass(eq=False)
 class StreamedSamples(SampleStore[ExpectedSample]):
-    """The trainer's side of the control plane.
+    """The trainer's side of the control plane."""
 
-    Args:
-        controller: states and tensors.
-        provenance: target, and what producers are to capture.
-        budget: this stream's share of the store.
-        stamp: separates the samples of this run from those of runs with other features or another training order.
-        kept: keys of kept samples that :meth:`start` leaves queued.
-        rank: this process; the first one restores the control plane.
-        world_size: number of processes.
-        barrier: waits for all ranks.
-        claim: this rank's claim on the metadata store, if it has one.
-        stall_seconds: report the reason when a sample has not arrived for this long.
-        wait_seconds: give up when a sample has not arrived for this long.
-        wait: called with a number of seconds while there is nothing to read; waits by default.
-    """
+    controller: DataFlowController  # states and tensors
+    provenance: Provenance  # target, and what producers are to capture
+    budget: Budget  # this stream's share of the store
+    _: KW_ONLY
+    stamp: str = ""  # separates the samples of this run from those of runs with other features or training order
+    kept: Collection[str] = ()  # keys of kept samples that start leaves queued
+    rank: int = 0  # this process; the first one restores the control plane
+    world_size: int = 1  # number of processes
+    barrier: Callable[[str], object] = lambda name: None  # waits for all ranks
+    claim: TrainerClaim | None = None  # this rank's claim on the metadata store, if it has one
+    stall_seconds: float = 30.0  # report the reason when a sample has not arrived for this long
+    wait_seconds: float = 3600.0  # give up when a sample has not arrived for this long
+    # Called with a number of seconds while there is nothing to read; waits by default.
+    wait: Callable[[float], object] | None = None
 
     readers = 2  # one checks and packs what has arrived while the other reads
 
-    def __init__(
-        self,
-        controller: DataFlowController,
-        provenance: Provenance,
-        budget: Budget,
-        *,
-        stamp: str = "",
-        kept: Collection[str] = (),
-        rank: int = 0,
-        world_size: int = 1,
-        barrier: Callable[[str], object] = lambda name: None,
-        claim: TrainerClaim | None = None,
-        stall_seconds: float = 30.0,
-        wait_seconds: float = 3600.0,
-        wait: Callable[[float], object] | None = None,
-    ) -> None:
-        self.controller, self.provenance, self.budget = controller, provenance, budget
-        self.stamp, self.kept = stamp, frozenset(kept)
-        self.rank, self.world_size, self._barrier, self._claim = rank, world_size, barrier, claim
-        self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
+    def __post_init__(self) -> None:
+        self.kept = frozenset(self.kept)
         self._closed = threading.Event()
-        self._wait = wait or self._closed.wait
+        self._wait = self.wait or self._closed.wait
         self._lock = threading.RLock()  # shared by the trainer's thread and the prefetching ones
         self._ahead: Iterator[Batch] = iter(())
         self._next: Batch | None = None
@@ -126,12 +103,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     # Reading.
 
     def start(self, step: int, ahead: Callable[[int], Iterator[Batch]]) -> None:
-        """Restore the control plane to the checkpoint of ``step``, then queue this rank's next batches.
-
-        Args:
-            step: optimizer step of the checkpoint, 0 for a new run.
-            ahead: the batches that a rank will ask for, up to the end of the run.
-        """
+        """Restore the control plane to the checkpoint of ``step``, then queue this rank's next batches."""
         if self.rank == 0:
             wanted = set(self.kept)
             for rank in range(self.world_size):
@@ -139,15 +111,11 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             # Other queued prompts are queued again in their turn. Left queued, they would precede the held-out samples,
             # which a stopped run drops, and the first validation would wait until all of them are produced.
             self.controller.resume(step, keep=wanted, queued=self.kept)
-        self._barrier("the control plane is at the step of the checkpoint")
+        self.barrier("the control plane is at the step of the checkpoint")
         self.queue(ahead(self.rank))
 
     def queue(self, ahead: Iterator[Batch]) -> None:
-        """Queue batches from here on, as many as fit, and more whenever space becomes free.
-
-        Args:
-            ahead: the batches that this rank will ask for.
-        """
+        """Queue batches from here on, as many as fit, and more whenever there is room again."""
         with self._lock:
             self._ahead, self._next = ahead, None
             self._epochs, self._held, self._trained, self._spent, self._nbytes = {}, {}, {}, [], 0
@@ -247,11 +215,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             self._wait(_POLL)
 
     def _restore(self, sample: ExpectedSample, epoch: int, error: StateError) -> None:
-        """Queue a sample again after its record was lost or damaged: the checkpoint shows that it is not trained yet.
-
-        Raises:
-            UserError: all records are gone.
-        """
+        """Queue a sample again whose record was lost or damaged: the checkpoint shows that it is not trained yet."""
         if not any(self.controller.counts().values()):
             raise _foreign_store(error) from error
         logger.warning(
@@ -266,8 +230,8 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     def _stall_reason(self, before: int, waited: float) -> str:
         """Why no sample arrives; a store that cannot be written is detected first, as producers cannot report it."""
         try:
-            if self._claim is not None:
-                self._claim.renew()
+            if self.claim is not None:
+                self.claim.renew()
         except UserError as error:
             return str(error)
         counts = self.controller.counts()
@@ -299,8 +263,8 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             UserError: another trainer has claimed the store, a sample is in an impossible state, or all records are
                 gone.
         """
-        if self._claim is not None:
-            self._claim.check()
+        if self.claim is not None:
+            self.claim.check()
         keys = [self.key(name, epoch) for name in sample_ids]
         left = list(keys)
         while True:
@@ -323,7 +287,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         if self.rank == 0:
             self.controller.durable(step)
             self.controller.remove_orphans()
-        self._barrier("the features that the checkpoint covers are deleted")
+        self.barrier("the features that the checkpoint covers are deleted")
         with self._lock:
             self._forget_held([key for key, trained in self._trained.items() if trained <= step])
 
@@ -392,8 +356,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     def _free_space(self, extend: bool = False) -> None:
         """Delete features that are not to be kept, then queue what fits. The slow deletion happens outside the lock.
 
-        Args:
-            extend: free space for one more batch by deleting features that wait for a checkpoint.
+        ``extend`` makes room for one more batch, at the cost of features that wait for a checkpoint.
         """
         with self._freeing:
             with self._lock:

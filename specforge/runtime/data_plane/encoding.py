@@ -43,10 +43,6 @@ def stored_width(width: int, itemsize: int, encoding: str) -> int:
 def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors in their original dtypes.
 
-    Args:
-        stored: the stored form; a tensor with a scale is encoded.
-        dtypes: name of every tensor's original dtype.
-
     Raises:
         ValueError: a scale does not fit its tensor.
     """

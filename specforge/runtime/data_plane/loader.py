@@ -41,19 +41,12 @@ _LATER = ("dtype", "encoding")  # missing from checkpoints of the first version
 
 
 class RunLength(NamedTuple):
-    """How far a run trains.
+    """How far a run trains."""
 
-    Attributes:
-        batches: micro-batches per epoch on each rank.
-        accumulate: micro-batches per optimizer step.
-        max_steps: optimizer steps of the run; negative for no limit.
-        max_epochs: epochs of the run; None or negative for no limit.
-    """
-
-    batches: int
-    accumulate: int
-    max_steps: int = -1
-    max_epochs: int | None = None
+    batches: int  # micro-batches per epoch on each rank
+    accumulate: int  # micro-batches per optimizer step
+    max_steps: int = -1  # optimizer steps of the run; negative for no limit
+    max_epochs: int | None = None  # epochs of the run; None or negative for no limit
 
     def ends_before(self, epoch: int, batch: int) -> bool:
         """Whether the run is over before this batch of this epoch."""
@@ -173,22 +166,12 @@ class FeatureDataLoader(Generic[SampleT]):
         self._acknowledged = {"epoch": epoch, "batch": batch}
 
     def start(self, step: int, length: RunLength) -> None:
-        """Start training at this position, after the checkpoint of ``step``; called on every rank.
-
-        Args:
-            step: optimizer step of the checkpoint, 0 for a new run.
-            length: how far the run trains.
-        """
+        """Start training at this position, after the checkpoint of ``step``; called on every rank."""
         self.store.start(step, partial(self._until_end, length))
         self._waited, self._since = 0.0, time.perf_counter()
 
     def acknowledge(self, batch: TrainBatch, step: int) -> None:
-        """Record that optimizer step ``step`` uses a batch.
-
-        Args:
-            batch: a trained batch.
-            step: the step that was taken with this batch, or the next one while gradients accumulate.
-        """
+        """Record that optimizer step ``step`` uses a batch."""
         self._acknowledged = batch.cursor
         self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
 
@@ -307,15 +290,10 @@ def collate(
     *,
     pin_memory: bool = False,
 ) -> TrainBatch:
-    """Pack samples end to end into one flat row; the batch holds copies.
+    """Pack samples end to end into one flat row, padded to a multiple of ``pad_to`` tokens; the batch holds copies.
 
-    Args:
-        tensors: tensors of each sample, by name.
-        samples: the samples.
-        spec: requirements of the algorithm.
-        empty: tensors of a sample without tokens, for a batch without samples.
-        pad_to: pad to a multiple of this many tokens.
-        pin_memory: pack features into page-locked memory, which torch reuses, so that no further copy is needed.
+    ``empty`` has the tensors of a sample without tokens, for a batch without samples. With ``pin_memory``, features are
+    packed into page-locked memory, which torch reuses, so that no further copy is needed.
     """
     lengths = tuple(sample.num_tokens for sample in samples)
     padding = -sum(lengths) % pad_to

@@ -19,11 +19,7 @@ MANIFEST = "manifest.jsonl"
 
 
 class Manifest:
-    """References to the samples of a feature folder.
-
-    Args:
-        folder: contains ``manifest.jsonl``.
-    """
+    """References to the samples of a feature folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / MANIFEST

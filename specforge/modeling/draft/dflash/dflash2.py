@@ -137,9 +137,6 @@ class DFlash2(DFlash):
     Args:
         config: as for :class:`DFlash`, with ``conv_kernel_size`` (2), ``conv_group_size`` (16), ``selector_rank`` (256)
             and ``selector_top_k`` (16) in ``dflash_config``.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -158,12 +155,7 @@ class DFlash2(DFlash):
 
 
 class SelectingCorrector:
-    """Selects among the candidates token by token when decoding.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Selects among the candidates token by token when decoding."""
 
     def __init__(self, draft: DFlash2, dtype: torch.dtype) -> None:
         self.selector = draft.candidate_selector

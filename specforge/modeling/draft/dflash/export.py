@@ -22,11 +22,7 @@ class DFlashFormat(DraftFormat):
     server = "DFLASH"
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject drafts that SGLang cannot serve, or would serve as a different network.
-
-        Raises:
-            UserError: names the field and the server's interpretation of it.
-        """
+        """Reject drafts that SGLang cannot serve, or would serve as a different network."""
         fields = config["dflash_config"]
         check_captured_layers(fields["target_layer_ids"], target)
         if config["draft_vocab_size"] != target.vocab_size:

@@ -43,9 +43,6 @@ class PEagleDraft(EagleDraft):
     Attributes:
         mask_hidden: ``[1, 1, A]`` features of a mask token.
         embed_tokens: the draft's own embedding; None if it uses the target's frozen one.
-
-    Raises:
-        ValueError: the mask token is outside the vocabulary.
     """
 
     fields: ClassVar[Fields] = {
@@ -200,12 +197,7 @@ def _all_attention(
 
 
 class PEagleDecoder(CachedDecoder):
-    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights."""
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
         super().__init__(draft.decoder_layers, draft.rotary, dtype)
@@ -231,8 +223,8 @@ class PEagleDecoder(CachedDecoder):
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)
-        self._cache.reserve(end)
-        angles = self._cache.angles(self.rows, end)
+        self.reserve(end)
+        angles = self.angles(self.rows, end)
         # A mask token has the position of a chain's next row and sees the same keys: plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
         for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
@@ -240,7 +232,7 @@ class PEagleDecoder(CachedDecoder):
                 product = layer.project(hidden, w)
             query, key, value = layer.attention_heads(product, angles, w)
             # The next call overwrites the rows of the mask tokens.
-            keys, values = self._cache.write(i, self.rows, key, value)
+            keys, values = self.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
             hidden = layer.finish(hidden, cached_attention(query, keys, values, seen), w)
