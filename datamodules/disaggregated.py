@@ -115,7 +115,7 @@ class DisaggregatedDataModule(PromptDataModule):
             self.low_water,
         )
         if name == "train":
-            self._check_room(samples, budget)
+            self._check_space(samples, budget)
         self._streams[name] = StreamedSamples(
             self._controller,
             provenance,
@@ -147,7 +147,7 @@ class DisaggregatedDataModule(PromptDataModule):
         names = "".join(sample.sample_id for sample in planned).encode()
         return content_id(self.dtype, self.encoding, *([names, plan] if planned else ()))[:16]
 
-    def _check_room(self, samples: Sequence[ExpectedSample], budget: Budget) -> None:
+    def _check_space(self, samples: Sequence[ExpectedSample], budget: Budget) -> None:
         wanted = (self.trainer.accumulate_grad_batches + 1) * batch_bytes(samples, **self.limits)
         if wanted > budget.max_bytes:
             least = self.max_bytes + (wanted - budget.max_bytes) * self.trainer.world_size

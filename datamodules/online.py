@@ -73,7 +73,7 @@ class OnlineDataModule(PromptDataModule):
 
         keep = self.keep_bytes if name == "train" else 0
         limits = self.limits if name == "train" else {"batch_size": self.val_batch_size, "max_tokens": None}
-        self._check_room(batch_bytes(expected, **limits), keep)
+        self._check_space(batch_bytes(expected, **limits), keep)
         # Samples carry the encoding, so that a resumed run cannot change it.
         samples = [replace(sample, provenance=provenance) for sample in expected]
         return Split(samples, ProducedSamples(store, produce, keep_bytes=keep))
@@ -91,7 +91,7 @@ class OnlineDataModule(PromptDataModule):
             self._engine.check(self.module.spec.capture)
         return self._engine
 
-    def _check_room(self, batch: int, keep: int) -> None:
+    def _check_space(self, batch: int, keep: int) -> None:
         if batch + keep > self.max_bytes:
             kept = f" and keep_bytes {keep:,}" if keep else ""
             raise UserError(

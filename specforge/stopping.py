@@ -1,8 +1,8 @@
 """Stopping on SIGTERM or Ctrl-C: waits end at once, work is finished first.
 
 In the main thread a signal raises :class:`Stopped`, which ends any wait in Python code. While the thread is marked as
-working, it is raised when the work is done. Other threads wait with :func:`pause`, or register a :func:`waking`
-function. A second Ctrl-C stops at once. All of this applies only within :func:`signals_stop`.
+working, it is raised when the work is done. Other threads wait with :func:`pause`, or register a function with
+:func:`call_on_stop`. A second Ctrl-C stops at once. All of this applies only within :func:`signals_stop`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class _State:
     """Plain values without a lock: the thread that a signal handler interrupts might hold it."""
 
     active = False  # signals are handled here
-    came = False  # a signal arrived, though the main thread may not have handled it yet
-    asked = False  # a stop was requested
+    signal_arrived = False  # a signal arrived, though the main thread may not have handled it yet
+    stop_requested = False  # a stop was requested
     interrupted = False  # Ctrl-C was pressed again after that
     works = False  # the main thread must finish its work first
     began = False  # there may be something to save
-    wakers: tuple[Callable[[], object], ...] = ()
+    callbacks: tuple[Callable[[], object], ...] = ()
 
 
-_lock = threading.Lock()  # for threads that change `wakers`
+_lock = threading.Lock()  # for threads that change `callbacks`
 
 
-def came() -> bool:
+def signal_arrived() -> bool:
     """Whether a signal arrived, even if the main thread is in a library and has not handled it yet."""
-    return _State.came
+    return _State.signal_arrived
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether a stop was requested and the main thread has handled the signal."""
-    return _State.asked
+    return _State.stop_requested
 
 
 def interrupted() -> bool:
@@ -61,7 +61,7 @@ def check() -> None:
     Raises:
         Stopped: it was.
     """
-    if _State.asked:
+    if _State.stop_requested:
         raise Stopped
 
 
@@ -120,29 +120,29 @@ def pause(seconds: float) -> None:
 
 
 @contextmanager
-def waking(wake: Callable[[], object]) -> Iterator[None]:
-    """Have ``wake`` called, in the main thread, if a stop is requested within the block.
+def call_on_stop(callback: Callable[[], object]) -> Iterator[None]:
+    """Have ``callback`` called, in the main thread, if a stop is requested within the block.
 
     Raises:
         Stopped: a stop was requested before.
     """
     with _lock:
-        _State.wakers = (*_State.wakers, wake)
+        _State.callbacks = (*_State.callbacks, callback)
     try:
         check()
         yield
     finally:
         with _lock:
-            _State.wakers = tuple(x for x in _State.wakers if x is not wake)
+            _State.callbacks = tuple(x for x in _State.callbacks if x is not callback)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _State.asked and number == signal.SIGINT:
+    if _State.stop_requested and number == signal.SIGINT:
         _State.interrupted = True
         raise KeyboardInterrupt
-    _State.asked = True
-    for wake in _State.wakers:
-        wake()
+    _State.stop_requested = True
+    for callback in _State.callbacks:
+        callback()
     if not _State.works:
         raise Stopped
 
@@ -160,7 +160,7 @@ def signals_stop() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.came = _State.asked = _State.interrupted = _State.works = _State.began = False
+    _State.signal_arrived = _State.stop_requested = _State.interrupted = _State.works = _State.began = False
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = {number: signal.signal(number, _handle) for number in _SIGNALS}
@@ -193,9 +193,9 @@ def _watch(reader: int) -> None:
             interrupts += number[0] == signal.SIGINT
             if number[0] not in _SIGNALS:
                 continue
-            _State.came = True
+            _State.signal_arrived = True
             end = time.monotonic() + _UNRESPONSIVE
-            while not (_State.interrupted if interrupts > 1 else _State.asked):
+            while not (_State.interrupted if interrupts > 1 else _State.stop_requested):
                 if time.monotonic() > end and (interrupts > 1 or not _State.began):
                     os.write(2, b"specforge: stopped by a signal\n")
                     os._exit(130 if interrupts > 1 else 143)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any moment: atomic files, rotation, ``last`` and ``best`` by τ.
+"""Checkpoints that stay valid if the process is killed at any moment: atomic files, rotation, ``last`` and ``best``.
 
 Lightning writes a checkpoint into TMPDIR and moves it, which is not atomic across file systems, and removes a link
 before it writes the new one. Here a checkpoint is written next to its final path, synced and renamed, and links are

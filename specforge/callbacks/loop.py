@@ -110,9 +110,9 @@ class FitLoop(LightningFitLoop):
             text = "nothing is held out, so there will be no val/tau and no best.ckpt"
         elif held_out and trainer.global_step == 0 and not self._validates_before_the_end():
             text = (
-                "the validation interval exceeds the run, so the only validation follows the last step: "
+                "the run is shorter than the validation interval, so the only validation follows the last step: "
                 f"trainer.val_check_interval is {trainer.val_check_interval}, trainer.check_val_every_n_epoch is "
-                f"{trainer.check_val_every_n_epoch}, and an epoch has {self.max_batches} batches"
+                f"{trainer.check_val_every_n_epoch or 'null'}; batches per epoch: {self.max_batches}"
             )
         if text:
             pl.utilities.rank_zero_info(text)

@@ -111,7 +111,7 @@ class Preemption(pl.Callback):
         return 0 if trainer is not None and _is_a_child(trainer) else 143
 
     def _gate(self) -> None:
-        if self._group is not None and self._agree(stopping.came()):
+        if self._group is not None and self._agree(stopping.signal_arrived()):
             self._agreed = True
             raise stopping.Stopped
 
@@ -125,7 +125,7 @@ class Preemption(pl.Callback):
         store = torch.distributed.distributed_c10d._get_default_store()
         while not self._over.wait(_POLL):
             try:
-                if stopping.came():
+                if stopping.signal_arrived():
                     store.set(_KEY, "1")
                     return
                 if store.check([_KEY]):

@@ -22,6 +22,7 @@ _UNKNOWN_OPTION = (
     r"No action for key \"?'?([\w.]+)",
 )
 _UNKNOWN_CLASS = r"Expected a dot import path string: (\w+)"
+_REQUIRED = r"the following arguments are required: ([\w.]+)"
 _KEY = r'Parser key "([\w.]+)"'
 _OUT_OF_RANGE = r"Not of type (an? .+?): "  # a type of specforge.options
 _GIVEN = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"
@@ -64,9 +65,12 @@ def explain(message: str, keys: Sequence[str], classes: Sequence[str] = ()) -> s
     if found := re.search(_UNKNOWN_CLASS, message):
         close = get_close_matches(found[1], classes, 1, 0.5)
         return f"no class '{found[1]}'" + (f"; did you mean '{close[0]}'?" if close else "")
-    places = [(i, m[1]) for i, line in enumerate(lines) if (m := re.search(_KEY, line))]
-    if places:
-        return _bad_value(".".join(name for _, name in places), lines[places[-1][0] + 1 :])[:400]
+    named = [(i, m[1]) for i, line in enumerate(lines) if (m := re.search(_KEY, line))]
+    if named:
+        key = ".".join(name for _, name in named)
+        if missing := re.search(_REQUIRED, message):
+            return f"{key}.{missing[1]}: required; set it in the recipe or with --{key}.{missing[1]}"
+        return _bad_value(key, lines[named[-1][0] + 1 :])[:400]
     return (re.sub(r"^error: ", "", lines[0]) if lines else "unknown error")[:400]
 
 

@@ -92,8 +92,8 @@ def capture(
 
     captured = api.capture(target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True)
     for split in captured:
-        size = f"{split.samples:,} samples, {split.nbytes / 1e9:.2f} GB"
-        say(f"{split.folder}: {size} ({split.tokens:,} tokens now)")
+        size = f"{split.nbytes / 1e9:.2f} GB" if split.nbytes >= 1e8 else f"{split.nbytes / 1e6:.2f} MB"
+        say(f"{split.folder}: {split.samples:,} samples, {size} ({split.tokens:,} tokens captured by this run)")
 
 
 def produce(options: ProduceOptions, plan: bool = False) -> None:

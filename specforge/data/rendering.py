@@ -159,7 +159,7 @@ class Renderer:
 
     def _frame(self, before: Messages, tools: Tools) -> tuple[str, str]:
         """The text that the template writes before an answer, earlier messages included, and after it."""
-        zero, one = (self.render([*before, _says(text)], tools) for text in ("0", "1"))
+        zero, one = (self.render([*before, _assistant(text)], tools) for text in ("0", "1"))
         header = _common([zero, one])
         return header, zero[len(header) + 1 :]
 
@@ -172,7 +172,7 @@ class Renderer:
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             if self._try([*before, rest], tools) == answered:
                 raise Refusal(f"{where}: the chat template omits its tool calls")
-        elif words and missing == words and self._try([*before, _says("")], tools) == answered:
+        elif words and missing == words and self._try([*before, _assistant("")], tools) == answered:
             raise Refusal(f"{where}: the chat template omits it")
         if missing:
             self.notes["answers that the chat template renders only in part, for instance without their reasoning"] += 1
@@ -224,7 +224,7 @@ def _words(message: dict[str, Any], answer: str) -> int | None:
     return None if start < 0 else start + len(words)
 
 
-def _says(text: str) -> dict[str, Any]:
+def _assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 

@@ -1,6 +1,6 @@
-"""Drafters propose tokens: none at all, those that followed earlier in the text, or those of a trained draft.
+"""Drafters propose tokens: none, those that followed earlier in the text, or those of a trained draft.
 
-A drafter follows one sequence. It receives the committed tokens and, if it asks for them, the target's features of all
+A drafter follows one sequence. It receives the committed tokens and, if it needs them, the target's features of all
 tokens that the target has processed: all but the last committed one.
 """
 

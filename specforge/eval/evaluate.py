@@ -374,7 +374,7 @@ class Evaluation:
         if not prompts:
             return {}
         dtype, seed = self.options.speed_dtype, self.options.seed
-        self.log(f"timing {len(prompts)} prompts one at a time in {dtype}")
+        self.log(f"timing {len(prompts)} prompt{'s' * (len(prompts) != 1)}, one at a time, in {dtype}")
         factories = {m.name: m.make(dtype) for m in methods}
         names, runs = list(factories), []
         for name in names:

@@ -26,7 +26,7 @@ Batch = list[tuple[str, PromptTask]]  # names of samples, and their prompts
 
 
 class _CannotCaptureError(Exception):
-    """The target cannot capture what a policy asks for, whatever the prompt."""
+    """The target cannot capture the features of a policy, whatever the prompt."""
 
 
 @dataclass(eq=False)

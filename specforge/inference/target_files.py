@@ -143,7 +143,7 @@ class TargetFiles:
     @cached_property
     def learned_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
-        return learnt_positions(self._skeleton, self.config.get("max_position_embeddings"))
+        return learned_positions(self._skeleton, self.config.get("max_position_embeddings"))
 
     @cached_property
     def positions_change_at(self) -> int | None:
@@ -336,8 +336,8 @@ def _indexed(index: Path) -> dict[str, Path]:
     return {name: index.parent / file for name, file in names.items()}
 
 
-def learnt_positions(model: Any, size: int | None) -> int | None:
-    """``size`` if a model has a table of learnt positions of this size, else None."""
+def learned_positions(model: Any, size: int | None) -> int | None:
+    """``size`` if a model has a table of learned positions of this size, else None."""
     words = model.get_input_embeddings()
     tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
     # Some classes reserve two rows of the table for padding.

@@ -44,7 +44,7 @@ class Stop:
         self.sent = time.monotonic()
         for number in self.numbers:
             os.kill(os.getpid(), number)
-            while not stopping.asked():  # the kernel keeps one signal of a kind
+            while not stopping.stop_requested():  # the kernel keeps one signal of a kind
                 time.sleep(0.01)
 
 
@@ -136,7 +136,7 @@ def test_while_it_waits_for_a_later_sample_of_a_window(target, prompts, tmp_path
 
 
 @pytest.fixture
-def stalled() -> Iterator[socket.socket]:
+def silent() -> Iterator[socket.socket]:
     """A server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening

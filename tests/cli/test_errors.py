@@ -64,6 +64,11 @@ def test_unknown_key_with_the_nearest_valid_one(refused, target, features, tmp_p
     assert "trainer.max_steps" in line
 
 
+def test_a_missing_model_option_is_named(refused):
+    line = refused("fit", "--config", "eagle3.yaml")
+    assert line == "specforge: model.target: required; set it in the recipe or with --model.target"
+
+
 def test_unknown_model_option_with_the_nearest_valid_one(refused, target, features, tmp_path):
     line = refused("fit", "--config", recipe(target, features, tmp_path, model__init_args__stepz=5))
     assert "stepz" in line

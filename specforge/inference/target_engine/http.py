@@ -154,7 +154,7 @@ class HTTPTargetEngine:
         fresh = self._connection.sock is None
         while True:
             try:
-                with stopping.waking(self._hang_up):
+                with stopping.call_on_stop(self._hang_up):
                     return self._post(body, limit)
             except _NoAnswerError as error:
                 self._connection.close()

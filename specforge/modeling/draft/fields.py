@@ -204,16 +204,16 @@ def check_fields(
             raise ValueError(f"{prefix}{name} is missing; {what} needs it")
     nested: dict[str, Any] = {name: {} for name, kind in reads.items() if isinstance(kind, Mapping)}
     for name, value in {**nested, **config}.items():
-        wanted, said = reads.get(name), f"{prefix}{name} is {quoted(value)}"
+        wanted, found = reads.get(name), f"{prefix}{name} is {quoted(value)}"
         if isinstance(wanted, Mapping):
             if not isinstance(value, Mapping):
-                raise ValueError(f"{said}; {what} expects an object")
+                raise ValueError(f"{found}; {what} expects an object")
             inner = {key: x for key, x in value.items() if x is not None}
             check_fields(inner, wanted, what, {}, f"{prefix}{name}.")
         elif wanted is not None and not wanted.allows(value):
-            raise ValueError(f"{said}; {what} expects {wanted.words}")
+            raise ValueError(f"{found}; {what} expects {wanted.words}")
         elif wanted is None and not _is_harmless(name, value, config, defaults):
-            raise ValueError(f"{said}, which {what} does not support; leave it out")
+            raise ValueError(f"{found}, which {what} does not support; leave it out")
 
 
 def without_ignored_fields(config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class TrainerClaim:
     ) -> None:
         self._metadata, self._where, self._seconds, self._clock = metadata, where, seconds, clock
         own = {"host": socket.gethostname(), "pid": os.getpid(), "run": run, "token": secrets.token_hex(8)}
-        self._holder = json.dumps(own | {"began": _began(os.getpid()), "machine": _machine()})
+        self._holder = json.dumps(own | {"began": _start_time(os.getpid()), "machine": _machine()})
         self._taken_by: Claim | None = None
         self._done = threading.Event()
 
@@ -167,19 +167,19 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     pid, machine = holder.get("pid"), _machine()
     if type(pid) is not int or not machine or holder.get("machine") != machine:
         return False
-    return pid == os.getpid() or _began(pid) != holder.get("began")
+    return pid == os.getpid() or _start_time(pid) != holder.get("began")
 
 
 def _machine() -> str:
-    """This boot of this machine, and this process's pid namespace; empty if Linux does not tell."""
+    """This boot of this machine, and this process's pid namespace; empty if Linux does not report it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-def _began(pid: int) -> str | None:
-    """When a process of this machine started; None if it has ended, or Linux does not tell."""
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine started; None if it has ended, or if Linux does not report it."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

@@ -42,7 +42,7 @@ class LeasedPrompt:
         key: its key in the control plane.
         sample_id: identity of the sample to produce.
         task: the prompt; ``attempt`` counts earlier tries.
-        provenance: what to capture and from which target; None if the trainer did not say.
+        provenance: what to capture and from which target; None if the trainer did not specify it.
     """
 
     key: str
@@ -431,21 +431,21 @@ class DataFlowController:
         # of these lines are not deleted by the last.
         samples = None if keys is None else {_sample(key) for key in keys}
 
-        def concerned(sample_id: str) -> bool:
+        def selects(sample_id: str) -> bool:
             return samples is None or sample_id in samples
 
-        stored = [(key, uri) for key, uri in stored if concerned(key.rpartition(".")[0])]
+        stored = [(key, uri) for key, uri in stored if selects(key.rpartition(".")[0])]
         if not stored:
             return 0
         leased = {_sample(row.key) for row in self.metadata.find((State.LEASED,)) if row.key not in (keys or ())}
-        refs = self.references((*_WAITING, State.TRAINED), concerned)
+        refs = self.references((*_WAITING, State.TRAINED), selects)
         return self.features.remove_orphans(refs, leased, stored)
 
     def references(
-        self, states: Collection[State], concerned: Callable[[str], bool] = lambda sample_id: True
+        self, states: Collection[State], selects: Callable[[str], bool] = lambda sample_id: True
     ) -> list[SampleRef]:
-        """References of all samples in some states, or only of those that ``concerned`` selects by sample id."""
-        rows = [row for row in self.metadata.find(states, text="ref") if concerned(_sample(row.key))]
+        """References of all samples in some states, or only of those that ``selects`` chooses by sample id."""
+        rows = [row for row in self.metadata.find(states, text="ref") if selects(_sample(row.key))]
         return [ref for row in rows if (ref := _read_ref(row.key, row.text)) is not None]
 
     def unfinished(self) -> int:
@@ -602,7 +602,7 @@ def _plain(*values: object) -> None:
 
 # A reference is three lines of JSON: the fields that differ between samples, the tensors' shapes, and the provenance.
 # A run has few different second lines and one third line, so each is formatted and parsed once. A prompt likewise has
-# an optional second line, which says what to capture.
+# an optional second line: what to capture.
 
 
 def dump_task(task: PromptTask, provenance: Provenance | None = None) -> str:

@@ -134,7 +134,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             if self._are_queued(samples):
                 self._extends = self._are_last(samples)
                 return True
-        self._free_room(extend=True)
+        self._free_space(extend=True)
         with self._lock:
             self._fill(at_once=True)
             return self._are_queued(samples)
@@ -157,7 +157,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             epoch = self._epochs[name][0]
             extend, self._extends = self._extends, False
         if extend or self._spent:
-            self._free_room(extend)  # in this thread, so that no training step waits for it
+            self._free_space(extend)  # in this thread, so that no training step waits for it
         try:
             tensors = self._fetch(sample, epoch)
         except BadSampleError:
@@ -295,7 +295,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         """Stop queueing, and delete trained features that are not to be kept."""
         with self._lock:
             self._ahead, self._next = iter(()), None
-        self._free_room()
+        self._free_space()
 
     def flow(self) -> dict[str, float]:
         """Number of ready and queued samples, bytes of this rank, and rates since the last call."""
@@ -353,7 +353,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         tasks = {stamped(sample.sample_id, self.stamp): sample.task for sample in samples}
         self.controller.ingest(tasks, epoch, self.provenance)
 
-    def _free_room(self, extend: bool = False) -> None:
+    def _free_space(self, extend: bool = False) -> None:
         """Delete features that are not to be kept, then queue what fits. The slow deletion happens outside the lock.
 
         ``extend`` makes room for one more batch, at the cost of features that wait for a checkpoint.

@@ -239,7 +239,7 @@ class FeatureDataLoader(Generic[SampleT]):
         finally:
             if pending:
                 self.store.interrupt()
-            pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
+            pool.shutdown(wait=not stopping.stop_requested(), cancel_futures=True)
             for samples, _ in pending:
                 self.store.release([sample.sample_id for sample in samples])
 

@@ -42,7 +42,7 @@ def held_by(store, clock, deadline: float = 1060.0, **changes: object) -> None:
     """Another process holds the claim; by default one that lives, on this machine."""
     own = json.loads(claim(store, clock, "runs/other")._holder)
     parent = os.getppid()
-    other = own | {"pid": parent, "began": claim_module._began(parent), "host": "node7"} | changes
+    other = own | {"pid": parent, "began": claim_module._start_time(parent), "host": "node7"} | changes
     assert claim_module.claim(store, json.dumps(other), clock.now, deadline).deadline == deadline
 
 
@@ -79,7 +79,7 @@ def test_a_process_that_is_gone_or_is_this_one_is_replaced_at_once(store, clock,
 
 def test_a_killed_process_is_replaced_at_once_though_nobody_has_asked_for_its_status(store, clock):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    held_by(store, clock, pid=process.pid, began=claim_module._began(process.pid))
+    held_by(store, clock, pid=process.pid, began=claim_module._start_time(process.pid))
     refusal(store, clock)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now

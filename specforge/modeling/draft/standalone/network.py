@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.inference.target_files import TargetFiles, learnt_positions
+from specforge.inference.target_files import TargetFiles, learned_positions
 from specforge.inference.target_layers import backbone
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
 from specforge.modeling.draft.registry import LIBRARY_ERRORS, Draft, check_memory
@@ -75,8 +75,8 @@ class StandaloneDraft(Draft):
         of a batch.
         """
         table = getattr(self.config, "max_position_embeddings", None)
-        if (learnt := learnt_positions(self.model, table)) is not None:
-            return learnt
+        if (learned := learned_positions(self.model, table)) is not None:
+            return learned
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
