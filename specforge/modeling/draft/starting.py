@@ -266,8 +266,8 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     if found is not None:
         name, theirs, mine = found
         raise UserError(
-            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; to continue with "
-            f"the trained network, set {_option(name)} to the trained value or leave it out"
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; to "
+            f"continue with the trained network, set {_option(name)} to the trained value or leave it out"
         )
     tensors = source.tensors
     if source.form is not None:
