@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from specforge.contracts import TrainBatch
+from specforge.eval.report import HISTORY, read_history
 from specforge.files import write_file
 from specforge.system import peak_memory
-
-FILE = "metrics.jsonl"
 
 
 class TrainingMetrics(pl.Callback):
@@ -67,7 +66,7 @@ class TrainingMetrics(pl.Callback):
         self._logged_step = self._first_step = trainer.global_step
         self.latest = {}
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._path = Path(trainer.default_root_dir) / FILE
+            self._path = Path(trainer.default_root_dir) / HISTORY
             self._drop_rows(trainer)
         self.validated_step = trainer.strategy.broadcast(self.validated_step)
 
@@ -210,16 +209,3 @@ def is_time_to_log(trainer: pl.Trainer) -> bool:
 
 def _is_validation(row: dict[str, Any]) -> bool:
     return any(name.startswith("val/") for name in row)
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a history file; lines that are not rows, such as one truncated by a crash, are skipped."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -42,6 +44,7 @@ from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
 from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain, lightning_refusal
+from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.system import keep_freed_memory
@@ -69,8 +72,11 @@ _AT_LEAST = {
 _HELP = {
     "config": "recipe or YAML file; may be given more than once, later files override earlier ones",
     "seed_everything": "random seed",
-    "model": "the algorithm, such as Eagle3Module; its options are --model.NAME (see --model.help Eagle3Module)",
-    "data": "the data, such as OfflineDataModule; its options are --data.NAME (see --data.help OfflineDataModule)",
+    "model": "the algorithm: Eagle3Module, PEagleModule, DFlashModule, DFlash2Module, DominoModule, DSparkModule, "
+    "MTPModule, MedusaModule, HydraModule, StandaloneModule, or the class path of your own; its options are "
+    "--model.NAME (see --model.help Eagle3Module)",
+    "data": "the source of training samples: OfflineDataModule, OnlineDataModule or DisaggregatedDataModule; its "
+    "options are --data.NAME (see --data.help OfflineDataModule)",
     "ckpt_path": "checkpoint to start from: a path, or last or best of the run in trainer.default_root_dir",
     "trainer.default_root_dir": "the run's folder: checkpoints, metrics, logs and report",
     "trainer.max_steps": "stop after this many optimizer steps; -1 for no limit",
@@ -98,6 +104,15 @@ _MORE_HELP = (
     "More options: --help.trainer (all of Lightning's trainer), --model.help Eagle3Module, "
     "--data.help OfflineDataModule (or another class). "
 )
+
+
+class _Parser(FitParser):
+    """Parser with our layout of help; jsonargparse makes another one, without ``usage``, for the options of a class."""
+
+    def __init__(self, *args: Any, description: str = "", **kwargs: Any) -> None:
+        description = re.sub(r"^Help for --\w+\.help=(.*)", r"Options of \1:", description)
+        layout = {"formatter_class": HelpFormatter, "usage": argparse.SUPPRESS}
+        super().__init__(*args, description=description, **(layout | kwargs))
 
 
 class RunConfig(SaveConfigCallback):
@@ -162,7 +177,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=FitParser,
+            parser_class=_Parser,
             parser_kwargs={
                 **description,
                 "description": _DESCRIPTIONS[command],

@@ -114,8 +114,9 @@ def _dispatch(argv: list[str]) -> int:
     length = 2 if " ".join(argv[:2]) in COMMANDS else 1
     name, words = " ".join(argv[:length]), argv[length:]
     if name not in COMMANDS:
-        close = get_close_matches(name, COMMANDS, 1)
-        hint = _REMOVED.get(name) or (f"did you mean '{close[0]}'?" if close else "")
+        close = [f"'{known}'" for known in COMMANDS if known.startswith(f"{name} ")]
+        close = close or [f"'{known}'" for known in get_close_matches(name, COMMANDS, 1)]
+        hint = _REMOVED.get(name) or (f"did you mean {' or '.join(close)}?" if close else "")
         raise UserError(f"no command '{name}'{'; ' * bool(hint)}{hint} (see `specforge --help`)")
     module, function = COMMANDS[name][0].split(":")
     command = getattr(import_module(module), function)

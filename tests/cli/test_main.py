@@ -35,7 +35,11 @@ def test_every_command_has_help(command, capsys):
     except SystemExit as end:
         status = end.code or 0
     assert status == 0
-    assert "usage" in capsys.readouterr().out.lower()
+    text = capsys.readouterr().out
+    assert "usage" in text.lower()
+    assert not [
+        word for word in ("``", "type: ", "<class", "known subclasses", "null") if word in " ".join(text.split())
+    ]
 
 
 def test_a_mistyped_command(capsys):

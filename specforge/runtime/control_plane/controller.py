@@ -13,9 +13,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, plain
 from specforge.errors import UserError
@@ -29,6 +30,7 @@ _EPOCH = re.compile(r"-?\d{1,15}", re.ASCII)
 _UNCOMMITTED = (State.QUEUED, State.LEASED, State.DEAD)
 _WAITING = (State.COMMITTED, State.DELIVERED)
 _DELIVERED = (State.DELIVERED, State.TRAINED, State.DURABLE)
+T = TypeVar("T")
 _ATTEMPTS = 1000  # compare-and-set attempts; other processes change a row only now and then
 
 
@@ -50,7 +52,7 @@ class LeasedPrompt:
 
 
 @dataclass(frozen=True)
-class DeadLetter:
+class GivenUpPrompt:
     """A prompt that was given up: how often it was tried, and why it failed last."""
 
     key: str
@@ -140,9 +142,8 @@ class DataFlowController:
         """
         _plain(owner)
         while True:
-            rows = self._lease(owner, count)
             leased, held, damaged = [], [], []
-            for row, ref in zip(rows, self._refs([_shift(row.key, -1) for row in rows]), strict=True):
+            for row, ref in zip(*self._lease(owner, count), strict=True):
                 if ref is not None and self.features.holds(ref):
                     held.append((row.key, dump_ref(ref)))
                     continue
@@ -160,28 +161,36 @@ class DataFlowController:
                     self._remove_orphans(self.features.backend.stored(), again)
                 return leased
 
-    def _lease(self, owner: str, count: int) -> list[Row]:
-        """Lease queued prompts; returns their rows as they were, with the prompts."""
+    def _lease(self, owner: str, count: int) -> tuple[list[Row], list[SampleRef | None]]:
+        """Lease queued prompts; returns their rows as they were, and references of the previous epoch."""
         now = self.clock()
         lease = {"owner": owner, "deadline": now + self.lease_seconds}
 
-        def find() -> list[Row]:
+        def attempt() -> tuple[list[Row], list[SampleRef | None]]:
+            rows = self._find_queued(count, now)
+            keys: dict[int, list[str]] = {}
+            for row in rows:
+                keys.setdefault(row.tries, []).append(row.key)
+            moves = [
+                Move(keys[tries], (State.QUEUED,), State.LEASED, lease | {"tries": tries + 1}, {"tries": tries})
+                for tries in keys
+            ]
+            previous = [_shift(row.key, -1) for row in rows]
+            return rows, _read_refs(previous, self.metadata.move(moves, "ref", previous))
+
+        return _until_undisturbed(attempt)
+
+    def _find_queued(self, count: int, now: float) -> list[Row]:
+        """Queued prompts, after expired leases have ended."""
+        states, limit = (State.QUEUED, State.LEASED), max(count, 0)
+        rows = self.metadata.find(states, until=now, limit=limit, text="task")  # one request for both
+        if any(row.state is State.LEASED for row in rows):
             self._end_leases(
                 lambda: self.metadata.find((State.LEASED,), until=now),
                 lambda row: (self._after_failure(row.tries), {"reason": f"the lease of {row.owner} expired"}),
             )
-            return self.metadata.find((State.QUEUED,), limit=count) if count > 0 else []
-
-        def move(rows: list[Row]) -> list[Move]:
-            keys: dict[int, list[str]] = {}
-            for row in rows:
-                keys.setdefault(row.tries, []).append(row.key)
-            return [
-                Move(keys[tries], (State.QUEUED,), State.LEASED, lease | {"tries": tries + 1}, {"tries": tries})
-                for tries in keys
-            ]
-
-        return self._move_found(find, move, "task")
+            rows = self.metadata.find((State.QUEUED,), limit=limit, text="task")
+        return rows
 
     def _after_failure(self, tries: int) -> State:
         return State.DEAD if tries >= self.max_tries else State.QUEUED
@@ -191,7 +200,7 @@ class DataFlowController:
         lease = {"deadline": self.clock() + self.lease_seconds}
         keys = list(dict.fromkeys(x.key for x in leased))
         move = Move(keys, (State.LEASED,), State.LEASED, lease, {"owner": owner})
-        held = self._move([move], "renewed", lambda row: True)
+        held = self._move(move, "renewed", lambda row: True)
         return [x.key in held for x in leased]
 
     def release(self, owner: str) -> int:
@@ -264,10 +273,11 @@ class DataFlowController:
         return new
 
     def _commit(self, items: Sequence[tuple[str, str]]) -> list[bool]:
-        moves: dict[str, Move] = {}
+        refs: dict[str, str] = {}
         for key, text in items:
-            moves.setdefault(key, Move([key], _UNCOMMITTED, State.COMMITTED, {"ref": text}))
-        fresh = self._move(list(moves.values()), "committed", lambda row: row is not None)
+            refs.setdefault(key, text)
+        move = Move(list(refs), _UNCOMMITTED, State.COMMITTED, refs=refs)
+        fresh = self._move(move, "committed", lambda row: row is not None)
         return [fresh.pop(key, None) is not None for key, _ in items]  # a key that comes twice is new once
 
     def _settle_duplicate(self, key: str, ref: SampleRef, text: str) -> None:
@@ -294,8 +304,7 @@ class DataFlowController:
             StateError: a sample is not committed, or already trained; none is delivered.
         """
         move = Move(list(dict.fromkeys(keys)), _WAITING, State.DELIVERED)
-        texts = self._move([move], "delivered", text="ref")
-        refs = [ref for key in keys if (ref := _read_ref(key, texts[key])) is not None]
+        refs = [ref for ref in _read_refs(keys, self._move(move, "delivered", text="ref")) if ref is not None]
         self.features.adopt(refs)
         return refs
 
@@ -307,7 +316,7 @@ class DataFlowController:
         """
         _plain(step)
         move = Move(list(dict.fromkeys(keys)), (State.DELIVERED,), State.TRAINED, {"step": step})
-        self._move([move], "trained", lambda row: row is not None and (row.state, row.step) == (State.TRAINED, step))
+        self._move(move, "trained", lambda row: row is not None and (row.state, row.step) == (State.TRAINED, step))
 
     def durable(self, step: int) -> int:
         """Record that the checkpoint of ``step`` is complete, and free the features that it covers.
@@ -316,16 +325,21 @@ class DataFlowController:
             How many samples became durable.
         """
         _plain(step)
-        rows = self._mark_durable(step)
+        rows, following = self._mark_durable(step)
         if self.retain == "until_durable":
-            self._free(rows)
+            self._free(rows, following)
         return len(rows)
 
-    def _mark_durable(self, step: int) -> list[Row]:
-        return self._move_found(
-            lambda: self.metadata.find((State.TRAINED,), until=step, text="ref"),
-            lambda rows: [Move([row.key for row in rows], (State.TRAINED,), State.DURABLE)],
-        )
+    def _mark_durable(self, step: int) -> tuple[list[Row], list[SampleRef | None]]:
+        """Returns the rows that became durable, and references of the following epoch."""
+
+        def attempt() -> tuple[list[Row], list[SampleRef | None]]:
+            rows = self.metadata.find((State.TRAINED,), until=step, text="ref")
+            following = [_shift(row.key, 1) for row in rows]
+            move = Move([row.key for row in rows], (State.TRAINED,), State.DURABLE)
+            return rows, _read_refs(following, self.metadata.move([move], "ref", following))
+
+        return _until_undisturbed(attempt)
 
     def resume(self, step: int, keep: Collection[str], queued: Collection[str] = ()) -> None:
         """Return to the checkpoint of ``step`` after a restart.
@@ -352,26 +366,26 @@ class DataFlowController:
             Their keys; samples whose features are no longer held are queued again.
         """
         _plain(step)
-        rows = self._move_found(
-            lambda: self._found_after(step), lambda rows: [Move([row.key for row in rows], _DELIVERED, State.COMMITTED)]
-        )
+
+        def attempt() -> list[Row]:
+            rows = self.metadata.find(_DELIVERED, after=step, text="ref")
+            self.metadata.move([Move([row.key for row in rows], _DELIVERED, State.COMMITTED)])
+            return rows
+
+        rows = _until_undisturbed(attempt)
         self._requeue_lost(rows)
         return [row.key for row in rows]
-
-    def _found_after(self, step: int) -> list[Row]:
-        delivered = self.metadata.find((State.DELIVERED,), text="ref")
-        later = self.metadata.find((State.TRAINED, State.DURABLE), after=step, text="ref")
-        return list({row.key: row for row in [*delivered, *later]}.values())
 
     def free(self, keys: Sequence[str]) -> None:
         """Delete features of trained samples before a checkpoint covers them.
 
         If the run is rewound they are produced again.
         """
-        self._free([row for row in self.metadata.get(keys, "ref") if row is not None])
+        rows = [row for row in self.metadata.get(keys, "ref") if row is not None]
+        self._free(rows, self._refs([_shift(row.key, 1) for row in rows]))
 
-    def _free(self, rows: Sequence[Row]) -> None:
-        following = self._refs([_shift(row.key, 1) for row in rows])  # the next epoch may use the same features
+    def _free(self, rows: Sequence[Row], following: Sequence[SampleRef | None]) -> None:
+        """Delete features, unless the following epoch uses the same."""
         for row, other in zip(rows, following, strict=True):
             ref = _read_ref(row.key, row.text)
             if ref is not None and (other is None or not _same_bytes(ref, other)):
@@ -440,13 +454,13 @@ class DataFlowController:
         now = self.clock()
         return len(stored & {_sample(x.key) for x in self.metadata.find((State.LEASED,)) if x.deadline > now})
 
-    def silent(self) -> int:
+    def stalled(self) -> int:
         """Number of leases that have expired and that no other producer has taken over yet."""
         return len(self.metadata.find((State.LEASED,), until=self.clock()))
 
-    def dead_letters(self) -> list[DeadLetter]:
+    def given_up(self) -> list[GivenUpPrompt]:
         """Prompts that were given up; :meth:`revive` tries them again."""
-        return [DeadLetter(row.key, row.tries, row.reason) for row in self.metadata.find((State.DEAD,))]
+        return [GivenUpPrompt(row.key, row.tries, row.reason) for row in self.metadata.find((State.DEAD,))]
 
     def revive(self, keys: Sequence[str]) -> None:
         """Queue given-up prompts again, with all their tries."""
@@ -470,21 +484,17 @@ class DataFlowController:
     def _requeue(self, keys: Sequence[str]) -> None:
         """Queue samples again, with all their tries; repeating the call is harmless."""
         move = Move(list(dict.fromkeys(keys)), (*_WAITING, State.DEAD), State.QUEUED, {"ref": "", "tries": 0})
-        self._move([move], "queued again", lambda row: row is not None and row.state in (State.QUEUED, State.LEASED))
+        self._move(move, "queued again", lambda row: row is not None and row.state in (State.QUEUED, State.LEASED))
 
     # Transitions.
 
     def _move(
-        self,
-        moves: Sequence[Move],
-        action: str,
-        is_done: Callable[[Row | None], bool] = lambda row: False,
-        text: Text = "",
+        self, move: Move, action: str, is_done: Callable[[Row | None], bool] = lambda row: False, text: Text = ""
     ) -> dict[str, str]:
         """Move samples, all or none.
 
         Args:
-            moves: the changes.
+            move: the change.
             action: what happens to the samples, for the error.
             is_done: rows that stay unchanged without being an error.
             text: the long column to return.
@@ -496,26 +506,10 @@ class DataFlowController:
             StateError: a sample is unknown, or its state permits neither the move nor leaving it unchanged.
         """
         for _ in range(_ATTEMPTS):
-            if not any(move.keys for move in moves):
-                return {}
             try:
-                texts = self.metadata.move(moves, text)
-                return {key: texts.get(key, "") for move in moves for key in move.keys}
+                return self.metadata.move([move], text) or dict.fromkeys(move.keys, "")
             except Conflict as conflict:
-                moves = [move._replace(keys=_left(move, conflict, action, is_done)) for move in moves]
-        raise _busy()
-
-    def _move_found(
-        self, find: Callable[[], list[Row]], moves: Callable[[list[Row]], list[Move]], text: Text = ""
-    ) -> list[Row]:
-        """Move all samples that ``find`` finds; returns their rows as they were, with the requested text."""
-        for _ in range(_ATTEMPTS):
-            rows = find()
-            try:
-                texts = self.metadata.move(moves(rows), text) if rows else {}
-                return [row._replace(text=texts[row.key]) for row in rows] if text else rows
-            except Conflict:  # another process changed one of them
-                continue
+                move = move._replace(keys=_left(move, conflict, action, is_done))
         raise _busy()
 
     def _end_leases(
@@ -527,7 +521,20 @@ class DataFlowController:
             lease = {"owner": row.owner, "tries": row.tries, "deadline": row.deadline}
             return Move([row.key], (State.LEASED,), *outcome(row), lease)
 
-        return [row.key for row in self._move_found(find, lambda rows: list(map(move, rows)))]
+        def attempt() -> list[str]:
+            rows = find()
+            self.metadata.move(list(map(move, rows)))
+            return [row.key for row in rows]
+
+        return _until_undisturbed(attempt)
+
+
+def _until_undisturbed(attempt: Callable[[], T]) -> T:
+    """Find rows and move them, again if another process changed one of them in between."""
+    for _ in range(_ATTEMPTS):
+        with suppress(Conflict):
+            return attempt()
+    raise _busy()
 
 
 def _busy() -> UserError:
@@ -576,6 +583,10 @@ def _read_ref(key: str, text: str) -> SampleRef | None:
     except ValueError as error:
         logger.warning("the reference of %r in the metadata store is damaged (%s)", key, error)
         return None
+
+
+def _read_refs(keys: Sequence[str], texts: Mapping[str, str]) -> list[SampleRef | None]:
+    return [_read_ref(key, texts[key]) for key in keys]
 
 
 def _same_bytes(a: SampleRef, b: SampleRef) -> bool:

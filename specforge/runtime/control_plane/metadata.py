@@ -34,6 +34,7 @@ class State(StrEnum):
 
 
 STATES = tuple(state for state in State if state is not State.CLAIMED)
+BOUNDED = {State.LEASED: "deadline", State.CLAIMED: "deadline", State.TRAINED: "step", State.DURABLE: "step"}
 
 Text = Literal["", "task", "ref"]  # a long column that is read only on request: the prompt, or the reference
 
@@ -71,6 +72,7 @@ class Move(NamedTuple):
         to: the new state.
         changes: other new values by column: ``owner``, ``deadline``, ``tries``, ``step``, ``reason`` or ``ref``.
         expected: values that each row must have: ``owner``, ``deadline`` or ``tries``.
+        refs: new value of ``ref`` by key, if it differs between the rows.
     """
 
     keys: Sequence[str]
@@ -78,6 +80,7 @@ class Move(NamedTuple):
     to: State
     changes: Mapping[str, object] = {}
     expected: Mapping[str, object] = {}
+    refs: Mapping[str, str] = {}
 
     def allows(self, row: Row | None) -> bool:
         """Whether a row is as expected."""
@@ -153,22 +156,23 @@ class MetadataStore(Protocol):
 
         Args:
             states: which states.
-            after: only leases that expire, or samples that were trained, after this time or step.
-            until: only leases that expire, or samples that were trained, no later than this time or step.
-            limit: maximum number of rows.
+            after: of leases and trained samples, only those that expire or were trained after this time or step.
+            until: of leases and trained samples, only those that expire or were trained by this time or step.
+            limit: maximum number of rows in each state.
             text: the long column to read as well.
         """
         ...
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
+    def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """Change rows: all of them, or none. All keys must differ.
 
         Args:
             moves: the changes.
             text: the long column to return.
+            texts_of: keys of the rows to return it of; by default the changed rows.
 
         Returns:
-            The text of each row by key; empty if none was requested.
+            The text by key, empty for missing rows; no texts if no column was requested.
 
         Raises:
             Conflict: a row is missing or not as expected.

@@ -16,7 +16,7 @@ from typing import Any
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.packages import install_hint
-from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text, unusable
+from specforge.runtime.control_plane.metadata import BOUNDED, STATES, Conflict, Move, Row, State, Text, unusable
 
 logger = logging.getLogger(__name__)
 
@@ -24,38 +24,36 @@ logger = logging.getLogger(__name__)
 # redis-py reads one string much faster than nested lists. Lua encodes an empty list as {}.
 _LUA = """
 local space, strays, reply = KEYS[1], {}, {''}
-local known = {STATES}
-local ranks = {leased = 'deadline', claimed = 'deadline', trained = 'step', durable = 'step'}
+local known, ranks = {STATES}, {RANKS}
 local SEQ, STATE = 1, 3  -- in a row
+local call, pcall, find = redis.call, redis.pcall, string.find
 local function hash(key) return space .. ':sample:' .. key end
 local function set(state) return space .. ':' .. state end
-local function whole(text)
-  local number = tonumber(text)
-  return number and number % 1 == 0 and math.abs(number) < 2^53 and number
-end
+local function whole(text) return text and #text < 16 and find(text, '^%-?%d+$') and text end
 local function read(key, text)  -- a row and its text; false if there is none, or a damaged one
-  local found = redis.pcall('HMGET', hash(key), 'seq', 'state', 'owner', 'tries', 'step', 'reason', text)
+  local found = pcall('HMGET', hash(key), 'seq', 'state', 'owner', 'tries', 'step', 'reason', text)
   local seq, state, owner, tries, step, reason, long = unpack(found)
-  seq, tries = whole(seq), whole(tries)
-  if not (known[state] and seq and tries) then return false, '' end
-  local deadline = ranks[state] == 'deadline' and redis.call('ZSCORE', set(state), key) or '0'
-  return {seq, key, state, owner or '', deadline, tries, whole(step) or 0, reason or ''}, long or ''
+  if not (known[state] and whole(seq) and whole(tries)) then return false, '' end
+  local deadline = ranks[state] == 'deadline' and call('ZSCORE', set(state), key) or '0'
+  return {seq, key, state, owner or '', deadline, tries, whole(step) or '0', reason or ''}, long or ''
 end
 local function repair(key, row)  -- a damaged row is deleted, a missing member of a set is added
   if not row then
-    for state in pairs(known) do redis.call('ZREM', set(state), key) end
-    if redis.call('DEL', hash(key)) == 1 then strays[#strays + 1] = key end
-  elseif not redis.call('ZSCORE', set(row[STATE]), key) then
-    redis.call('ZADD', set(row[STATE]), ranks[row[STATE]] == 'deadline' and 0 or row[SEQ], key)
+    for state in pairs(known) do call('ZREM', set(state), key) end
+    if call('DEL', hash(key)) == 1 then strays[#strays + 1] = key end
+  elseif not call('ZSCORE', set(row[STATE]), key) then
+    call('ZADD', set(row[STATE]), ranks[row[STATE]] == 'deadline' and 0 or row[SEQ], key)
   end
 end
 local function batched(command, lists)  -- Lua passes a call some thousands of arguments at most
   for state, words in pairs(lists) do
-    for i = 1, #words, 1000 do redis.call(command, set(state), unpack(words, i, math.min(i + 999, #words))) end
+    for i = 1, #words, 1000 do call(command, set(state), unpack(words, i, math.min(i + 999, #words))) end
   end
 end
 local function run()
-""".replace("STATES", ", ".join(f"{state} = true" for state in State))
+"""
+_LUA = _LUA.replace("STATES", ", ".join(f"{state} = true" for state in State))
+_LUA = _LUA.replace("RANKS", ", ".join(f"{state} = '{column}'" for state, column in BOUNDED.items()))
 _END = """
 end
 reply[1] = cjson.encode({run(), strays})
@@ -68,10 +66,10 @@ for i = 2, #ARGV, 2 do
   local key, task = ARGV[i], ARGV[i + 1]
   new[i / 2] = not read(key, '')
   if new[i / 2] then
-    local seq = redis.call('INCR', space .. ':seq')  -- the first write, which fails if the memory is full
-    repair(key, false)
-    redis.call('HSET', hash(key), 'task', task, 'state', state, 'seq', seq, 'tries', 0, 'ref', '', 'reason', '')
-    redis.call('ZADD', set(state), ranks[state] and 0 or seq, key)
+    local seq = call('INCR', space .. ':seq')  -- the first write, which fails if the memory is full
+    if call('EXISTS', hash(key)) == 1 then repair(key, false) end
+    call('HSET', hash(key), 'task', task, 'state', state, 'seq', seq, 'tries', 0, 'ref', '', 'reason', '')
+    call('ZADD', set(state), ranks[state] and 0 or seq, key)
   end
 end
 return new
@@ -88,18 +86,18 @@ return rows
     "find": """
 local found, text, after, upto, limit = {}, ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 for _, state in ipairs(cjson.decode(ARGV[1])) do
-  local before, clean = #found
+  local before, low, high, clean = #found, ranks[state] and after or '-inf', ranks[state] and upto or '+inf'
   repeat  -- until there are no stray keys among the first
     local n = before
     clean = true
-    for _, key in ipairs(redis.call('ZRANGEBYSCORE', set(state), after, upto, 'LIMIT', 0, limit)) do
+    for _, key in ipairs(call('ZRANGEBYSCORE', set(state), low, high, 'LIMIT', 0, limit)) do
       local row, long = read(key, text)
       if row and row[STATE] == state then
         n = n + 1
         found[n] = row
         if text ~= '' then reply[n + 1] = long end
       else
-        clean = redis.call('ZREM', set(state), key) == 0 and clean
+        clean = call('ZREM', set(state), key) == 0 and clean
         strays[#strays + 1] = key
       end
     end
@@ -108,7 +106,8 @@ end
 return found
 """,
     "move": """
-local moves, text, found, allowed = cjson.decode(ARGV[1]), ARGV[2], {}, {}
+local moves, text, others, found, refs = cjson.decode(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), {}, 3
+local moved_text = others and '' or text
 local function conflict()
   local rows = {}
   for _, move in ipairs(moves) do
@@ -124,56 +123,65 @@ local function conflict()
 end
 for _, move in ipairs(moves) do
   local keys, states, _, _, expected = unpack(move)
-  local owner, tries, deadline = expected.owner, expected.tries, expected.deadline
-  if not allowed[states] then
-    allowed[states] = {}
-    for state in string.gmatch(states, '%a+') do allowed[states][state] = true end
-  end
+  local allowed, owner, tries, deadline = {}, expected.owner, expected.tries, expected.deadline
+  for state in string.gmatch(states, '%a+') do allowed[state] = true end
   for _, key in ipairs(keys) do
-    local row = redis.pcall('HMGET', hash(key), 'state', 'seq', 'tries', text, 'owner')
-    if not (allowed[states][row[1]] and whole(row[2]) and whole(row[3])) or (owner and owner ~= (row[5] or ''))
+    local row = pcall('HMGET', hash(key), 'state', 'seq', 'tries', moved_text)
+    if not (allowed[row[1]] and whole(row[2]) and whole(row[3]))
+      or (owner and owner ~= (call('HGET', hash(key), 'owner') or ''))
       or (tries and tries ~= tonumber(row[3]))
-      or (deadline and deadline ~= tonumber(redis.call('ZSCORE', set(row[1]), key) or 0))
+      or (deadline and deadline ~= tonumber(call('ZSCORE', set(row[1]), key) or 0))
     then return conflict() end
-    found[key] = row
+    found[#found + 1] = row
   end
 end
-local removed, added = {}, {}
+local removed, added, n = {}, {}, 0
 for _, move in ipairs(moves) do
-  local keys, _, to, changes = unpack(move)
+  local keys, _, to, changes, _, has_refs = unpack(move)
   local score, words, list = changes[ranks[to]], {'state', to}, added[to] or {}
   added[to], changes.deadline = list, nil
   for name, value in pairs(changes) do
     words[#words + 1] = name
     words[#words + 1] = value
   end
+  if has_refs then words[#words + 1] = 'ref' end
+  local last = #words + 1
   for _, key in ipairs(keys) do
-    local from, seq, _, long = unpack(found[key])
-    list[#list + 1] = score or ranks[to] and (redis.call('ZSCORE', set(from), key) or 0) or seq
+    n = n + 1
+    local from, seq, _, long = unpack(found[n])
+    list[#list + 1] = score or ranks[to] and (call('ZSCORE', set(from), key) or 0) or seq
     list[#list + 1] = key
     if from ~= to then
-      removed[from] = removed[from] or {}
-      table.insert(removed[from], key)
+      local leavers = removed[from] or {}
+      removed[from], leavers[#leavers + 1] = leavers, key
     end
-    redis.call('HSET', hash(key), unpack(words))
-    if text ~= '' then reply[#reply + 1] = long or '' end
+    if has_refs then
+      refs = refs + 1
+      words[last] = ARGV[refs]
+    end
+    call('HSET', hash(key), unpack(words))
+    if moved_text ~= '' then reply[n + 1] = long or '' end
   end
 end
 batched('ZREM', removed)
 batched('ZADD', added)
+for i, key in ipairs(others or {}) do
+  local long = pcall('HGET', hash(key), text)
+  reply[i + 1] = type(long) == 'string' and long or ''
+end
 return {true, {}}
 """,
     "remove": """
 for _, key in ipairs(cjson.decode(ARGV[1])) do
   local row = read(key, '')
-  if row then redis.call('ZREM', set(row[STATE]), key) end
-  redis.call('DEL', hash(key))
+  if row then call('ZREM', set(row[STATE]), key) end
+  call('DEL', hash(key))
 end
 return true
 """,
     "counts": """
 local counts = {}
-for i, state in ipairs(ARGV) do counts[i] = redis.call('ZCARD', set(state)) end
+for i, state in ipairs(ARGV) do counts[i] = call('ZCARD', set(state)) end
 return counts
 """,
 }
@@ -189,6 +197,7 @@ _MEANINGS = {  # of errors that redis-py shortens, or that explain too little
     "ClusterDownError": "its cluster is down",
     "MasterDownError": "it is a replica that has lost its master",
 }
+_STATES = {str(state): state for state in State}
 _RETRIES = 15  # with waits that grow to one second: about ten seconds
 
 
@@ -290,17 +299,21 @@ class RedisMetadataStore:
         """See :class:`MetadataStore`."""
         bounds = "-inf" if after is None else f"({after!r}", "+inf" if until is None else repr(until)
         rows, texts = self._run("find", _json(list(states)), text, *bounds, -1 if limit is None else limit)
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0])  # the order of insertion
+        order = sorted(range(len(rows)), key=lambda i: int(rows[i][0]))  # the order of insertion
         found = _rows(rows, texts)
         return [row for i in order if (row := found[i]) is not None]
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
+    def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """See :class:`MetadataStore`."""
-        words = [(keys, " ".join(states), *rest) for keys, states, *rest in moves]
-        (done, rows), texts = self._run("move", _json(words), text)
         keys = [key for move in moves for key in move.keys]
+        if not keys:
+            return {}
+        words = [(keys, " ".join(states), *rest, bool(refs)) for keys, states, *rest, refs in moves]
+        refs = (move.refs[key] for move in moves if move.refs for key in move.keys)
+        others = texts_of if text else None
+        (done, rows), texts = self._run("move", _json(words), text, _json(False if others is None else others), *refs)
         if done:
-            return dict(zip(keys, texts, strict=True)) if text else {}
+            return dict(zip(keys if others is None else others, texts, strict=True)) if text else {}
         raise Conflict(dict(zip(keys, _rows(rows, texts), strict=True)))
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -341,7 +354,7 @@ def _rows(found: Sequence[Any], texts: Sequence[str]) -> list[Row | None]:
     for values, text in zip(found, texts or [""] * len(found), strict=True):
         if values:
             _, key, state, owner, deadline, tries, step, reason = values
-            rows.append(Row(key, State(state), owner, float(deadline), tries, step, reason, text))
+            rows.append(Row(key, _STATES[state], owner, float(deadline), int(tries), int(step), reason, text))
         else:
             rows.append(None)
     return rows

@@ -17,7 +17,7 @@ from typing import Any
 
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text, unusable
+from specforge.runtime.control_plane.metadata import BOUNDED, STATES, Conflict, Move, Row, State, Text, unusable
 
 # Prompts are in a table of their own: a change of state rewrites its row, which should be short.
 _SCHEMA = """
@@ -31,7 +31,6 @@ CREATE TABLE IF NOT EXISTS tasks (seq INTEGER PRIMARY KEY, task TEXT NOT NULL) S
 """
 _VERSION = 1
 _DEADLINE = "CASE WHEN state IN ('leased', 'claimed') THEN deadline ELSE 0.0 END"
-_RANK = "CASE WHEN state IN ('leased', 'claimed') THEN deadline ELSE step END"
 _KEYS = "key IN (SELECT value FROM json_each(?))"
 _TEXTS = {"": "''", "ref": "ref", "task": "coalesce((SELECT task FROM tasks WHERE seq = samples.seq), '')"}
 _STATES = {str(state): state for state in State}
@@ -129,19 +128,25 @@ class SQLiteMetadataStore:
         text: Text = "",
     ) -> list[Row]:
         """See :class:`MetadataStore`."""
-        bounds = {f"{_RANK} > ?": after, f"{_RANK} <= ?": until}
-        bounds = {condition: bound for condition, bound in bounds.items() if bound is not None}
-        where = f"{' AND '.join([_in(states), *bounds])} ORDER BY seq LIMIT {-1 if limit is None else limit}"
+        bounds = {sign: bound for sign, bound in ((">", after), ("<=", until)) if bound is not None}
+        values = [*bounds.values(), -1 if limit is None else limit]
+        selects, parameters = [], []
+        for state in states:
+            column = BOUNDED.get(state)
+            conditions = [f"state = '{state}'", *(f"{column} {sign} ?" for sign in bounds if column)]
+            selects.append(f"SELECT * FROM ({_select(' AND '.join(conditions), text)} ORDER BY seq LIMIT ?)")
+            parameters += values if column else values[-1:]
         with self._reading() as db:
-            return _select(db, where, list(bounds.values()), text)
+            return _rows(sorted(db.execute(" UNION ALL ".join(selects), parameters))) if selects else []
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
+    def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """See :class:`MetadataStore`."""
         keys = [key for move in moves for key in move.keys]
+        if not keys:
+            return {}
         with self._transaction() as db:
-            if _update(db, moves) == len(keys):
-                select = f"SELECT key, {_TEXTS[text]} FROM samples WHERE {_KEYS}"
-                return dict(db.execute(select, (json.dumps(keys),))) if text else {}
+            if sum(_update(db, move) for move in moves) == len(keys):
+                return _get_texts(db, keys if texts_of is None else texts_of, text)
             db.execute("ROLLBACK")
             found = _get(db, keys, text)
         raise Conflict(dict(zip(keys, found, strict=True)))
@@ -165,33 +170,41 @@ class SQLiteMetadataStore:
             self._db.close()
 
 
-def _update(db: sqlite3.Connection, moves: Sequence[Move]) -> int:
+def _update(db: sqlite3.Connection, move: Move) -> int:
     """Change the rows that are as expected; returns how many are."""
-    statements: dict[str, list[tuple[Any, ...]]] = {}
-    for keys, states, to, changes, expected in moves:
-        statement = _update_statement(tuple(states), tuple(changes), tuple(expected))
-        values, conditions = (to, *changes.values()), tuple(expected.values())
-        statements.setdefault(statement, []).extend((*values, key, *conditions) for key in keys)
-    return sum(db.executemany(statement, rows).rowcount for statement, rows in statements.items())
+    keys, states, to, changes, expected, refs = move
+    values, conditions = (to, *changes.values()), tuple(expected.values())
+    if refs:
+        rows: Iterable[tuple[object, ...]] = ((*values, refs[key], key, *conditions) for key in keys)
+    else:
+        rows = ((*values, key, *conditions) for key in keys)
+    columns = (*changes, "ref") if refs else tuple(changes)
+    return db.executemany(_update_statement(tuple(states), columns, tuple(expected)), rows).rowcount
 
 
 @lru_cache
 def _update_statement(states: tuple[State, ...], changes: tuple[str, ...], expected: tuple[str, ...]) -> str:
     values = ", ".join(f"{name} = ?" for name in ("state", *changes))
-    conditions = " AND ".join(["key = ?", _in(states), *(f"{name} = ?" for name in expected)])
+    names = ", ".join(f"'{state}'" for state in states)
+    conditions = " AND ".join(["key = ?", f"state IN ({names})", *(f"{name} = ?" for name in expected)])
     return f"UPDATE samples SET {values} WHERE {conditions}"
 
 
-def _in(states: Iterable[State]) -> str:
-    return "state IN ({})".format(", ".join(f"'{state}'" for state in states))
-
-
 def _get(db: sqlite3.Connection, keys: Sequence[str], text: Text) -> list[Row | None]:
-    found = {row.key: row for row in _select(db, _KEYS, [json.dumps(keys)], text)}
+    found = {row.key: row for row in _rows(db.execute(_select(_KEYS, text), (json.dumps(keys),)))}
     return [found.get(key) for key in keys]
 
 
-def _select(db: sqlite3.Connection, where: str, values: Sequence[Any], text: Text) -> list[Row]:
-    columns = f"key, state, owner, {_DEADLINE}, tries, step, reason, {_TEXTS[text]}"
-    rows = db.execute(f"SELECT {columns} FROM samples WHERE {where}", values)
-    return [Row(key, _STATES[state], *rest) for key, state, *rest in rows if state in _STATES]
+def _get_texts(db: sqlite3.Connection, keys: Sequence[str], text: Text) -> dict[str, str]:
+    if not text:
+        return {}
+    found = db.execute(f"SELECT key, {_TEXTS[text]} FROM samples WHERE {_KEYS}", (json.dumps(keys),))
+    return dict.fromkeys(keys, "") | dict(found)
+
+
+def _select(where: str, text: Text) -> str:
+    return f"SELECT seq, key, state, owner, {_DEADLINE}, tries, step, reason, {_TEXTS[text]} FROM samples WHERE {where}"
+
+
+def _rows(found: Iterable[tuple[Any, ...]]) -> list[Row]:
+    return [Row(key, _STATES[state], *rest) for _, key, state, *rest in found if state in _STATES]

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
-from specforge.runtime.control_plane.metadata import STATES, Conflict, Move, Row, State, Text
+from specforge.runtime.control_plane.metadata import BOUNDED, STATES, Conflict, Move, Row, State, Text
 
 
 class MemoryMetadataStore:
@@ -28,15 +28,20 @@ class MemoryMetadataStore:
     def find(self, states: Collection[State], *, after=None, until=None, limit=None, text: Text = "") -> list[Row]:
         with self._lock:
             rows = [row for key in self._rows if (row := self._row(key, text)) and row.state in states]
-        ranks = {State.LEASED: "deadline", State.CLAIMED: "deadline", State.TRAINED: "step", State.DURABLE: "step"}
 
         def chosen(row: Row) -> bool:
-            rank = getattr(row, ranks[row.state]) if row.state in ranks else 0
-            return (after is None or rank > after) and (until is None or rank <= until)
+            if row.state not in BOUNDED:
+                return True
+            value = getattr(row, BOUNDED[row.state])
+            return (after is None or value > after) and (until is None or value <= until)
 
-        return list(filter(chosen, rows))[:limit]
+        found: dict[State, list[Row]] = {}
+        for row in filter(chosen, rows):
+            found.setdefault(row.state, []).append(row)
+        kept = {row.key for of_a_state in found.values() for row in of_a_state[:limit]}
+        return [row for row in rows if row.key in kept]
 
-    def move(self, moves: Sequence[Move], text: Text = "") -> dict[str, str]:
+    def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         with self._lock:
             rows = {key: self._row(key, text) for move in moves for key in move.keys}
             if not all(move.allows(rows[key]) for move in moves for key in move.keys):
@@ -44,7 +49,10 @@ class MemoryMetadataStore:
             for move in moves:
                 for key in move.keys:
                     self._rows[key].update(move.changes, state=move.to)
-            return {key: row.text for key, row in rows.items()} if text else {}
+                    if move.refs:
+                        self._rows[key]["ref"] = move.refs[key]
+            found = {key: self._row(key, text) for key in (rows if texts_of is None else texts_of)}
+            return {key: row.text if row else "" for key, row in found.items()} if text else {}
 
     def remove(self, keys: Sequence[str]) -> None:
         with self._lock:
