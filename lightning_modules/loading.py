@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from lightning_modules.base import DraftModule
 from specforge.errors import UserError
 from specforge.export.checkpoint import read_checkpoint
+from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import read_draft
 from specforge.modeling.draft.starting import saved_config
 
@@ -53,6 +57,44 @@ def find_algorithm(name: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, DraftModule) and hasattr(found, "algorithm")):
         raise UserError(f"algorithm {name}: is not a DraftModule with a name (`algorithm`)")
     return found
+
+
+class Captured(NamedTuple):
+    """What a recipe captures: target, algorithm (name or class path), layers, and the folder of its features."""
+
+    target: str
+    algorithm: str
+    layer_ids: list[int] | None
+    features: Path | None
+
+
+def captured_by(recipe: Mapping[str, Any], target: str | None = None, algorithm: str | None = None) -> Captured:
+    """The features that a training recipe reads.
+
+    Args:
+        recipe: its content.
+        target: folder or hub name of the target, instead of the recipe's.
+        algorithm: name or class path of the algorithm, instead of the recipe's.
+
+    Raises:
+        UserError: no target is named, or the recipe's model is rejected.
+    """
+    model, data = recipe["model"], recipe.get("data") or {}
+    options = {**(model.get("init_args") or {})} | ({} if target is None else {"target": target})
+    name = str(model.get("class_path"))
+    named = {cls.__name__: key for key, cls in algorithms().items()}
+    algorithm = algorithm or named.get(name.rpartition(".")[2], name)
+    features = (data.get("init_args") or {}).get("features")
+    cls, layers = find_algorithm(algorithm), None
+    if not options.get("target"):
+        raise UserError("the recipe has no model.target; set --target")
+    if cls.default_layers(TargetFiles.find(options["target"]).num_layers):
+        options.pop("optimizer", None)
+        # The shapes alone decide; weights are read only for a draft that the run starts from.
+        start = options.get("init_from")
+        with nullcontext() if start not in (None, "target", "target_mtp") else torch.device("meta"):
+            layers = list(cls(**options).spec.capture.layer_ids)
+    return Captured(options["target"], algorithm, layers or None, None if features is None else Path(features))
 
 
 def load_module(draft: Path, target: str | None, algorithm: str | None = None) -> Any:

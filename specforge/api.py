@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_modules import DraftModule
 from lightning_modules.loading import algorithms, find_algorithm, load_module
-from specforge.console import progress_bar, say
+from specforge.console import evaluation_bar, progress_bar, say
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, MethodResult
 from specforge.eval.held_out import evaluate_draft
@@ -62,7 +62,7 @@ def evaluate(
         options: how to evaluate; the defaults are those of `specforge evaluate`.
         num_prompts: evaluate only the first N prompts; by default all.
         cache: folder for the target's own answers.
-        progress: print a line when a step begins.
+        progress: show a progress bar, and print a line when a step begins.
 
     Returns:
         Results by method: the draft's algorithm and the baselines.
@@ -79,8 +79,12 @@ def evaluate(
     module = draft if isinstance(draft, DraftModule) else load_draft(draft)
     options = options or EvaluateOptions()
     options = replace(options, device=pick_device(options.device))
-    show = say if progress else (lambda text: None)
-    rows, _ = evaluate_draft(module, Path(prompts), options, EvalCache(Path(cache)), num_prompts, log=show)
+    answers = EvalCache(Path(cache))
+    if not progress:
+        rows, _ = evaluate_draft(module, Path(prompts), options, answers, num_prompts)
+    else:
+        with evaluation_bar() as show:
+            rows, _ = evaluate_draft(module, Path(prompts), options, answers, num_prompts, log=say, progress=show)
     return {row.method: row for row in rows}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,3 +29,11 @@ def progress_bar(unit: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@contextmanager
+def evaluation_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields the function to call with the number of decoded prompts and their total."""
+    with progress_bar("prompts decoded") as bar:
+        task = bar.add_task("evaluate", total=None, rate="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -92,7 +92,9 @@ def test_progress_is_shown_on_request(folder, target, prompts, tmp_path, monkeyp
     options = specforge.EvaluateOptions(max_new_tokens=8, speed_prompts=0, baselines=["none"])
     for progress in (False, True):
         results = specforge.evaluate(draft, prompts, options, num_prompts=2, progress=progress)
+        evaluation = capsys.readouterr().out
         splits = specforge.capture(target, prompts, tmp_path / str(progress), progress=progress)
+        assert ("4/4 prompts decoded" in evaluation) == bool(evaluation) == progress
         assert bool(capsys.readouterr().out) == progress
         assert set(results) == {"none", "eagle3"}
         assert {split.folder.name: split.samples for split in splits} == {"train": 32, "heldout": 8}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from lightning_modules.loading import load_module
-from specforge.console import console, progress_bar, say
+from specforge.console import console, evaluation_bar, say
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, MethodResult, as_json
 from specforge.eval.held_out import evaluate_draft
@@ -50,18 +50,8 @@ def evaluate(
         check_json(json, "run", "methods")
     options = replace(options, device=pick_device(options.device))
     module = load_module(draft, target, algorithm)
-    with progress_bar("prompts decoded") as bar:
-        task = bar.add_task("evaluate", total=None, rate="")
-        results, run = evaluate_draft(
-            module,
-            prompts,
-            options,
-            EvalCache(cache),
-            num_prompts,
-            suffix_corpus,
-            say,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with evaluation_bar() as show:
+        results, run = evaluate_draft(module, prompts, options, EvalCache(cache), num_prompts, suffix_corpus, say, show)
     run["draft"] = str(draft)
     print_table(results, run)
     if json is not None:

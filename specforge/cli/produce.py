@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from specforge.cli.recipes import read_recipe
 from specforge.console import say
 from specforge.errors import UserError
 from specforge.inference.capture import CaptureOptions
@@ -71,25 +72,40 @@ class ProduceOptions:
 
 
 def capture(
-    target: str,
+    target: str | None = None,
+    *,
     prompts: Path,
-    output: Path,
     options: CaptureOptions,
-    algorithm: str = "eagle3",
+    output: Path | None = None,
+    algorithm: str | None = None,
     layer_ids: list[NonNegativeInt] | None = None,
+    recipe: Path | None = None,
 ) -> None:
     """Run the target over prepared prompts and keep the hidden states that an algorithm trains on.
 
     Args:
         target: folder or hub name of the target.
         prompts: folder from `specforge prepare`.
-        output: folder for the features; an interrupted capture resumes where it stopped.
         options: how to capture.
-        algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
+        output: folder for the features; an interrupted capture resumes where it stopped.
+        algorithm: capture the features that this algorithm needs (a name, or the class path of your own module;
+            default: eagle3).
         layer_ids: decoder layers to keep instead of the algorithm's default.
+        recipe: training recipe (file or shipped name) that sets target, output, algorithm and layers unless they are
+            given.
     """
     from specforge import api  # imports Lightning, which `produce` and `status` do not need
 
+    if recipe is not None:
+        from lightning_modules.loading import captured_by
+
+        found = captured_by(read_recipe(recipe), target, algorithm)
+        target, algorithm = found.target, found.algorithm
+        output, layer_ids = output or found.features, layer_ids or found.layer_ids
+    if target is None or output is None:
+        name = "target" if target is None else "output"
+        raise UserError(f"capture: no {name}; set --{name}, or --recipe with a recipe that names it")
+    algorithm = algorithm or "eagle3"
     captured = api.capture(target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True)
     for split in captured:
         size = f"{split.nbytes / 1e9:.2f} GB" if split.nbytes >= 1e8 else f"{split.nbytes / 1e6:.2f} MB"

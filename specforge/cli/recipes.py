@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from specforge.cli.yaml_limits import limit_yaml
 from specforge.errors import UserError
 from specforge.files import write_file
 
@@ -118,13 +120,27 @@ def resolve_recipes(argv: Sequence[str]) -> list[str]:
     return resolved
 
 
-def _find_file(name: str) -> str:
+def _find_file(name: str, option: str = "--config") -> str:
     if Path(name).exists() and not Path(name).is_dir():
         return name
     try:
         return str(find_recipe(name))
     except UserError as error:
-        raise UserError(f"--config {name}: no such file, and {error}") from None
+        raise UserError(f"{option} {name}: no such file, and {error}") from None
+
+
+def read_recipe(name: Path) -> dict[str, Any]:
+    """The content of a recipe: a file, or a shipped recipe by name.
+
+    Raises:
+        UserError: there is no such recipe, or it is not one.
+    """
+    path = _find_file(str(name), "--recipe")
+    limit_yaml(["--config", path])
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"--recipe {name}: not a training recipe, because it has no model")
+    return content
 
 
 def read_comments(path: Path) -> tuple[dict[str, object], str]:

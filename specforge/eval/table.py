@@ -39,9 +39,9 @@ def table_notes(run: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) ->
             rates = " ".join(f"{rate:.2f}" for rate in row["acceptance_per_position"])
             notes.append(f"{row['method']}: acceptance by position {rates}")
     drafted = [row for row in methods if row["method"] != "none"]
-    speeds = [f"{row['method']} {_interval(row['speedup_ci95'])}" for row in drafted if row.get("speedup_ci95")]
+    speeds = [f"{row['method']} {_comparison(row['speedup_ci95'])}" for row in drafted if row.get("speedup_ci95")]
     if speeds:
-        notes.append(f"speed-up, 95 % interval over {run['speed_prompts']} prompts: {', '.join(speeds)}")
+        notes.append(f"against none, 95 % interval over {run['speed_prompts']} prompts: {', '.join(speeds)}")
     if run["temperature"]:
         notes.append(
             "lossless is not measured when sampling, because two sampled answers differ anyway; rejection sampling "
@@ -56,6 +56,12 @@ def table_notes(run: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) ->
     if run.get("peak_memory"):
         notes.append(f"peak memory of the evaluation: {run['peak_memory'] / 1e9:.2f} GB ({run['device']})")
     return notes
+
+
+def _comparison(bounds: Sequence[float]) -> str:
+    """The interval of a speed-up, in words if it excludes 1."""
+    words = "faster" if bounds[0] > 1 else "slower" if bounds[1] < 1 else "no clear difference"
+    return f"{words} ({_interval(bounds)})"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

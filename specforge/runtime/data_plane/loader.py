@@ -334,7 +334,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
             raise UserError(
                 f"features of sample {sample.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
-                f"reads {list(spec.capture.layer_ids)}; capture them again or set model.layer_ids"
+                f"reads {list(spec.capture.layer_ids)}; set model.layer_ids, or capture with --recipe"
             )
         missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in sample.features})
         if missing:
