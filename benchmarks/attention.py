@@ -1,9 +1,10 @@
-"""Attention of draft layers on an accelerator: PyTorch's fused kernels, a document at a time, beside FlexAttention.
+"""Attention of draft layers on an accelerator: PyTorch's fused kernels, one document at a time, against FlexAttention.
 
     python -m benchmarks.attention --json attention.json
 
-Forward and backward of one layer's attention in bf16 at the sizes of a draft for an 8B target, all steps of an unroll
-together. Medians of interleaved repetitions after a warm-up that compiles; peak memory is what the pass adds.
+Times the forward and backward pass of one layer's attention in bf16, at the sizes of a draft for an 8B target and over
+all steps of an unroll. Results are medians of interleaved repetitions, after a warm-up that compiles; peak memory is
+the memory that the pass adds.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def unroll(lengths: list[int]) -> Pass:
 
 
 def blocks(lengths: list[int]) -> Pass:
-    """DFlash, 512 anchors a document at most, blocks of 16."""
+    """DFlash, at most 512 anchors per document, blocks of 16."""
     anchors = sample_anchors(lengths, _spans(lengths), 512, [str(i) for i in range(len(lengths))])
     plan = plan_blocks(lengths, _spans(lengths), anchors, 15).to(torch.device("cuda"))
     rows, tokens = 16 * len(plan.anchors), sum(lengths)
@@ -63,7 +64,7 @@ def blocks(lengths: list[int]) -> Pass:
 
 
 def parallel(lengths: list[int]) -> Pass:
-    """P-EAGLE, eight depths, four fifths of each depth's rows in the next."""
+    """P-EAGLE, eight depths; each depth keeps four fifths of the rows of the previous one."""
     seeds = range(len(lengths))
     plan = plan_peagle(lengths, _spans(lengths), 8, None, DepthSampling(0.8), seeds).to(torch.device("cuda"))
     rows, tokens = len(plan.anchors), sum(lengths)
@@ -72,7 +73,7 @@ def parallel(lengths: list[int]) -> Pass:
 
 
 def measure(run: Pass, repeats: int) -> dict[str, float]:
-    """Milliseconds and MiB of both forms."""
+    """Milliseconds and MiB of both implementations."""
     times: dict[bool, list[float]] = {False: [], True: []}
     peaks: dict[bool, float] = {}
     for turn in range(repeats + 2):
@@ -96,7 +97,7 @@ def measure(run: Pass, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one line a case."""
+    """Print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)

@@ -1,9 +1,10 @@
-"""A training step on features from disk, from the target in the same process, and from a producer in another.
+"""Time of a training step: features from disk, from the target in the same process, or from a producer.
 
     python -m benchmarks.data_paths
 
-The quickstart's recipe with a longer unroll, so that one producer on a core of its own keeps up with the trainer on
-another. Needs the target, prompts and features of the quickstart. Median wall time a step of whole runs, taken in turn.
+Runs the quickstart's recipe with a longer unroll, so that one producer on one core keeps up with the trainer on
+another. Needs the target, prompts and features of the quickstart. Results are median wall times per step of whole runs;
+the variants take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
 
 def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
-    """The recipe of one path."""
+    """The recipe of one variant."""
     content = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     content["trainer"] |= {
         "max_steps": options.steps,
@@ -45,7 +46,7 @@ def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
         "online": {"class_path": "OnlineDataModule", "init_args": {"batch_size": 4, "prompts": prompts}},
         "disaggregated": {
             "class_path": "DisaggregatedDataModule",
-            "init_args": {"batch_size": 4, "prompts": prompts, **places(folder)},
+            "init_args": {"batch_size": 4, "prompts": prompts, **addresses(folder)},
         },
     }[path]
     written = folder / "recipe.yaml"
@@ -54,7 +55,7 @@ def config(path: str, folder: Path, options: argparse.Namespace) -> Path:
 
 
 def write_prompts(quickstart: Path, folder: Path) -> str:
-    """The prompts of the captured features, and no others, so that every path trains on the same."""
+    """Write only the prompts of the captured features, so that all variants train on the same samples."""
     captured = {ref.source for ref in FeatureFolder.open(quickstart / "features" / "train").refs}
     found = PromptSet.load(quickstart / "prompts" / "train")
     tasks = [task for task in found.tasks if task.source in captured]
@@ -62,16 +63,16 @@ def write_prompts(quickstart: Path, folder: Path) -> str:
     return str(folder)
 
 
-def places(folder: Path) -> dict[str, str]:
-    """Where a disaggregated run meets."""
+def addresses(folder: Path) -> dict[str, str]:
+    """Addresses of the stores of a disaggregated run."""
     return {"store": str(folder / "store"), "metadata": str(folder / "metadata.db")}
 
 
 def seconds_per_step(path: str, options: argparse.Namespace) -> float:
-    """Wall time of a step in a run of its own."""
+    """Wall time per step of a separate run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = [word for key, value in places(folder).items() for word in (f"--{key}", value)]
+        words = [word for key, value in addresses(folder).items() for word in (f"--{key}", value)]
         producer = None
         if path == "disaggregated":
             command = [sys.executable, "-m", "specforge.cli.main", "produce", "--target", options.target, *words]
@@ -93,12 +94,14 @@ def seconds_per_step(path: str, options: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure the variants in turn and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--skip", type=int, default=10, help="steps that fill what is fetched ahead")
+    parser.add_argument(
+        "--skip", type=int, default=10, help="number of first steps to skip, which fill the prefetch queue"
+    )
     parser.add_argument("--unroll", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -111,7 +114,7 @@ def main() -> None:
     for path, values in found.items():
         step = statistics.median(values)
         runs = ", ".join(f"{x:.3f}" for x in values)
-        print(f"{path:14} {step:.3f} s a step ({runs}), {step / base - 1:+.1%} of offline")
+        print(f"{path:14} {step:.3f} s per step ({runs}), {step / base - 1:+.1%} of offline")
 
 
 if __name__ == "__main__":

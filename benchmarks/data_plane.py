@@ -1,12 +1,13 @@
-"""Stores that several processes share, against the plain loops over the same medium: bytes per second.
+"""Throughput of the shared stores, compared with plain loops over the same medium.
 
     python -m benchmarks.data_plane --json data_plane.json
 
-The shared folder against copying files of the same bytes, one a sample, each synced to disk. Mooncake against a loop of
-`put_from` and `get_into` over the same TCP, between buffers registered before, one a sample, as features have. The
-store also looks for NaN, makes checksums and compares them. Medians of the repetitions, the sides in turn, and of each
-repetition's ratio. Mooncake's are spread over rounds, each with a `specforge store up` and connections of its own: how
-fast a connection is depends on where the system has put its threads.
+The shared folder is compared with copying one file per sample of the same size, each synced to disk. Mooncake is
+compared with a loop of `put_from` and `get_into` over the same TCP transport, one call per sample, between buffers
+registered in advance. The stores also check for NaN and compute and compare checksums. Results are medians over
+repetitions in which the two sides take turns, and medians of the ratio in each repetition. Mooncake's repetitions are
+spread over rounds with a new `specforge store up` and new connections, because the speed of a connection depends on
+where the system places its threads.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def put_all(store: FeatureStore, samples: list[dict[str, Tensor]]) -> list[Sampl
 
 
 def get_all(store: FeatureStore, refs: list[SampleRef]) -> None:
-    """In as many threads as a disaggregated run fetches with."""
+    """Read all samples with as many threads as a disaggregated run uses."""
 
     def get(ref: SampleRef) -> None:
         store.get(ref)
@@ -136,7 +137,7 @@ def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
 
 
 def mooncake_round(samples: list[dict[str, Tensor]], total: int, repeat: int, times: Times) -> None:
-    """Repetitions between new clients of a new store, after one that is not counted."""
+    """Repetitions with new clients of a new store, after a warm-up repetition."""
     process, address = start_store(total + (64 << 20))
     client, backend = connect(MooncakeAddress.parse(address)), MooncakeBackend(address)
     nbytes = len(b"".join(chunks(samples[0])))
@@ -153,13 +154,13 @@ def mooncake_round(samples: list[dict[str, Tensor]], total: int, repeat: int, ti
 
 
 def main() -> None:
-    """Measure in turn, print and write."""
+    """Measure both sides in turn; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--repeat", type=int, default=21)
-    parser.add_argument("--rounds", type=int, default=5, help="of Mooncake, each with new connections")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of Mooncake, each with new connections")
     parser.add_argument("--only", choices=["shared_dir", "mooncake"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
     total = sum(x.nbytes for tensors in samples for x in tensors.values())
     times: Times = {}
     if options.only != "mooncake":
-        shared_dir(samples, {})  # the first writes find no memory yet
+        shared_dir(samples, {})  # the first writes have to allocate memory
         for _ in range(options.repeat):
             shared_dir(samples, times)
     if options.only != "shared_dir":

@@ -1,11 +1,11 @@
-"""Feature store against plain files: bytes per second of writing and reading the same samples.
+"""Throughput of writing and reading the feature store, compared with plain files.
 
     python -m benchmarks.feature_store --json store.json
 
-Writing ends with fsync on both sides; the store also checks values, makes checksums and an index. Reading touches
-every byte on both sides (a sum over the memory map); the store also compares checksums (first epoch) or not
-(later ones). Files come from the page cache. Medians of the repetitions, the two sides in turn. `--clock cpu` counts
-CPU time, for machines on which others work too; writing then leaves out what the disk takes.
+Writing ends with fsync on both sides; the store also checks values and writes checksums and an index. Reading touches
+every byte on both sides (a sum over the memory map); in the first epoch the store also compares checksums. Files come
+from the page cache. Results are medians over repetitions in which the two sides take turns. `--clock cpu` counts CPU
+time, for shared machines; writing then does not include the time of the disk.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PROVENANCE = Provenance("random", "f", "t", CapturePolicy((1, 2, 3)), "bfloat16"
 
 
 def make_samples(count: int, tokens: int, hidden: int) -> list[dict[str, Tensor]]:
-    """Features of EAGLE-3: three layers and the last hidden state, bf16."""
+    """Features of EAGLE-3 in bf16: three layers and the last hidden state."""
     g = torch.Generator().manual_seed(0)
     draw = lambda width: torch.randn(tokens, width, generator=g).bfloat16()  # noqa: E731
     return [{"aux_hidden_states": draw(3 * hidden), "last_hidden_states": draw(hidden)} for _ in range(count)]
 
 
 def write_store(samples: list[dict[str, Tensor]], folder: Path) -> list[SampleRef]:
-    """Put everything, flushing every 128 MB as the rollout worker does."""
+    """Store all samples, flushing every 128 MB as the rollout worker does."""
     store, refs = FeatureStore(ShardBackend(folder)), []
     for i, tensors in enumerate(samples):
         refs.append(store.put(f"s{i}", tensors, num_supervised=1, source="", provenance=PROVENANCE))
@@ -50,7 +50,7 @@ def write_store(samples: list[dict[str, Tensor]], folder: Path) -> list[SampleRe
 
 
 def write_plain(samples: list[dict[str, Tensor]], path: Path) -> None:
-    """The same bytes, one file."""
+    """Write the same bytes to one file."""
     with path.open("wb") as file:
         for tensors in samples:
             for x in tensors.values():
@@ -69,7 +69,7 @@ def read_store(store: FeatureStore, refs: list[SampleRef]) -> int:
 
 
 def read_plain(path: Path, sizes: list[int]) -> int:
-    """Touch every byte of the plain file, a sample at a time."""
+    """Touch every byte of the plain file, one sample at a time."""
     total = offset = 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         data = np.frombuffer(view, dtype=np.uint8)
@@ -89,7 +89,7 @@ def touch(data: np.ndarray) -> int:
 def measure(
     samples: list[dict[str, Tensor]], sizes: list[int], folder: Path, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Seconds of each side, once."""
+    """Seconds of each side in one repetition."""
 
     def seconds(work: Callable[[], object]) -> float:
         start = clock()
@@ -112,7 +112,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure in turn, print and write."""
+    """Measure both sides in turn; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=256)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.large eagle3-llama3.1-8b.yaml dflash-qwen3-8b.yaml
 
-The target is a config with a random embedding and head, which is all that training reads of it; the features are random
-too, of its widths, and stored as a target's are. `specforge fit` runs the recipe on documents that it has not read
-before. Each step is synchronised; the wait is from the end of a step until the next batch is on the device. Medians of
-the steps behind the first ten.
+The target consists of a config with a random embedding and head, because training reads nothing else of it. The
+features are random values of the right widths in an ordinary feature folder. `specforge fit` runs the recipe on
+documents that it has not read before. Each step is synchronised; the wait is the time from the end of a step until the
+next batch is on the device. Results are medians over the steps after the first ten.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def synchronize() -> None:
 
 
 class StepTimes(pl.Callback):
-    """Writes the median step, the wait before it, and the peak of the device's memory.
+    """Writes the median step time, the median wait before a step, and the peak memory of the device.
 
     Args:
         path: JSON file.
@@ -101,12 +101,12 @@ class StepTimes(pl.Callback):
         self._end = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The batch has come."""
+        """Record that the batch has arrived."""
         synchronize()
         self._waits.append(time.perf_counter() - self._end)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The step is done."""
+        """Record the end of the step."""
         synchronize()
         now = time.perf_counter()
         self._steps.append(now - self._end)
@@ -129,7 +129,7 @@ class StepTimes(pl.Callback):
 
 
 class RandomEngine:
-    """Features of the right widths that mean nothing."""
+    """Engine that returns random features of the right widths."""
 
     dtype = "bfloat16"
 
@@ -138,10 +138,10 @@ class RandomEngine:
         self._pool = torch.randn(2048, 8 * hidden_size).bfloat16()
 
     def check(self, policy: CapturePolicy) -> None:
-        """Nothing can be wrong."""
+        """Accept every policy."""
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
-        """Slices of one random tensor."""
+        """Return slices of one random tensor."""
         widths = feature_widths(policy, self.hidden_size)
         return [
             {name: self._pool[: len(ids), :width].contiguous() for name, width in widths.items()} for ids in input_ids
@@ -149,7 +149,7 @@ class RandomEngine:
 
 
 def write_target(config: dict[str, Any], folder: Path) -> TargetFiles:
-    """The config, and an embedding and a head of random weights."""
+    """Write the config, and an embedding and a head with random weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     size = (config["vocab_size"], config["hidden_size"])
@@ -173,7 +173,7 @@ def random_tasks(vocab_size: int, tokens: int) -> list[PromptTask]:
 
 
 def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folder: Path) -> None:
-    """Features of random documents."""
+    """Write the features of random documents."""
     tasks = random_tasks(files.vocab_size, tokens)
     counts = TokenCounts(*(torch.ones(files.vocab_size, dtype=torch.int64) for _ in range(2)))
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
@@ -184,7 +184,7 @@ def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folde
 
 
 class Bench:
-    """Runs recipes; those of one target, one after another, share it and the features that they read alike.
+    """Runs recipes; consecutive recipes for one target share its files, and equal features.
 
     Args:
         folder: for the target, the features and the runs.

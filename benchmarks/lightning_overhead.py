@@ -1,9 +1,9 @@
-"""What Lightning and our callbacks add to a training step: `trainer.fit` against a bare loop over the same batches.
+"""Overhead of Lightning and our callbacks per training step: `trainer.fit` against a bare loop over the same batches.
 
     python -m benchmarks.lightning_overhead
 
-CPU time of whole runs of the `tiny` step with the optimizer, in turn; the difference of two lengths of run cancels
-what starting and ending cost. Medians of the repetitions.
+Measures the CPU time of whole runs of the `tiny` step with its optimizer, in turn. The difference between runs of two
+lengths excludes start-up and shutdown. Results are medians over the repetitions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from specforge.system import keep_freed_memory
 
 
 class Replay(pl.LightningDataModule):
-    """The same batch, as often as asked for, with the interface of a feature loader."""
+    """A loader that repeats one batch, with the interface of a feature loader."""
 
     def __init__(self, batch: TrainBatch, count: int) -> None:
         super().__init__()
@@ -43,36 +43,36 @@ class Replay(pl.LightningDataModule):
         yield from [self.batch] * self.count
 
     def start(self, step: int, length: RunLength) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def acknowledge(self, batch: TrainBatch, step: int) -> None:
-        """Nothing to remember."""
+        """Do nothing."""
 
     def durable(self, step: int) -> None:
-        """Nothing to remember."""
+        """Do nothing."""
 
     def flow(self) -> dict[str, float]:
-        """Nothing to log."""
+        """Return no figures."""
         return {}
 
     def train_dataloader(self) -> Replay:
-        """Itself."""
+        """Return this loader."""
         return self
 
     def sample_refs(self) -> list[Sample]:
-        """None are known."""
+        """Return None."""
         return []
 
     def token_counts(self) -> None:
-        """None are known."""
+        """Return None."""
 
     def batches_per_epoch(self) -> int:
-        """All of them."""
+        """Number of batches."""
         return self.count
 
 
 def bare(module: DraftModule, batch: TrainBatch, steps: int) -> None:
-    """A loop that does what training has to."""
+    """Train in a minimal loop."""
     head = module.target_head(torch.device("cpu"))
     optimizer, schedule = build_optimizer(module.optimizer_options, module.draft, steps)
     for _ in range(steps):
@@ -87,7 +87,7 @@ def bare(module: DraftModule, batch: TrainBatch, steps: int) -> None:
 
 
 def fit(module: DraftModule, batch: TrainBatch, steps: int) -> None:
-    """`specforge fit` without the command line."""
+    """Train as `specforge fit` does, without the command line."""
     with tempfile.TemporaryDirectory() as folder:
         pl.Trainer(
             accelerator="cpu",
@@ -113,7 +113,7 @@ def cpu_seconds(run, steps: int) -> float:
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure both sides in turn and print the results."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -123,7 +123,7 @@ def main() -> None:
         for name, run in (("bare", bare), ("fit", fit)):
             found[name].append((cpu_seconds(run, long) - cpu_seconds(run, short)) / (long - short))
     step = {name: statistics.median(values[1:]) for name, values in found.items()}
-    print(f"bare {step['bare']:.4f} CPU-s a step, fit {step['fit']:.4f}: {step['fit'] / step['bare'] - 1:+.1%}")
+    print(f"bare {step['bare']:.4f} CPU-s per step, fit {step['fit']:.4f}: {step['fit'] / step['bare'] - 1:+.1%}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The losses of the block drafters as one would first write them: what the fast forms are compared with.
+"""Straightforward implementation of the block drafters' losses, for comparison with the fast one.
 
-One dense mask over all tokens and all blocks, logits of every slot, ordinary autograd.
+It uses one dense mask over all tokens and all blocks, the logits of every slot, and ordinary autograd.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def block_states(draft: DFlash, batch: TrainBatch, embedding: Tensor, anchors: T
     ids = torch.full((len(anchors), size), draft.mask_token_id)
     ids[:, 0] = batch.input_ids[anchors]
     hidden = F.embedding(ids.flatten(), embedding)
-    places = (positions[anchors].unsqueeze(1) + torch.arange(size)).flatten()
+    slot_positions = (positions[anchors].unsqueeze(1) + torch.arange(size)).flatten()
     block = torch.arange(len(anchors)).repeat_interleave(size)
     at = anchors[block].unsqueeze(1)
     seen = (torch.arange(batch.num_tokens) < at) & (documents == documents[at])
@@ -48,8 +48,8 @@ def block_states(draft: DFlash, batch: TrainBatch, embedding: Tensor, anchors: T
             proj(y).unflatten(1, (-1, attn.head_dim))
             for proj, y in ((attn.q_proj, x), (attn.k_proj, source), (attn.v_proj, source))
         )
-        both = torch.cat([positions, places])
-        query = apply_rope(plain_norm(attn.q_norm, query), cos[places], sin[places])
+        both = torch.cat([positions, slot_positions])
+        query = apply_rope(plain_norm(attn.q_norm, query), cos[slot_positions], sin[slot_positions])
         key = apply_rope(plain_norm(attn.k_norm, key), cos[both], sin[both])
         heads = (y.transpose(0, 1)[None] for y in (query, key, value))
         attention = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)

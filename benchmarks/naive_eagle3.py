@@ -1,4 +1,4 @@
-"""EAGLE-3's training-time test as one would first write it: what the fast form is compared with."""
+"""Straightforward implementation of EAGLE-3's training-time test, for comparison with the fast one."""
 
 from __future__ import annotations
 

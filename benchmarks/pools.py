@@ -1,11 +1,11 @@
-"""A draft for an 8B target, trained on one GPU from features that producers on other GPUs make meanwhile.
+"""A draft for an 8B target, trained on one GPU while producers on other GPUs compute its features.
 
     python -m benchmarks.pools --devices cuda:1
 
-`specforge produce`, one for each of `--devices`, a store and SQLite on this host, and `specforge fit` with a recipe's
-model at its real size; the target has random weights. Each step is synchronised; the wait is from the end of a step
-until the next batch is on the device. Medians of the steps behind the first ten: if the wait is near nothing, the
-trainer is the bottleneck.
+Runs one `specforge produce` per device in `--devices`, a store and SQLite on this host, and `specforge fit` with a
+recipe's model at its real size; the target has random weights. Each step is synchronised; the wait is the time from the
+end of a step until the next batch is on the device. Results are medians over the steps after the first ten. If the wait
+is close to zero, the trainer is the bottleneck.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from specforge.inference.target_files import TargetFiles
 
 
 def write_recipe(options: argparse.Namespace, folder: Path, target: Path, store: str) -> Path:
-    """The recipe, with its data from producers."""
+    """Write the recipe with a data section for producers."""
     recipe = yaml.safe_load((ROOT / "configs" / options.recipe).read_text())
     recipe["model"]["init_args"]["target"] = str(target)
     recipe["data"] = {
@@ -92,17 +92,19 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, target: Path) 
 
 
 def main() -> None:
-    """Print a line for each store."""
+    """Print one line per store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="eagle3-llama3.1-8b.yaml")
     parser.add_argument("--target", type=Path, help="a folder, instead of random weights")
-    parser.add_argument("--intermediate_size", type=int, default=14336, help="of the random target; a small is fast")
-    parser.add_argument("--devices", nargs="+", default=["cuda:1"], help="of the producers")
+    parser.add_argument(
+        "--intermediate_size", type=int, default=14336, help="intermediate size of the random target; smaller is faster"
+    )
+    parser.add_argument("--devices", nargs="+", default=["cuda:1"], help="devices of the producers")
     parser.add_argument("--stores", nargs="+", default=["mooncake", "shared_dir"])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--max_tokens", type=int, default=16384, help="of a training step")
-    parser.add_argument("--batch_tokens", type=int, default=16384, help="of a producer's pass")
-    parser.add_argument("--max_prompts", type=int, default=32, help="in a producer's hand")
+    parser.add_argument("--max_tokens", type=int, default=16384, help="tokens per training batch")
+    parser.add_argument("--batch_tokens", type=int, default=16384, help="tokens per forward pass of a producer")
+    parser.add_argument("--max_prompts", type=int, default=32, help="prompts that a producer leases at a time")
     parser.add_argument("--max_bytes", type=int, default=8 << 30)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--json", type=Path)

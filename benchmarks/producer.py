@@ -1,12 +1,12 @@
-"""What a producer adds to its target: tokens a second of forward passes, of captures, and of producing into each store.
+"""Overhead of a producer: tokens per second of forward passes, of captures, and of producing into each store.
 
     python -m benchmarks.producer --device cuda
 
-A target of an 8B model's sizes and random weights, or `--target FOLDER`; documents of 256 to 2,048 tokens, in the
-batches that a producer makes of them. A capture is a pass and its features' way to the host. Producing is what
-`specforge produce` does in its process: lease, capture, look for NaN, checksum, put, flush, commit; `shards` is what
-`specforge capture` does. Medians of the repetitions, the sides in turn, after one that is not counted. Features lie in
-`--folder`, by default in memory.
+The target has an 8B model's sizes and random weights, or is `--target FOLDER`. Documents have 256 to 2,048 tokens and
+are batched as in a producer. A capture is a forward pass and the transfer of its features to the host. Producing is
+what `specforge produce` does: lease, capture, check for NaN, checksum, put, flush, commit; `shards` is what `specforge
+capture` does. Results are medians over repetitions in which the variants take turns, after a warm-up repetition.
+Features are in `--folder`, by default in memory.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.local import ShardBackend
 from specforge.runtime.data_plane.store import FeatureBackend, FeatureStore
 
-HELD = 64  # prompts in hand
+HELD = 64  # prompts leased at a time
 
 
 def write_model(config: dict[str, Any], folder: Path, device: str) -> None:
-    """A target of random weights, a file a layer."""
+    """Write a target with random weights, one file per layer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir()
@@ -66,7 +66,7 @@ def write_model(config: dict[str, Any], folder: Path, device: str) -> None:
 
 
 def batches(tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Token ids in the batches that a producer makes of these prompts."""
+    """Token ids of these prompts, batched as in a producer."""
     for start in range(0, len(tasks), HELD):
         for batch in plan_batches(tasks[start : start + HELD], batch_tokens):
             yield [list(task.input_ids) for task in batch]
@@ -74,7 +74,7 @@ def batches(tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[list[lis
 
 @torch.inference_mode()
 def passes(engine: HFTargetEngine, work: Sequence[list[list[int]]]) -> None:
-    """The target alone, over the same tokens: with others a GPU's clock is another one."""
+    """Run the target alone, over the same tokens: other tokens would give a GPU another clock rate."""
     for ids in work:
         padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
         for row, tokens in zip(padded, ids, strict=True):
@@ -85,7 +85,7 @@ def passes(engine: HFTargetEngine, work: Sequence[list[list[int]]]) -> None:
 
 
 def captures(engine: HFTargetEngine, work: Sequence[list[list[int]]], policy: CapturePolicy) -> None:
-    """The target, and its features on the host."""
+    """Run the target and transfer its features to the host."""
     for ids in work:
         engine.capture(ids, policy)
 
@@ -97,7 +97,7 @@ def produce(
     backend: FeatureBackend,
     batch_tokens: int,
 ) -> float:
-    """Seconds in which a producer makes and commits all of them; they are deleted afterwards."""
+    """Seconds that a producer takes to produce and commit all samples; they are deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         metadata = SQLiteMetadataStore(Path(folder) / "metadata.db")
         controller = DataFlowController(metadata, FeatureStore(backend))
@@ -131,7 +131,7 @@ def produce(
 def capture_to_disk(
     engine: HFTargetEngine, tasks: Sequence[PromptTask], provenance: Provenance, folder: Path, batch_tokens: int
 ) -> float:
-    """Seconds of `specforge capture`, which sees all prompts at once; what it wrote is deleted afterwards."""
+    """Seconds of `specforge capture` over all prompts; its output is deleted afterwards."""
     store = FeatureStore(ShardBackend(folder))
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as background:
@@ -150,7 +150,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def measure(sides: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
-    """Median seconds of each side, in turn, after one repetition that is not counted."""
+    """Median seconds of each variant, in turn, after a warm-up repetition."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeat + 1):
         for name, side in sides.items():
@@ -159,7 +159,7 @@ def measure(sides: dict[str, Callable[[], float]], repeat: int) -> dict[str, flo
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, help="a folder, instead of random weights")
     parser.add_argument("--device", default="cpu")
@@ -204,7 +204,7 @@ def main() -> None:
             seconds = measure(sides, options.repeat)
             found[str(size)] = {name: tokens / x for name, x in seconds.items()}
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found[str(size)].items())
-            print(f"{size} tokens a pass at most: tokens/s: {rates}", flush=True)
+            print(f"{size} tokens per pass at most: tokens/s: {rates}", flush=True)
     finally:
         if server is not None:
             server.terminate()

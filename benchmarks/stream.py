@@ -1,10 +1,10 @@
-"""What a step of a disaggregated run waits for beside its own work: to record what was trained, and for the next batch.
+"""Overhead per step of a disaggregated run: recording the trained samples, and waiting for the next batch.
 
     python -m benchmarks.stream
 
-A producer in another process puts random features of an 8B target's widths (33 kB a token) as fast as it can; the
-metadata, SQLite, and the store are in memory. The trainer only sleeps, and makes both calls where a run makes them, so
-what they take would be added to its steps. Medians behind the first steps.
+A producer in another process stores random features of an 8B target's widths (33 kB per token) as fast as it can. The
+metadata (SQLite) and the store are in memory. The trainer only sleeps and makes both calls where a run makes them, so
+their time would be added to its steps. Results are medians over the steps after the first ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def open_control(folder: Path, store: str, retain: Retain = "until_durable") -> 
 
 
 def produce(folder: Path, store: str) -> None:
-    """Until it is killed."""
+    """Produce until the process is killed."""
     torch.set_num_threads(1)
     engine = RandomEngine(HIDDEN)
     Producer(open_control(folder, store), lambda _: engine, "f" * 8, "producer").run(threading.Event())
@@ -85,7 +85,7 @@ def waits(folder: Path, store: str, retain: Retain, options: argparse.Namespace)
 
 
 def main() -> None:
-    """Print a line for each store and each way to retain."""
+    """Print one line per store and retention policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stores", nargs="+", default=["shared_dir", "mooncake"])
     parser.add_argument("--steps", type=int, default=30)

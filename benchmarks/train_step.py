@@ -2,12 +2,12 @@
 
     python -m benchmarks.train_step --algorithm eagle3 --shape tiny --threads 1 --json step.json
 
-The block drafters (dflash, dpace, dspark, domino) train one layer on 64 blocks of 16 tokens a document, over the whole
-vocabulary; Domino with a GRU and a correction of 64, base and final loss at one half each.
+The block drafters (dflash, dpace, dspark, domino) train one layer on 64 blocks of 16 tokens per document, over the
+whole vocabulary. Domino has a GRU and a correction of width 64, and weighs base and final loss equally.
 
-Each variant runs in a process of its own, on random features: `fast` is the module as `specforge fit` runs it;
-`naive` is the same loss written plainly (dense masks, every row, full logits, ordinary autograd). Medians over
-the timed steps. The gradient error is relative to the naive form in fp64.
+Each variant runs in a process of its own, on random features: `fast` is the module as `specforge fit` runs it; `naive`
+is a straightforward implementation of the same loss (dense masks, every row, full logits, ordinary autograd). Results
+are medians over the timed steps. The gradient error is relative to the naive variant in fp64.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SHAPES = {
 
 
 def write_target(shape: Shape, folder: Path) -> str:
-    """Config, embedding and head of a target of random weights; a draft reads nothing else."""
+    """Write the config, embedding and head of a target with random weights; a draft reads nothing else."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -124,7 +124,7 @@ def make_module(algorithm: str, shape: Shape):
 
 
 def fast_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
-    """The step as it is trained."""
+    """The step as `specforge fit` computes it."""
     module, batch = make_module(algorithm, shape), make_batch(shape)
     head = module.target_head(torch.device("cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -141,7 +141,7 @@ def fast_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[]
 
 
 def naive_step(algorithm: str, shape: Shape, precision: str) -> tuple[Callable[[], Tensor], torch.nn.Module]:
-    """The same loss, plainly: dense S x S masks, logits of every row, autograd."""
+    """The same loss with dense S x S masks, logits of every row, and autograd."""
     from benchmarks import naive_blocks, naive_eagle3
 
     module, batch = make_module(algorithm, shape), make_batch(shape)
@@ -171,7 +171,7 @@ def gradients(algorithm: str, variant: str, shape: Shape, precision: str) -> Ten
 
 
 def measure(algorithm: str, variant: str, shape: Shape, precision: str, count: int) -> dict[str, float]:
-    """Medians over ``count`` steps, after two to warm up."""
+    """Medians over ``count`` steps, after two warm-up steps."""
     keep_freed_memory()
     step, draft = {"fast": fast_step, "naive": naive_step}[variant](algorithm, shape, precision)
     seconds, loss = [], torch.zeros(())
@@ -190,13 +190,13 @@ def measure(algorithm: str, variant: str, shape: Shape, precision: str, count: i
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
-    """Run this file on one variant, for a peak memory of its own."""
+    """Run this file on one variant in a separate process, to measure its peak memory."""
     command = [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # type: ignore[no-any-return]
 
 
 def main() -> None:
-    """Parse, measure each variant, print and write."""
+    """Measure each variant; print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", choices=["eagle3", *BLOCKS], default="eagle3")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")

@@ -1,4 +1,4 @@
-"""Choosing a draft vocabulary of 32,000 out of 151,936 tokens.
+"""Time to choose a draft vocabulary of 32,000 out of 151,936 tokens.
 
 python -m benchmarks.vocabulary
 """
@@ -15,7 +15,7 @@ from specforge.data.vocabulary import draft_vocabulary
 
 
 def main() -> None:
-    """Median of 20."""
+    """Print the median of 20 repetitions."""
     torch.set_num_threads(1)
     g = torch.Generator().manual_seed(0)
     counts = TokenCounts(*(torch.randint(0, 10**6, (151_936,), generator=g) for _ in range(2)))

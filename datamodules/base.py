@@ -41,10 +41,10 @@ class FeatureDataModule(pl.LightningDataModule):
 
     Args:
         batch_size: documents per micro-batch; give either this or max_tokens.
-        max_tokens: most tokens per micro-batch; give either this or batch_size.
+        max_tokens: maximum number of tokens per micro-batch; give either this or batch_size.
         limit_samples: train on this many samples, chosen by the seed (default: all).
         seed: random seed for the order of each epoch.
-        prefetch: most batches to prefetch.
+        prefetch: maximum number of batches to prefetch.
         bad_samples: what to do with a sample that is damaged or cannot be produced: ``error`` stops, ``skip`` leaves it
             out and counts it.
         pad_to: pad batches to a multiple of this many tokens; affects speed (fewer shapes), not the result.
@@ -76,7 +76,7 @@ class FeatureDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def token_counts(self) -> TokenCounts | None:
-        """Token counts of the training prompts; None where nothing is trained."""
+        """Token counts of the training prompts; None if nothing is trained."""
 
     @property
     def module(self) -> Algorithm:
@@ -106,7 +106,7 @@ class FeatureDataModule(pl.LightningDataModule):
         return self._loader(self.sample_refs(), part.store, shuffle=True, plan_batch=plan, **self.limits)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
-        """A loader of the held-out samples, in order; empty where none are held out."""
+        """A loader of the held-out samples, in order; empty if none are held out."""
         part = self.split("heldout")
         if part is None:
             return []
@@ -134,7 +134,7 @@ def nothing_held_out(folder: Path) -> UserError:
 
 
 def batch_bytes(samples: Sequence[Sample], batch_size: int | None, max_tokens: int | None) -> int:
-    """Most bytes of features that a batch within these limits may take."""
+    """Maximum number of bytes of features in a batch within these limits."""
     if max_tokens is None:
         return sum(sorted((sample.nbytes for sample in samples), reverse=True)[:batch_size])
     return int(max_tokens * max(sample.nbytes / sample.num_tokens for sample in samples))

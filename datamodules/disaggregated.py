@@ -29,16 +29,17 @@ class DisaggregatedDataModule(PromptDataModule):
 
     Args:
         prompts: folder with ``train`` and, for validation, ``heldout``.
-        store: address of the feature store: a folder that all processes see, or ``mooncake://...``.
+        store: address of the feature store: a folder that all processes can access, or ``mooncake://...``.
         metadata: address of the metadata store: a file (SQLite), for one host, or ``redis://host:port/0#name``.
-        max_samples: most samples that are queued, produced or held at once.
+        max_samples: maximum number of samples that are queued, produced or held at once.
         low_water: refill once usage drops below this fraction of the limits.
-        retain: keep features until a checkpoint covers them, as far as there is room (``until_durable``), or only until
-            they are trained (``until_trained``); a run that resumes from an earlier step then has them produced again.
+        retain: keep features until a checkpoint covers them, as far as there is space (``until_durable``), or only
+            until they are trained (``until_trained``); a run that resumes from an earlier step then has them produced
+            again.
         lease_seconds: a producer that has not responded for this long is presumed dead.
         max_tries: attempts per prompt before it is given up.
-        stall_seconds: report the reason when a sample has not arrived for this long.
-        wait_seconds: stop the run when a sample has not arrived for this long.
+        stall_seconds: report the reason if no sample arrives for this long.
+        wait_seconds: stop the run if no sample arrives for this long.
         **options: options of every datamodule that starts from prompts.
     """
 
@@ -84,11 +85,7 @@ class DisaggregatedDataModule(PromptDataModule):
         super().setup(stage)
 
     def _take_claim(self, controller: DataFlowController) -> TrainerClaim | None:
-        """Make this run the only trainer of the metadata store; the first rank holds the claim.
-
-        Raises:
-            UserError: another trainer holds it; raised on every rank.
-        """
+        """Make this run the only trainer of the metadata store; the first rank holds the claim."""
         trainer, claim, reason = self.trainer, None, ""
         if trainer.is_global_zero:
             run = str(getattr(trainer, "default_root_dir", "a run"))
@@ -139,9 +136,6 @@ class DisaggregatedDataModule(PromptDataModule):
 
         Sample ids cover tokens, target and layers; the stamp covers the rest. So the leftovers of a run with a wrong
         option are never mistaken for the samples of another.
-
-        Args:
-            planned: samples with a training order.
         """
         plan = [
             self.limits,

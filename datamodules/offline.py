@@ -39,5 +39,5 @@ class OfflineDataModule(FeatureDataModule):
         return None if features is None else Split(features.refs, features.store)
 
     def token_counts(self) -> TokenCounts | None:
-        """Token counts of the training prompts; None where nothing is trained."""
+        """Token counts of the training prompts; None if nothing is trained."""
         return self._features["train"].counts if "train" in self._features else None

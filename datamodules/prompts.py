@@ -20,7 +20,7 @@ class PromptDataModule(FeatureDataModule):
         dtype: compute dtype of the target, and dtype of the features.
         encoding: format in which features are sent or stored: ``raw``, or ``float8_e4m3fn``, 8 bits with a scale per
             token.
-        max_bytes: most bytes of features to hold at once; less is prefetched or produced once they are reached.
+        max_bytes: maximum number of bytes of features to hold at once; at the limit, fewer batches are prefetched.
         **options: options of every datamodule.
     """
 
@@ -58,7 +58,7 @@ class PromptDataModule(FeatureDataModule):
         return self._splits.get(name)
 
     def token_counts(self) -> TokenCounts | None:
-        """Token counts of the training prompts; None where nothing is trained."""
+        """Token counts of the training prompts; None if nothing is trained."""
         return self._counts
 
     def provenance(self, prompts: PromptSet) -> Provenance:

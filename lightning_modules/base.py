@@ -58,7 +58,7 @@ class ValidationOutput(NamedTuple):
     Attributes:
         loss: scalar, sum of the unweighted losses of the first drafted position, labels from the data.
         num_supervised: tokens that the sum is over.
-        chains: per supervised span, ``[starts, T]`` bool: whether the k-th token drafted from each start is right.
+        chains: per supervised span, ``[starts, T]`` bool: whether the k-th token drafted from each start is correct.
     """
 
     loss: Tensor
@@ -148,7 +148,7 @@ class DraftModule(pl.LightningModule):
             UserError: the target has no such layer, or the algorithm reads no captured layers.
         """
         if layer_ids and not cls.reads_layers:
-            raise UserError(f"layers {layer_ids}: {cls.algorithm} reads the last hidden state alone")
+            raise UserError(f"layers {layer_ids}: {cls.algorithm} reads only the last hidden state")
         policy = CapturePolicy(tuple(layer_ids or cls.default_layers(target.num_layers)))
         check_layers(policy, target.num_layers, target.name)
         return policy
@@ -224,8 +224,8 @@ class DraftModule(pl.LightningModule):
             return
         if not counts.supervised.shape == counts.context.shape == self.draft.t2d.shape:
             raise UserError(
-                f"the data counts {len(counts.supervised)} tokens, but {self.target.name} has {len(self.draft.t2d)}; "
-                "prepare and capture again"
+                f"the data has a vocabulary of {len(counts.supervised)} tokens, but {self.target.name} has "
+                f"{len(self.draft.t2d)}; prepare and capture again"
             )
         ids = draft_vocabulary(counts, len(self.draft.d2t))
         self.draft.set_vocabulary(ids)

@@ -39,19 +39,12 @@ from specforge.options import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Supervised(NamedTuple):
-    """The supervised drafts of a batch.
+    """The supervised drafts of a batch."""
 
-    Attributes:
-        plan: names their blocks and labels.
-        states: ``[M, H]`` normed states that the head reads.
-        labels: ``[M]`` draft ids; -1 outside the draft vocabulary.
-        trained: ``[M]`` bool, whether the draft is in the loss.
-    """
-
-    plan: BlockPlan
-    states: Tensor
-    labels: Tensor
-    trained: Tensor
+    plan: BlockPlan  # names their blocks and labels
+    states: Tensor  # [M, H] normed states that the head reads
+    labels: Tensor  # [M] draft ids; -1 outside the draft vocabulary
+    trained: Tensor  # [M] bool, whether the draft is in the loss
 
 
 class BlockFamilyModule(DraftModule):
@@ -66,7 +59,7 @@ class BlockFamilyModule(DraftModule):
         anchors: maximum number of blocks per document and epoch.
         decay: γ of the weights exp(-(k-1)/γ); by default 7, 5 or 4 for blocks of at least 16, at least 10 or fewer
             tokens.
-        label: the token that counts as right: the one in the ``data``, or the ``target``'s most likely one.
+        label: the token that counts as correct: the one in the ``data``, or the ``target``'s most likely one.
         anchor_seed: random seed for drawing anchors.
         gamma: tokens drafted per round in validation, from every token of the answers; by default 4, or fewer if a
             block drafts fewer.
@@ -133,11 +126,7 @@ class BlockFamilyModule(DraftModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Reject training data in which no sample fills a block, besides the common setup.
-
-        Raises:
-            UserError: states the supervised tokens of the largest sample and those that a block needs.
-        """
+        """Reject training data in which no sample fills a block, besides the common setup."""
         super().setup(stage)
         if stage != "fit":
             return
@@ -158,11 +147,7 @@ class BlockFamilyModule(DraftModule):
         return plan_blocks(lengths, spans, anchors, drafts, batch.num_tokens, contiguous=self.contiguous)
 
     def full_plan(self, batch: TrainBatch, positions: int) -> BlockPlan:
-        """Plan of a block of ``positions`` drafts at every token of the answers.
-
-        Raises:
-            UserError: a block drafts fewer tokens.
-        """
+        """Plan of a block of ``positions`` drafts at every token of the answers."""
         self._check_positions(positions)
         lengths, spans = batch.lengths, batch.spans
         return plan_blocks(lengths, spans, starts(spans), positions, batch.num_tokens, contiguous=True)

@@ -30,28 +30,18 @@ class Students:
     """Which state predicts which label.
 
     Shape legend: G heads, S states of each, H hidden size, D draft vocabulary, M labels, T positions.
-
-    Attributes:
-        states: ``[G, S, H]`` the draft's normed states; head g and its states belong to the positions ``g T/G`` up to
-            ``(g+1) T/G``.
-        heads: the G matrices ``[D, H]``.
-        labels: ``[M]`` flat token of each label; padded at the end.
-        index: ``[M, T]`` the state that predicts label m at position t; any where there is none. T is 1 if all
-            positions are alike.
-        valid: ``[M, T]`` whether that state exists.
-        num_labels: labels before the padding.
-        num_supervised: number by which the sum of the training losses is divided.
-        bias: ``[D]`` added to the logits of all heads; None if there is none.
     """
 
+    # [G, S, H] the draft's normed states; head g and its states belong to the positions g T/G up to (g+1) T/G
     states: Tensor
-    heads: Sequence[Tensor]
-    labels: Tensor
+    heads: Sequence[Tensor]  # the G matrices [D, H]
+    labels: Tensor  # [M] flat token of each label; padded at the end
+    # [M, T] the state that predicts label m at position t; any where there is none. T is 1 if all positions are alike
     index: Tensor
-    valid: Tensor
-    num_labels: int
-    num_supervised: int
-    bias: Tensor | None = None
+    valid: Tensor  # [M, T] whether that state exists
+    num_labels: int  # labels before the padding
+    num_supervised: int  # number by which the sum of the training losses is divided
+    bias: Tensor | None = None  # [D] added to the logits of all heads; None if there is none
 
     def by_head(self, columns: Tensor) -> tuple[Tensor, ...]:
         """The columns ``[M, T]`` of each head."""
@@ -77,12 +67,12 @@ class DistilledModule(DraftModule):
         capture: features that the draft reads.
         weights: ``[T]`` weight of each trained position in the loss.
         has_vocabulary: whether the draft comes with its vocabulary.
-        loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or a weight for
-            each of several by name.
-        lk_eta: η of ``lk_lambda``.
-        topk: K of ``topk``.
-        label: the token that counts as right: the ``target``'s most likely one, or the one in the ``data``. They agree
-            if the target wrote the data greedily; ``data`` then saves a product with the whole vocabulary.
+        loss: training loss: ``kl``, ``reverse_kl``, ``js``, ``tv``, ``ce``, ``topk``, ``lk_alpha``, ``lk_lambda``, or a
+            weight for each of several by name.
+        lk_eta: η of the loss ``lk_lambda``: how fast it moves from KL to total variation as acceptance grows.
+        topk: K of the loss ``topk``.
+        label: the token that counts as correct: the ``target``'s most likely one, or the one in the ``data``. They
+            agree if the target wrote the data greedily; ``data`` then saves a product with the whole vocabulary.
         chunk: labels per loss tile; sized to the cache by default. It does not change the result.
     """
 

@@ -33,7 +33,7 @@ class DominoModule(BlockFamilyModule):
     Args:
         draft_config: JSON file of the draft's config, or fields that replace those derived from the target; Domino's
             own (``shift_label``, ``pure_draft_prefix_len``, ``gru_hidden_dim``, ``emb_dim``) are in ``dflash_config``.
-        base_start: λ at the first step.
+        base_start: λ at the first step, the weight of the base logits' cross-entropy.
         base_decay: share of the run's steps over which λ falls to 0; 0 trains on the final logits alone.
 
     Attributes:

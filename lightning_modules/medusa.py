@@ -93,13 +93,9 @@ class MedusaModule(DistilledModule):
         }
 
     def full_plan(self, batch: TrainBatch, positions: int) -> UnrollPlan:
-        """Plan of one position per head.
-
-        Raises:
-            UserError: there are fewer heads than ``positions``.
-        """
+        """Plan of one position per head."""
         if positions > len(self.draft.heads):
-            raise UserError(f"{positions} tokens per round, but the draft has {len(self.draft.heads)} heads")
+            raise UserError(f"gamma is {positions}, but the draft has {len(self.draft.heads)} heads")
         plan: UnrollPlan = super().full_plan(batch, positions)
         return plan
 

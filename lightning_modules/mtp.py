@@ -40,7 +40,7 @@ class MTPModule(DistilledModule):
         init_from: weights to start from: ``target_mtp`` for the target's own MTP module, ``target`` for its last layer
             and final norm, a SpecForge checkpoint, or a draft on disk. Random by default.
         steps: K, number of drafted positions to train.
-        step_decay: β of the weights.
+        step_decay: β; the weight of position s is proportional to ``step_decay ** s``.
     """
 
     algorithm: ClassVar[str] = "mtp"

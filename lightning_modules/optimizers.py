@@ -111,11 +111,6 @@ class MuonWithAdamW(Optimizer):
 def build_optimizer(options: OptimizerOptions, draft: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
     """The optimizer of a draft's trainable parameters, and its schedule.
 
-    Args:
-        options: optimizer and schedule.
-        draft: the draft network; its frozen parameters are left out.
-        total_steps: optimizer steps of the whole run.
-
     Raises:
         UserError: there is no such optimizer or schedule.
     """

@@ -37,8 +37,8 @@ class PEagleModule(EagleFamilyModule):
         init_from: weights to start from: a SpecForge checkpoint, an exported or published draft, or ``target`` for the
             target's own last layer and head, with upper layers that start as identities. Random by default.
         depths: number of drafted positions to train.
-        keep_ratio: r of the sampling; 1 keeps every element.
-        keep_least: r_min of the sampling.
+        keep_ratio: r; training keeps a share max(r^d, r_min) of the elements at depth d, all of them if r is 1.
+        keep_least: r_min, the smallest share at any depth.
         gamma: tokens drafted per round in validation, at most ``depths``; by default min(4, depths).
     """
 
@@ -58,7 +58,7 @@ class PEagleModule(EagleFamilyModule):
     ) -> None:
         gamma = gamma or min(4, depths)
         if gamma > depths:
-            raise UserError(f"model: gamma is {gamma}; want 1 to {depths}, the depths that are trained")
+            raise UserError(f"model: gamma is {gamma}, but must be from 1 to {depths}, the number of trained depths")
         super().__init__(*draft, weights=torch.ones(depths), gamma=gamma, **training)
         self.depths, self.sampling = depths, DepthSampling(keep_ratio, keep_least)
 
@@ -94,7 +94,7 @@ class PEagleModule(EagleFamilyModule):
         return Students(states[None], heads, plan.labels, plan.students, plan.valid, plan.count, plan.num_elements)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> PEagleDrafter:
-        """A parallel drafter with the current weights."""
+        """A drafter with the current weights."""
         draft, reads = self.draft, CapturePolicy(self.draft.layer_ids, last_hidden_states=False)
         ids, size = draft.target_ids.clone(), self.target.vocab_size
         return PEagleDrafter(draft.decoder(dtype), head.embedding, ids, size, reads)

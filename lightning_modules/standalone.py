@@ -39,15 +39,10 @@ from specforge.modeling.draft.starting import SavedDraft, load_weights
 
 @dataclass
 class TextPlan(Plan):
-    """Supervised tokens of a batch whose documents become rows of equal length.
+    """Supervised tokens of a batch whose documents become rows of equal length."""
 
-    Attributes:
-        labels: ``[M]`` flat token of each label.
-        rows: ``[M, 1]`` flat index of the state that predicts it, among the padded rows.
-    """
-
-    labels: Tensor
-    rows: Tensor
+    labels: Tensor  # [M] flat token of each label
+    rows: Tensor  # [M, 1] flat index of the state that predicts it, among the padded rows
 
 
 class StandaloneModule(DistilledModule):
@@ -102,11 +97,7 @@ class StandaloneModule(DistilledModule):
         self.start = network.start_from_target if init_from == "target" else None
 
     def setup(self, stage: str) -> None:
-        """Reject texts that are longer than the draft supports, besides the common setup.
-
-        Raises:
-            UserError: states the length of the longest text and the limit.
-        """
+        """Reject texts that are longer than the draft supports, besides the common setup."""
         super().setup(stage)
         most, limit = max((ref.num_tokens for ref in self.training_samples()), default=0), self.draft.longest
         if limit is not None and most > limit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def evaluate(
     Args:
         draft: a draft from `load_draft`, or the path of one.
         prompts: folder from `specforge prepare`; its held-out part is used if it has one.
-        options: how; the defaults are those of `specforge evaluate`.
+        options: how to evaluate; the defaults are those of `specforge evaluate`.
         num_prompts: evaluate only the first N prompts; by default all.
         cache: folder for the target's own answers.
         progress: print a line when a step begins.
@@ -102,7 +102,7 @@ def capture(
         target: folder or hub name of the target.
         prompts: folder from `specforge prepare`.
         output: folder for the features, with one subfolder per split.
-        options: how; the defaults are those of `specforge capture`.
+        options: how to capture; the defaults are those of `specforge capture`.
         algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
         layer_ids: decoder layers to keep instead of the algorithm's default.
         progress: show a progress bar.
@@ -122,7 +122,7 @@ def capture(
     pick_device(options.device)  # an invalid name is reported before anything is read
     files = TargetFiles.find(str(target))
     policy = find_algorithm(algorithm).capture_policy(files, None if layer_ids is None else list(layer_ids))
-    with _capture_bar() if progress else _nothing_shown() as show:
+    with _capture_bar() if progress else nullcontext(lambda step: None) as show:
         return capture_features(files, Path(prompts), Path(output), policy, options, show)
 
 
@@ -139,8 +139,3 @@ def _capture_bar() -> Iterator[Callable[[CaptureProgress], None]]:
             bar.update(lines[step.split], completed=step.finished, rate=rate)
 
         yield show
-
-
-@contextmanager
-def _nothing_shown() -> Iterator[Callable[[CaptureProgress], None]]:
-    yield lambda step: None

@@ -231,9 +231,6 @@ class LineLog:
     """A text file that only grows, by whole lines; each append is durable.
 
     A crash may leave a cut-off last line. It is not read, and the next append removes it.
-
-    Args:
-        path: the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -284,12 +281,9 @@ class LineLog:
 
 
 def read_secret(path: Path, what: str, private: bool = False) -> str:
-    """Read a text file and strip whitespace.
+    """Read a text file, named ``what`` in error messages, and strip whitespace.
 
-    Args:
-        path: the file.
-        what: its name in error messages.
-        private: reject a file of this user that other users can read or write.
+    ``private`` rejects a file of this user that other users can read or write.
 
     Raises:
         UserError: the file cannot be read, is empty, or is not private.
@@ -326,9 +320,7 @@ def read_json(path: Path) -> Any:
 def check_json(path: Path, *keys: str) -> None:
     """Check before the work starts that a JSON file can be written without replacing anything else.
 
-    Args:
-        path: new or empty file, or a JSON object with these keys, which will be replaced.
-        keys: keys of the object that the command writes.
+    A new or empty file can be written, and a JSON object with all of ``keys``, those that the command writes.
 
     Raises:
         UserError: the file contains something else.

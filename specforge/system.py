@@ -83,11 +83,7 @@ def peak_memory(device: str) -> int:
 
 
 def end_with_parent(parent: int) -> Callable[[], None]:
-    """A ``preexec_fn`` for a new process that sends it SIGTERM when its parent dies (Linux only).
-
-    Args:
-        parent: id of the parent process.
-    """
+    """A ``preexec_fn`` for a new process that sends it SIGTERM when its parent dies (Linux only)."""
 
     def prepare() -> None:
         if sys.platform == "linux":

@@ -164,7 +164,7 @@ def test_the_plan_starts_nothing(target, tmp_path, capsys):
     assert not Path(where["metadata"]).exists()
 
 
-def test_status_names_states_dead_letters_and_the_bottleneck(target, prompts, tmp_path, capsys):
+def test_status_names_states_given_up_prompts_and_the_bottleneck(target, prompts, tmp_path, capsys):
     where = places(tmp_path)
     words = ["--store", where["store"], "--metadata", where["metadata"], "--seconds", "0"]
     assert main(["status", *words]) == 2

@@ -594,7 +594,7 @@ def test_prompts_that_no_target_can_do_are_named_and_left_out_by_policy(tmp_path
     world.engine = Broken()
     with pytest.raises(UserError, match=r"last_hidden_states holds NaN or infinity \(from line 3\)"):
         world.train()
-    (letter,) = world.producers[0].controller.dead_letters()
+    (letter,) = world.producers[0].controller.given_up()
     assert letter.tries == 5
     world.bad_samples = "skip"
     world.train()

@@ -207,9 +207,9 @@ with that architecture's own config: `prepare`, `capture`, `fit` (EAGLE-3), `eva
 target's, both in a batch and alone, and offline τ equals decoded τ), and `export`. `pytest tests/test_targets.py` runs
 this, and `pytest tests/test_targets.py --write-docs` writes this page.
 
-* **Output head**: the matrix that turns the last hidden state into logits, and what is applied to the result. Drafts
-  learn the distribution after all of it. At the start of each capture two tokens verify it; a target whose logits are
-  computed in another way is rejected.
+* **Output head**: the matrix that turns the last hidden state into logits, and any bias, scale or cap applied to them.
+  Drafts learn the distribution after all of it. At the start of each capture two tokens verify it; a target whose
+  logits are computed in another way is rejected.
 * **Decoding** is how `specforge evaluate` runs the target. *In lockstep*: many prompts at a time. *One prompt at a
   time*: the model derives positions from cache slots, or changes them with the length of the text. *Whole text each
   round*: the model has states that cannot be rolled back (recurrent layers, convolutions); its speed in `evaluate` says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from specforge.callbacks.metrics import FILE, read_history
 from specforge.cli.main import main
 from tests.tiny import recipe
 
@@ -321,10 +323,33 @@ def test_the_report_is_one_file_with_pictures_beside_it(undisturbed):
     assert list((undisturbed / "report").glob("*.png"))
 
 
-def test_validate_and_test_run_on_a_checkpoint(target, features, tmp_path, undisturbed, capsys):
+def test_validate_prints_rounded_numbers_and_leaves_no_files(target, features, tmp_path, undisturbed, capsys):
     path = recipe(target, features, tmp_path)
-    for command in ("validate", "test"):
-        assert (
-            main([command, "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
-        )
-        assert "val/tau" in capsys.readouterr().out
+    assert main(["validate", "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    last = [row for row in read_history(undisturbed / FILE) if "val/tau" in row][-1]
+    assert printed == {name: f"{value:.4g}" for name, value in last.items() if name.startswith("val/")}
+    assert not (tmp_path / "run").exists()
+
+
+def test_loggers_have_the_steps_of_the_history_and_the_options(target, features, tmp_path):
+    path = recipe(target, features, tmp_path, trainer__max_steps=5, trainer__log_every_n_steps=2)
+    run = fit(path, "--trainer.val_check_interval=2", "--trainer.logger=CSVLogger")
+    with (run / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        logged = [(int(row["step"]), "tau" if row["val/tau"] else "loss") for row in csv.DictReader(file)]
+    history = [(row["step"], "tau" if "val/tau" in row else "loss") for row in read_history(run / FILE)]
+    assert logged == history == [(2, "loss"), (2, "tau"), (4, "loss"), (4, "tau"), (5, "tau")]
+    options = yaml.safe_load((run / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
+    assert options["trainer"]["max_steps"] == 5
+    assert options["model"]["init_args"]["steps"] == 3
+    assert options["data"]["init_args"]["features"] == str(features)
+
+
+def test_tensorboard_has_the_options_and_nothing_of_a_rejected_run(target, features, tmp_path):
+    path = recipe(target, features, tmp_path, trainer__max_steps=1)
+    folder = fit(path) / "tensorboard"
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["model"]["init_args"]["steps"] == 3
+    files = sorted(folder.iterdir())
+    assert main(["fit", "--config", str(path)]) == 2
+    assert main(["validate", "--config", str(path), "--ckpt_path", "last"]) == 0
+    assert sorted(folder.iterdir()) == files

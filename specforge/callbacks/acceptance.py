@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from specforge.callbacks.metrics import log_row
 from specforge.contracts import TrainBatch
 from specforge.eval.metrics import AcceptanceLength
 
@@ -59,5 +60,4 @@ class AcceptanceLengthEvaluation(pl.Callback):
         loss = trainer.strategy.reduce(loss, reduce_op="sum")
         values = {"val/tau_low": tau.low, "val/tau_high": tau.high, "val/loss": float(loss[0] / loss[1].clamp(min=1))}
         values |= {f"val/acceptance_{k + 1}": a for k, a in enumerate(result["acceptance"])}
-        pl_module.log_dict(values, rank_zero_only=True)
-        pl_module.log("val/tau", tau.value, prog_bar=True, rank_zero_only=True)
+        log_row(trainer, pl_module, {**values, "val/tau": tau.value}, bar="val/tau")

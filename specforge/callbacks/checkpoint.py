@@ -40,30 +40,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and reads them without unpickling."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the file; an existing one is replaced when the new one is complete.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
+        """Write the file; an existing one is replaced when the new one is complete."""
         write_file(Path(path), checkpoint_bytes(checkpoint))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file.
-
-        Raises:
-            UserError: it is missing, damaged, or not a SpecForge checkpoint.
-        """
+        """Read a file."""
         return read_checkpoint(Path(path))
 
 
 class DraftCheckpoint(CheckpointCallback):
-    """ModelCheckpoint that relies on the files alone, and saves the position after the last optimizer step.
+    """ModelCheckpoint that relies on the files alone, and saves the position after the last optimizer step."""
 
-    Attributes:
-        named: the checkpoint that the user resumes from by path; it is never removed.
-    """
-
-    named: str | None = None
+    named: str | None = None  # the checkpoint that the user resumes from by path; it is never removed
 
     def __init__(self, monitor: str, keep: int, name: str, every_n_train_steps: int | None = None) -> None:
         super().__init__(
@@ -134,14 +122,7 @@ class DraftCheckpoint(CheckpointCallback):
     def on_train_batch_end(self, *_: Any) -> None:
         """Do nothing."""
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def on_validation_end(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def on_train_end(self, *_: Any) -> None:
-        """Do nothing."""
+    on_train_epoch_end = on_validation_end = on_train_end = on_train_batch_end
 
 
 class LastCheckpoint(DraftCheckpoint):

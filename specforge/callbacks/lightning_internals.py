@@ -7,7 +7,6 @@ still exists and that no other file uses one, so that an upgrade fails there fir
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -155,9 +154,10 @@ class FitParser(LightningArgumentParser):
         self._action_groups.sort(key=lambda group: order.index(first_key(group)))
         for action in self._actions:
             key, _, name = action.dest.partition(".")
-            if action.dest in self.helps:
+            if action.help == "Path to a configuration file.":  # of one group; --config serves for all
+                action.help = argparse.SUPPRESS
+            elif action.dest in self.helps:
                 action.help = self.helps[action.dest]
             elif ((key == "trainer" and name) or key in ("weights_only", "verbose")) and not self.shows_all:
                 action.help = argparse.SUPPRESS
-        ours, heading, trainer = super().format_help().partition("\nTrainer:")
-        return ours + heading + (trainer if self.shows_all else re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", trainer))
+        return str(super().format_help())

@@ -20,9 +20,6 @@ class FitLoop(LightningFitLoop):
     checkpoint records whether a validation follows, and a resumed run repeats it, with the same outcome whether or not
     it had been interrupted. A run with nothing left to train still runs its start and end hooks, because its last
     validation may have been interrupted too.
-
-    Args:
-        trainer: the trainer whose loop this replaces.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from specforge.contracts import TrainBatch
+from specforge.eval.report import HISTORY, read_history
 from specforge.files import write_file
 from specforge.system import peak_memory
-
-FILE = "metrics.jsonl"
 
 
 class TrainingMetrics(pl.Callback):
@@ -67,7 +66,7 @@ class TrainingMetrics(pl.Callback):
         self._logged_step = self._first_step = trainer.global_step
         self.latest = {}
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._path = Path(trainer.default_root_dir) / FILE
+            self._path = Path(trainer.default_root_dir) / HISTORY
             self._drop_rows(trainer)
         self.validated_step = trainer.strategy.broadcast(self.validated_step)
 
@@ -123,7 +122,7 @@ class TrainingMetrics(pl.Callback):
         }
         values |= {f"train/accuracy_{k + 1}": float(a) for k, a in enumerate(hits / rows)}
         values |= {f"train/loss_{k + 1}": float(x) for k, x in enumerate(losses / rows)}
-        pl_module.log_dict(values, rank_zero_only=True)
+        log_row(trainer, pl_module, values)
         self.latest = {name: values[f"train/{name}"] for name in ("loss", "tokens_per_second")}
         shown = {"loss": self.latest["loss"], "tok/s": self.latest["tokens_per_second"]}  # in other progress bars
         pl_module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
@@ -185,6 +184,23 @@ class _Clock:
         return seconds
 
 
+def log_row(trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float], bar: str = "") -> None:
+    """Log values of the current optimizer step, as ``metrics.jsonl`` numbers it; Lightning's own number is one less.
+
+    Args:
+        trainer: its loggers get the values.
+        pl_module: the values become the trainer's ``callback_metrics``.
+        values: by name.
+        bar: name of the value that Lightning's progress bars show too.
+    """
+    if values and not trainer.sanity_checking:
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
+            logger.save()
+    for name, value in values.items():
+        pl_module.log(name, value, prog_bar=name == bar, logger=False, rank_zero_only=True)
+
+
 def is_time_to_log(trainer: pl.Trainer) -> bool:
     """Whether the current step is logged (``trainer.log_every_n_steps``; 0 logs none)."""
     every: int = trainer.log_every_n_steps
@@ -193,16 +209,3 @@ def is_time_to_log(trainer: pl.Trainer) -> bool:
 
 def _is_validation(row: dict[str, Any]) -> bool:
     return any(name.startswith("val/") for name in row)
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a history file; lines that are not rows, such as one truncated by a crash, are skipped."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows

@@ -12,8 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from specforge.callbacks.metrics import FILE
-from specforge.eval.report import PROVENANCE, versions, write_report
+from specforge.eval.report import HISTORY, PROVENANCE, versions, write_report
 from specforge.files import write_file
 from specforge.stopping import Stopped
 
@@ -54,7 +53,7 @@ class RunReport(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         run = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and not trainer.fast_dev_run and (run / FILE).exists():
+        if trainer.is_global_zero and not trainer.fast_dev_run and (run / HISTORY).exists():
             trainer.print(f"wrote {write_report(run)}")
 
 

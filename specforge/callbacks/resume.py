@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from specforge.callbacks.lightning_internals import callback_states
-from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log
+from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log, log_row
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
 from specforge.runtime.data_plane.loader import RunLength
@@ -61,8 +61,7 @@ class ExactResume(pl.Callback):
         trainer.train_dataloader.acknowledge(batch, self._step if stepped else self._step + 1)
         if stepped and is_time_to_log(trainer):
             flow = trainer.train_dataloader.flow()
-            for name, value in flow.items():
-                pl_module.log(f"data/{name}", value, prog_bar=name == "wait", rank_zero_only=True)
+            log_row(trainer, pl_module, {f"data/{name}": value for name, value in flow.items()}, bar="data/wait")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -19,10 +19,10 @@ def environment_prefix(name: str) -> str:
 def environment_help(name: str) -> str:
     """How environment variables set a command's options, for its help."""
     prefix = environment_prefix(name)
-    example = "TRAINER__MAX_STEPS=9 is --trainer.max_steps 9" if prefix.endswith("__") else "NAME=x is --name x"
+    example = "TRAINER__MAX_STEPS=9 for --trainer.max_steps 9" if prefix.endswith("__") else "OPTION=x for --option x"
     return (
-        f"Environment variables set options too: {prefix}{example}. The command line takes precedence over the "
-        "environment, the environment over --config, and --config over the defaults."
+        f"Every option can also be set by an environment variable: {prefix}{example}. The command line takes "
+        "precedence over environment variables, these over --config, and --config over the defaults."
     )
 
 

@@ -12,6 +12,7 @@ import jsonargparse
 
 from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain
+from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError
 from specforge.system import keep_freed_memory
 
@@ -41,9 +42,10 @@ def command_line(name: str, function: Callable[..., Any]) -> CommandLine:
         exit_on_error=False,
         description=(inspect.getdoc(function) or "").split("\n\nArgs:", 1)[0],
         epilog=environment_help(name),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options")
-    names = parser.add_function_arguments(function, skip=set(classes))
+    names = parser.add_function_arguments(function, as_group=False, skip=set(classes))
     groups = {key: (cls, parser.add_class_arguments(cls)) for key, cls in classes.items()}
     for key, cls in classes.items():
         hints |= get_type_hints(cls)

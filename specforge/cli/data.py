@@ -50,7 +50,7 @@ def prepare(
         data: .jsonl or .json files (OpenAI, ShareGPT, formatted or tokenised records), or hub datasets.
         target: folder or hub name of the target.
         output: folder for the prompt sets ``train`` and ``heldout``; those of an earlier `prepare` are replaced.
-        options: limits.
+        options: limits and policies.
         split: split of a hub dataset.
         subset: configuration of a hub dataset.
         chat_template: Jinja file to use instead of the tokenizer's own template.
@@ -59,7 +59,7 @@ def prepare(
     prompt_sets.check_output(output)
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template, last_turn_only)
-    options = replace(options, max_length=min(options.max_length, files.learnt_positions or options.max_length))
+    options = replace(options, max_length=min(options.max_length, files.learned_positions or options.max_length))
     paths = [data] if isinstance(data, str) else data
     with progress_bar("records") as bar:
         task = bar.add_task("prepare", total=None, rate="")

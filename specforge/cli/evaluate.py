@@ -38,7 +38,7 @@ def evaluate(
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
         prompts: folder from `specforge prepare`; its held-out part is used if it has one.
-        options: how.
+        options: how to evaluate.
         target: folder or hub name; by default the target that the draft was trained on.
         num_prompts: evaluate only the first N prompts (default: all).
         cache: folder for the target's own answers.
@@ -79,7 +79,7 @@ def export(
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     algorithm: str | None = None,
 ) -> None:
-    """Write a trained draft in the form that servers load.
+    """Write a trained draft for a server to load.
 
     Args:
         draft: SpecForge checkpoint, or a draft's folder.

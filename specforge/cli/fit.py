@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import loggers
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -21,6 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 import datamodules  # noqa: F401 - registers the built-in classes by name
 import lightning_modules
 import specforge.stopping as stopping
+from lightning_modules.optimizers import OptimizerOptions
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.callbacks.checkpoint import (
     AtomicCheckpointIO,
@@ -40,10 +44,12 @@ from specforge.callbacks.resume import ExactResume
 from specforge.callbacks.strategies import register_strategies
 from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain, lightning_refusal
+from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.system import keep_freed_memory
 
+_MODE = "specforge"  # jsonargparse's name for :func:`_load_yaml`
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/run",
     "gradient_clip_val": 0.5,
@@ -66,8 +72,11 @@ _AT_LEAST = {
 _HELP = {
     "config": "recipe or YAML file; may be given more than once, later files override earlier ones",
     "seed_everything": "random seed",
-    "model": "the algorithm, such as Eagle3Module; its options are --model.NAME (see --model.help Eagle3Module)",
-    "data": "the data, such as OfflineDataModule; its options are --data.NAME (see --data.help OfflineDataModule)",
+    "model": "the algorithm: Eagle3Module, PEagleModule, DFlashModule, DFlash2Module, DominoModule, DSparkModule, "
+    "MTPModule, MedusaModule, HydraModule, StandaloneModule, or the class path of your own; its options are "
+    "--model.NAME (see --model.help Eagle3Module)",
+    "data": "the source of training samples: OfflineDataModule, OnlineDataModule or DisaggregatedDataModule; its "
+    "options are --data.NAME (see --data.help OfflineDataModule)",
     "ckpt_path": "checkpoint to start from: a path, or last or best of the run in trainer.default_root_dir",
     "trainer.default_root_dir": "the run's folder: checkpoints, metrics, logs and report",
     "trainer.max_steps": "stop after this many optimizer steps; -1 for no limit",
@@ -97,16 +106,28 @@ _MORE_HELP = (
 )
 
 
+class _Parser(FitParser):
+    """Parser with our layout of help; jsonargparse makes another one, without ``usage``, for the options of a class."""
+
+    def __init__(self, *args: Any, description: str = "", **kwargs: Any) -> None:
+        description = re.sub(r"^Help for --\w+\.help=(.*)", r"Options of \1:", description)
+        layout = {"formatter_class": HelpFormatter, "usage": argparse.SUPPRESS}
+        super().__init__(*args, description=description, **(layout | kwargs))
+
+
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved configuration into the run's folder."""
+    """Writes the resolved configuration into the run's folder, and gives it to the loggers as hyperparameters."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Do nothing yet: a run that is rejected changes nothing."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file; a resumed run writes it again."""
+        """Write the file, and log the options; a resumed run does so again."""
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
+        options = yaml.safe_load(self.parser.dump(self.config, skip_validation=True))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({key: x for key, x in options.items() if key in ("model", "data", "trainer")})
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``."""
@@ -115,21 +136,21 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunLogger(loggers.TensorBoardLogger):
-    """TensorBoardLogger that creates its files with the first metrics: a run that is rejected leaves none."""
+    """TensorBoardLogger that creates its files when training starts: a run that is rejected leaves none."""
 
-    def __init__(self, folder: str, at_once: bool) -> None:
-        super().__init__(folder, name="tensorboard", version="")
-        self._opened = at_once
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="tensorboard", version="", default_hp_metric=False)
+        self._opened = False
 
     @property
     def experiment(self) -> Any:
-        """TensorBoard's writer; before the first metrics, an object that does nothing."""
+        """TensorBoard's writer; before training starts, an object that does nothing."""
         return super().experiment if self._opened else NoExperiment()
 
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Write metrics."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Write the run's options, the first content of the files."""
         self._opened = True
-        super().log_metrics(metrics, step)
+        super().log_hyperparams(*args, **kwargs)
 
 
 class TrainingCLI(LightningCLI):
@@ -143,6 +164,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, words: Sequence[str], callbacks: Sequence[pl.Callback]) -> None:
         self.command = command
+        jsonargparse.set_loader(_MODE, _load_yaml, (yaml.YAMLError,))
         description = {"prog": f"specforge {command}", "usage": f"specforge {command} [--config FILE] [options]"}
         super().__init__(
             pl.LightningModule,
@@ -155,12 +177,13 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=FitParser,
+            parser_class=_Parser,
             parser_kwargs={
                 **description,
                 "description": _DESCRIPTIONS[command],
                 "epilog": _MORE_HELP + environment_help(command),
                 "exit_on_error": False,
+                "parser_mode": _MODE,
             },
             args=list(words),
             run=False,
@@ -197,8 +220,9 @@ class TrainingCLI(LightningCLI):
         if config["val_check_interval"] == 0:
             raise UserError("trainer.val_check_interval: must be above 0; to skip validation, set limit_val_batches: 0")
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
-        if config.get("logger.init_args.save_dir") == "":
-            config["logger.init_args.save_dir"] = config["default_root_dir"]
+        for logger in config["logger"] if isinstance(config["logger"], list) else [config["logger"]]:
+            if isinstance(logger, jsonargparse.Namespace) and logger.get("init_args.save_dir") == "":
+                logger["init_args.save_dir"] = config["default_root_dir"]
         run, given = Path(config["default_root_dir"]), self.config["ckpt_path"]
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
         if given not in (None, "hpc"):
@@ -218,8 +242,8 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = plugins
         if config["barebones"]:
             kwargs |= {key: None for key in _NOT_BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
-        elif config.get("logger") in (None, True):
-            kwargs["logger"] = RunLogger(config["default_root_dir"], at_once=self.command != "fit")
+        elif config.get("logger") in (None, True):  # a validation adds nothing to the run's files
+            kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.command == "fit" else False
         if config.get("enable_progress_bar") is not False and not config["barebones"]:
             self.trainer_defaults["callbacks"].append(RunProgress())  # last, so that it shows the others' values
         if config["barebones"] or config["enable_checkpointing"] is False:
@@ -235,42 +259,68 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def run(self) -> None:
-        """Train or validate."""
-        arguments = {name: self.config_init[name] for name in self._arguments}
-        method = getattr(self.trainer, self.command)
-        method(self.model, datamodule=self.datamodule, **{**arguments, "ckpt_path": self._checkpoint})
+        """Train, or validate and print the metrics."""
+        arguments = {name: self.config_init[name] for name in self._arguments} | {"ckpt_path": self._checkpoint}
+        if self.command == "fit":
+            self.trainer.fit(self.model, datamodule=self.datamodule, **arguments)
+            return
+        shown = arguments.pop("verbose")
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, **arguments)
+        metrics = self.trainer.callback_metrics
+        if shown and self.trainer.is_global_zero:
+            width = max(map(len, metrics), default=0)
+            print("\n".join(f"{name:<{width}}  {metrics[name]:.4g}" for name in sorted(metrics)))
 
 
 def _with_save_dir(words: Sequence[str]) -> list[str]:
-    """Set an empty save_dir, which becomes the run's folder, for a logger that is given by name."""
-    named = {name for name in loggers.__all__ if "save_dir" in inspect.signature(getattr(loggers, name)).parameters}
+    """Set an empty save_dir, which becomes the run's folder, for a logger that the command line names."""
     result: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         result.append(word)
         option, _, value = word.partition("=")
-        if (option == "--trainer.logger" and value in named) or (before == "--trainer.logger" and word in named):
+        if _needs_folder(value if option == "--trainer.logger" else word if before == "--trainer.logger" else None):
             result.append("--trainer.logger.save_dir=")
     return result
 
 
+def _load_yaml(text: str) -> Any:
+    """Load YAML; a logger in it that has no save_dir gets an empty one, as :func:`_with_save_dir` does."""
+    loaded = jsonargparse.get_loader("yaml")(text)
+    trainer = loaded.get("trainer") if isinstance(loaded, dict) else None
+    if isinstance(trainer, dict) and trainer.get("logger"):
+        given = trainer["logger"]
+        trainer["logger"] = [_in_folder(x) for x in given] if isinstance(given, list) else _in_folder(given)
+    return loaded
+
+
+def _in_folder(logger: Any) -> Any:
+    logger = {"class_path": logger} if _needs_folder(logger) else logger
+    if isinstance(logger, dict) and _needs_folder(logger.get("class_path")):
+        return {**logger, "init_args": {"save_dir": "", **(logger.get("init_args") or {})}}
+    return logger
+
+
+def _needs_folder(name: Any) -> bool:
+    """Whether a name is that of a Lightning logger that writes into a folder."""
+    name = name.rpartition(".")[2] if isinstance(name, str) else ""
+    return name in loggers.__all__ and "save_dir" in inspect.signature(getattr(loggers, name)).parameters
+
+
 def option_names() -> list[str]:
-    """Every option of `specforge fit`, including those of the built-in models and data modules."""
-    keys = ["seed_everything", "ckpt_path", "model", "data"]
-    classes = {"trainer": [pl.Trainer], "checkpoint": [LastCheckpoint], "best_checkpoint": [BestCheckpoint]}
-    keys += [f"{base}.{name}" for base, found in classes.items() for name in _parameters(found)]
+    """Options of a run, including those of the built-in models and data modules."""
     data = [cls for cls in _subclasses(pl.LightningDataModule) if cls.__module__.split(".")[0] == "datamodules"]
-    for base, built_in in (("model", list(lightning_modules.algorithms().values())), ("data", data)):
-        keys += [f"{base}.init_args.{name}" for name in _parameters(built_in)]
+    models = list(lightning_modules.algorithms().values())
+    classes: dict[str, list[Any]] = {"trainer": [pl.Trainer], "model.init_args": models, "data.init_args": data}
+    classes |= {
+        "model.init_args.optimizer": [OptimizerOptions],
+        "checkpoint": [LastCheckpoint],
+        "best_checkpoint": [BestCheckpoint],
+    }
+    keys = ["seed_everything", "ckpt_path", "model", "data"]
+    for prefix, found in classes.items():
+        for cls in found:
+            keys += jsonargparse.ArgumentParser().add_class_arguments(cls, prefix)
     return list(dict.fromkeys(keys))
-
-
-def _parameters(classes: Sequence[type]) -> Iterator[str]:
-    """Parameters of constructors, including those that ``**kwargs`` passes on to a base class of ours."""
-    for cls in classes:
-        for base in cls.__mro__:
-            if base is cls or base.__module__.split(".")[0] in ("lightning_modules", "datamodules"):
-                parameters = list(inspect.signature(base).parameters.values())
-                yield from (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
 
 
 def _class_names() -> list[str]:

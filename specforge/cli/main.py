@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -54,7 +57,28 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is reported in one line on stderr, with status 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    with _output_may_close():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+@contextmanager
+def _output_may_close() -> Iterator[None]:
+    """Exit quietly, with status 141, if the reader of the output has exited, as in ``specforge recipes | head -1``."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        events = select.poll()
+        events.register(1, 0)  # reports a closed pipe only
+        if not events.poll(0):  # another connection is broken
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it exits
+        sys.exit(141)
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -90,8 +114,9 @@ def _dispatch(argv: list[str]) -> int:
     length = 2 if " ".join(argv[:2]) in COMMANDS else 1
     name, words = " ".join(argv[:length]), argv[length:]
     if name not in COMMANDS:
-        close = get_close_matches(name, COMMANDS, 1)
-        hint = _REMOVED.get(name) or (f"did you mean '{close[0]}'?" if close else "")
+        close = [f"'{known}'" for known in COMMANDS if known.startswith(f"{name} ")]
+        close = close or [f"'{known}'" for known in get_close_matches(name, COMMANDS, 1)]
+        hint = _REMOVED.get(name) or (f"did you mean {' or '.join(close)}?" if close else "")
         raise UserError(f"no command '{name}'{'; ' * bool(hint)}{hint} (see `specforge --help`)")
     module, function = COMMANDS[name][0].split(":")
     command = getattr(import_module(module), function)

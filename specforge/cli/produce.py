@@ -34,6 +34,7 @@ from specforge.runtime.data_plane.store import FeatureStore
 from specforge.system import end_with_parent, pick_device
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_STATE_NAMES = {State.DEAD: "given up"}  # where the stored name is not the user's term
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def capture(
         target: folder or hub name of the target.
         prompts: folder from `specforge prepare`.
         output: folder for the features; an interrupted capture resumes where it stopped.
-        options: how.
+        options: how to capture.
         algorithm: capture the features that this algorithm needs (a name, or the class path of your own module).
         layer_ids: decoder layers to keep instead of the algorithm's default.
     """
@@ -261,16 +262,16 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
     )
     held = controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED))
     held = [ref for ref in held if controller.features.holds(ref)]
-    dead = controller.dead_letters()
+    given_up = controller.given_up()
     lines = [
-        "samples: " + ", ".join(f"{counts[state]:,} {state}" for state in STATES),
+        "samples: " + ", ".join(f"{counts[state]:,} {_STATE_NAMES.get(state, state)}" for state in STATES),
         f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
         f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
-        bottleneck(counts, produced, controller.unfinished(), controller.silent()),
-        *(printable(f"given up: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in dead),
+        bottleneck(counts, produced, controller.unfinished(), controller.stalled()),
+        *(printable(f"given up: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in given_up),
     ]
-    if dead and revive:
-        controller.revive([letter.key for letter in dead])
-        lines.append(f"{len(dead)} queued again")
+    if given_up and revive:
+        controller.revive([prompt.key for prompt in given_up])
+        lines.append(f"queued again: {len(given_up)} given-up prompts")
     controller.metadata.close()
     return lines

@@ -26,22 +26,11 @@ from specforge.files import first_line, parse_json, read_json
 from specforge.packages import install_hint
 
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "assistant", "bot", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train")  # OpenAI's name, Axolotl's
@@ -51,35 +40,23 @@ REGENERATED = "regenerated"
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Token ids of one answer, stored when the target generated it.
+    """Token ids of one answer, stored when the target generated it."""
 
-    Attributes:
-        prompt_ids: the target's prompt.
-        answer_ids: the target's answer, including its end token unless it was cut off.
-        digest: hash of the conversation up to and including the answer; it differs if the text was edited later.
-    """
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    digest: str
+    prompt_ids: tuple[int, ...]  # the target's prompt
+    answer_ids: tuple[int, ...]  # the target's answer, including its end token unless it was cut off
+    digest: str  # hash of the conversation up to and including the answer; it differs if the text was edited later
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in OpenAI form.
+    """Messages in OpenAI form."""
 
-    Attributes:
-        messages: role and content, plus ``reasoning_content`` and ``tool_calls`` if present; the arguments of a call
-            are text or JSON values, as in the record.
-        tools: descriptions of the tools that may be called.
-        kept: stored tokens of answers, by message index.
-        tokenizer: fingerprint of the tokenizer and chat template that produced the stored tokens.
-    """
-
+    # role and content, plus reasoning_content and tool_calls if present; the arguments of a call are text or JSON
+    # values, as in the record
     messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    kept: Mapping[int, KeptTokens] = field(default_factory=dict)
-    tokenizer: str = ""
+    tools: tuple[dict[str, Any], ...] = ()  # descriptions of the tools that may be called
+    kept: Mapping[int, KeptTokens] = field(default_factory=dict)  # stored tokens of answers, by message index
+    tokenizer: str = ""  # fingerprint of the tokenizer and chat template that produced the stored tokens
 
     def digest(self, count: int) -> str:
         """Hash of the tools and of the parts of the first ``count`` messages that a chat template can read."""
@@ -128,19 +105,12 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class DataRecord:
-    """One parsed record.
-
-    Attributes:
-        content: the parsed content.
-        source: file and line, for error messages.
-        id: the record's id, or else the source.
-        split: ``train``, ``heldout``, or None if the record names no split.
-    """
+    """One parsed record."""
 
     content: Conversation | Formatted | Tokenised
-    source: str
-    id: str
-    split: str | None = None
+    source: str  # file and line, for error messages
+    id: str  # the record's id, or else the source
+    split: str | None = None  # train, heldout, or None if the record names no split
 
 
 class RecordError(UserError):

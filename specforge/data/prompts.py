@@ -38,17 +38,11 @@ _NAMES = ("input_ids", "loss_mask", "offsets", "supervised_counts", "context_cou
 
 @dataclass
 class PromptSet:
-    """Tokenised documents.
-
-    Attributes:
-        tasks: the documents.
-        tokenizer: fingerprint of the tokenizer.
-        counts: token counts over all documents.
-    """
+    """Tokenised documents."""
 
     tasks: list[PromptTask]
-    tokenizer: str
-    counts: TokenCounts
+    tokenizer: str  # fingerprint of the tokenizer
+    counts: TokenCounts  # token counts over all documents
 
     def save(self, folder: Path) -> None:
         """Write the folder atomically."""
@@ -210,16 +204,9 @@ def prepare(
     subset: str | None = None,
     progress: Any = None,
 ) -> tuple[dict[str, PromptSet], PrepareReport]:
-    """Read, render and tokenise records.
+    """Read, render and tokenise records of files and hub datasets; ``split`` and ``subset`` apply to the latter.
 
-    Args:
-        data: files or hub datasets.
-        template: the target's tokenizer and chat template.
-        vocab_size: rows of the target's embedding.
-        options: limits and policies.
-        split: split of a hub dataset.
-        subset: configuration of a hub dataset.
-        progress: called after every record.
+    ``vocab_size`` is the number of rows of the target's embedding; ``progress`` is called after every record.
 
     Returns:
         The non-empty splits, and a report of dropped records.

@@ -184,12 +184,7 @@ class Renderer:
             return None
 
     def render(self, messages: Messages, tools: Tools, generate: bool = False) -> str:
-        """Render messages.
-
-        Args:
-            messages: the messages, as the template expects them.
-            tools: descriptions of the tools that may be called.
-            generate: append the generation prompt.
+        """Render messages, as the template expects them; ``generate`` appends the generation prompt.
 
         Raises:
             Refusal: the template rejects these messages.

@@ -16,17 +16,11 @@ from specforge.errors import UserError
 
 @dataclass(frozen=True)
 class Member:
-    """The properties of a conversation that determine its split.
+    """The properties of a conversation that determine its split."""
 
-    Attributes:
-        split: the split that the record names, if any.
-        samples: ids of its samples.
-        prompts: hashes of its prompts, including those with answers that are not trained on.
-    """
-
-    split: str | None
-    samples: tuple[str, ...]
-    prompts: frozenset[bytes]
+    split: str | None  # the split that the record names, if any
+    samples: tuple[str, ...]  # ids of its samples
+    prompts: frozenset[bytes]  # hashes of its prompts, including those with answers that are not trained on
 
     @classmethod
     def of(cls, record: DataRecord, tasks: Sequence[PromptTask], special_ids: Collection[int] = ()) -> Member:
@@ -38,12 +32,7 @@ class Member:
 
 
 def prompts_of(task: PromptTask, special_ids: Collection[int] = ()) -> Iterator[bytes]:
-    """Hash each prompt of a sample: all tokens before each supervised run.
-
-    Args:
-        task: the sample.
-        special_ids: special tokens; a prompt of special tokens alone is skipped.
-    """
+    """Hash each prompt of a sample (all tokens before a supervised run), unless it has only special tokens."""
     digest, start, has_text = xxhash.xxh3_128(), 0, False
     for stop in (i + 1 for i, (a, b) in enumerate(pairwise(task.loss_mask)) if b and not a):
         piece = task.input_ids[start:stop]

@@ -25,21 +25,15 @@ class TokenSample:
 
 @dataclass(frozen=True)
 class Asked:
-    """The text of one answer.
+    """The text of one answer."""
 
-    Attributes:
-        prompt: the text before the answer, generation prompt included.
-        answer: the supervised text, up to the first end token after its words, or else up to its last end token if it
-            has one.
-        tail: the text after the answer.
-        cut_off: whether the answer reached a length limit, so that its end token does not come from the target.
-        words: number of characters of the answer up to the end of the assistant's words; None if unknown.
-    """
-
-    prompt: str
+    prompt: str  # the text before the answer, generation prompt included
+    # the supervised text, up to the first end token after its words, or else up to its last end token if it has one
     answer: str
-    tail: str = ""
+    tail: str = ""  # the text after the answer
+    # whether the answer reached a length limit, so that its end token does not come from the target
     cut_off: bool = False
+    # number of characters of the answer up to the end of the assistant's words; None if unknown
     words: int | None = None
 
 
@@ -53,12 +47,7 @@ class Turn:
 
 
 class TurnTokenizer:
-    """Tokenises prompts and answers without adding special tokens.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        end_ids: tokens that end an answer.
-    """
+    """Tokenises prompts and answers without adding special tokens."""
 
     def __init__(self, tokenizer: Any, end_ids: frozenset[int]) -> None:
         self.tokenizer, self.end_ids = tokenizer, end_ids

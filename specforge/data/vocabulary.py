@@ -29,7 +29,7 @@ def draft_vocabulary(counts: TokenCounts, size: int, context_weight: float = CON
     """
     score = counts.supervised.double() + context_weight * counts.context.double()
     if not 0 < size <= len(score):
-        raise UserError(f"draft_vocab_size {size}: the target has {len(score)} tokens")
+        raise UserError(f"draft_vocab_size is {size}, but the target has only {len(score)} tokens")
     order = torch.argsort(score, descending=True, stable=True)
     return order[:size].sort().values
 

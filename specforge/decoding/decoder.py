@@ -10,32 +10,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specforge.decoding.drafters import Drafter, Features
 from specforge.decoding.runners import Runner, make_runner, runs_in_lockstep
-from specforge.decoding.verify import Sampling, verify
+from specforge.decoding.verify import Proposal, Sampling, verify
 
 
 @dataclass
 class Decoded:
-    """One decoded answer.
+    """One decoded answer."""
 
-    Attributes:
-        tokens: the answer, ending in the end token if there is one.
-        rounds: verification passes of the target, prefill excluded.
-        drafted: per position, how often a token was drafted there and all drafts before it were accepted.
-        accepted: per position, how often that token was accepted.
-        seconds: wall time after the prefill, including the draft's own prefill; prompts decoded together share it.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    rounds: int = 0
+    tokens: list[int] = field(default_factory=list)  # the answer, ending in the end token if there is one
+    rounds: int = 0  # verification passes of the target, prefill excluded
+    # per position, how often a token was drafted there and all drafts before it were accepted
     drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)  # per position, how often that token was accepted
+    # wall time after the prefill, including the draft's own prefill; prompts decoded together share it
     seconds: float = 0.0
 
     @property
@@ -44,16 +38,29 @@ class Decoded:
         return len(self.tokens) - 1
 
 
+class _Options(NamedTuple):
+    gamma: int
+    max_new_tokens: int
+    ends: frozenset[int]
+    sampling: Sampling
+
+
 class _Sequence:
     """A prompt that is being decoded: its drafter, its random generator, and its answer so far."""
 
-    def __init__(self, prompt: Sequence[int], drafter: Drafter, gamma: int, seed: int) -> None:
-        self.prompt, self.drafter = prompt, drafter
+    def __init__(self, prompt: Sequence[int], drafter: Drafter, options: _Options, seed: int) -> None:
+        self.prompt, self.drafter, self.options = prompt, drafter, options
         self.generator = torch.Generator().manual_seed(seed)
-        self.result = Decoded(drafted=[0] * gamma, accepted=[0] * gamma)
+        self.result = Decoded(drafted=[0] * options.gamma, accepted=[0] * options.gamma)
         drafter.reset()
 
-    def start(self, logits: Tensor, features: Features, sampling: Sampling) -> None:
+    @property
+    def finished(self) -> bool:
+        tokens = self.result.tokens
+        return len(tokens) >= self.options.max_new_tokens or tokens[-1] in self.options.ends
+
+    def start(self, logits: Tensor, features: Features) -> None:
+        sampling = self.options.sampling
         if sampling.greedy:
             first = int(logits[-1].argmax())
         else:
@@ -61,12 +68,14 @@ class _Sequence:
         self.result.tokens.append(first)
         self.drafter.observe([*self.prompt, first], features)
 
-    def commit(
-        self, proposal: Any, logits: Tensor, features: Features, sampling: Sampling, ends: frozenset[int]
-    ) -> int:
+    def propose(self) -> Proposal:
+        gamma, room = self.options.gamma, self.options.max_new_tokens - len(self.result.tokens)
+        return self.drafter.propose(min(gamma, room - 1), self.options.sampling, self.generator)
+
+    def commit(self, proposal: Proposal, logits: Tensor, features: Features) -> int:
         """Verify a proposal; returns how many of the tokens that the target processed are kept."""
-        result = self.result
-        verdict = verify(proposal, logits, sampling, self.generator)
+        result, ends = self.result, self.options.ends
+        verdict = verify(proposal, logits, self.options.sampling, self.generator)
         committed = [*proposal.tokens[: verdict.accepted], verdict.next]
         kept = {name: x[: verdict.accepted + 1] for name, x in features.items()}
         self.drafter.observe(committed, kept)
@@ -104,32 +113,28 @@ def decode(
         sampling: how the target chooses tokens (default: greedy).
         seed: random seed for sampling and verification; prompt i uses ``seed + i``.
     """
-    sampling, ends = sampling or Sampling(), frozenset(end_ids)
     if len(prompts) > 1 and not runs_in_lockstep(model):
         decode_one = partial(
             decode, model, drafter, gamma=gamma, max_new_tokens=max_new_tokens, end_ids=end_ids, sampling=sampling
         )
         return [decode_one([prompt], seed=seed + i)[0] for i, prompt in enumerate(prompts)]
-    active = [_Sequence(p, drafter(), gamma, seed + i) for i, p in enumerate(prompts)]
+    options = _Options(gamma, max_new_tokens, frozenset(end_ids), sampling or Sampling())
+    active = [_Sequence(p, drafter(), options, seed + i) for i, p in enumerate(prompts)]
     sequences = list(active)
     runner = make_runner(model, active[0].drafter.capture, len(active))
     try:
         prefill = runner.forward([s.prompt for s in active], last_only=True)
         start = time.perf_counter()
         for sequence, (logits, features) in zip(active, prefill, strict=True):
-            sequence.start(logits, features, sampling)
+            sequence.start(logits, features)
         while True:
-            unfinished = [
-                i
-                for i, s in enumerate(active)
-                if len(s.result.tokens) < max_new_tokens and s.result.tokens[-1] not in ends
-            ]
+            unfinished = [i for i, s in enumerate(active) if not s.finished]
             if len(unfinished) < len(active):
                 if not unfinished:
                     break
                 runner.select(unfinished)
                 active = [active[i] for i in unfinished]
-            _round(runner, active, gamma, max_new_tokens, sampling, ends)
+            _round(runner, active)
         for sequence in sequences:
             sequence.result.seconds = time.perf_counter() - start
     finally:
@@ -137,21 +142,11 @@ def decode(
     return [sequence.result for sequence in sequences]
 
 
-def _round(
-    runner: Runner,
-    active: Sequence[_Sequence],
-    gamma: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    ends: frozenset[int],
-) -> None:
-    proposals = []
-    for sequence in active:
-        room = max_new_tokens - len(sequence.result.tokens)
-        proposals.append(sequence.drafter.propose(min(gamma, room - 1), sampling, sequence.generator))
+def _round(runner: Runner, active: Sequence[_Sequence]) -> None:
+    proposals = [sequence.propose() for sequence in active]
     outputs = runner.forward([[s.result.tokens[-1], *p.tokens] for s, p in zip(active, proposals, strict=True)])
     kept = [
-        sequence.commit(proposal, logits, features, sampling, ends)
+        sequence.commit(proposal, logits, features)
         for sequence, proposal, (logits, features) in zip(active, proposals, outputs, strict=True)
     ]
     runner.keep(kept)

@@ -7,6 +7,7 @@ tokens that the target has processed: all but the last committed one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -62,15 +63,13 @@ class NoDrafter:
         return Proposal(())
 
 
+@dataclass(eq=False)
 class NGramDrafter(NoDrafter):
-    """Prompt lookup: continues the latest earlier occurrence of the last tokens (no training; Saxena 2023).
+    """Prompt lookup: continues the latest earlier occurrence of the last tokens (no training; Saxena 2023)."""
 
-    Args:
-        longest: longest suffix to look up; shorter ones are tried if it has not occurred.
-    """
+    longest: int = 3  # longest suffix to look up; shorter ones are tried if it has not occurred
 
-    def __init__(self, longest: int = 3) -> None:
-        self.longest = longest
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:

@@ -99,6 +99,9 @@ class _Runner:
         output = self.model(input_ids=ids.to(self.model.device), logits_to_keep=1 if last_only else 0, **options)
         return output.logits.cpu(), {} if self._tap is None else self._tap.features()
 
+    def select(self, rows: Sequence[int]) -> None:
+        """There is only one row."""
+
     def close(self) -> None:
         """Remove the hooks from the model."""
         if self._tap is not None:
@@ -127,9 +130,6 @@ class CachedRunner(_Runner):
         if counts[0] < self._appended:
             self._cache.crop(counts[0] - self._appended)
 
-    def select(self, rows: Sequence[int]) -> None:
-        """There is only one row."""
-
 
 class WholeTextRunner(_Runner):
     """One sequence without a cache."""
@@ -150,9 +150,6 @@ class WholeTextRunner(_Runner):
     def keep(self, counts: Sequence[int]) -> None:
         """Roll back the tokens that are not kept."""
         del self._text[self._before + counts[0] :]
-
-    def select(self, rows: Sequence[int]) -> None:
-        """There is only one row."""
 
 
 class LockstepRunner(_Runner):

@@ -14,6 +14,7 @@ chain of links.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -108,20 +109,16 @@ class _Candidate(NamedTuple):
     score: float = 0.0
 
 
+@dataclass(eq=False)
 class SuffixDrafter(NoDrafter):
-    """Continues the text as its last tokens continued earlier.
+    """Continues the text as its last tokens continued earlier."""
 
-    Args:
-        corpus: automaton of earlier answers to match as well; it is shared and not modified.
-        factor: α, maximum number of drafted tokens per token of the match; the paper tries 1 to 4.
-        threshold: a draft ends before its estimated probability falls below this value.
-        longest: maximum length of a match in tokens.
-    """
+    corpus: SuffixAutomaton | None = None  # earlier answers to match as well; it is shared and not modified
+    factor: float = 4.0  # α, maximum number of drafted tokens per token of the match; the paper tries 1 to 4
+    threshold: float = 0.1  # a draft ends before its estimated probability falls below this value
+    longest: int = 64  # maximum length of a match in tokens
 
-    def __init__(
-        self, corpus: SuffixAutomaton | None = None, factor: float = 4.0, threshold: float = 0.1, longest: int = 64
-    ) -> None:
-        self.corpus, self.factor, self.threshold, self.longest = corpus, factor, threshold, longest
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:

@@ -19,24 +19,18 @@ from specforge.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from logits.
+    """How the next token is chosen from logits."""
 
-    Args:
-        temperature: sampling temperature; 0 takes the most likely token.
-        top_p: nucleus sampling: keep the smallest set of tokens with at least this total probability.
-        top_k: keep the k most likely tokens; 0 keeps all.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = 0.0  # sampling temperature; 0 takes the most likely token
+    top_p: float = 1.0  # nucleus sampling: keep the smallest set of tokens with at least this total probability
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError(
                 f"sampling: temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} "
-                "(want temperature >= 0, 0 < top_p <= 1, top_k >= 0)"
+                "(required: temperature >= 0, 0 < top_p <= 1, top_k >= 0)"
             )
 
     @property
@@ -59,14 +53,10 @@ class Sampling:
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens.
+    """Drafted tokens."""
 
-    Attributes:
-        tokens: target ids, in order.
-        probs: ``[n, V]`` fp32 distributions that the tokens were sampled from; None for a deterministic draft.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # target ids, in order
+    # [n, V] fp32 distributions that the tokens were sampled from; None for a deterministic draft
     probs: Tensor | None = None
 
 

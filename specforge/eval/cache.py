@@ -46,17 +46,11 @@ class EvalKey:
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt, the target's answer to it, and the features of both.
+    """A prompt, the target's answer to it, and the features of both."""
 
-    Attributes:
-        prompt: token ids.
-        answer: token ids, including the end token if the target wrote one.
-        features: named tensors ``[L, width]`` over prompt and answer.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    features: dict[str, Tensor]
+    prompt: list[int]  # token ids
+    answer: list[int]  # token ids, including the end token if the target wrote one
+    features: dict[str, Tensor]  # named tensors [L, width] over prompt and answer
 
     def batch(self) -> TrainBatch:
         """A batch of this one document, in which the answer is supervised."""

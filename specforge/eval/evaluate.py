@@ -132,36 +132,22 @@ class _Speed(NamedTuple):
     identical: int
 
 
+@dataclass(eq=False)
 class Evaluation:
-    """Evaluates one draft against one target.
+    """Evaluates one draft against one target."""
 
-    Args:
-        target: the frozen target.
-        module: the draft's module, in eval mode.
-        end_ids: tokens that end an answer.
-        tokenizer_fingerprint: part of the cache key.
-        cache: stores reference answers.
-        options: how to evaluate; the device must be one that PyTorch knows.
-        log: called with a line of text when a step begins.
-        progress: called with the number of decoded prompts and their total, over all methods.
-        corpus: earlier answers that suffix decoding may draft from.
-    """
+    target: TargetFiles  # the frozen target
+    module: Any  # the draft's module, in eval mode
+    end_ids: Sequence[int]  # tokens that end an answer
+    tokenizer_fingerprint: str  # part of the cache key
+    cache: EvalCache  # stores reference answers
+    options: EvaluateOptions  # how to evaluate; the device must be one that PyTorch knows
+    log: Callable[[str], None] = lambda text: None  # called with a line of text when a step begins
+    # Called with the number of decoded prompts and their total, over all methods.
+    progress: Callable[[int, int], None] = lambda done, total: None
+    corpus: Sequence[Sequence[int]] = ()  # earlier answers that suffix decoding may draft from
 
-    def __init__(
-        self,
-        target: TargetFiles,
-        module: Any,
-        end_ids: Sequence[int],
-        tokenizer_fingerprint: str,
-        cache: EvalCache,
-        options: EvaluateOptions,
-        log: Callable[[str], None] = lambda text: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        corpus: Sequence[Sequence[int]] = (),
-    ) -> None:
-        self.target, self.module, self.end_ids = target, module, list(end_ids)
-        self.tokenizer_fingerprint, self.cache = tokenizer_fingerprint, cache
-        self.options, self.corpus, self.log, self.progress = options, corpus, log, progress
+    def __post_init__(self) -> None:
         self._done = self._total = 0
         self._engines: dict[str, HFTargetEngine] = {}
         self._heads: dict[str, TargetHead] = {}

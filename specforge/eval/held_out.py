@@ -28,17 +28,11 @@ def evaluate_draft(
     log: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[MethodResult], dict[str, Any]]:
-    """Decode prompts speculatively with a draft and with the baselines.
+    """Decode prompts speculatively with a draft, which is moved to the device, and with the baselines.
 
-    Args:
-        module: the draft's module, such as ``lightning_modules.load_module`` returns; it is moved to the device.
-        prompts: folder from `specforge prepare`; its held-out part is used if it has one.
-        options: how; the device must be one that PyTorch knows.
-        cache: keeps the target's own answers.
-        num_prompts: evaluate only the first N prompts.
-        suffix_corpus: prompt set whose answers suffix decoding may draft from.
-        log: called with a line of text when a step begins.
-        progress: called with the number of decoded prompts and their total, over all methods.
+    The arguments are those of :func:`specforge.api.evaluate`, but the device must be one that PyTorch knows. Suffix
+    decoding may draft from the answers of ``suffix_corpus``, a prompt set. ``log`` is called with a line of text when a
+    step begins, ``progress`` with the number of decoded prompts and their total, over all methods.
 
     Returns:
         One row per method, and the settings of the evaluation.
@@ -102,4 +96,4 @@ def _prompt(task: PromptTask) -> list[int]:
 
 
 def _answer(task: PromptTask) -> list[int]:
-    return [token for token, learnt in zip(task.input_ids, task.loss_mask, strict=True) if learnt]
+    return [token for token, supervised in zip(task.input_ids, task.loss_mask, strict=True) if supervised]

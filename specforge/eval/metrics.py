@@ -18,9 +18,6 @@ class AcceptanceLength(Metric):
 
     The state consists of integer sums (n, ΣN, ΣR, ΣN², ΣNR, ΣR² and counts by position), so the result does not
     depend on how prompts are distributed over batches and ranks.
-
-    Args:
-        gamma: tokens drafted per round.
     """
 
     full_state_update = False

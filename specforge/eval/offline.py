@@ -54,13 +54,7 @@ def draft_rounds(
 
 
 def text_rounds(make: Callable[[], Drafter], reference: Reference, gamma: int) -> Rounds:
-    """Rounds that a text-only drafter needs for one answer; exact, because its drafts depend on nothing else.
-
-    Args:
-        make: creates the drafter.
-        reference: the answer.
-        gamma: maximum number of tokens drafted per round.
-    """
+    """Rounds that a text-only drafter needs for one answer; exact, because its drafts depend on nothing else."""
     drafter = make()
     answer = reference.answer
     drafter.observe([*reference.prompt, answer[0]], {})

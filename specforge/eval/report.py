@@ -16,6 +16,7 @@ from specforge.eval.table import COLUMNS, table_notes, table_rows, table_title
 from specforge.files import read_json, write_file
 
 FOLDER = "report"
+HISTORY = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 _TEMPLATE = "report.html.j2"
 _MARKERS = "osv^Dx+*"
@@ -48,7 +49,7 @@ def write_report(run: Path) -> Path:
     Returns:
         Path of the page. The plots are also in ``report/`` next to it.
     """
-    rows = _history(run / "metrics.jsonl")
+    rows = list(filter(_can_be_drawn, read_history(run / HISTORY)))
     images = [(plot, image) for plot in PLOTS if (image := _png(plot, rows)) is not None]
     for plot, image in images:
         write_file(run / FOLDER / f"{plot.name}.png", image)
@@ -172,21 +173,23 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def _history(path: Path) -> list[dict[str, Any]]:
-    """The intact rows of a history; a crash may have cut one off, and the file may be damaged."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of a history file; lines that are not rows, such as one truncated by a crash, are skipped."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(row, dict) or not all(map(_is_number, row.values())):
-            continue
-        if {"step", "seconds"} <= row.keys() and (
-            "val/tau" not in row or {"val/tau_low", "val/tau_high"} <= row.keys()
-        ):
+        if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
     return rows
+
+
+def _can_be_drawn(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the values that the report needs; the file may be damaged."""
+    interval = "val/tau" not in row or {"val/tau_low", "val/tau_high"} <= row.keys()
+    return interval and "seconds" in row and all(map(_is_number, row.values()))
 
 
 def _is_number(value: Any) -> bool:

@@ -10,21 +10,13 @@ COLUMNS = ("method", "tau", "95 % interval", "offline tau", "tok/s", "speed-up",
 
 
 def table_title(run: Mapping[str, Any]) -> str:
-    """The heading of the table.
-
-    Args:
-        run: the ``run`` object of ``evaluation.json``.
-    """
+    """The heading of the table."""
     name = Path(run["target"]).name
     return f"{name}: {run['num_prompts']} held-out prompts, gamma {run['gamma']}, temperature {run['temperature']:g}"
 
 
 def table_rows(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells under :data:`COLUMNS`, one row per method.
-
-    Args:
-        methods: the ``methods`` list of ``evaluation.json``.
-    """
+    """The cells under :data:`COLUMNS`, one row per method."""
     return [
         (
             row["method"],

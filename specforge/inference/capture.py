@@ -124,7 +124,7 @@ def _capture_split(
 def _check_lengths(target: TargetFiles, sets: dict[str, PromptSet]) -> None:
     """Reject prompts that are longer than the target's positions reach, before any of them is captured."""
     longest = max((task for x in sets.values() for task in x.tasks), key=lambda task: len(task.input_ids))
-    limit = target.learnt_positions
+    limit = target.learned_positions
     if limit is not None and len(longest.input_ids) > limit:
         raise UserError(
             f"{longest.source}: {len(longest.input_ids)} tokens, but {target.name} has {limit} positions; prepare the "

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 
 from specforge.contracts import PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
@@ -28,33 +29,22 @@ class _CannotCaptureError(Exception):
     """The target cannot capture what a policy asks for, whatever the prompt."""
 
 
+@dataclass(eq=False)
 class Producer:
-    """Produces the samples that trainers queue, until it is stopped.
+    """Produces the samples that trainers queue, until it is stopped."""
 
-    Args:
-        controller: states and tensors.
-        engine: returns the target's engine for a compute dtype.
-        fingerprint: fingerprint of the target; prompts for another target are rejected.
-        owner: name of this producer; a restart under the same name releases the prompts it had leased.
-        max_prompts: most prompts to lease at a time.
-        batch_tokens: most tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not
-            depend on other prompts in the batch.
-        vocab_size: size of the target's vocabulary, if known; prompts with larger token ids are given up.
-    """
+    controller: DataFlowController  # states and tensors
+    engine: Callable[[str], TargetEngine]  # returns the target's engine for a compute dtype
+    fingerprint: str  # fingerprint of the target; prompts for another target are rejected
+    owner: str  # name of this producer; a restart under the same name releases the prompts it had leased
+    _: KW_ONLY
+    max_prompts: int = 8  # maximum number of prompts to lease at a time
+    # Maximum number of tokens per forward pass, including padding; 1 runs each prompt alone, so that features do not
+    # depend on other prompts in the batch.
+    batch_tokens: int = 1
+    vocab_size: int | None = None  # of the target, if known; prompts with larger token ids are given up
 
-    def __init__(
-        self,
-        controller: DataFlowController,
-        engine: Callable[[str], TargetEngine],
-        fingerprint: str,
-        owner: str,
-        *,
-        max_prompts: int = 8,
-        batch_tokens: int = 1,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.controller, self.engine, self.fingerprint, self.owner = controller, engine, fingerprint, owner
-        self.max_prompts, self.batch_tokens, self.vocab_size = max_prompts, batch_tokens, vocab_size
+    def __post_init__(self) -> None:
         self._background = ThreadPoolExecutor(1, "store")
         self._workers: dict[Provenance, RolloutWorker] = {}
         # Leased prompts by sample, until it is committed; two epochs may want the same sample.
@@ -78,7 +68,7 @@ class Producer:
                         if not busy:
                             self._flush()
                     except StoreFullError as error:
-                        logger.warning("the store is full (%s); waiting for room", error)
+                        logger.warning("the store is full (%s); waiting for space", error)
                         for worker in self._workers.values():
                             worker.drop()
                         self._release()
@@ -180,11 +170,7 @@ class Producer:
             worker.put(captured)
 
     def _check_again(self, worker: RolloutWorker, reason: str) -> None:
-        """Stop if the target no longer works at all, as on an accelerator after some errors.
-
-        Raises:
-            UserError: it does not work.
-        """
+        """Stop if the target no longer works at all, as on an accelerator after some errors."""
         try:
             worker.engine.check(worker.provenance.capture)
         except Exception as error:

@@ -54,17 +54,11 @@ class RegenerateOptions:
 
 @dataclass(frozen=True)
 class _Question:
-    """The part of a conversation that the target answers.
-
-    Attributes:
-        record: the original record.
-        asked: the messages before each answer, without the answers.
-        tool_results: number of tool results left out because their calls are replaced.
-    """
+    """The part of a conversation that the target answers."""
 
     record: DataRecord
-    asked: tuple[tuple[dict[str, Any], ...], ...]
-    tool_results: int
+    asked: tuple[tuple[dict[str, Any], ...], ...]  # the messages before each answer, without the answers
+    tool_results: int  # number of tool results left out because their calls are replaced
 
     @classmethod
     def of(cls, record: DataRecord) -> _Question:

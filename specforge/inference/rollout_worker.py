@@ -61,11 +61,6 @@ def expect(tasks: Sequence[PromptTask], provenance: Provenance, hidden_size: int
     """Samples that capturing prompts will give, in the order in which prompts are captured one by one.
 
     :meth:`TargetEngine.check` proves that a target gives such features; the target itself is not needed here.
-
-    Args:
-        tasks: prompts.
-        provenance: the target, and what to capture.
-        hidden_size: hidden size of the target.
     """
     widths = feature_widths(provenance.capture, hidden_size)
     states = [(name, provenance.dtype, (width,)) for name, width in widths.items()]
@@ -132,41 +127,26 @@ def _raise(error: BadSampleError) -> None:
     raise error
 
 
+@dataclass(eq=False)
 class RolloutWorker:
-    """Runs the target over prompts, stores the features, and commits their references.
+    """Runs the target over prompts, stores the features, and commits their references."""
 
-    Args:
-        engine: the frozen target.
-        store: receives the tensors.
-        commit: called with the references of flushed samples.
-        provenance: written into every reference.
-        flush_bytes: flush and commit once this many bytes are waiting.
-        background: runs puts, flushes and commits while the target processes the next batch; by default they run in
-            turn.
-        reject: called for a sample that must not be stored, such as one with NaN; by default the error is raised.
-    """
+    engine: TargetEngine  # the frozen target
+    store: FeatureStore  # receives the tensors
+    commit: Callable[[Sequence[SampleRef]], object]  # called with the references of flushed samples
+    provenance: Provenance  # written into every reference
+    flush_bytes: int = 128 << 20  # flush and commit once this many bytes are waiting
+    # Runs puts, flushes and commits while the target processes the next batch; by default they run in turn.
+    background: Executor | None = None
+    # Called for a sample that must not be stored, such as one with NaN; by default the error is raised.
+    reject: Callable[[BadSampleError], object] = _raise
 
-    def __init__(
-        self,
-        engine: TargetEngine,
-        store: FeatureStore,
-        commit: Callable[[Sequence[SampleRef]], object],
-        provenance: Provenance,
-        flush_bytes: int = 128 << 20,
-        background: Executor | None = None,
-        reject: Callable[[BadSampleError], object] = _raise,
-    ) -> None:
-        self.engine, self.store, self.commit, self.reject = engine, store, commit, reject
-        self.provenance, self.flush_bytes, self.background = provenance, flush_bytes, background
+    def __post_init__(self) -> None:
         self._refs: list[SampleRef] = []
         self._storing: Future[None] | None = None
 
     def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """Capture every prompt that the store does not hold yet.
-
-        Args:
-            tasks: prompts.
-            batch_tokens: most tokens per forward pass, including padding.
 
         Raises:
             UserError: the store cannot be written.

@@ -33,23 +33,14 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """A target model's folder.
+    """A target model's folder."""
 
-    Attributes:
-        name: folder or hub name, as given by the user.
-        folder: local folder with config.json and safetensors.
-    """
-
-    name: str
-    folder: Path
+    name: str  # folder or hub name, as given by the user
+    folder: Path  # local folder with config.json and safetensors
 
     @classmethod
     def find(cls, name: str, what: str = "target") -> TargetFiles:
         """Locate a target by folder or hub name.
-
-        Args:
-            name: folder or hub name.
-            what: its name in error messages.
 
         Raises:
             UserError: the folder does not exist, and the hub has no such model or does not respond.
@@ -150,12 +141,9 @@ class TargetFiles:
         return int(found * max(factors, default=1))
 
     @cached_property
-    def learnt_positions(self) -> int | None:
+    def learned_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
-        table, words = self.config.get("max_position_embeddings"), self._skeleton.get_input_embeddings()
-        found = (m for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
-        # Some classes reserve two rows of the table for padding.
-        return table if any(m.num_embeddings - (table or 0) in (0, 2) for m in found) else None
+        return learnt_positions(self._skeleton, self.config.get("max_position_embeddings"))
 
     @cached_property
     def positions_change_at(self) -> int | None:
@@ -337,11 +325,7 @@ class TargetFiles:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """The file of each tensor, from the index of a model in several files.
-
-    Raises:
-        UserError: the index is malformed, or names a file that is not in its folder.
-    """
+    """The file of each tensor, from the index of a model in several files."""
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
@@ -350,6 +334,14 @@ def _indexed(index: Path) -> dict[str, Path]:
         if Path(file).name != file or not (index.parent / file).is_file():
             raise UserError(f"{index}: names {file!r}, which is not a file in the same folder")
     return {name: index.parent / file for name, file in names.items()}
+
+
+def learnt_positions(model: Any, size: int | None) -> int | None:
+    """``size`` if a model has a table of learnt positions of this size, else None."""
+    words = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+    # Some classes reserve two rows of the table for padding.
+    return size if size and any(m.num_embeddings - size in (0, 2) for m in tables) else None
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -25,16 +25,11 @@ class OutputHead:
 
     ``F.linear(states, head)`` accepts it in place of a matrix, so that no product can omit bias or cap. Every other
     function of torch rejects it.
-
-    Attributes:
-        weight: ``[D, H]`` or ``[V, H]``; it includes a target's factor of the logits.
-        bias: ``[D]`` or ``[V]``.
-        softcap: c of ``c tanh(z / c)`` (Gemma 2, arXiv 2408.00118, section 2).
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
+    weight: Tensor  # [D, H] or [V, H]; it includes a target's factor of the logits
+    bias: Tensor | None = None  # [D] or [V]
+    softcap: float | None = None  # c of c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2)
 
     def logits(self, states: Tensor) -> Tensor:
         """The target's logits ``[..., D]`` of its last hidden states ``[..., H]``; in fp32 or wider if capped."""

@@ -51,9 +51,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 class LastLayer:
     """The last decoder layer of a target and the norm after it. Weights are read when they are needed.
 
-    Args:
-        target: the target.
-
     Attributes:
         names: names of the layer's tensors in its transformers class.
 

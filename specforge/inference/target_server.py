@@ -200,11 +200,7 @@ class TargetServer(ThreadingHTTPServer):
         return connection in self._authorized
 
     def admit(self, connection: socket.socket) -> None:
-        """Count a connection as one that has presented the token.
-
-        Raises:
-            _RefusedError: there are too many of them.
-        """
+        """Count a connection as one that has presented the token."""
         with self._lock:
             if connection not in self._authorized and len(self._authorized) >= _AUTHORIZED:
                 raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
@@ -259,11 +255,7 @@ class _Reads(io.RawIOBase):
 
 
 def _set_timeout(connection: socket.socket, deadline: float) -> None:
-    """Limit the next socket call by a deadline.
-
-    Raises:
-        TimeoutError: the deadline has passed.
-    """
+    """Limit the next socket call by a deadline."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("too slow")

@@ -5,31 +5,28 @@ Shape legend: M rows, C rows of a tile, r rank, D draft vocabulary, K candidates
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge.losses.objectives import CrossEntropy, Student, Teacher, overlap, subtract_at_labels
+from specforge.losses.objectives import CrossEntropy, Objective, Student, Teacher, overlap, subtract_at_labels
 
 
+@dataclass(eq=False)
 class DPace:
     """D-PACE's weights: how much a right token adds to the expected length of the accepted prefix (arXiv 2605.18810).
 
     With the smoothed confidence s = (1 - α) q(label) + α of each supervised draft (1 for all others) and
     C_k = Π_{j≤k} s_j, the weight of draft k is Σ_{j≥k} C_j over supervised j.
-
-    Args:
-        block: ``[M]`` block of each row.
-        depth: ``[M]`` place of each row's draft in its block.
-        drafts: T, drafts per block.
-        alpha: α.
-        form: ``dpace``; or one factor of it alone: ``prefix``, C_k, or ``continuation``, Σ_{j≥k} C_j / C_k.
     """
 
-    def __init__(self, block: Tensor, depth: Tensor, drafts: int, alpha: float, form: str) -> None:
-        self.block, self.depth, self.drafts, self.alpha, self.form = block, depth, drafts, alpha, form
+    block: Tensor  # [M] block of each row
+    depth: Tensor  # [M] place of each row's draft in its block
+    drafts: int  # T, drafts per block
+    alpha: float
+    form: str  # dpace; or one factor of it alone: prefix, C_k, or continuation, Σ_{j≥k} C_j / C_k
 
     def __call__(self, rows: slice, probs: Tensor) -> Tensor:
         """Weights of the rows of some whole blocks, from the draft's probabilities of the labels, ``[C]`` each."""
@@ -44,7 +41,7 @@ class DPace:
         return weights[at]
 
 
-class Acceptance:
+class Acceptance(Objective):
     """DSpark's loss: ce · (-log q(label)) + l1 · ‖q - p‖₁ with the full-vocabulary p (arXiv 2607.05147).
 
     Args:
@@ -57,8 +54,7 @@ class Acceptance:
             filled tile by tile.
     """
 
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = True
+    full_vocabulary = True
 
     def __init__(self, ce: float, l1: float, like: Tensor) -> None:
         self.ce, self.l1 = ce, l1
@@ -72,30 +68,25 @@ class Acceptance:
         return loss, subtract_at_labels(grad, teacher, self.ce)
 
 
-class Candidates:
+@dataclass(eq=False)
+class Candidates(Objective):
     """-log q(label) - weight · log s(label), s = softmax over K candidates of log q(c) + context · matrix_c.
 
     The candidates are the K most likely tokens of q; a label that is not among them replaces the last. As an objective,
     it gives the first term and the gradient of both by the logits; :meth:`entropy` is the second term with its gradient
     by context and matrix.
 
-    Args:
-        context: ``[M, r]``.
-        matrix: ``[D, r]``.
-        top_k: K.
-        weight: weight of the second term.
-
-    Attributes:
-        hits: ``[M]`` bool, whether the best of the K most likely tokens, without the replacement, is the label.
     """
 
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = False
+    context: Tensor  # [M, r]
+    matrix: Tensor  # [D, r]
+    top_k: int  # K
+    weight: float  # weight of the second term
 
-    def __init__(self, context: Tensor, matrix: Tensor, top_k: int, weight: float) -> None:
-        self.context, self.matrix, self.top_k, self.weight = context, matrix, top_k, weight
-        wide = torch.promote_types(context.dtype, torch.float32)
-        rows, device = len(context), context.device
+    def __post_init__(self) -> None:
+        wide = torch.promote_types(self.context.dtype, torch.float32)
+        rows, device, top_k = len(self.context), self.context.device, self.top_k
+        # [M] bool, whether the best of the K most likely tokens, without the replacement, is the label
         self.hits = torch.zeros(rows, dtype=torch.bool, device=device)
         self._ids = torch.zeros(rows, top_k, dtype=torch.int64, device=device)
         self._label_ranks = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -11,10 +11,11 @@ Shape legend: C labels of a tile, T students of each, D draft vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,76 +25,51 @@ from specforge.errors import UserError
 
 
 class Teacher(NamedTuple):
-    """The target's side of a tile. Fields that the objective does not read hold anything.
+    """The target's side of a tile. Fields that the objective does not read hold anything."""
 
-    Attributes:
-        labels: ``[C, 1]`` int64 draft id of the label; arbitrary if the row has no weight.
-        probs: ``[C, 1, D]`` fp32, p̃.
-        entropy: ``[C, 1]`` fp32, -Σ p̃ log p̃.
-        full: ``[C, 1, D]`` fp32, p on the draft vocabulary.
-    """
-
-    labels: Tensor
-    probs: Tensor
-    entropy: Tensor
-    full: Tensor
+    labels: Tensor  # [C, 1] int64 draft id of the label; arbitrary if the row has no weight
+    probs: Tensor  # [C, 1, D] fp32, p̃
+    entropy: Tensor  # [C, 1] fp32, -Σ p̃ log p̃
+    full: Tensor  # [C, 1, D] fp32, p on the draft vocabulary
 
 
 class Student(NamedTuple):
-    """The draft's side of a tile.
+    """The draft's side of a tile."""
 
-    Attributes:
-        probs: ``[C, T, D]`` fp32, q; may be overwritten.
-        logits: ``[C, T, D]`` fp32, z.
-        log_sum: ``[C, T]`` fp32, log Σ exp z.
-        label_logits: ``[C, T]`` fp32, z at the label.
-        rows: the tile's labels, as a slice of all M.
-    """
-
-    probs: Tensor
-    logits: Tensor
-    log_sum: Tensor
-    label_logits: Tensor
-    rows: slice
+    probs: Tensor  # [C, T, D] fp32, q; may be overwritten
+    logits: Tensor  # [C, T, D] fp32, z
+    log_sum: Tensor  # [C, T] fp32, log Σ exp z
+    label_logits: Tensor  # [C, T] fp32, z at the label
+    rows: slice  # the tile's labels, as a slice of all M
 
     def cross_entropy(self, teacher: Teacher) -> Tensor:
         """``[C, T]`` -Σ p̃ log q."""
         return self.log_sum - torch.bmm(self.logits, teacher.probs.transpose(1, 2)).squeeze(-1)
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A loss of single rows with its gradient."""
 
-    @property
-    def draft_vocabulary(self) -> bool:
-        """Whether it reads ``Teacher.probs`` and ``Teacher.entropy``: p̃, over the draft vocabulary."""
+    draft_vocabulary: bool = False  # whether it reads Teacher.probs and Teacher.entropy: p̃
+    full_vocabulary: bool = False  # whether it reads Teacher.full: p, from logits over the whole vocabulary
 
-    @property
-    def full_vocabulary(self) -> bool:
-        """Whether it reads ``Teacher.full``: p, which needs the target's logits over the whole vocabulary."""
-
+    @abstractmethod
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """Loss of each row, ``[C, T]``, and its gradient by the logits, ``[C, T, D]``."""
 
 
-@dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(Objective):
     """KL(p̃ ‖ q) over the draft vocabulary: EAGLE-3's loss (arXiv 2503.01840) less the teacher's entropy."""
 
-    draft_vocabulary: ClassVar[bool] = True
-    full_vocabulary: ClassVar[bool] = False
+    draft_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - p̃."""
         return student.cross_entropy(teacher) - teacher.entropy, student.probs.sub_(teacher.probs)
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """-log q(label), the label being the data token or the target's most likely one."""
-
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = False
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q - 1[label]."""
@@ -130,12 +106,10 @@ def _log(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
 
 
-@dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(Objective):
     """KL(q ‖ p̃) over the draft vocabulary."""
 
-    draft_vocabulary: ClassVar[bool] = True
-    full_vocabulary: ClassVar[bool] = False
+    draft_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂q = log q - log p̃ (+ 1, which the softmax cancels)."""
@@ -143,12 +117,10 @@ class ReverseKL:
         return torch.linalg.vecdot(student.probs, slope), _softmax_grad(student.probs, slope)
 
 
-@dataclass(frozen=True)
-class JensenShannon:
+class JensenShannon(Objective):
     """½ KL(p̃ ‖ m) + ½ KL(q ‖ m), m = ½ (p̃ + q), over the draft vocabulary (Lin 1991)."""
 
-    draft_vocabulary: ClassVar[bool] = True
-    full_vocabulary: ClassVar[bool] = False
+    draft_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂q = ½ log(q / m)."""
@@ -158,12 +130,10 @@ class JensenShannon:
         return torch.linalg.vecdot(student.probs, slope) - apart / 2, _softmax_grad(student.probs, slope)
 
 
-@dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(Objective):
     """1 - α = ½ ‖p - q‖₁ with the full-vocabulary p: the probability that a sampled draft is rejected."""
 
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = True
+    full_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z, see :func:`overlap`."""
@@ -171,12 +141,10 @@ class TotalVariation:
         return 1 - accept, grad
 
 
-@dataclass(frozen=True)
-class LKAlpha:
+class LKAlpha(Objective):
     """-log α, α = Σ min(p, q) with the full-vocabulary p (LK losses, arXiv 2602.23881)."""
 
-    draft_vocabulary: ClassVar[bool] = False
-    full_vocabulary: ClassVar[bool] = True
+    full_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The total-variation gradient divided by α."""
@@ -186,16 +154,12 @@ class LKAlpha:
 
 
 @dataclass(frozen=True)
-class LKLambda:
-    """λ KL(p̃ ‖ q) + (1 - λ)(1 - α) with λ = exp(-η α), α detached, per token (arXiv 2602.23881).
+class LKLambda(Objective):
+    """λ KL(p̃ ‖ q) + (1 - λ)(1 - α) with λ = exp(-η α), α detached, per token (arXiv 2602.23881)."""
 
-    Args:
-        eta: how fast the weight moves from KL to total variation as acceptance grows.
-    """
-
-    eta: float = 3.0
-    draft_vocabulary: ClassVar[bool] = True
-    full_vocabulary: ClassVar[bool] = True
+    eta: float = 3.0  # how fast the weight moves from KL to total variation as acceptance grows
+    draft_vocabulary = True
+    full_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The two gradients with the same weights."""
@@ -207,16 +171,11 @@ class LKLambda:
 
 
 @dataclass(frozen=True)
-class TopK:
-    """-Σ_{x ∈ TopK(p̃)} p̃(x) log q(x) over the teacher's K most likely draft tokens (HASS, arXiv 2408.15766).
+class TopK(Objective):
+    """-Σ_{x ∈ TopK(p̃)} p̃(x) log q(x) over the teacher's K most likely draft tokens (HASS, arXiv 2408.15766)."""
 
-    Args:
-        k: K; capped at the size of the draft vocabulary.
-    """
-
-    k: int = 10
-    draft_vocabulary: ClassVar[bool] = True
-    full_vocabulary: ClassVar[bool] = False
+    k: int = 10  # K; capped at the size of the draft vocabulary
+    draft_vocabulary = True
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q Σ_{TopK} p̃ - p̃ 1[TopK]."""
@@ -228,12 +187,8 @@ class TopK:
         return loss, grad
 
 
-class Mix:
-    """A weighted sum of objectives.
-
-    Args:
-        parts: the weight and objective of each term.
-    """
+class Mix(Objective):
+    """A weighted sum of objectives; each of the ``parts`` is a weight and an objective."""
 
     def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
         self.parts = parts
@@ -284,7 +239,7 @@ def make_objective(loss: str | Mapping[str, float], lk_eta: float = 3.0, topk: i
     if not parts:
         raise UserError("loss: the mix is empty")
     if topk < 1:
-        raise UserError(f"topk is {topk}: at least 1")
+        raise UserError(f"topk must be at least 1, not {topk}")
     if len(parts) == 1 and 1.0 in parts.values():
         return known[next(iter(parts))]
     return Mix([(weight, known[name]) for name, weight in parts.items()])

@@ -1,1 +1,1 @@
-"""The substrate: feature stores, references, batches. It knows no algorithm, model or trainer."""
+"""Feature stores, references and batches, independent of algorithms, models and trainers."""

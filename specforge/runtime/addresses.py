@@ -38,9 +38,7 @@ _REDIS_OPTIONS = {
 def open_backend(address: str, create: bool = True) -> FeatureBackend:
     """Backend of the feature store at an address: a folder that all processes can access, or ``mooncake://...``.
 
-    Args:
-        address: address of the store.
-        create: create a missing folder; otherwise it is an error.
+    A missing folder is created, or with ``create=False`` an error.
 
     Raises:
         UserError: the kind of store is unknown, or the folder is missing or cannot be created.
@@ -67,11 +65,7 @@ def open_metadata(address: str, create: bool = True) -> MetadataStore:
     A file is SQLite, for one host. ``redis://host:port/0``, or ``rediss://`` for TLS, is Redis; ``#NAME`` at the end
     is the namespace of a run that shares a server. Certificates are options of redis-py
     (``?ssl_ca_certs=ca.pem&ssl_certfile=...&ssl_keyfile=...``); a password is read from ``?password_file=FILE``, so
-    that it appears in no command line or configuration.
-
-    Args:
-        address: address of the store.
-        create: create a missing file; otherwise it is an error.
+    that it appears in no command line or configuration. A missing file is created, or with ``create=False`` an error.
 
     Raises:
         UserError: it cannot be opened.

@@ -136,7 +136,7 @@ def test_while_it_waits_for_a_later_sample_of_a_window(target, prompts, tmp_path
 
 
 @pytest.fixture
-def silent() -> Iterator[socket.socket]:
+def stalled() -> Iterator[socket.socket]:
     """A server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening

@@ -70,6 +70,17 @@ def test_unknown_model_option_with_the_nearest_valid_one(refused, target, featur
     assert "model.steps" in line
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("has_vocabular", None), ("optimizer.lrs", "model.optimizer.lr"), ("layer_idz", "model.layer_ids")],
+)
+def test_only_real_options_are_suggested(key, hint, refused, target, features, tmp_path):
+    line = refused("fit", "--config", recipe(target, features, tmp_path), f"--model.{key}", 1)
+    assert key in line
+    assert ("did you mean" in line) == (hint is not None)
+    assert f"'{hint}'" in line or hint is None
+
+
 def test_unknown_option_of_a_command(refused, target, tmp_path):
     line = refused(*prepare(tmp_path, target, tmp_path), "--max_lenght", 10)
     assert "max_lenght" in line

@@ -35,7 +35,11 @@ def test_every_command_has_help(command, capsys):
     except SystemExit as end:
         status = end.code or 0
     assert status == 0
-    assert "usage" in capsys.readouterr().out.lower()
+    text = capsys.readouterr().out
+    assert "usage" in text.lower()
+    assert not [
+        word for word in ("``", "type: ", "<class", "known subclasses", "null") if word in " ".join(text.split())
+    ]
 
 
 def test_a_mistyped_command(capsys):
@@ -109,6 +113,27 @@ def test_help_of_fit_starts_with_our_options(capsys):
         assert "ENV:" not in help_text
         assert "SPECFORGE_FIT__TRAINER__MAX_STEPS" in help_text
     assert len(short.splitlines()) < 200
+
+
+@pytest.mark.parametrize("words", ["recipes", "recipes eagle3", "--help"])
+def test_output_into_a_pipe_that_closes(words):
+    """As in `specforge recipes | head -1`; the reader closes before anything is written."""
+    code = "import sys; sys.stdin.readline(); from specforge.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words.split()]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.communicate("\n")[1] == ""
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_keeps_its_trace(monkeypatch):
+    def fails(*_: object) -> int:
+        raise BrokenPipeError("the server's")
+
+    monkeypatch.setattr("specforge.cli.main._dispatch", fails)
+    with pytest.raises(BrokenPipeError, match="server"):
+        main(["status"])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -220,6 +245,24 @@ def test_a_logger_by_name_writes_into_the_runs_folder(words, target, features, t
     path = recipe(target, features, tmp_path, trainer__max_steps=1)
     assert main(["fit", "--config", str(path), *words]) == 0
     assert (tmp_path / "run" / "lightning_logs" / "version_0").is_dir()
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    "loggers",
+    [
+        "CSVLogger",
+        {"class_path": "CSVLogger"},
+        ["CSVLogger", {"class_path": "TensorBoardLogger", "init_args": {"name": "board"}}],
+    ],
+    ids=["name", "class", "list"],
+)
+def test_a_logger_by_name_in_a_recipe_writes_into_the_runs_folder(loggers, target, features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = recipe(target, features, tmp_path, trainer__max_steps=1, trainer__logger=loggers)
+    assert main(["fit", "--config", str(path)]) == 0
+    assert list((tmp_path / "run" / "lightning_logs").rglob("metrics.csv"))
+    assert (tmp_path / "run" / "board").is_dir() == isinstance(loggers, list)
     assert not (tmp_path / "lightning_logs").exists()
 
 

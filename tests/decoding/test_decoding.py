@@ -181,5 +181,5 @@ def test_bad_sampling_options_are_refused():
     from specforge.errors import UserError
 
     for options in itertools.chain([(-1.0,), (1.0, 0.0), (1.0, 1.0, -1)]):
-        with pytest.raises(UserError, match="want temperature"):
+        with pytest.raises(UserError, match="required: temperature"):
             Sampling(*options)

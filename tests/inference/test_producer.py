@@ -111,7 +111,7 @@ def test_a_prompt_that_the_target_fails_on_is_given_up_and_the_others_go_on():
     while producer.once():
         pass
     counts(producer, **{State.COMMITTED: 3, State.DEAD: 1})
-    assert producer.controller.dead_letters()[0].reason == "the target failed: out of memory"
+    assert producer.controller.given_up()[0].reason == "the target failed: out of memory"
 
 
 def test_a_failure_does_not_touch_what_the_passes_before_have_made():
@@ -256,7 +256,7 @@ def test_a_prompt_that_no_target_can_read_is_given_up_at_once_and_the_others_go_
     while producer.once():
         pass
     counts(producer, **{State.COMMITTED: 4, State.DEAD: 1})
-    (letter,) = producer.controller.dead_letters()
+    (letter,) = producer.controller.given_up()
     assert (letter.key, letter.tries, letter.reason) == ("bad@0", 1, reason)
 
 
@@ -272,7 +272,7 @@ def test_whatever_the_target_raises_of_one_prompt_costs_only_that_one(error):
     while producer.once():
         pass
     counts(producer, **{State.COMMITTED: 3, State.DEAD: 1})
-    (letter,) = producer.controller.dead_letters()
+    (letter,) = producer.controller.given_up()
     assert letter.tries == 2
     assert letter.reason.startswith("the target failed: ")
     assert letter.reason.isprintable()

@@ -148,7 +148,7 @@ def test_code_that_comes_with_a_target_is_never_run(target, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "made_for", "learnt"),
+    ("name", "made_for", "learned"),
     [
         ("llama", 512, None),
         ("gpt2", 512, 512),
@@ -158,9 +158,9 @@ def test_code_that_comes_with_a_target_is_never_run(target, tmp_path, monkeypatc
         ("llama, yarn", 512, None),
     ],
 )
-def test_how_long_a_text_may_be(name, made_for, learnt, tmp_path):
+def test_how_long_a_text_may_be(name, made_for, learned, tmp_path):
     files = TargetFiles.find(str(write_family(name, tmp_path / "t")))
-    assert (files.max_positions, files.learnt_positions) == (made_for, learnt)
+    assert (files.max_positions, files.learned_positions) == (made_for, learned)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_values_may_be_narrower_than_keys(size, steps):
     ("changes", "message"),
     [
         ({"q_lora_rank": None}, "q_lora_rank is missing"),
-        ({"v_head_dim": 12}, "v_head_dim is 12, more than a key's 11"),
+        ({"v_head_dim": 12}, "v_head_dim is 12, larger than the size of a key head, 11"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"vocab_size": 5}, "vocab_size is 5"),
     ],

@@ -177,12 +177,12 @@ def test_bad_options_are_refused_by_name(small_target, cls):
         cls(target, draft_config={"num_head_blocks": 0})
     with pytest.raises(UserError, match=f"is not a draft of {cls.algorithm}"):
         cls(target, draft_config={"architectures": ["HydraDraft" if cls is MedusaModule else "MedusaDraft"]})
-    with pytest.raises(UserError, match="reads the last hidden state alone"):
+    with pytest.raises(UserError, match="reads only the last hidden state"):
         cls.capture_policy(make_module(cls, small_target).target, [1, 2])
     with pytest.raises(UserError, match="loss 'cee'"):
         cls(target, loss="cee")
     module, head = make_module(cls, small_target), make_head()
-    with pytest.raises(UserError, match="5 tokens per round, but the draft has 4 heads"):
+    with pytest.raises(UserError, match="gamma is 5, but the draft has 4 heads"):
         next(iter(module.draft_logits(pack(documents_of((9,))), head, 5)))
 
 

@@ -265,7 +265,7 @@ def test_bad_options_are_refused_by_name(small_target, tmp_path):
     module = MTPModule(target)
     with pytest.raises(UserError, match="has no MTP weights of its own"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "stitched")
-    with pytest.raises(UserError, match="reads the last hidden state alone"):
+    with pytest.raises(UserError, match="reads only the last hidden state"):
         MTPModule.capture_policy(module.target, [1])
 
 
@@ -275,7 +275,7 @@ def test_bad_options_are_refused_by_name(small_target, tmp_path):
 def test_a_layer_of_another_kind_is_refused_by_its_tensor(small_target, tmp_path, name):
     extra = {f"model.layers.8.{name}": torch.ones(2, 2)}
     write_mtp_target(small_target, tmp_path / "target", "deepseek", extra)
-    with pytest.raises(UserError, match=f"layer.{name} has no place in a Llama or Qwen3 layer"):
+    with pytest.raises(UserError, match=f"layer.{name} does not belong to a Llama or Qwen3 layer"):
         MTPModule(str(tmp_path / "target"), init_from="target_mtp")
 
 

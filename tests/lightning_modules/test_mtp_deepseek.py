@@ -178,8 +178,8 @@ def test_it_starts_as_the_last_layer(deepseek):
     [
         ({"moe": False}, "layer.mlp.down_proj.weight is missing for a DeepSeek layer"),
         ({"n_routed_experts": 12}, r"layer.mlp.experts.8.gate_proj.weight is missing for a DeepSeek layer"),
-        ({"n_routed_experts": 4}, r"layer.mlp.experts.4.down_proj.weight has no place in a DeepSeek layer"),
-        ({"kv_lora_rank": 6}, r"kv_a_layernorm.weight is \(8,\), the draft's \(6,\)"),
+        ({"n_routed_experts": 4}, r"layer.mlp.experts.4.down_proj.weight does not belong to a DeepSeek layer"),
+        ({"kv_lora_rank": 6}, r"kv_a_layernorm.weight is \(8,\), but the draft's is \(6,\)"),
     ],
 )
 def test_another_form_is_refused_by_its_tensor(deepseek, change, message):

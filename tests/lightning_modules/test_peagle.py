@@ -240,8 +240,8 @@ def test_validation_is_deterministic_and_complete(small_target):
         ({"mask_token_id": -1}, {}, "mask_token_id is -1"),
         ({"num_hidden_layers": 0}, {}, "num_hidden_layers is 0"),
         ({"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}, {}, "is not a draft of peagle"),
-        ({}, {"gamma": 9}, "gamma is 9; want 1 to 8"),
-        ({}, {"topk": 0}, "topk is 0"),
+        ({}, {"gamma": 9}, "gamma is 9, but must be from 1 to 8"),
+        ({}, {"topk": 0}, "topk must be at least 1, not 0"),
         ({}, {"layer_ids": [1, 2, 99]}, "99"),
     ],
 )

@@ -434,7 +434,7 @@ def test_a_draft_with_another_vocabulary_is_refused_by_name(target, tmp_path):
 
 def test_init_from_target_refuses_what_does_not_fit(target):
     module = StandaloneModule(str(target), init_from="target", draft_config={"intermediate_size": 32})
-    with pytest.raises(UserError, match="cannot start there"):
+    with pytest.raises(UserError, match="cannot start from it"):
         module.draft.start_from_target(module.target)
 
 

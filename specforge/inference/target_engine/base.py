@@ -12,13 +12,9 @@ from specforge.errors import UserError
 
 
 class TargetEngine(Protocol):
-    """Computes features of the target.
+    """Computes features of the target."""
 
-    Attributes:
-        dtype: name of the compute dtype.
-    """
-
-    dtype: str
+    dtype: str  # name of the compute dtype
 
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens.
@@ -49,10 +45,10 @@ def check_layers(policy: CapturePolicy, num_layers: int, target: str) -> None:
     """Check that the target has the captured layers.
 
     Raises:
-        UserError: a layer does not exist, or is named twice.
+        UserError: a layer does not exist, or is listed twice.
     """
     for layer in policy.layer_ids:
         if not 0 <= layer < num_layers:
             raise UserError(f"layer {layer}: {target} has {num_layers} layers, 0 to {num_layers - 1}")
     if len(set(policy.layer_ids)) != len(policy.layer_ids):
-        raise UserError(f"layers {list(policy.layer_ids)}: one is named twice")
+        raise UserError(f"layers {list(policy.layer_ids)}: a layer is listed twice")

@@ -21,12 +21,7 @@ from specforge.inference.target_layers import backbone, decoder_layers
 
 
 class FeatureTap:
-    """Records the features of every forward pass.
-
-    Args:
-        model: a transformers causal LM.
-        policy: the features to record.
-    """
+    """Records the features of every forward pass."""
 
     def __init__(self, model: Any, policy: CapturePolicy) -> None:
         self.policy = policy
@@ -112,11 +107,6 @@ def _to_host(x: Tensor) -> Tensor:
 class HFTargetEngine:
     """A transformers causal LM, frozen.
 
-    Args:
-        target: the target's files.
-        dtype: compute dtype.
-        device: device that runs the target.
-
     Raises:
         UserError: transformers cannot load the target, or tensors are missing from its files.
     """
@@ -133,12 +123,7 @@ class HFTargetEngine:
 
     @torch.inference_mode()
     def check(self, policy: CapturePolicy) -> None:
-        """Test on two tokens that the policy works and that the head in the files computes the target's logits.
-
-        Raises:
-            UserError: a layer does not exist, a feature has the wrong width or dtype, or the embedding and head in the
-                files differ from those that the target uses.
-        """
+        """Test on two tokens that the policy works and that the head in the files computes the target's logits."""
         check_layers(policy, self.target.num_layers, self.target.name)
         ids = [0, self.target.vocab_size // 2]
         try:

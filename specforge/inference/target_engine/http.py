@@ -113,11 +113,7 @@ class HTTPTargetEngine:
         self._lock = threading.Lock()
 
     def check(self, policy: CapturePolicy) -> None:
-        """Test the policy on two tokens.
-
-        Raises:
-            UserError: the server rejects the policy or does not respond.
-        """
+        """Test the policy on two tokens."""
         check_layers(policy, self.target.num_layers, self.target.name)
         self.capture([[0, 0]], policy)
 
@@ -208,12 +204,7 @@ class HTTPTargetEngine:
             raise UserError(f"server {self.url}: its response is not safetensors ({printable(str(error))})") from error
 
     def _raise_refusal(self, answer: http.client.HTTPResponse) -> NoReturn:
-        """Turn an error response into an exception.
-
-        Raises:
-            _NoAnswerError: the server is busy, or a proxy does not reach it.
-            UserError: the server rejects the request.
-        """
+        """Turn an error response into an exception."""
         reason = _reason(answer.read(_LONGEST_REASON))
         self._connection.close()
         if answer.status in _TEMPORARY:

@@ -15,13 +15,10 @@ _INIT_STD = 0.02
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, trained: bool = False
 ) -> None:
-    """Reject tensors that a server would silently load as a broken draft.
+    """Reject tensors, in the precision of training, that a server would silently load as a broken draft.
 
-    Args:
-        tensors: the tensors to write, in the precision of training.
-        expected: a tensor of the right shape for every name.
-        where: name of the export, for error messages.
-        trained: whether the draft is known to be trained.
+    ``expected`` has a tensor of the right shape for every name. If the draft is known to be ``trained``, its weights
+    need not show it.
 
     Raises:
         UserError: names the first tensor that is unknown, missing, not finite, all zeros or of the wrong shape; or
@@ -39,28 +36,26 @@ def check_tensors(
         if tensor.is_floating_point():
             _check_damage(name, tensor, where)
     if not (trained or _was_trained(tensors)):
-        raise UserError(f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained")
+        raise UserError(
+            f"{where}: all norms are 1 and all matrices random, as initialised: the draft was not trained; train it "
+            "with `specforge fit`, or export a checkpoint written after the first step"
+        )
     _check_vocabulary(tensors, where)
 
 
 def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> None:
     """Reject a stored tensor from which a draft cannot start.
 
-    Args:
-        name: its name.
-        tensor: the tensor as read from the file.
-        expected: the draft's own tensor.
-        where: name of the file, for error messages.
-
     Raises:
         UserError: it has another shape or kind of number, is quantised, or is not finite.
     """
     if tensor.shape != expected.shape:
-        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, the draft's is {tuple(expected.shape)}")
+        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, but the draft's is {tuple(expected.shape)}")
     weights = expected.is_floating_point()
     if weights != tensor.is_floating_point() or (weights and tensor.dtype.itemsize < 2):
         raise UserError(
-            f"{where}: tensor {name} is {tensor.dtype}, the draft's {expected.dtype}; save it in bfloat16 or float32"
+            f"{where}: tensor {name} is {tensor.dtype}, but the draft's is {expected.dtype}; save it in bfloat16 or "
+            "float32"
         )
     if weights and not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{where}: tensor {name} holds NaN or infinity")

@@ -20,19 +20,12 @@ from specforge.modeling.layers.decoder_layer import ROPE_TYPES
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a field may have.
+    """The values that a field may have."""
 
-    Attributes:
-        words: description of the values, for error messages.
-        allows: whether a value is one of them.
-        required: whether a config without the field is rejected.
-        default: the value that the network uses if neither the file nor transformers has one.
-    """
-
-    words: str
-    allows: Callable[[Any], bool]
-    required: bool = False
-    default: Any = None
+    words: str  # description of the values, for error messages
+    allows: Callable[[Any], bool]  # whether a value is one of them
+    required: bool = False  # whether a config without the field is rejected
+    default: Any = None  # the value that the network uses if neither the file nor transformers has one
 
 
 Fields = Mapping[str, "Kind | Fields"]

@@ -22,22 +22,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class DraftFormat:
-    """A draft's folder as other projects read and write it.
+    """A draft's folder as other projects read and write it."""
 
-    Attributes:
-        aliases: prefixes of tensor names in other projects, and their replacements here; applied in this order.
-        not_the_drafts: names (as used here) of tensors in other projects' files that do not belong to the draft.
-        hf_embedding: whether the ``hf`` form contains the target's embedding.
-        refusal: why SGLang cannot serve such a draft; None if it can.
-        server: SGLang's name of the algorithm; None if it has none.
-        chain: number of tokens that the server drafts one after another; 0 if the draft's config sets it.
-    """
-
+    # prefixes of tensor names in other projects, and their replacements here; applied in this order
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+    # names (as used here) of tensors in other projects' files that do not belong to the draft
     not_the_drafts: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)
-    hf_embedding: ClassVar[bool] = False
-    refusal: ClassVar[str | None] = None
-    server: ClassVar[str | None] = None
+    hf_embedding: ClassVar[bool] = False  # whether the hf form contains the target's embedding
+    refusal: ClassVar[str | None] = None  # why SGLang cannot serve such a draft; None if it can
+    server: ClassVar[str | None] = None  # SGLang's name of the algorithm; None if it has none
+    # number of tokens that the server drafts one after another; 0 if the draft's config sets it
     chain: ClassVar[int] = 0
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
@@ -73,11 +67,6 @@ class DraftFormat:
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
-
-        Args:
-            config: the folder's config.json.
-            tensors: its tensors.
-            where: name of the folder, for error messages.
 
         Raises:
             UserError: the vocabulary map is missing or damaged.

@@ -97,12 +97,7 @@ class Draft(nn.Module):
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
     ) -> tuple[str, Any, Any] | None:
-        """The first field in which this network differs from the one that a config describes.
-
-        Args:
-            config: a config of the same algorithm.
-            where: name of the config, for error messages.
-            ignored: fields that are not compared.
+        """The first field, ``ignored`` ones aside, in which this network differs from one that a config describes.
 
         Returns:
             The field's name, the config's value and this network's value; None if there is no difference.
@@ -161,12 +156,7 @@ _D = TypeVar("_D", bound=type[Draft])
 
 
 def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
-    """Class decorator that registers the class for configs with this architecture.
-
-    Args:
-        architecture: the name under ``architectures`` in ``config.json``.
-        config_class: the transformers config class for the rest of the file.
-    """
+    """Class decorator: registers a draft under an architecture, with the transformers class of its ``config.json``."""
 
     def register(cls: _D) -> _D:
         cls.architecture, cls.config_class = architecture, config_class
@@ -179,10 +169,7 @@ def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
 def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, Any]:
     """A draft's config in SpecForge's own form, as a new dict: its names of architectures and fields, without nulls.
 
-    Args:
-        config: the fields of a ``config.json``, or some of them.
-        where: name of the config, for error messages.
-        architectures: the architecture that the fields belong to, if they do not name one.
+    ``config`` may have only some fields of a ``config.json``; ``architectures`` are theirs if they name none.
 
     Raises:
         UserError: the config is not an object, or two fields contradict each other.
@@ -230,10 +217,6 @@ def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[
 
 def build_draft(config: Mapping[str, Any], where: str = "draft config") -> Draft:
     """Build a randomly initialised draft from the fields of a ``config.json``.
-
-    Args:
-        config: the fields; ``architectures`` selects the class.
-        where: name of the config, for error messages.
 
     Raises:
         UserError: the architecture is not registered, or the class rejects the fields.

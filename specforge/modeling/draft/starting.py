@@ -27,21 +27,13 @@ CONFIG_VERSION = 1
 
 
 class SavedDraft(NamedTuple):
-    """A draft on disk from which a run starts.
+    """A draft on disk from which a run starts."""
 
-    Attributes:
-        path: a SpecForge checkpoint, or the folder of a published draft.
-        config: its config in SpecForge's own form.
-        tensors: its tensors as stored.
-        form: format of a folder; None for a checkpoint.
-        steps: optimizer steps of a checkpoint.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    form: DraftFormat | None
-    steps: int = 0
+    path: Path  # a SpecForge checkpoint, or the folder of a published draft
+    config: dict[str, Any]  # its config in SpecForge's own form
+    tensors: dict[str, Tensor]  # its tensors as stored
+    form: DraftFormat | None  # format of a folder; None for a checkpoint
+    steps: int = 0  # optimizer steps of a checkpoint
 
     @classmethod
     def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
@@ -224,7 +216,10 @@ def copy_into(parameter: Tensor, value: Tensor, what: str) -> None:
         UserError: it has another shape.
     """
     if parameter.shape != value.shape:
-        raise UserError(f"{what} is {tuple(value.shape)}, the draft's {tuple(parameter.shape)}: it cannot start there")
+        raise UserError(
+            f"{what} is {tuple(value.shape)}, but the draft's is {tuple(parameter.shape)}, so the draft cannot start "
+            "from it"
+        )
     parameter.copy_(value)
 
 
@@ -233,11 +228,6 @@ def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> Rota
 
     A derived draft may have simpler positions than the target (:func:`draft_rope`), which is no reason to reject it:
     the comparison then uses the target's positions. Positions chosen by the user are compared as they are.
-
-    Args:
-        own: the draft's table.
-        config: the draft's config.
-        target: the target.
     """
 
     def table(rope: Mapping[str, Any] | None) -> RotaryTable | None:
@@ -266,8 +256,8 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     if found is not None:
         name, theirs, mine = found
         raise UserError(
-            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; leave it "
-            "out of model.draft_config (or model.layer_ids) to continue with the trained network"
+            f"{path} was trained with {name} {quoted(theirs)}, but the draft config has {quoted(mine)}; to continue "
+            f"with the trained network, set {_option(name)} to the trained value or leave it out"
         )
     tensors = source.tensors
     if source.form is not None:
@@ -275,10 +265,15 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     own = draft.state_dict()
     for name, tensor in tensors.items():
         if name not in own:
-            raise UserError(f"{path}: tensor {name} has no place in the draft")
+            raise UserError(f"{path}: the draft has no tensor {name}")
         check_stored(name, tensor, own[name], str(path))
     missing = sorted(set(own) - set(tensors))
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")
     draft.load_state_dict(tensors)
     draft.trained = source.steps > 0
+
+
+def _option(field: str) -> str:
+    """The option that sets a field of the draft config."""
+    return "model.layer_ids" if field.endswith("layer_ids") else f"model.draft_config.{field}"

@@ -27,39 +27,23 @@ from specforge.modeling.layers.flex_attention import Visibility, visible_attenti
 
 
 class Segment(NamedTuple):
-    """A run of consecutive query rows of one document.
+    """A run of consecutive query rows of one document."""
 
-    Attributes:
-        row: first row among the R query rows.
-        start: flat token of that row; the rows are tokens ``start .. stop - 1``.
-        stop: one past the last token.
-        document: flat token at which their document begins.
-    """
-
-    row: int
-    start: int
-    stop: int
-    document: int
+    row: int  # first row among the R query rows
+    start: int  # flat token of that row; the rows are tokens start .. stop - 1
+    stop: int  # one past the last token
+    document: int  # flat token at which their document begins
 
 
 class Product(NamedTuple):
-    """One fused product: query rows and the keys that they see.
-
-    Attributes:
-        rows: the query rows.
-        keys: the keys, as slices that are concatenated.
-        causal: whether row i sees the first i + 1 keys only.
-        mask: ``[1, 1, L, K]``, added to the scores; from :func:`additive_mask`.
-        runs: B; rows and keys are that many independent runs of equal length.
-        merge: whether an earlier product has the same rows.
-    """
+    """One fused product: query rows and the keys that they see."""
 
     rows: slice
-    keys: tuple[slice, ...]
-    causal: bool = False
-    mask: Tensor | None = None
-    runs: int = 1
-    merge: bool = False
+    keys: tuple[slice, ...]  # the keys, as slices that are concatenated
+    causal: bool = False  # whether row i sees the first i + 1 keys only
+    mask: Tensor | None = None  # [1, 1, L, K], added to the scores; from additive_mask
+    runs: int = 1  # B; rows and keys are that many independent runs of equal length
+    merge: bool = False  # whether an earlier product has the same rows
 
     def of_rows(self, x: Tensor) -> Tensor:
         """``[B, L, ...]`` of the rows of ``x [R, ...]``."""

@@ -11,26 +11,34 @@ from torch.nn import functional as F
 from specforge.modeling.layers.decoder_layer import Angles, DecoderLayer, RotaryTable
 
 
-class DecodeCache:
-    """Keys and values by layer, and the angles of their positions, in buffers that grow by doubling.
+class CachedDecoder:
+    """Base of decoders that run a draft's layers on new rows with a key/value cache, on a snapshot of the weights.
 
-    The caller keeps count of the valid rows; writing a row again replaces it.
+    Keys and values by layer, and the angles of their positions, are in buffers that grow by doubling. Subclasses keep
+    count of the valid rows; writing a row again replaces it.
 
-    Args:
-        rotary: table of rotary positions.
-        layers: the layers; their attentions give the sizes k, d and v.
-        dtype: dtype of keys and values.
-        device: device of all buffers.
+    Attributes:
+        rows: valid rows of the cache.
+        device: device of the layers and of all buffers.
     """
 
-    def __init__(
-        self, rotary: RotaryTable, layers: Sequence[DecoderLayer], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._rotary, self._device, self._capacity = rotary, device, 0
-        self._cos, self._sin = rotary(0, device)
-        attentions = [layer.self_attn for layer in layers]
+    def __init__(self, layers: Sequence[DecoderLayer], rotary: RotaryTable, dtype: torch.dtype) -> None:
+        self.layers, self.dtype, self.device = layers, dtype, layers[0].input_layernorm.weight.device
+        self._rotary = rotary
+        self._weights = [layer.weights(dtype) for layer in layers]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.rows = self._capacity = 0
+        self._cos, self._sin = self._rotary(0, self.device)
+        attentions = [layer.self_attn for layer in self.layers]
         sizes = [((a.kv_heads, a.head_dim), (a.kv_heads, a.value_dim)) for a in attentions]
-        self._layers = [[torch.empty(0, *x, dtype=dtype, device=device) for x in pair] for pair in sizes]
+        self._buffers = [[torch.empty(0, *x, dtype=self.dtype, device=self.device) for x in pair] for pair in sizes]
+
+    def crop(self, rows: int) -> None:
+        """Keep the first ``rows`` rows."""
+        self.rows = rows
 
     def reserve(self, rows: int) -> None:
         """Grow the buffers to hold at least ``rows`` rows."""
@@ -38,8 +46,8 @@ class DecodeCache:
             return
         more = max(128, 2 * rows) - self._capacity
         self._capacity += more
-        self._layers = [[torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in layer] for layer in self._layers]
-        self._cos, self._sin = self._rotary(self._capacity, self._device)
+        self._buffers = [[torch.cat([x, x.new_empty(more, *x.shape[1:])]) for x in pair] for pair in self._buffers]
+        self._cos, self._sin = self._rotary(self._capacity, self.device)
 
     def angles(self, start: int, stop: int) -> Angles:
         """Cosines and sines of the positions ``start .. stop - 1``, which must be reserved."""
@@ -51,39 +59,10 @@ class DecodeCache:
         Returns:
             Keys and values of all rows up to the last one written, ``[start + n, ...]``.
         """
-        keys, values = self._layers[layer]
+        keys, values = self._buffers[layer]
         stop = start + len(key)
         keys[start:stop], values[start:stop] = key, value
         return keys[:stop], values[:stop]
-
-
-class CachedDecoder:
-    """Base of decoders that run a draft's layers on new rows with a key/value cache, on a snapshot of the weights.
-
-    Args:
-        layers: the draft's layers.
-        rotary: its table of rotary positions.
-        dtype: compute dtype.
-
-    Attributes:
-        rows: valid rows of the cache.
-        device: device of the layers.
-    """
-
-    def __init__(self, layers: Sequence[DecoderLayer], rotary: RotaryTable, dtype: torch.dtype) -> None:
-        self.layers, self.dtype, self.device = layers, dtype, layers[0].input_layernorm.weight.device
-        self._rotary = rotary
-        self._weights = [layer.weights(dtype) for layer in layers]
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.rows = 0
-        self._cache = DecodeCache(self._rotary, self.layers, self.dtype, self.device)
-
-    def crop(self, rows: int) -> None:
-        """Keep the first ``rows`` rows."""
-        self.rows = rows
 
 
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

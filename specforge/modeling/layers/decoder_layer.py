@@ -134,12 +134,7 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, ``x / sqrt(mean(x²) + eps) * weight``, computed in fp32 (arXiv 1910.07467).
-
-    Args:
-        size: width of the last dimension.
-        eps: added to the mean square.
-    """
+    """Root-mean-square norm, ``x / sqrt(mean(x²) + eps) * weight``, computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -186,7 +181,7 @@ class RotaryTable:
     def __init__(self, config: Any) -> None:
         self._frequencies, self._factor = _frequencies(config)
         if 2 * len(self._frequencies) > config.head_dim:
-            raise ValueError(f"head_dim is {config.head_dim}: dimensions are rotated in pairs")
+            raise ValueError(f"head_dim is {config.head_dim}, but must be even: dimensions are rotated in pairs")
 
     def __eq__(self, other: object) -> bool:
         """Whether the angles are the same."""
@@ -250,23 +245,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Interface of an attention: projections of the layer's input, and the heads that their products make.
+    """Interface of an attention: projections of the layer's input, and the heads that their products make."""
 
-    Attributes:
-        heads: h.
-        kv_heads: k.
-        head_dim: d, of queries and keys.
-        value_dim: v.
-        query_width: columns of the input product that make the queries; they come first.
-        o_proj: output projection, from ``h v`` to H.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    query_width: int
-    o_proj: nn.Linear
+    heads: int  # h
+    kv_heads: int  # k
+    head_dim: int  # d, of queries and keys
+    value_dim: int  # v
+    query_width: int  # columns of the input product that make the queries; they come first
+    o_proj: nn.Linear  # output projection, from h v to H
 
     @abstractmethod
     def inputs(self) -> list[nn.Linear]:
@@ -332,7 +318,7 @@ class GroupedAttention(Attention):
     def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """``[R, k, d]`` each."""
         key, value = product.unflatten(1, (-1, self.head_dim)).chunk(2, dim=1)
-        # The contiguous copy lets go of the whole product, of which the values are only the last third.
+        # The contiguous copy frees the whole product; the values are only its last third.
         return rotated(norm_heads(self.k_norm, key), angles), value.contiguous()
 
 
@@ -356,25 +342,15 @@ class SwiGLUMLP(nn.Module):
 
 
 class LayerWeights(NamedTuple):
-    """A layer's matrices in the compute dtype; cast and concatenated once for all rows and steps of a pass.
+    """A layer's matrices in the compute dtype; cast and concatenated once for all rows and steps of a pass."""
 
-    Attributes:
-        embed: columns of the attention's input projections that read the embedding; none in an ordinary layer.
-        hidden: columns that read the hidden state.
-        bias: biases of the input projections, or None.
-        more: further matrices of the attention.
-        out: output projection.
-        out_bias: its bias, or None.
-        mlp: matrices of the MLP.
-    """
-
-    embed: Tensor
-    hidden: Tensor
-    bias: Tensor | None
-    more: tuple[Tensor, ...]
+    embed: Tensor  # columns of the attention's input projections that read the embedding; none in an ordinary layer
+    hidden: Tensor  # columns that read the hidden state
+    bias: Tensor | None  # biases of the input projections, or None
+    more: tuple[Tensor, ...]  # further matrices of the attention
     out: Tensor
-    out_bias: Tensor | None
-    mlp: dict[str, Tensor]
+    out_bias: Tensor | None  # its bias, or None
+    mlp: dict[str, Tensor]  # matrices of the MLP
 
 
 class DecoderLayer(nn.Module):

@@ -22,19 +22,12 @@ from specforge.errors import UserError
 
 
 class Visibility(NamedTuple):
-    """The keys that each row sees; all ``[R]`` int64.
+    """The keys that each row sees; all ``[R]`` int64."""
 
-    Attributes:
-        low: first visible token.
-        high: one past the last visible token; no token is visible if it is not above ``low``.
-        group: rows of the same group see each other's own keys,
-        order: except those of a higher order than theirs.
-    """
-
-    low: Tensor
-    high: Tensor
-    group: Tensor
-    order: Tensor
+    low: Tensor  # first visible token
+    high: Tensor  # one past the last visible token; no token is visible if it is not above low
+    group: Tensor  # rows of the same group see each other's own keys,
+    order: Tensor  # except those of a higher order than theirs
 
     def allows(self, row: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
         """Whether rows see keys: the batch's ``tokens`` keys, followed by the rows' own, S times."""

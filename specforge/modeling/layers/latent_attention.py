@@ -39,7 +39,7 @@ class LatentAttention(Attention):
         self.heads = self.kv_heads = config.num_attention_heads
         self.rotary_dim, self.head_dim, self.value_dim = rotary, rotary + other, config.v_head_dim
         if self.value_dim > self.head_dim:
-            raise ValueError(f"v_head_dim is {self.value_dim}, more than a key's {self.head_dim}")
+            raise ValueError(f"v_head_dim is {self.value_dim}, larger than the size of a key head, {self.head_dim}")
         if "partial_rotary_factor" in config.rope_parameters:
             raise ValueError("partial_rotary_factor is set, but qk_rope_head_dim sets the rotated size")
         self.query_width, self.rank = config.q_lora_rank, config.kv_lora_rank

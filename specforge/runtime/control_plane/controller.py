@@ -52,7 +52,7 @@ class LeasedPrompt:
 
 
 @dataclass(frozen=True)
-class DeadLetter:
+class GivenUpPrompt:
     """A prompt that was given up: how often it was tried, and why it failed last."""
 
     key: str
@@ -454,13 +454,13 @@ class DataFlowController:
         now = self.clock()
         return len(stored & {_sample(x.key) for x in self.metadata.find((State.LEASED,)) if x.deadline > now})
 
-    def silent(self) -> int:
+    def stalled(self) -> int:
         """Number of leases that have expired and that no other producer has taken over yet."""
         return len(self.metadata.find((State.LEASED,), until=self.clock()))
 
-    def dead_letters(self) -> list[DeadLetter]:
+    def given_up(self) -> list[GivenUpPrompt]:
         """Prompts that were given up; :meth:`revive` tries them again."""
-        return [DeadLetter(row.key, row.tries, row.reason) for row in self.metadata.find((State.DEAD,))]
+        return [GivenUpPrompt(row.key, row.tries, row.reason) for row in self.metadata.find((State.DEAD,))]
 
     def revive(self, keys: Sequence[str]) -> None:
         """Queue given-up prompts again, with all their tries."""

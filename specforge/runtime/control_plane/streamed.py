@@ -2,7 +2,7 @@
 
 The trainer knows which samples it will ask for, and how many bytes each takes, before any of them is produced. It
 queues prompts in training order, only as many as fit into the store, and producers work on whatever is queued. So a
-slow trainer slows the producers down, the store cannot overflow, and later samples never take the room of earlier ones.
+slow trainer slows the producers down, the store cannot overflow, and later samples never displace earlier ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
@@ -32,17 +32,11 @@ KEPT = -1  # epoch of samples that are read repeatedly, such as held-out ones
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on samples that are queued, produced or held at the same time.
+    """Limits on samples that are queued, produced or held at the same time."""
 
-    Attributes:
-        max_bytes: most bytes of features.
-        max_samples: most samples.
-        low_water: refill once usage drops below this fraction.
-    """
-
-    max_bytes: int
-    max_samples: int
-    low_water: float = 0.75
+    max_bytes: int  # maximum number of bytes of features
+    max_samples: int  # maximum number of samples
+    low_water: float = 0.75  # refill once usage drops below this fraction
 
     def fits(self, nbytes: int, samples: int) -> bool:
         """Whether this much is within the limits."""
@@ -62,58 +56,41 @@ class Budget:
             yield from (sample_key(sample.sample_id, epoch, stamp) for sample in samples)
 
 
+@dataclass(eq=False)
 class StreamedSamples(SampleStore[ExpectedSample]):
-    """The trainer's side of the control plane.
+    """The trainer's side of the control plane."""
 
-    Args:
-        controller: states and tensors.
-        provenance: target, and what producers are to capture.
-        budget: this stream's share of the store.
-        stamp: separates the samples of this run from those of runs with other features or another training order.
-        kept: keys of kept samples that :meth:`start` leaves queued.
-        rank: this process; the first one restores the control plane.
-        world_size: number of processes.
-        barrier: waits for all ranks.
-        claim: this rank's claim on the metadata store, if it has one.
-        stall_seconds: report the reason when a sample has not arrived for this long.
-        wait_seconds: give up when a sample has not arrived for this long.
-        wait: called with a number of seconds while there is nothing to read; waits by default.
-    """
+    controller: DataFlowController  # states and tensors
+    provenance: Provenance  # target, and what producers are to capture
+    budget: Budget  # this stream's share of the store
+    _: KW_ONLY
+    stamp: str = ""  # separates the samples of this run from those of runs with other features or training order
+    kept: Collection[str] = ()  # keys of kept samples that start leaves queued
+    rank: int = 0  # this process; the first one restores the control plane
+    world_size: int = 1  # number of processes
+    barrier: Callable[[str], object] = lambda name: None  # waits for all ranks
+    claim: TrainerClaim | None = None  # this rank's claim on the metadata store, if it has one
+    stall_seconds: float = 30.0  # report the reason when a sample has not arrived for this long
+    wait_seconds: float = 3600.0  # give up when a sample has not arrived for this long
+    # Called with a number of seconds while there is nothing to read; waits by default.
+    wait: Callable[[float], object] | None = None
 
     readers = 2  # one checks and packs what has arrived while the other reads
 
-    def __init__(
-        self,
-        controller: DataFlowController,
-        provenance: Provenance,
-        budget: Budget,
-        *,
-        stamp: str = "",
-        kept: Collection[str] = (),
-        rank: int = 0,
-        world_size: int = 1,
-        barrier: Callable[[str], object] = lambda name: None,
-        claim: TrainerClaim | None = None,
-        stall_seconds: float = 30.0,
-        wait_seconds: float = 3600.0,
-        wait: Callable[[float], object] | None = None,
-    ) -> None:
-        self.controller, self.provenance, self.budget = controller, provenance, budget
-        self.stamp, self.kept = stamp, frozenset(kept)
-        self.rank, self.world_size, self._barrier, self._claim = rank, world_size, barrier, claim
-        self.stall_seconds, self.wait_seconds = stall_seconds, wait_seconds
+    def __post_init__(self) -> None:
+        self.kept = frozenset(self.kept)
         self._closed = threading.Event()
-        self._wait = wait or self._closed.wait
+        self._wait = self.wait or self._closed.wait
         self._lock = threading.RLock()  # shared by the trainer's thread and the prefetching ones
         self._ahead: Iterator[Batch] = iter(())
         self._next: Batch | None = None
         self._epochs: dict[str, list[int]] = {}  # epochs for which a sample is queued but not read yet
-        self._held: dict[str, int] = {}  # bytes of every key that takes room, in training order
+        self._held: dict[str, int] = {}  # bytes of every key that takes space, in training order
         self._nbytes = 0
         self._trained: dict[str, int] = {}  # step of every key whose features wait for a checkpoint
         self._spent: list[str] = []  # trained keys whose features are to be deleted
         self._freeing = threading.Lock()
-        self._extends = False  # whether the next read is to make room for one more batch
+        self._extends = False  # whether the next read must free space for one more batch
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
@@ -126,12 +103,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     # Reading.
 
     def start(self, step: int, ahead: Callable[[int], Iterator[Batch]]) -> None:
-        """Restore the control plane to the checkpoint of ``step``, then queue this rank's next batches.
-
-        Args:
-            step: optimizer step of the checkpoint, 0 for a new run.
-            ahead: the batches that a rank will ask for, up to the end of the run.
-        """
+        """Restore the control plane to the checkpoint of ``step``, then queue this rank's next batches."""
         if self.rank == 0:
             wanted = set(self.kept)
             for rank in range(self.world_size):
@@ -139,15 +111,11 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             # Other queued prompts are queued again in their turn. Left queued, they would precede the held-out samples,
             # which a stopped run drops, and the first validation would wait until all of them are produced.
             self.controller.resume(step, keep=wanted, queued=self.kept)
-        self._barrier("the control plane is at the step of the checkpoint")
+        self.barrier("the control plane is at the step of the checkpoint")
         self.queue(ahead(self.rank))
 
     def queue(self, ahead: Iterator[Batch]) -> None:
-        """Queue batches from here on, as many as fit, and more whenever there is room again.
-
-        Args:
-            ahead: the batches that this rank will ask for.
-        """
+        """Queue batches from here on, as many as fit, and more whenever there is room again."""
         with self._lock:
             self._ahead, self._next = ahead, None
             self._epochs, self._held, self._trained, self._spent, self._nbytes = {}, {}, {}, [], 0
@@ -182,7 +150,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         with self._lock:
             if not self._epochs.get(name):
                 raise UserError(
-                    f"the store has no room for the next batch: {self.budget.max_bytes:,} bytes and "
+                    f"the store is too small for the next batch: {self.budget.max_bytes:,} bytes and "
                     f"{self.budget.max_samples:,} samples per rank must hold a whole optimizer step and one more "
                     "batch; raise data.max_bytes and data.max_samples"
                 )
@@ -247,15 +215,11 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             self._wait(_POLL)
 
     def _restore(self, sample: ExpectedSample, epoch: int, error: StateError) -> None:
-        """Queue a sample again after its record was lost or damaged: the checkpoint shows that it is not trained yet.
-
-        Raises:
-            UserError: all records are gone.
-        """
+        """Queue a sample again whose record was lost or damaged: the checkpoint shows that it is not trained yet."""
         if not any(self.controller.counts().values()):
             raise _foreign_store(error) from error
         logger.warning(
-            "sample %s is %s in the metadata store, but is yet to be trained; it is queued again",
+            "sample %s is %s in the metadata store, but has not been trained yet; it is queued again",
             sample.sample_id,
             error.state or "missing",
         )
@@ -266,13 +230,13 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     def _stall_reason(self, before: int, waited: float) -> str:
         """Why no sample arrives; a store that cannot be written is detected first, as producers cannot report it."""
         try:
-            if self._claim is not None:
-                self._claim.renew()
+            if self.claim is not None:
+                self.claim.renew()
         except UserError as error:
             return str(error)
         counts = self.controller.counts()
         rate = (_count_produced(counts) - before) / max(waited, 1e-9)
-        return bottleneck(counts, rate, self.controller.unfinished(), self.controller.silent())
+        return bottleneck(counts, rate, self.controller.unfinished(), self.controller.stalled())
 
     def _should_report(self, waited: float) -> bool:
         """Whether this thread reports the stall: one of the waiting threads does, at intervals that double."""
@@ -284,7 +248,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             return due
 
     def _failure_reason(self, key: str) -> str:
-        return next((x.reason for x in self.controller.dead_letters() if x.key == key), "it was given up")
+        return next((x.reason for x in self.controller.given_up() if x.key == key), "it was given up")
 
     def interrupt(self) -> None:
         """End every wait for a sample."""
@@ -299,8 +263,8 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             UserError: another trainer has claimed the store, a sample is in an impossible state, or all records are
                 gone.
         """
-        if self._claim is not None:
-            self._claim.check()
+        if self.claim is not None:
+            self.claim.check()
         keys = [self.key(name, epoch) for name in sample_ids]
         left = list(keys)
         while True:
@@ -323,7 +287,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         if self.rank == 0:
             self.controller.durable(step)
             self.controller.remove_orphans()
-        self._barrier("the features that the checkpoint covers are deleted")
+        self.barrier("the features that the checkpoint covers are deleted")
         with self._lock:
             self._forget_held([key for key, trained in self._trained.items() if trained <= step])
 
@@ -392,8 +356,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
     def _free_room(self, extend: bool = False) -> None:
         """Delete features that are not to be kept, then queue what fits. The slow deletion happens outside the lock.
 
-        Args:
-            extend: make room for one more batch, at the cost of features that wait for a checkpoint.
+        ``extend`` makes room for one more batch, at the cost of features that wait for a checkpoint.
         """
         with self._freeing:
             with self._lock:
@@ -406,7 +369,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
                 self._fill(at_once=bool(evicted))
 
     def _evictable(self) -> list[str]:
-        """Keys that wait for a checkpoint, as many as the next batch needs the room of.
+        """Keys that wait for a checkpoint, as many as must be deleted to make space for the next batch.
 
         Without this, they could block the batches that lead to the next checkpoint.
         """
@@ -447,7 +410,7 @@ def _count_produced(counts: Mapping[str, int]) -> int:
 
 
 def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stalled: int = 0) -> str:
-    """Which part of the run the others wait for, and what to do about it.
+    """The part of the run that limits its speed, and what to do about it.
 
     Args:
         counts: number of samples in each state.

@@ -1,7 +1,7 @@
 """Storage formats of tensors: unchanged, or 8-bit floating point with one scale per token.
 
 ``float8_e4m3fn`` halves the bytes of bf16 features. The norms of hidden states differ by a factor of a thousand between
-tokens, hence one scale per token rather than per tensor. docs/quickstart.md measures the cost in τ.
+tokens, hence one scale per token rather than per tensor. docs/user-guide.md reports the cost in τ.
 """
 
 from __future__ import annotations
@@ -42,10 +42,6 @@ def stored_width(width: int, itemsize: int, encoding: str) -> int:
 
 def decode(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors in their original dtypes.
-
-    Args:
-        stored: the stored form; a tensor with a scale is encoded.
-        dtypes: name of every tensor's original dtype.
 
     Raises:
         ValueError: a scale does not fit its tensor.

@@ -27,33 +27,20 @@ _COUNTS = "token_counts.safetensors"
 
 @dataclass
 class FeatureFolder:
-    """Captured features on disk.
-
-    Attributes:
-        folder: the folder.
-        store: tensors of the samples.
-        manifest: references to the samples.
-        refs: references committed when the folder was opened.
-        provenance: origin of all features.
-        counts: token counts of the prompts.
-    """
+    """Captured features on disk."""
 
     folder: Path
-    store: FeatureStore
-    manifest: Manifest
-    refs: list[SampleRef]
-    provenance: Provenance
-    counts: TokenCounts
+    store: FeatureStore  # tensors of the samples
+    manifest: Manifest  # references to the samples
+    refs: list[SampleRef]  # references committed when the folder was opened
+    provenance: Provenance  # origin of all features
+    counts: TokenCounts  # token counts of the prompts
 
     @staticmethod
     def check(folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> None:
-        """Reject a folder that holds features of another origin or of other prompts.
+        """Reject a folder that holds features of another origin or of other prompts; it need not exist.
 
-        Args:
-            folder: folder for the features; it need not exist.
-            provenance: origin of the features.
-            counts: token counts of the prompts.
-            prompts: identity of the prompt set with all its splits; not compared if empty.
+        ``prompts`` is the identity of the prompt set with all its splits; it is not compared if empty.
 
         Raises:
             UserError: the folder holds such features.
@@ -76,7 +63,7 @@ class FeatureFolder:
         same = torch.equal(old.supervised, counts.supervised) and torch.equal(old.context, counts.context)
         if not same or (prompts and meta.get("prompts") and meta["prompts"] != prompts):
             raise UserError(
-                f"{folder}: holds features of other prompts (other data or options, or others held out); "
+                f"{folder}: holds features of other prompts (from other data, options or held-out conversations); "
                 "choose another folder"
             )
 
@@ -97,12 +84,6 @@ class FeatureFolder:
     @classmethod
     def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> FeatureFolder:
         """Create a folder, or open one whose features have the same origin and prompts.
-
-        Args:
-            folder: folder for the features.
-            provenance: origin of the features.
-            counts: token counts of the prompts.
-            prompts: identity of the prompt set with all its splits.
 
         Raises:
             UserError: the folder holds features of another origin or of other prompts.
@@ -126,7 +107,7 @@ class FeatureFolder:
             UserError: the folder holds no features, or is damaged.
         """
         if not (folder / _META).exists():
-            raise UserError(f"{folder}: no features here; make them with `specforge capture`")
+            raise UserError(f"{folder}: no features here; create them with `specforge capture`")
         meta = _read_meta(folder)
         try:
             provenance = Provenance.from_json(meta["provenance"])

@@ -41,19 +41,12 @@ _LATER = ("dtype", "encoding")  # missing from checkpoints of the first version
 
 
 class RunLength(NamedTuple):
-    """How far a run trains.
+    """How far a run trains."""
 
-    Attributes:
-        batches: micro-batches per epoch on each rank.
-        accumulate: micro-batches per optimizer step.
-        max_steps: optimizer steps of the run; negative for no limit.
-        max_epochs: epochs of the run; None or negative for no limit.
-    """
-
-    batches: int
-    accumulate: int
-    max_steps: int = -1
-    max_epochs: int | None = None
+    batches: int  # micro-batches per epoch on each rank
+    accumulate: int  # micro-batches per optimizer step
+    max_steps: int = -1  # optimizer steps of the run; negative for no limit
+    max_epochs: int | None = None  # epochs of the run; None or negative for no limit
 
     def ends_before(self, epoch: int, batch: int) -> bool:
         """Whether the run is over before this batch of this epoch."""
@@ -70,12 +63,12 @@ class FeatureDataLoader(Generic[SampleT]):
         store: holds or produces their tensors.
         spec: requirements of the algorithm.
         batch_size: documents per batch; or
-        max_tokens: most tokens per batch. Give exactly one of the two.
+        max_tokens: maximum number of tokens per batch. Give exactly one of the two.
         shuffle: draw a new order every epoch.
         seed: random seed for the orders.
         rank: this process.
         world_size: number of processes. Each gets the same number of batches; the last ones may be empty.
-        prefetch: most batches to prefetch, fewer where the store has no room; 0 fetches in the caller's thread.
+        prefetch: maximum number of batches to prefetch, fewer if the store is full; 0 fetches in the caller's thread.
         bad_samples: ``error`` stops at a damaged sample, ``skip`` leaves it out and counts it.
         pad_to: pad batches to a multiple of this many tokens.
         pin_memory: put batches into page-locked memory.
@@ -173,22 +166,12 @@ class FeatureDataLoader(Generic[SampleT]):
         self._acknowledged = {"epoch": epoch, "batch": batch}
 
     def start(self, step: int, length: RunLength) -> None:
-        """Start training at this position, after the checkpoint of ``step``; called on every rank.
-
-        Args:
-            step: optimizer step of the checkpoint, 0 for a new run.
-            length: how far the run trains.
-        """
+        """Start training at this position, after the checkpoint of ``step``; called on every rank."""
         self.store.start(step, partial(self._until_end, length))
         self._waited, self._since = 0.0, time.perf_counter()
 
     def acknowledge(self, batch: TrainBatch, step: int) -> None:
-        """Record that optimizer step ``step`` uses a batch.
-
-        Args:
-            batch: a trained batch.
-            step: the step that was taken with this batch, or the next one while gradients accumulate.
-        """
+        """Record that optimizer step ``step`` uses a batch."""
         self._acknowledged = batch.cursor
         self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
 
@@ -209,7 +192,7 @@ class FeatureDataLoader(Generic[SampleT]):
         return found
 
     def upcoming(self, rank: int) -> Iterator[tuple[int, int, list[SampleT]]]:
-        """Every batch that a rank will ask for, without end: its epoch, its number in the epoch, its samples."""
+        """Endless stream of the batches that a rank will ask for: epoch, number in the epoch, samples."""
         epoch, first = self._start
         while True:
             for number, samples in list(enumerate(self._batches(epoch, rank)))[first:]:
@@ -245,7 +228,7 @@ class FeatureDataLoader(Generic[SampleT]):
         try:
             while work or pending:
                 while work and len(pending) <= self.prefetch:
-                    # The next batch is fetched even if there is no room for it: room may never come.
+                    # The next batch is fetched even if there is no space for it: space may never become free.
                     if not self.store.reserve(work[0][0]) and pending:
                         break
                     samples, cursor = work.popleft()
@@ -307,15 +290,10 @@ def collate(
     *,
     pin_memory: bool = False,
 ) -> TrainBatch:
-    """Pack samples end to end into one flat row; the batch holds copies.
+    """Pack samples end to end into one flat row, padded to a multiple of ``pad_to`` tokens; the batch holds copies.
 
-    Args:
-        tensors: tensors of each sample, by name.
-        samples: the samples.
-        spec: requirements of the algorithm.
-        empty: tensors of a sample without tokens, for a batch without samples.
-        pad_to: pad to a multiple of this many tokens.
-        pin_memory: pack features into page-locked memory, which torch reuses, so that no further copy is needed.
+    ``empty`` has the tensors of a sample without tokens, for a batch without samples. With ``pin_memory``, features are
+    packed into page-locked memory, which torch reuses, so that no further copy is needed.
     """
     lengths = tuple(sample.num_tokens for sample in samples)
     padding = -sum(lengths) % pad_to
@@ -349,7 +327,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         UserError: there are none, or one has the wrong features or is too short.
     """
     if not samples:
-        raise UserError("features: there are no samples")
+        raise UserError("features: the folder contains no samples")
     first = _feature_types(samples[0])
     for sample in samples:
         captured = sample.provenance.capture
@@ -369,7 +347,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         if sample.num_tokens < spec.min_tokens:
             raise UserError(
                 f"sample {sample.sample_id} (from {sample.source}) has {sample.num_tokens} tokens; "
-                f"{spec.algorithm} needs {spec.min_tokens}"
+                f"{spec.algorithm} needs at least {spec.min_tokens}"
             )
 
 

@@ -57,11 +57,7 @@ class MemoryBackend:
 
 
 class ShardBackend:
-    """Safetensors shards in one folder.
-
-    Args:
-        folder: created if missing.
-    """
+    """Safetensors shards in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -120,11 +116,7 @@ class ShardBackend:
             return set()
 
     def flush(self) -> None:
-        """Write the buffer as one shard.
-
-        Raises:
-            UserError: the disk is full or not writable; no shard is left.
-        """
+        """Write the buffer as one shard."""
         if not self._buffer:
             return
         path = self.folder / self._name()

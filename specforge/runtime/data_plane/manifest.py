@@ -19,11 +19,7 @@ MANIFEST = "manifest.jsonl"
 
 
 class Manifest:
-    """References to the samples of a feature folder.
-
-    Args:
-        folder: contains ``manifest.jsonl``.
-    """
+    """References to the samples of a feature folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / MANIFEST
@@ -38,7 +34,7 @@ class Manifest:
         try:
             lines = self._log.lines()
         except FileNotFoundError as error:
-            raise UserError(f"{self.path}: no such file; make features with `specforge capture`") from error
+            raise UserError(f"{self.path}: no such file; create features with `specforge capture`") from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         refs: dict[str, SampleRef] = {}

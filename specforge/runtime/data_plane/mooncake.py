@@ -41,23 +41,14 @@ _TIMEOUT = 5.0  # seconds; a running master answers at once
 
 @dataclass(frozen=True)
 class MooncakeAddress:
-    """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``.
+    """``mooncake://host:port?metrics=9003&protocol=tcp&devices=mlx5_0#namespace``."""
 
-    Attributes:
-        host: host of the master.
-        port: RPC port of the master.
-        metrics: HTTP port of the master.
-        protocol: ``tcp`` or ``rdma``.
-        devices: comma-separated RDMA devices; empty for all.
-        namespace: separates runs that share a master.
-    """
-
-    host: str
-    port: int
-    metrics: int
-    protocol: str = "tcp"
-    devices: str = ""
-    namespace: str = "specforge"
+    host: str  # host of the master
+    port: int  # RPC port of the master
+    metrics: int  # HTTP port of the master
+    protocol: str = "tcp"  # tcp or rdma
+    devices: str = ""  # comma-separated RDMA devices; empty for all
+    namespace: str = "specforge"  # separates runs that share a master
 
     @classmethod
     def parse(cls, address: str) -> Self:
@@ -124,11 +115,7 @@ def connect(address: MooncakeAddress, segment_bytes: int = 0) -> Any:
 
 
 class BufferPool:
-    """Registered memory that is reused once its last tensor is gone.
-
-    Args:
-        client: registers each block of memory once.
-    """
+    """Registered memory that is reused once its last tensor is gone."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -161,11 +148,8 @@ class MooncakeBackend:
     slower on few cores. Writes are asynchronous, and all waiting values go into one call, because for small values the
     calls are the cost. :meth:`flush` reports whether they have arrived.
 
-    Args:
-        address: in the form of :class:`MooncakeAddress`.
-
     Raises:
-        UserError: the address is not valid.
+        UserError: the address is not a :class:`MooncakeAddress`; or, in every method, the master does not answer.
     """
 
     def __init__(self, address: str) -> None:
@@ -177,11 +161,7 @@ class MooncakeBackend:
         self._written = 0  # bytes, since the last flush
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Start to put a group under a new name; its tensors must not change until they are flushed.
-
-        Raises:
-            UserError: the store does not answer.
-        """
+        """Start to put a group under a new name; its tensors must not change until they are flushed."""
         client, pool, transfers = self._join()
         header, order = lay_out(tensors)
         pieces = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
@@ -216,11 +196,7 @@ class MooncakeBackend:
         return {feature: flat[feature] for feature in flat}
 
     def remove(self, key: str, uri: str) -> None:
-        """Delete the value, even if it is being read.
-
-        Raises:
-            UserError: the master does not answer.
-        """
+        """Delete the value, even if it is being read."""
         (client, _, transfers), name = self._join(), self._name(key, uri)
         if self._waiting.pop(name, None):  # it may be in transit, or have arrived unnoticed
             _drain(transfers)
@@ -228,22 +204,14 @@ class MooncakeBackend:
             raise self._no_answer(code)
 
     def holds(self, key: str, uri: str) -> bool:
-        """Whether the master knows the value; it notices the death of an owner after some seconds.
-
-        Raises:
-            UserError: the master does not answer.
-        """
+        """Whether the master knows the value; it notices the death of an owner after some seconds."""
         client, name = self._join()[0], self._name(key, uri)
         if (code := self._ask(lambda: client.is_exist(name))) not in (0, 1):
             raise self._no_answer(code)
         return code == 1
 
     def stored(self) -> list[tuple[str, str]]:
-        """Key and URI of every value of this namespace.
-
-        Raises:
-            UserError: the master does not answer.
-        """
+        """Key and URI of every value of this namespace."""
         url = f"http://{self.address.host}:{self.address.metrics}/get_all_keys"
         try:
             with urllib.request.urlopen(url, timeout=60.0) as answer:
@@ -275,7 +243,7 @@ class MooncakeBackend:
             if code != _FULL:
                 raise UserError(f"store {self.address}: {name} could not be put (Mooncake error {code})")
         if failed:
-            raise StoreFullError(f"store {self.address}: no room for {len(failed)} samples")
+            raise StoreFullError(f"store {self.address}: no space for {len(failed)} samples")
 
     def _put(self, client: Any, names: deque[str]) -> dict[str, int]:
         """Put the waiting values of these names, and empty the queue of names; returns Mooncake's codes."""

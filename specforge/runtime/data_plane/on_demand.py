@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,19 +16,15 @@ from specforge.contracts import ExpectedSample, SampleRef
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, SampleStore
 
 
+@dataclass(eq=False)
 class ProducedSamples(SampleStore[ExpectedSample]):
-    """Samples on demand.
+    """Samples on demand."""
 
-    Args:
-        store: holds the produced samples; its ``max_bytes`` limits prefetched and kept samples together.
-        produce: captures a sample into ``store``.
-        keep_bytes: keep up to this many bytes of trained samples for the next epochs.
-    """
+    store: FeatureStore  # holds the produced samples; max_bytes limits prefetched and kept samples together
+    produce: Callable[[ExpectedSample], SampleRef]  # captures a sample into store
+    keep_bytes: int = field(default=0, kw_only=True)  # most bytes of trained samples to keep for the next epochs
 
-    def __init__(
-        self, store: FeatureStore, produce: Callable[[ExpectedSample], SampleRef], *, keep_bytes: int = 0
-    ) -> None:
-        self.store, self.produce, self.keep_bytes = store, produce, keep_bytes
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()  # shared by the prefetching thread and the trainer's
         self._held: dict[str, SampleRef] = {}
         self._kept: set[str] = set()
@@ -57,7 +54,7 @@ class ProducedSamples(SampleStore[ExpectedSample]):
         return self.store.get(self._held[name])
 
     def reserve(self, samples: Sequence[ExpectedSample]) -> bool:
-        """Reserve room next to the kept samples and those that are not trained yet, if there is any."""
+        """Reserve space next to the kept samples and those that are not trained yet, if there is any."""
         wanted = {sample.sample_id: sample.nbytes for sample in samples}
         with self._lock:
             waiting = self._reserved | wanted

@@ -24,7 +24,7 @@ class BatchPlan:
     Args:
         lengths: tokens of each sample.
         batch_size: samples per batch; or
-        max_tokens: most tokens per batch. Give exactly one of the two.
+        max_tokens: maximum number of tokens per batch. Give exactly one of the two.
         shuffle: draw a new order each epoch; otherwise samples stay in order.
         seed: random seed for the orders.
 

@@ -32,8 +32,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH, _ALIGN = 8, 64
-SAMPLE_HEADER = 1 << 20  # most bytes of the header of a file with a single sample
-_PIECES = 1024  # most buffers per system call
+SAMPLE_HEADER = 1 << 20  # maximum size of the header, in bytes, of a file with a single sample
+_PIECES = 1024  # maximum number of buffers per system call
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 16
 
@@ -93,7 +93,7 @@ class FlatTensors:
     Args:
         data: ``[N]`` uint8, the whole file.
         where: name of the file in messages.
-        max_header: most bytes of the header; parsing takes ten times as much memory.
+        max_header: maximum size of the header in bytes; parsing takes ten times as much memory.
 
     Raises:
         OSError: the data does not begin with a header.
@@ -104,7 +104,7 @@ class FlatTensors:
         size = int.from_bytes(data[:_LENGTH].numpy().tobytes(), "little")
         self._size = len(data) - _LENGTH - size
         if self._size < 0 or size > max_header:
-            raise OSError(f"{self._where}: no header, or a part of one")
+            raise OSError(f"{self._where}: the header is missing or incomplete")
         self._storage, self._start = data.untyped_storage(), data.storage_offset() + _LENGTH + size
         try:
             self._entries = dict(json.loads(data[_LENGTH : _LENGTH + size].numpy().tobytes()))
@@ -145,4 +145,4 @@ class FlatTensors:
                 return torch.empty(0, dtype=dtype).set_(self._storage, offset, shape)  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError, RuntimeError):
             pass
-        raise OSError(f"{self._where}: {name!r} is at {entry}"[:400])
+        raise OSError(f"{self._where}: tensor {name!r} is missing or has an invalid header entry ({entry})"[:400])

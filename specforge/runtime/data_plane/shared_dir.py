@@ -25,10 +25,6 @@ _URI = re.compile(r"[0-9A-Za-z_.-]{2}/\.?([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a
 class SharedDirBackend:
     """Safetensors files in a folder that all processes see.
 
-    Args:
-        folder: the store.
-        create: create the folder if it is missing.
-
     Raises:
         OSError: the folder is missing, or cannot be created.
     """
@@ -38,15 +34,11 @@ class SharedDirBackend:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
         elif not folder.is_dir():
-            raise OSError("no such folder; a run makes it when it starts")
+            raise OSError("no such folder; a run creates it when it starts")
         self._unsynced: dict[Path, int] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write a group to a new file.
-
-        Raises:
-            UserError: the disk is full or not writable; nothing is left behind.
-        """
+        """Write a group to a new file."""
         uri = f"{key[:2]}/{key}-{secrets.token_hex(8)}.safetensors"
         path = self.folder / uri
         temporary = path.with_name(f".{path.stem}.tmp")
@@ -91,11 +83,7 @@ class SharedDirBackend:
         return [(match.group(1), uri) for uri in sorted(uris) if (match := _URI.fullmatch(uri))]
 
     def flush(self) -> None:
-        """Sync written files to disk.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
+        """Sync written files to disk."""
         paths = list(self._unsynced)
         try:
             for path in paths:

@@ -41,7 +41,6 @@ class FeatureBackend(Protocol):
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
         """Store a group; returns the URI for reading it once :meth:`flush` has returned."""
-        ...
 
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
         """Read a group, without a copy where the medium allows it. The tensors stay valid after :meth:`remove`.
@@ -50,19 +49,15 @@ class FeatureBackend(Protocol):
             KeyError: there is no such group.
             OSError: the group is damaged or cannot be read.
         """
-        ...
 
     def remove(self, key: str, uri: str) -> None:
         """Delete a group; unknown keys are ignored."""
-        ...
 
     def holds(self, key: str, uri: str) -> bool:
         """Whether there is such a group; it may be damaged."""
-        ...
 
     def stored(self) -> list[tuple[str, str]]:
         """Key and URI of every group, including the leftovers of killed writers."""
-        ...
 
     def flush(self) -> None:
         """Make everything written so far durable and readable.
@@ -70,11 +65,9 @@ class FeatureBackend(Protocol):
         Raises:
             StoreFullError: some of it did not fit; backends that write asynchronously report lack of space here.
         """
-        ...
 
     def pending(self) -> int:
         """Bytes written but not yet flushed."""
-        ...
 
 
 class SampleStore(Generic[SampleT]):
@@ -171,7 +164,7 @@ class FeatureStore(SampleStore[SampleRef]):
 
     Args:
         backend: moves the bytes.
-        max_bytes: most bytes to hold at once; None for no limit.
+        max_bytes: maximum number of bytes to hold at once; None for no limit.
     """
 
     def __init__(self, backend: FeatureBackend, *, max_bytes: int | None = None) -> None:
@@ -344,11 +337,7 @@ class FeatureStore(SampleStore[SampleRef]):
         return count
 
     def flush(self) -> None:
-        """Make all puts durable and readable.
-
-        Raises:
-            StoreFullError: some did not fit into the backend; discard them.
-        """
+        """Make all puts durable and readable; see :meth:`FeatureBackend.flush`. What did not fit is to be discarded."""
         self.backend.flush()
 
     def pending(self) -> int:
@@ -397,7 +386,7 @@ def check_id(sample_id: str) -> None:
         BadSampleError: it contains characters other than letters, digits, ``_``, ``-`` and inner dots, or is too long.
     """
     if not SAMPLE_ID.fullmatch(sample_id):
-        raise BadSampleError(repr(sample_id)[:80], "its identity could name a path")
+        raise BadSampleError(repr(sample_id)[:80], "its id could name a path")
 
 
 def _key(sample_id: str, generation: int) -> str:

@@ -99,7 +99,7 @@ def untrained(target, **config) -> Eagle3Module:
 def test_a_draft_that_was_never_trained_is_refused(target, tmp_path, config):
     module = untrained(target, **config)
     for write in (FORM.to_hf, FORM.to_sglang):
-        with pytest.raises(UserError, match="the draft was not trained"):
+        with pytest.raises(UserError, match="the draft was not trained; train it with `specforge fit`"):
             write(module.draft, module.target, tmp_path / "draft")
         assert not (tmp_path / "draft").exists()
 

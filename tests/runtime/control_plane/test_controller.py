@@ -17,7 +17,7 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.runtime.control_plane.controller import (
     DataFlowController,
-    DeadLetter,
+    GivenUpPrompt,
     LeasedPrompt,
     Reconciled,
     dump_ref,
@@ -228,13 +228,13 @@ def test_orphans_of_a_store_in_use_spare_what_came_meanwhile(tmp_path, clock):
     assert not mine.features.holds(orphan)
 
 
-def test_failures_end_as_visible_dead_letters(control):
+def test_failures_end_as_visible_given_up_prompts(control):
     control.ingest({"s0": TASKS["s0"]})
     for state in (State.QUEUED, State.DEAD):
         (leased,) = control.lease("w", 1)
         assert control.fail("w", leased, "s0: aux_hidden_states holds NaN") == state
     assert control.lease("w", 1) == []
-    assert control.dead_letters() == [DeadLetter("s0@0", 2, "s0: aux_hidden_states holds NaN")]
+    assert control.given_up() == [GivenUpPrompt("s0@0", 2, "s0: aux_hidden_states holds NaN")]
     control.revive(["s0@0"])
     assert control.lease("w", 1)[0].task.attempt == 0
 
@@ -274,11 +274,11 @@ def test_whose_put_takes_long_and_whose_producer_is_silent(control, clock):
     control.ingest(TASKS)
     busy, *_ = control.lease("w", 3)
     put(control.features, busy.sample_id)
-    assert (control.unfinished(), control.silent()) == (1, 0)
+    assert (control.unfinished(), control.stalled()) == (1, 0)
     clock.now += 10.0
-    assert (control.unfinished(), control.silent()) == (0, 3)
+    assert (control.unfinished(), control.stalled()) == (0, 3)
     control.lease("v", 1)  # somebody works: what is over is queued again, and what had been put is deleted
-    assert (control.unfinished(), control.silent()) == (0, 0)
+    assert (control.unfinished(), control.stalled()) == (0, 0)
 
 
 def test_damaged_features_are_produced_again(control):
@@ -553,7 +553,7 @@ class Machine(RuleBasedStateMachine):
     def the_states_are_the_models(self):
         counts = self.control.counts()
         assert counts == {s: len(self.of(s)) for s in STATES}
-        assert [x.key for x in self.control.dead_letters()] == self.of(State.DEAD)
+        assert [x.key for x in self.control.given_up()] == self.of(State.DEAD)
 
     @invariant()
     def nothing_is_trained_twice_in_the_surviving_history(self):

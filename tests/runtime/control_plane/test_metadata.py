@@ -17,7 +17,7 @@ import pytest
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.runtime.control_plane.claim import Claim, claim, resign
-from specforge.runtime.control_plane.controller import DataFlowController, DeadLetter, LeasedPrompt
+from specforge.runtime.control_plane.controller import DataFlowController, GivenUpPrompt, LeasedPrompt
 from specforge.runtime.control_plane.metadata import STATES, Conflict, MetadataStore, Move, Row, State, StateError
 from specforge.runtime.control_plane.redis import RedisMetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
@@ -317,7 +317,7 @@ def test_tries_run_out_by_failure_and_by_expiry_and_are_given_anew(store, contro
         Row("k0@0", DEAD, "a", 0.0, 2, 0, "NaN in layer 3"),
         Row("k1@0", DEAD, "a", 0.0, 2, 0, "the lease of a expired"),
     ]
-    assert control.dead_letters()[0] == DeadLetter("k0@0", 2, "NaN in layer 3")
+    assert control.given_up()[0] == GivenUpPrompt("k0@0", 2, "NaN in layer 3")
     control.revive(["k0@0"])
     assert control.lent("a", 2, 30.0) == [("k0@0", 0)]
 
@@ -342,7 +342,7 @@ def test_a_late_commit_changes_nothing(store, control, state):
     assert uris(control, keys) == ["ref of k0@0"]
 
 
-def test_a_dead_letter_may_still_be_committed(store, control):
+def test_a_given_up_prompt_may_still_be_committed(store, control):
     keys = filled(control, 1)
     advance(control, keys, DEAD)
     assert control.commit([("k0@0", ref("k0@0", "late but good"))]) == [True]
@@ -581,7 +581,7 @@ def test_damaged_rows_are_one_line_or_left_out(tmp_path, fuzz):
         plane.reconcile()
         plane.durable(1)
         plane.rewind(0)
-        plane.dead_letters()
+        plane.given_up()
         plane.counts()
 
     for number, data in enumerate(fuzz.bytes(texts, 60)):

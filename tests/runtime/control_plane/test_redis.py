@@ -290,7 +290,7 @@ def test_damaged_values_are_one_line_or_left_out(store, client, space, fuzz, cap
         plane.reconcile()
         plane.durable(1)
         plane.rewind(0)
-        plane.dead_letters()
+        plane.given_up()
         plane.counts()
 
     for number, data in enumerate(fuzz.bytes(texts, 60)):

@@ -99,7 +99,7 @@ def test_a_full_store_refuses_and_evicts_nothing(together):
     with mooncake_store(64 * MB) as (address, _):
         store = FeatureStore(MooncakeBackend(address))
         refs: list[SampleRef] = []
-        with pytest.raises(StoreFullError, match="no room"):  # noqa: PT012 - until it is full
+        with pytest.raises(StoreFullError, match="no space"):  # noqa: PT012 - until it is full
             while len(refs) < 20:
                 refs.append(put_only(store, f"s{len(refs)}", seed=len(refs)))
                 if not together:

@@ -22,21 +22,13 @@ from specforge.modeling.layers.flex_attention import Visibility, visible_attenti
 
 
 class BlockGroup(NamedTuple):
-    """Consecutive blocks of one document.
-
-    Attributes:
-        first: the first block.
-        stop: one past the last.
-        document: flat token at which their document begins.
-        low: flat token of the first anchor.
-        high: flat token of the last anchor; no block sees it or the tokens after it.
-    """
+    """Consecutive blocks of one document."""
 
     first: int
-    stop: int
-    document: int
-    low: int
-    high: int
+    stop: int  # one past the last
+    document: int  # flat token at which their document begins
+    low: int  # flat token of the first anchor
+    high: int  # flat token of the last anchor; no block sees it or the tokens after it
 
 
 def block_attention(

@@ -44,8 +44,8 @@ class DynamicConv(nn.Module):
         super().__init__()
         if group < 1 or width % group or not 1 <= taps <= block:
             raise ValueError(
-                f"conv_group_size is {group}, conv_kernel_size {taps}; want a divisor of hidden_size {width}, and 1 to "
-                f"{block} slots of a block"
+                f"conv_group_size is {group} and conv_kernel_size {taps}; they must be a divisor of hidden_size "
+                f"{width}, and 1 to {block} slots of a block"
             )
         self.block, self.taps, self.group = block, taps, group
         self.base_kernel = nn.Parameter(torch.empty(2, taps, width))
@@ -137,9 +137,6 @@ class DFlash2(DFlash):
     Args:
         config: as for :class:`DFlash`, with ``conv_kernel_size`` (2), ``conv_group_size`` (16), ``selector_rank`` (256)
             and ``selector_top_k`` (16) in ``dflash_config``.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -158,12 +155,7 @@ class DFlash2(DFlash):
 
 
 class SelectingCorrector:
-    """Selects among the candidates token by token when decoding.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Selects among the candidates token by token when decoding."""
 
     def __init__(self, draft: DFlash2, dtype: torch.dtype) -> None:
         self.selector = draft.candidate_selector

@@ -25,12 +25,7 @@ from specforge.modeling.draft.registry import register_draft
 
 
 class PrefixGRU(nn.Module):
-    """A GRU without biases, with the parameter names and layout of ``torch.nn.GRU``.
-
-    Args:
-        width: H, width of the inputs.
-        hidden: G.
-    """
+    """A GRU without biases, with the parameter names and layout of ``torch.nn.GRU``."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -73,9 +68,6 @@ class Domino(DFlash):
     Args:
         config: as for :class:`DFlash`, with ``gru_hidden_dim``, ``emb_dim``, ``pure_draft_prefix_len`` (1) and
             ``shift_label`` (true) in ``dflash_config``.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
 
     Attributes:
         prefix: number of drafts at the start of a block that keep their base logits.

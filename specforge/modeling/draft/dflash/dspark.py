@@ -94,9 +94,6 @@ class DSpark(DFlash):
     Args:
         config: as for :class:`DFlash`, with ``markov_rank``, ``markov_head_type`` (``vanilla``, ``gated``, ``rnn``),
             ``enable_confidence_head`` and ``confidence_head_with_markov``.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -154,12 +151,7 @@ class DSpark(DFlash):
 
 
 class MarkovCorrector:
-    """Corrects the logits token by token when decoding.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Corrects the logits token by token when decoding."""
 
     def __init__(self, draft: DSpark, dtype: torch.dtype) -> None:
         self.head, self.dtype = draft.markov_head, dtype

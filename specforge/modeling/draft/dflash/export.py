@@ -22,11 +22,7 @@ class DFlashFormat(DraftFormat):
     server = "DFLASH"
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject drafts that SGLang cannot serve, or would serve as a different network.
-
-        Raises:
-            UserError: names the field and the server's interpretation of it.
-        """
+        """Reject drafts that SGLang cannot serve, or would serve as a different network."""
         fields = config["dflash_config"]
         check_captured_layers(fields["target_layer_ids"], target)
         if config["draft_vocab_size"] != target.vocab_size:
@@ -80,7 +76,7 @@ class DominoFormat(DFlashFormat):
         super().check(config, target)
         prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
         if prefix != 1:
-            raise UserError(f"export: pure_draft_prefix_len is {prefix}; SGLang corrects all drafts but one")
+            raise UserError(f"export: pure_draft_prefix_len is {prefix}, but SGLang supports only 1")
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`, under DFlash's architecture, with every field that SGLang needs."""

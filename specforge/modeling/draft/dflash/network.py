@@ -87,9 +87,6 @@ class DFlash(Draft):
             which are causal within the block; ``qk_norm: false`` selects Llama layers; optional
             ``target_hidden_size`` and ``draft_vocab_size``.
 
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
-
     Attributes:
         nested: the fields inside ``dflash_config``.
         layer: the class of the layers.
@@ -253,12 +250,7 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
 
 
 class BlockDecoder(CachedDecoder):
-    """Drafts one block at a time over a growing context; later changes of the draft's weights do not affect it.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Drafts one block at a time over a growing context; later changes of the draft's weights do not affect it."""
 
     def __init__(self, draft: DFlash, dtype: torch.dtype) -> None:
         super().__init__(draft.decoder_layers, draft.rotary, dtype)
@@ -268,11 +260,11 @@ class BlockDecoder(CachedDecoder):
     def extend(self, aux_hidden_states: Tensor) -> None:
         """Append the features ``[n, A]`` of tokens that the target has processed."""
         before, self.rows = self.rows, self.rows + len(aux_hidden_states)
-        self._cache.reserve(self.rows + self.draft.block_size)
+        self.reserve(self.rows + self.draft.block_size)
         context = self.draft.context(aux_hidden_states, self.dtype)
-        angles = self._cache.angles(before, self.rows)
+        angles = self.angles(before, self.rows)
         for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
-            self._cache.write(i, before, *layer.inject(context, angles, w))
+            self.write(i, before, *layer.inject(context, angles, w))
 
     @torch.inference_mode()
     def block(self, embeds: Tensor) -> Tensor:
@@ -282,12 +274,12 @@ class BlockDecoder(CachedDecoder):
             embeds: ``[b, H]`` embeddings of the token after the context and of the mask tokens.
         """
         hidden, end = embeds.to(self.dtype), self.rows + self.draft.block_size
-        angles = self._cache.angles(self.rows, end)
+        angles = self.angles(self.rows, end)
         for i, (layer, w) in enumerate(zip(self.draft.decoder_layers, self._weights, strict=True)):
             query, key, value = layer.attention_heads(layer.project(hidden, w), angles, w)
             first = 0 if layer.window is None else max(0, self.rows - layer.window + 1)
             # After the context, where the next committed tokens will overwrite them.
-            keys, values = self._cache.write(i, self.rows, key, value)
+            keys, values = self.write(i, self.rows, key, value)
             mask = self._mask(layer.window, first)
             hidden = layer.finish(hidden, cached_attention(query, keys[first:], values[first:], mask), w)
         return self.draft.norm(hidden)  # type: ignore[no-any-return]

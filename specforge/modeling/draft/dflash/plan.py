@@ -28,31 +28,18 @@ _BLOCK_ROUND = 4
 
 @dataclass
 class BlockPlan(Plan):
-    """Index tensors of the blocks of one packed batch.
+    """Index tensors of the blocks of one packed batch."""
 
-    Attributes:
-        count: supervised drafts; M is padded to a multiple of :data:`ROUND`, n to a multiple of four.
-        blocks: number of blocks without padding.
-        anchors: ``[n]`` flat token of each block's anchor, ascending.
-        positions: ``[N]`` position of each token in its document.
-        groups: runs of blocks that share a product over the context.
-        block: ``[M]`` block of each draft, ascending.
-        depth: ``[M]`` index d of the draft in its block.
-        labels: ``[M]`` flat token that it predicts.
-        firsts: index of every block's first draft, without padding; last, the number of drafts.
-        longest: number of tokens of the longest document.
-    """
-
-    count: int
-    blocks: int
-    anchors: Tensor
-    positions: Tensor
-    groups: tuple[BlockGroup, ...]
-    block: Tensor
-    depth: Tensor
-    labels: Tensor
-    firsts: tuple[int, ...]
-    longest: int
+    count: int  # supervised drafts; M is padded to a multiple of ROUND, n to a multiple of four
+    blocks: int  # number of blocks without padding
+    anchors: Tensor  # [n] flat token of each block's anchor, ascending
+    positions: Tensor  # [N] position of each token in its document
+    groups: tuple[BlockGroup, ...]  # runs of blocks that share a product over the context
+    block: Tensor  # [M] block of each draft, ascending
+    depth: Tensor  # [M] index d of the draft in its block
+    labels: Tensor  # [M] flat token that it predicts
+    firsts: tuple[int, ...]  # index of every block's first draft, without padding; last, the number of drafts
+    longest: int  # number of tokens of the longest document
 
 
 def starts(spans: Sequence[tuple[int, int]]) -> np.ndarray:

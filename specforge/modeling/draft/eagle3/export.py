@@ -28,11 +28,7 @@ class Eagle3Format(DraftFormat):
         return {**super().config(config, dtype), **for_vllm(config)}
 
     def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject drafts that SGLang cannot serve, or would serve as a different network.
-
-        Raises:
-            UserError: names the field and the server's interpretation of it.
-        """
+        """Reject drafts that SGLang cannot serve, or would serve as a different network."""
         eagle = config.get("eagle_config") or {}
         layers = eagle.get("eagle_aux_hidden_state_layer_ids")
         if not layers:
@@ -79,11 +75,7 @@ def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_captured_layers(layers: list[int], target: TargetFiles) -> None:
-    """Reject the target's last layer: SGLang captures the *input* of the layer above.
-
-    Raises:
-        UserError: names the layer.
-    """
+    """Reject the target's last layer: SGLang captures the *input* of the layer above."""
     if max(layers) >= target.num_layers - 1:
         raise UserError(
             f"export: layer {max(layers)} is the last of {target.name}; SGLang captures the input of the layer "

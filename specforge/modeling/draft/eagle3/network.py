@@ -69,9 +69,6 @@ class EagleDraft(Draft):
         fc: from A to H.
         norm: norm of the states that ``lm_head`` reads.
         lm_head: from H to D.
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {
@@ -188,9 +185,6 @@ class Eagle3Draft(EagleDraft):
 
     Args:
         config: see :class:`EagleDraft`; optional ``norm_output`` (EAGLE-3.1).
-
-    Raises:
-        ValueError: a field is missing or describes a network that this class does not implement.
     """
 
     fields: ClassVar[Fields] = {**EagleDraft.fields, "norm_output": FLAG}
@@ -304,10 +298,6 @@ class Eagle3Decoder(CachedDecoder):
 
     Rows are consecutive: the row of position p is the p-th that :meth:`extend` received. A chain step is one more
     row, because the training-time test also places row p at position p+s at step s.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
     """
 
     def __init__(self, draft: Eagle3Draft, dtype: torch.dtype) -> None:
@@ -334,14 +324,14 @@ class Eagle3Decoder(CachedDecoder):
         """
         layer, attn, w = self.draft.midlayer, self.draft.midlayer.self_attn, self._weights[0]
         before, after = self.rows, self.rows + hidden.shape[0]
-        self._cache.reserve(after)
+        self.reserve(after)
         product = layer.project_embedding(embeds.to(self.dtype), w)
         product = product + layer.hidden_norm.linear(hidden, w.hidden)
-        key, value = attn.keys_values(product[:, attn.query_width :], self._cache.angles(before, after), w.more)
-        keys, values = self._cache.write(0, before, key, value)
+        key, value = attn.keys_values(product[:, attn.query_width :], self.angles(before, after), w.more)
+        keys, values = self.write(0, before, key, value)
         self.rows = after
         # Of the last row the output is needed, of the others only keys and values.
-        query = attn.queries(product[-1:, : attn.query_width], self._cache.angles(after - 1, after), w.more)
+        query = attn.queries(product[-1:, : attn.query_width], self.angles(after - 1, after), w.more)
         hidden = layer.finish(hidden[-1:], cached_attention(query, keys, values), w)
         normed = self.draft.norm(hidden)
         logits = F.linear(normed, self._lm_head)

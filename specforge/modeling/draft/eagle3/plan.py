@@ -25,33 +25,20 @@ from specforge.modeling.layers.attention import Segment
 
 @dataclass
 class UnrollPlan(Plan):
-    """Index tensors of one packed batch.
+    """Index tensors of one packed batch."""
 
-    Attributes:
-        steps: T, the number of times that the layer is applied.
-        count: supervised tokens; M and R are padded to a multiple of :data:`~specforge.modeling.draft.plan.ROUND`.
-        rows: ``[R]`` flat token of each query row.
-        segments: the rows as runs of consecutive tokens, without padding.
-        positions: ``[N]`` position of each token in its document.
-        next_tokens: ``[N]`` the token whose embedding a row reads at step 0 (clamped to its document).
-        row_tokens: ``[T, R]`` the token whose embedding a query row reads at step s (clamped).
-        labels: ``[M]`` flat token that the M-th group of students predicts.
-        students: ``[M, T]`` row (0..R-1) that predicts the label at step s; 0 if there is none.
-        valid: ``[M, T]`` whether that student exists: its row is in the label's document, and the label is not padding.
-        longest: number of tokens of the longest document.
-    """
-
-    steps: int
-    count: int
-    rows: Tensor
-    segments: tuple[Segment, ...]
-    positions: Tensor
-    next_tokens: Tensor
-    row_tokens: Tensor
-    labels: Tensor
-    students: Tensor
+    steps: int  # T, the number of times that the layer is applied
+    count: int  # supervised tokens; M and R are padded to a multiple of ROUND
+    rows: Tensor  # [R] flat token of each query row
+    segments: tuple[Segment, ...]  # the rows as runs of consecutive tokens, without padding
+    positions: Tensor  # [N] position of each token in its document
+    next_tokens: Tensor  # [N] the token whose embedding a row reads at step 0 (clamped to its document)
+    row_tokens: Tensor  # [T, R] the token whose embedding a query row reads at step s (clamped)
+    labels: Tensor  # [M] flat token that the M-th group of students predicts
+    students: Tensor  # [M, T] row (0..R-1) that predicts the label at step s; 0 if there is none
+    # [M, T] whether that student exists: its row is in the label's document, and the label is not padding
     valid: Tensor
-    longest: int
+    longest: int  # number of tokens of the longest document
 
 
 def plan_unroll(

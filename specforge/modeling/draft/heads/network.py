@@ -39,14 +39,7 @@ _Head = tuple[list[Tensor], Tensor]
 
 
 class DraftHead(nn.Module):
-    """Residual blocks and a linear head.
-
-    Args:
-        hidden: H.
-        vocabulary: D.
-        blocks: number of residual blocks.
-        tokens: number of embeddings that the first block reads in addition to the hidden state.
-    """
+    """Residual blocks and a linear head; the first block also reads the embeddings of ``tokens`` tokens."""
 
     def __init__(self, hidden: int, vocabulary: int, blocks: int, tokens: int) -> None:
         super().__init__()
@@ -81,9 +74,6 @@ class HeadsDraft(Draft):
     Args:
         config: ``hidden_size``, ``vocab_size``, ``num_draft_heads`` (K), ``num_head_blocks`` (default 1) and
             ``draft_vocab_size``.
-
-    Attributes:
-        sequential: whether head k also reads the k+1 tokens between the hidden state's token and its own.
     """
 
     fields: ClassVar[Fields] = {
@@ -94,7 +84,7 @@ class HeadsDraft(Draft):
         "num_head_blocks": by_default(1, DEPTH),
         "attn_implementation": ANYTHING,
     }
-    sequential: bool
+    sequential: bool  # whether head k also reads the k+1 tokens between the hidden state's token and its own
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
@@ -174,12 +164,7 @@ class HydraDraft(HeadsDraft):
 
 
 class HeadsDecoder:
-    """Logits of one row at a time.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Logits of one row at a time."""
 
     def __init__(self, draft: HeadsDraft, dtype: torch.dtype) -> None:
         self.dtype, self.sequential = dtype, draft.sequential

@@ -27,26 +27,18 @@ from specforge.modeling.draft.mtp.network import MTPDraft
 
 @dataclass(frozen=True)
 class MTPFamily:
-    """Names of the first MTP module in a family of targets.
+    """Names of the first MTP module in a family of targets."""
 
-    Attributes:
-        name: name of the family, for messages.
-        prefix: prefix of its tensors' names.
-        names: SpecForge's name of each tensor outside the decoder layer, by the family's name without the prefix.
-        layer: prefix of the layer's tensors, after ``prefix``.
-        hidden_first: whether the projection's first columns read the hidden state instead of the embedding.
-        skipped: copies of the embedding and the head.
-        mask_first: whether the first row reads no embedding.
-        served: whether SGLang supports a module of this form. Its Qwen modules have experts or gated attention.
-    """
-
-    name: str
-    prefix: str
+    name: str  # name of the family, for messages
+    prefix: str  # prefix of its tensors' names
+    # SpecForge's name of each tensor outside the decoder layer, by the family's name without the prefix
     names: Mapping[str, str]
-    layer: str = ""
-    hidden_first: bool = False
+    layer: str = ""  # prefix of the layer's tensors, after prefix
+    hidden_first: bool = False  # whether the projection's first columns read the hidden state instead of the embedding
+    # copies of the embedding and the head
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
-    mask_first: bool = False
+    mask_first: bool = False  # whether the first row reads no embedding
+    # whether SGLang supports a module of this form. Its Qwen modules have experts or gated attention
     served: bool = True
 
 

@@ -91,11 +91,11 @@ class MTPDraft(Draft):
         """
         own = {n: x for n, x in self.state_dict().items() if n not in ("d2t", "t2d")}
         for name in sorted(set(tensors) ^ set(own)):
-            lack = "has no place in" if name in tensors else "is missing for"
+            lack = "does not belong to" if name in tensors else "is missing for"
             raise UserError(f"{what}: {name} {lack} {self.form} of this draft config")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, the draft's {tuple(own[name].shape)}")
+                raise UserError(f"{what}: {name} is {tuple(tensor.shape)}, but the draft's is {tuple(own[name].shape)}")
             own[name].copy_(tensor)
 
     @torch.no_grad()
@@ -187,13 +187,7 @@ class MTPDraft(Draft):
 
 
 class MTPDecoder(CachedDecoder):
-    """Runs the module row by row with a key/value cache; step s of row p is one more row, at position p+s.
-
-    Args:
-        draft: the module.
-        head: the target's head over the draft vocabulary.
-        dtype: compute dtype.
-    """
+    """Runs the module row by row with a key/value cache; step s of row p is one more row, at position p+s."""
 
     def __init__(self, draft: MTPDraft, head: OutputHead, dtype: torch.dtype) -> None:
         super().__init__([draft.layer], draft.rotary, dtype)
@@ -217,14 +211,14 @@ class MTPDecoder(CachedDecoder):
         draft, layer, w, before = self.draft, self.draft.layer, self._weights[0], self.rows
         embed_weight, hidden_weight = self._proj
         self.rows = after = before + len(hidden)
-        self._cache.reserve(after)
+        self.reserve(after)
         x = draft.hidden_norm.linear(hidden, hidden_weight)
         following = draft.embed_norm.linear(embeds.to(self.dtype), embed_weight)
         if draft.mask_first and before == 0:
             following[0] = 0
         x = x + following
-        query, key, value = layer.attention_heads(layer.project(x, w), self._cache.angles(before, after), w)
+        query, key, value = layer.attention_heads(layer.project(x, w), self.angles(before, after), w)
         # Of the last row the output is needed, of the others only keys and values.
-        attention = cached_attention(query[-1:], *self._cache.write(0, before, key, value))
+        attention = cached_attention(query[-1:], *self.write(0, before, key, value))
         normed, feedback = draft.finish(x[-1:], attention, w)
         return self._head.scores(normed)[0], feedback[0]

@@ -1,8 +1,8 @@
 """The P-EAGLE draft: all tokens of a round in one pass (arXiv 2602.01469).
 
 It has EAGLE-3's layer at the bottom and Llama layers above. Drafted tokens after the first read the embedding of a mask
-token and, instead of the target's features, one learnt vector of the same width (``mask_hidden``). Names of tensors are
-those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
+token and, instead of the target's features, one learned vector of the same width (``mask_hidden``). Names of tensors
+are those that vLLM loads (``PEagleDraftModel``, an EAGLE-3 draft with ``layers.*`` and ``mask_hidden``).
 
 Shape legend: N tokens, R tokens that predict a label at depth 0, E deep elements, H hidden size, A captured layers x
 target hidden size, D draft vocabulary, k key heads, d head size, n new rows, c drafted tokens.
@@ -43,9 +43,6 @@ class PEagleDraft(EagleDraft):
     Attributes:
         mask_hidden: ``[1, 1, A]`` features of a mask token.
         embed_tokens: the draft's own embedding; None if it uses the target's frozen one.
-
-    Raises:
-        ValueError: the mask token is outside the vocabulary.
     """
 
     fields: ClassVar[Fields] = {
@@ -200,12 +197,7 @@ def _all_attention(
 
 
 class PEagleDecoder(CachedDecoder):
-    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights.
-
-    Args:
-        draft: the network.
-        dtype: compute dtype.
-    """
+    """Runs the draft with a key/value cache of the committed tokens, on a snapshot of its weights."""
 
     def __init__(self, draft: PEagleDraft, dtype: torch.dtype) -> None:
         super().__init__(draft.decoder_layers, draft.rotary, dtype)
@@ -231,8 +223,8 @@ class PEagleDecoder(CachedDecoder):
         rows = torch.cat([order, order.new_full((count - 1,), new)])
         hidden, product = hidden[rows], product[rows]
         end = self.rows + len(rows)
-        self._cache.reserve(end)
-        angles = self._cache.angles(self.rows, end)
+        self.reserve(end)
+        angles = self.angles(self.rows, end)
         # A mask token has the position of a chain's next row and sees the same keys: plain causal attention.
         seen = torch.arange(end, device=self.device) <= torch.arange(self.rows, end, device=self.device)[:, None]
         for i, (layer, w) in enumerate(zip(self.layers, self._weights, strict=True)):
@@ -240,7 +232,7 @@ class PEagleDecoder(CachedDecoder):
                 product = layer.project(hidden, w)
             query, key, value = layer.attention_heads(product, angles, w)
             # The next call overwrites the rows of the mask tokens.
-            keys, values = self._cache.write(i, self.rows, key, value)
+            keys, values = self.write(i, self.rows, key, value)
             if i == len(self._weights) - 1:
                 query, hidden, seen = query[-count:], hidden[-count:], seen[-count:]
             hidden = layer.finish(hidden, cached_attention(query, keys, values, seen), w)

@@ -29,15 +29,10 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class DepthSampling:
-    """Share of a document's elements at depth d that training keeps, ``max(ratio ** d, least)``.
+    """Share of a document's elements at depth d that training keeps, ``max(ratio ** d, least)``."""
 
-    Args:
-        ratio: r; 1 keeps all elements.
-        least: the smallest share at any depth.
-    """
-
-    ratio: float = 0.8
-    least: float = 0.2
+    ratio: float = 0.8  # r; 1 keeps all elements
+    least: float = 0.2  # the smallest share at any depth
 
     def size(self, labels: int, depth: int) -> int:
         """Number of elements to keep at a depth of a document with this many labels, if it has that many."""
@@ -46,37 +41,21 @@ class DepthSampling:
 
 @dataclass
 class PEaglePlan(Plan):
-    """Index tensors of one packed batch.
+    """Index tensors of one packed batch."""
 
-    Attributes:
-        count: supervised tokens; M, R and E are padded to a multiple of :data:`~specforge.modeling.draft.plan.ROUND`.
-        rows: ``[R]`` flat token of each depth-0 element that predicts a label.
-        segments: those rows as runs of consecutive tokens.
-        documents: the documents, as runs of tokens as well.
-        positions: ``[N]`` position of each token in its document.
-        next_tokens: ``[N]`` the token whose embedding a depth-0 element reads (clamped to its document).
-        anchors: ``[E]`` flat token of each deep element's anchor, ascending except for padding.
-        depths: ``[E]`` its depth, 1 and up; 0 for padding.
-        chunks: runs of deep elements of one document.
-        labels: ``[M]`` flat token that the M-th group of students predicts.
-        students: ``[M, T]`` its student at each depth, among R + E states; 0 if there is none.
-        valid: ``[M, T]`` whether that student exists.
-        longest: number of tokens of the longest document.
-    """
-
-    count: int
-    rows: Tensor
-    segments: tuple[Segment, ...]
-    documents: tuple[Segment, ...]
-    positions: Tensor
-    next_tokens: Tensor
-    anchors: Tensor
-    depths: Tensor
-    chunks: tuple[Chunk, ...]
-    labels: Tensor
-    students: Tensor
-    valid: Tensor
-    longest: int
+    count: int  # supervised tokens; M, R and E are padded to a multiple of ROUND
+    rows: Tensor  # [R] flat token of each depth-0 element that predicts a label
+    segments: tuple[Segment, ...]  # those rows as runs of consecutive tokens
+    documents: tuple[Segment, ...]  # the documents, as runs of tokens as well
+    positions: Tensor  # [N] position of each token in its document
+    next_tokens: Tensor  # [N] the token whose embedding a depth-0 element reads (clamped to its document)
+    anchors: Tensor  # [E] flat token of each deep element's anchor, ascending except for padding
+    depths: Tensor  # [E] its depth, 1 and up; 0 for padding
+    chunks: tuple[Chunk, ...]  # runs of deep elements of one document
+    labels: Tensor  # [M] flat token that the M-th group of students predicts
+    students: Tensor  # [M, T] its student at each depth, among R + E states; 0 if there is none
+    valid: Tensor  # [M, T] whether that student exists
+    longest: int  # number of tokens of the longest document
 
     @property
     def num_elements(self) -> int:

@@ -31,11 +31,7 @@ class StandaloneFormat(DraftFormat):
             )
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As in :class:`DraftFormat`.
-
-        Raises:
-            UserError: the draft's head covers a part of the vocabulary, which servers do not support in a causal LM.
-        """
+        """As in :class:`DraftFormat`."""
         size = config.get("draft_vocab_size") or config["vocab_size"]
         if size != config["vocab_size"]:
             raise UserError(

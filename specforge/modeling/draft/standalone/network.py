@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_files import TargetFiles, learnt_positions
 from specforge.inference.target_layers import backbone
 from specforge.modeling.draft.fields import ROPE_SPELLINGS, bookkeeping, quoted
 from specforge.modeling.draft.registry import LIBRARY_ERRORS, Draft, check_memory
@@ -71,15 +71,12 @@ class StandaloneDraft(Draft):
     def longest(self) -> int | None:
         """Maximum number of tokens of a training text; None if there is no limit.
 
-        Learnt positions end there. Rotary positions that depend on the length of the text change there, for all texts
+        Learned positions end there. Rotary positions that depend on the length of the text change there, for all texts
         of a batch.
         """
         table = getattr(self.config, "max_position_embeddings", None)
-        words = self.model.get_input_embeddings()
-        learnt = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words]
-        # Some classes keep two rows of the table for padding.
-        if table and any(m.num_embeddings - table in (0, 2) for m in learnt):
-            return int(table)
+        if (learnt := learnt_positions(self.model, table)) is not None:
+            return learnt
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
@@ -92,11 +89,7 @@ class StandaloneDraft(Draft):
 
     @torch.no_grad()
     def _check_logits(self, where: str) -> None:
-        """Check on two tokens that the logits are the head times the last state, as training assumes.
-
-        Raises:
-            UserError: the class scales or caps the logits, or changes the state before the head.
-        """
+        """Check on two tokens that the logits are the head times the last state, as training assumes."""
         seen: list[Tensor] = []
 
         def enlarge(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -154,7 +147,7 @@ class StandaloneDraft(Draft):
             else:
                 source = _in_layer(name, layers)
                 if source not in target.weight_files:
-                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start there")
+                    raise UserError(f"{target.name}: has no tensor {source}, so the draft cannot start from it")
                 value = target.tensor(source)
             copy_into(parameter, value, f"{name} of {target.name}")
 
@@ -191,11 +184,7 @@ _NOT_THE_NETWORKS = (
 
 
 def _config_of(config: Mapping[str, Any], where: str) -> Any:
-    """The transformers config with these fields.
-
-    Raises:
-        UserError: transformers has no such model type, or it rejects the fields.
-    """
+    """The transformers config with these fields."""
     kind = config.get("model_type")
     fields = copy.deepcopy({key: x for key, x in config.items() if key not in ("model_type", *_NOT_THE_NETWORKS)})
     try:
