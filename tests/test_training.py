@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from specforge.callbacks.metrics import FILE, read_history
 from specforge.cli.main import main
+from specforge.eval.report import HISTORY, read_history
 from tests.tiny import recipe
 
 FIT = [str(Path(sys.executable).with_name("specforge")), "fit"]
@@ -327,7 +327,7 @@ def test_validate_prints_rounded_numbers_and_leaves_no_files(target, features, t
     path = recipe(target, features, tmp_path)
     assert main(["validate", "--config", str(path), "--ckpt_path", str(undisturbed / "checkpoints" / "last.ckpt")]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
-    last = [row for row in read_history(undisturbed / FILE) if "val/tau" in row][-1]
+    last = [row for row in read_history(undisturbed / HISTORY) if "val/tau" in row][-1]
     assert printed == {name: f"{value:.4g}" for name, value in last.items() if name.startswith("val/")}
     assert not (tmp_path / "run").exists()
 
@@ -337,7 +337,7 @@ def test_loggers_have_the_steps_of_the_history_and_the_options(target, features,
     run = fit(path, "--trainer.val_check_interval=2", "--trainer.logger=CSVLogger")
     with (run / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         logged = [(int(row["step"]), "tau" if row["val/tau"] else "loss") for row in csv.DictReader(file)]
-    history = [(row["step"], "tau" if "val/tau" in row else "loss") for row in read_history(run / FILE)]
+    history = [(row["step"], "tau" if "val/tau" in row else "loss") for row in read_history(run / HISTORY)]
     assert logged == history == [(2, "loss"), (2, "tau"), (4, "loss"), (4, "tau"), (5, "tau")]
     options = yaml.safe_load((run / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
     assert options["trainer"]["max_steps"] == 5
