@@ -24,10 +24,11 @@ logger = logging.getLogger(__name__)
 # redis-py reads one string much faster than nested lists. Lua encodes an empty list as {}.
 _LUA = """
 local space, strays, reply = KEYS[1], {}, {''}
+local prefix = space .. ':sample:'
 local known, ranks = {STATES}, {RANKS}
 local SEQ, STATE = 1, 3  -- in a row
 local call, pcall, find = redis.call, redis.pcall, string.find
-local function hash(key) return space .. ':sample:' .. key end
+local function hash(key) return prefix .. key end
 local function set(state) return space .. ':' .. state end
 local function whole(text) return text and #text < 16 and find(text, '^%-?%d+$') and text end
 local function read(key, text)  -- a row and its text; false if there is none, or a damaged one
@@ -106,7 +107,7 @@ end
 return found
 """,
     "move": """
-local moves, text, others, found, refs = cjson.decode(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), {}, 3
+local moves, text, others, found, refs = cjson.decode(ARGV[1]), ARGV[2], ARGV[3] ~= '', {}, 3
 local moved_text = others and '' or text
 local function conflict()
   local rows = {}
@@ -119,20 +120,21 @@ local function conflict()
       repair(key, row)
     end
   end
-  return {false, rows}
+  return rows
 end
 for _, move in ipairs(moves) do
   local keys, states, _, _, expected = unpack(move)
   local allowed, owner, tries, deadline = {}, expected.owner, expected.tries, expected.deadline
   for state in string.gmatch(states, '%a+') do allowed[state] = true end
   for _, key in ipairs(keys) do
-    local row = pcall('HMGET', hash(key), 'state', 'seq', 'tries', moved_text)
+    local name = hash(key)
+    local row = pcall('HMGET', name, 'state', 'seq', 'tries', moved_text)
     if not (allowed[row[1]] and whole(row[2]) and whole(row[3]))
-      or (owner and owner ~= (call('HGET', hash(key), 'owner') or ''))
+      or (owner and owner ~= (call('HGET', name, 'owner') or ''))
       or (tries and tries ~= tonumber(row[3]))
       or (deadline and deadline ~= tonumber(call('ZSCORE', set(row[1]), key) or 0))
     then return conflict() end
-    found[#found + 1] = row
+    row[5], found[#found + 1] = name, row
   end
 end
 local removed, added, n = {}, {}, 0
@@ -148,7 +150,7 @@ for _, move in ipairs(moves) do
   local last = #words + 1
   for _, key in ipairs(keys) do
     n = n + 1
-    local from, seq, _, long = unpack(found[n])
+    local from, seq, _, long, name = unpack(found[n], 1, 5)
     list[#list + 1] = score or ranks[to] and (call('ZSCORE', set(from), key) or 0) or seq
     list[#list + 1] = key
     if from ~= to then
@@ -159,17 +161,17 @@ for _, move in ipairs(moves) do
       refs = refs + 1
       words[last] = ARGV[refs]
     end
-    call('HSET', hash(key), unpack(words))
+    call('HSET', name, unpack(words))
     if moved_text ~= '' then reply[n + 1] = long or '' end
   end
 end
 batched('ZREM', removed)
 batched('ZADD', added)
-for i, key in ipairs(others or {}) do
+for i, key in ipairs(others and cjson.decode(ARGV[3]) or {}) do
   local long = pcall('HGET', hash(key), text)
   reply[i + 1] = type(long) == 'string' and long or ''
 end
-return {true, {}}
+return true
 """,
     "remove": """
 for _, key in ipairs(cjson.decode(ARGV[1])) do
@@ -308,13 +310,16 @@ class RedisMetadataStore:
         keys = [key for move in moves for key in move.keys]
         if not keys:
             return {}
-        words = [(keys, " ".join(states), *rest, bool(refs)) for keys, states, *rest, refs in moves]
+        words = [
+            (keys, " ".join(states), to, {name: str(value) for name, value in changes.items()}, expected, bool(refs))
+            for keys, states, to, changes, expected, refs in moves
+        ]
         refs = (move.refs[key] for move in moves if move.refs for key in move.keys)
-        others = texts_of if text else None
-        (done, rows), texts = self._run("move", _json(words), text, _json(False if others is None else others), *refs)
-        if done:
-            return dict(zip(keys if others is None else others, texts, strict=True)) if text else {}
-        raise Conflict(dict(zip(keys, _rows(rows, texts), strict=True)))
+        others = "" if texts_of is None else _json(texts_of)
+        found, texts = self._run("move", _json(words), text, others, *refs)
+        if found is True:
+            return dict(zip(keys if texts_of is None else texts_of, texts, strict=True)) if text else {}
+        raise Conflict(dict(zip(keys, _rows(found, texts), strict=True)))
 
     def remove(self, keys: Sequence[str]) -> None:
         """See :class:`MetadataStore`."""

@@ -203,6 +203,26 @@ def test_leases_are_found_by_their_deadline_and_trained_samples_by_their_step(st
     assert [row.key for row in store.find((LEASED,), until=5.0)] == ["a"]
 
 
+def test_bounds_spare_states_without_a_deadline_or_step_and_a_limit_counts_per_state(store):
+    store.add([(key, f"task {key}") for key in "abcdef"])
+    for key, deadline in zip("bdf", (30.0, 10.0, 20.0), strict=True):
+        store.move([Move([key], (QUEUED,), LEASED, {"deadline": deadline})])
+    found = store.find((QUEUED, LEASED), until=20.0, limit=2, text="task")
+    assert [(row.key, row.text) for row in found] == [(key, f"task {key}") for key in "acdf"]
+    assert store.find((QUEUED, LEASED), until=20.0, limit=0) == []
+
+
+def test_a_move_sets_a_reference_per_row_and_returns_texts_of_other_rows(store):
+    store.add([(key, f"task {key}") for key in "abc"])
+    refs = {"b": "ref b", "a": "ref a", "c": "not moved"}
+    assert store.move([Move(["a", "b"], (QUEUED,), COMMITTED, refs=refs)], "task", ["c", "unknown"]) == {
+        "c": "task c",
+        "unknown": "",
+    }
+    assert [row and row.text for row in store.get(["a", "b", "c"], "ref")] == ["ref a", "ref b", ""]
+    assert store.move([Move(["c"], (QUEUED,), LEASED)], "ref", ["b", ""]) == {"b": "ref b", "": ""}
+
+
 def test_text_of_any_kind_comes_back(store):
     odd = "\"'\\ {} [1, 2] é 漢 \U0001f600 \n \x7f -- '); DROP TABLE samples; *"
     store.add([(odd, odd)])
