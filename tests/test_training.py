@@ -308,14 +308,6 @@ def test_tau_does_not_move_with_the_batch_size_of_the_validation(target, feature
     assert found[2] == pytest.approx(found[0])
 
 
-def test_the_progress_bar_names_no_last_epoch_where_steps_bound_the_run(target, features, tmp_path, capsys):
-    path = recipe(target, features, tmp_path, trainer__max_steps=2, trainer__enable_progress_bar=True)
-    fit(path)
-    shown = capsys.readouterr().out
-    assert "Epoch 0" in shown
-    assert "/-2" not in shown
-
-
 def test_the_report_is_one_file_with_pictures_beside_it(undisturbed):
     html = (undisturbed / "report.html").read_text()
     assert "data:image/png;base64" in html

@@ -73,4 +73,4 @@ def test_a_run_ends_with_a_validation_and_a_best_draft(interval, target, feature
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val/tau" in row] == ([2, 3] if interval == 2 else [3])
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
-    assert ("exceeds the run" in caplog.text) == (interval == 100)
+    assert ("the run is shorter than the validation interval" in caplog.text) == (interval == 100)
