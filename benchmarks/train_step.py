@@ -224,16 +224,10 @@ def main() -> None:
             )
         )
         return
-    common = (
-        "--algorithm",
-        options.algorithm,
-        "--shape",
-        options.shape,
-        "--threads",
-        options.threads,
-        "--steps",
-        options.steps,
+    words = (
+        f"--algorithm {options.algorithm} --shape {options.shape} --threads {options.threads} --steps {options.steps}"
     )
+    common = words.split()
     variants = {
         f"{variant} {precision}": in_a_process(*common, "--only", variant, precision)
         for variant, precision in (("fast", "fp32"), ("fast", "bf16"), ("naive", "fp32"))

@@ -246,8 +246,7 @@ class DraftModule(pl.LightningModule):
 
     def batch_plan(self, batch: TrainBatch) -> Any:
         """The batch's training plan on the batch's device; made here if the loader has not."""
-        plan = self.training_plan(batch) if batch.plan is None else batch.plan
-        return plan.to(batch.input_ids.device)
+        return batch.plan if batch.plan is not None else self.training_plan(batch).to(batch.input_ids.device)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> dict[str, Any]:
         """Sum of the batch's losses; :meth:`configure_gradient_clipping` divides it by the window's tokens."""

@@ -131,7 +131,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         write_file(Path(trainer.default_root_dir) / "config.yaml", text)
 
 

@@ -47,6 +47,7 @@ def test_captured_features_train(target, prompts, tmp_path, capsys):
         (["--recipe", "eagle3.yaml"], "no model.target; set --target"),
         (["--recipe", "eagel3"], "did you mean eagle3.yaml"),
         (["--recipe", "debug/fast.yaml"], "it has no model"),
+        (["--config", "eagle3.yaml"], "a training recipe is given with --recipe, not --config"),
         ([], "no target; set --target, or --recipe"),
         (["--target", "tiny"], "no output; set --output, or --recipe"),
     ],

@@ -154,8 +154,8 @@ class DataFlowController:
                     damaged.append(row.key)
             if damaged:
                 self.metadata.remove(damaged)
-            if held:
-                self._commit(held)
+            if held:  # the trainer may have dropped some of them meanwhile
+                self._commit(held, lambda row: True)
             if leased or not held:
                 if again := [prompt.key for prompt in leased if prompt.task.attempt]:
                     self._remove_orphans(self.features.backend.stored(), again)
@@ -272,12 +272,14 @@ class DataFlowController:
                 self._settle_duplicate(key, ref, text)
         return new
 
-    def _commit(self, items: Sequence[tuple[str, str]]) -> list[bool]:
+    def _commit(
+        self, items: Sequence[tuple[str, str]], is_done: Callable[[Row | None], bool] = lambda row: row is not None
+    ) -> list[bool]:
         refs: dict[str, str] = {}
         for key, text in items:
             refs.setdefault(key, text)
         move = Move(list(refs), _UNCOMMITTED, State.COMMITTED, refs=refs)
-        fresh = self._move(move, "committed", lambda row: row is not None)
+        fresh = self._move(move, "committed", is_done)
         return [fresh.pop(key, None) is not None for key, _ in items]  # a key that comes twice is new once
 
     def _settle_duplicate(self, key: str, ref: SampleRef, text: str) -> None:

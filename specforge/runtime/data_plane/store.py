@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, Protocol
 
@@ -70,7 +71,7 @@ class FeatureBackend(Protocol):
         """Bytes written but not yet flushed."""
 
 
-class SampleStore(Generic[SampleT]):
+class SampleStore(ABC, Generic[SampleT]):
     """Where the loader reads samples: stored before the run, or produced during it.
 
     Stores that need not know what training does with their samples implement :meth:`get` alone.
@@ -81,13 +82,13 @@ class SampleStore(Generic[SampleT]):
 
     readers = 1
 
+    @abstractmethod
     def get(self, sample: SampleT) -> dict[str, Tensor]:
         """Read a sample's tensors; they stay valid whatever happens to the sample.
 
         Raises:
             BadSampleError: the sample must not be used for training.
         """
-        raise NotImplementedError
 
     def start(self, step: int, ahead: Callable[[int], Iterator[tuple[int, Sequence[SampleT]]]]) -> None:
         """Start training after the checkpoint of ``step``; called on every rank.

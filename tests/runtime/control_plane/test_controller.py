@@ -177,6 +177,23 @@ def test_the_next_epoch_uses_features_that_are_still_held(control):
     assert control.features.stat().samples == 0
 
 
+def test_prompts_that_the_trainer_drops_while_held_features_are_committed_stop_no_producer(control, monkeypatch):
+    control.ingest(TASKS, 0)
+    produce(control)
+    control.deliver([sample_key(name, 0) for name in NAMES])
+    control.ingest(TASKS, 1)
+    dropped, kept = sample_key("s0", 1), [sample_key(name, 1) for name in NAMES[1:]]
+    holds = control.features.holds
+
+    def forget_then_look(ref: SampleRef) -> bool:
+        control.metadata.remove([dropped])  # the trainer restarts between the lease and the commit
+        return holds(ref)
+
+    monkeypatch.setattr(control.features, "holds", forget_then_look)
+    assert control.lease("w", 99) == []
+    assert [ref.sample_id for ref in control.deliver(kept)] == NAMES[1:]
+
+
 def test_forgotten_samples_leave_nothing_and_may_come_again(control):
     control.ingest(TASKS)
     keys = produce(control, count=2)

@@ -109,13 +109,8 @@ def plan_blocks(
     """
     tokens = sum(lengths) if tokens is None else tokens
     begin, end = borders(lengths, tokens)
-    supervised = np.zeros(tokens + 1, dtype=bool)
-    for start, stop in spans:
-        supervised[start:stop] = True
-
     labels = anchors[:, None] + 1 + np.arange(depths)
-    inside = labels < end[anchors][:, None] if len(anchors) else np.zeros(labels.shape, dtype=bool)
-    valid = supervised[np.where(inside, labels, tokens)]
+    valid = _supervised(labels, anchors, end, spans)
     if contiguous:
         valid = np.logical_and.accumulate(valid, axis=1)
     block, depth = np.nonzero(valid)
@@ -138,6 +133,18 @@ def plan_blocks(
         firsts=tuple(firsts.tolist()),
         longest=max(lengths, default=0),
     )
+
+
+def _supervised(
+    labels: np.ndarray, anchors: np.ndarray, end: np.ndarray, spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Which labels are supervised tokens of their anchor's document."""
+    supervised = np.zeros(len(end) + 1, dtype=bool)  # the last entry stands for tokens beyond the document
+    for start, stop in spans:
+        supervised[start:stop] = True
+    inside = labels < end[anchors][:, None] if len(anchors) else np.zeros(labels.shape, dtype=bool)
+    found: np.ndarray = supervised[np.where(inside, labels, len(end))]
+    return found
 
 
 def _groups(anchors: np.ndarray, begin: np.ndarray) -> tuple[BlockGroup, ...]:

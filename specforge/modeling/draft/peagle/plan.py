@@ -99,25 +99,14 @@ def plan_peagle(
         Segment(row=int(end - n), start=int(end - n), stop=int(end), document=int(end - n))
         for n, end in zip(lengths, ends, strict=True)
     ]
-    anchors, deep, chunks = [], [], []
-    offset = 0
-    for number, (_, begin, end, _) in enumerate(documents):
-        own = labels[(labels >= begin) & (labels < end)]
-        rng = np.random.default_rng(seeds[number]) if sampling else None
-        a, d = _elements(own, begin, depths, sampling, rng)
-        anchors.append(a)
-        deep.append(d)
-        chunks += _chunks(a, begin, offset)
-        offset += len(a)
-    flat_anchors, flat_depths = (np.concatenate([*x, np.zeros(0, np.int64)]) for x in (anchors, deep))
-
+    flat_anchors, flat_depths, chunks = _deep_elements(documents, labels, depths, sampling, seeds)
     students = np.zeros((len(first.labels), depths), dtype=np.int64)
     valid = np.zeros((len(first.labels), depths), dtype=bool)
     students[:, 0], valid[:, 0] = first.students[:, 0], first.valid[:, 0]
     of = np.searchsorted(labels, flat_anchors + flat_depths + 2)
-    students[of, flat_depths] = len(first.rows) + np.arange(offset)
+    students[of, flat_depths] = len(first.rows) + np.arange(len(flat_anchors))
     valid[of, flat_depths] = True
-    pad = (0, -offset % ROUND)
+    pad = (0, -len(flat_anchors) % ROUND)
     return PEaglePlan(
         count=first.count,
         rows=first.rows,
@@ -133,6 +122,21 @@ def plan_peagle(
         valid=torch.from_numpy(valid),
         longest=first.longest,
     )
+
+
+def _deep_elements(
+    documents: Sequence[Segment], labels: np.ndarray, depths: int, sampling: DepthSampling | None, seeds: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, list[Chunk]]:
+    """Anchors, depths and chunks of the deep elements of all documents."""
+    anchors, deep, chunks = [labels[:0]], [labels[:0]], list[Chunk]()
+    for number, (_, begin, end, _) in enumerate(documents):
+        own = labels[(labels >= begin) & (labels < end)]
+        rng = np.random.default_rng(seeds[number]) if sampling else None
+        a, d = _elements(own, begin, depths, sampling, rng)
+        chunks += _chunks(a, begin, sum(map(len, anchors)))
+        anchors.append(a)
+        deep.append(d)
+    return np.concatenate(anchors), np.concatenate(deep), chunks
 
 
 def _elements(
