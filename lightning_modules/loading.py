@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_modules.base import DraftModule
+from specforge.checkpoints import read_checkpoint
 from specforge.errors import UserError
-from specforge.export.checkpoint import read_checkpoint
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import read_draft
 from specforge.modeling.draft.starting import saved_config

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_modules.loading import load_module
+from specforge.checkpoints import checkpoint_bytes
 from specforge.cli.main import main
 from specforge.errors import UserError
-from specforge.export.checkpoint import checkpoint_bytes
 from tests.tiny import recipe
 
 TRAP = "from pathlib import Path\nPath(__file__).with_suffix('.sprung').touch()\n"

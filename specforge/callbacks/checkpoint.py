@@ -23,8 +23,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 import specforge.stopping as stopping
 from specforge.callbacks.lightning_internals import CheckpointCallback
 from specforge.callbacks.resume import ExactResume
+from specforge.checkpoints import checkpoint_bytes, read_checkpoint
 from specforge.errors import UserError
-from specforge.export.checkpoint import checkpoint_bytes, read_checkpoint
 from specforge.files import write_file
 from specforge.options import NonNegativeInt, PositiveInt
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 
 from specforge.callbacks.lightning_internals import DataParallelStrategy
-from specforge.export.checkpoint import read_checkpoint
+from specforge.checkpoints import read_checkpoint
 
 
 class FSDP2Strategy(DataParallelStrategy):

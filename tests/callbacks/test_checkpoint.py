@@ -21,8 +21,8 @@ import torch
 
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
+from specforge.checkpoints import read_checkpoint
 from specforge.cli.main import main
-from specforge.export.checkpoint import read_checkpoint
 from tests.tiny import recipe
 
 

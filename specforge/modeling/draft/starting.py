@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specforge.checkpoints import read_checkpoint
 from specforge.errors import UserError
-from specforge.export.checkpoint import read_checkpoint
 from specforge.files import read_json
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.checks import check_stored

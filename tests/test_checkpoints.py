@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge.checkpoints import checkpoint_bytes, read_checkpoint
 from specforge.errors import UserError
-from specforge.export.checkpoint import checkpoint_bytes, read_checkpoint
 from tests.fuzz import survives
 
 DRAFT = {"algorithm": "eagle3", "draft_config": {"x": [1]}, "target": "m", "target_fingerprint": "f" * 8}
