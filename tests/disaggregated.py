@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +78,8 @@ def producers(
             producer.run(stop)
         except BaseException as error:
             errors.append(error)
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # a run that waits for samples would never end
+                os.kill(os.getpid(), signal.SIGTERM)
 
     threads = [threading.Thread(target=work, args=[producer]) for producer in made]
     for thread in threads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -61,7 +62,7 @@ class SQLiteMetadataStore:
             if self._is_new():
                 if not create:
                     raise UserError(f"metadata {path}: holds no run; a run writes to it when it starts")
-                self._db.execute("PRAGMA journal_mode=WAL")
+                self._log_ahead(timeout)
             if create:
                 with self._transaction() as db:
                     for statement in _SCHEMA.split(";"):
@@ -69,6 +70,18 @@ class SQLiteMetadataStore:
                     db.execute(f"PRAGMA user_version={_VERSION}")
         except (sqlite3.Error, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be opened as a metadata store ({error})") from error
+
+    def _log_ahead(self, timeout: float) -> None:
+        """Switch a new file to write-ahead logging, which SQLite refuses at once while another process does so."""
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     def _is_new(self) -> bool:
         """Whether the file is empty; raises UserError if another program or version wrote it."""
