@@ -111,6 +111,8 @@ class HFTargetEngine:
         UserError: transformers cannot load the target, or tensors are missing from its files.
     """
 
+    concurrency = 0  # `generate` answers batches, one at a time
+
     def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str = "cpu") -> None:
         from transformers import GenerationConfig
 
