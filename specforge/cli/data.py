@@ -16,9 +16,9 @@ from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.inference.openai_server import ChatServer, ServerOptions, TokenServer, connect
 from specforge.inference.regenerate import RegenerateOptions, Regeneration, Writer
+from specforge.inference.target_engine import Engine, HFTargetEngine, engine_class, on_device
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype
-from specforge.system import pick_device
 
 
 def fetch_target(
@@ -95,6 +95,7 @@ def regenerate(
     remote: ServerOptions,
     dtype: Dtype = "bfloat16",
     device: str = "auto",
+    engine: Engine = HFTargetEngine,
     chat_template: Path | None = None,
 ) -> None:
     """Replace the answers in conversations with the target's own; an interrupted run resumes where it stopped.
@@ -110,19 +111,22 @@ def regenerate(
         remote: the server.
         dtype: compute dtype of the target in this process.
         device: cpu, cuda, cuda:N or auto.
+        engine: what runs the target if no --server does: hf (transformers, in this process), vllm, sglang, or the
+            class path of your own; its options are --engine.NAME (see --engine.help hf).
         chat_template: Jinja file to use instead of the tokenizer's own template.
     """
+    engine = on_device(engine, device)
     paths = [data] if isinstance(data, str) else data
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template)
-    engine, how = _writer(files, template, options, remote, dtype, device)
+    writer, how = _writer(files, template, options, remote, engine, files.compute_dtype(dtype))
     work = Regeneration(records, template, output, options, files.fingerprint, how)
     answered_before = len(records) - len(work.todo)
     answered, tokens, start = 0, 0, time.perf_counter()
     with progress_bar("conversations") as bar:
         task = bar.add_task("regenerate", total=len(records), completed=answered_before, rate="")
-        for count, new in work.run(engine):
+        for count, new in work.run(writer):
             answered += count
             tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
@@ -139,18 +143,17 @@ def _writer(
     template: ChatTemplate,
     options: RegenerateOptions,
     remote: ServerOptions,
-    dtype: Dtype,
-    device: str,
+    engine: Engine,
+    dtype: str,
 ) -> tuple[Callable[[], Writer | ChatServer], dict[str, str]]:
     """What answers, and what the output stores about it."""
     if remote.server is None:
-        from specforge.inference.target_engine import HFTargetEngine
-
         for name in ("min_p", "presence_penalty", "repetition_penalty"):
             if getattr(options, name) != getattr(RegenerateOptions, name):
                 raise UserError(f"{name}: needs a server (--server)")
-        chosen = pick_device(device)
-        return lambda: HFTargetEngine(files, dtype, chosen), {"dtype": dtype}
+        local = engine_class(engine).__name__
+        named = {} if local == "HFTargetEngine" else {"engine": local}
+        return lambda: engine(files, dtype), {**named, "dtype": dtype}
     server, ability = connect(remote, template, options.sampling, options.max_new_tokens)
     model = server.model
     say(f"{server.client.url}: {model.kind} with model {model.name}; {ability}")

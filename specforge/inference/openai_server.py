@@ -124,13 +124,13 @@ class ServedModel:
         )
 
 
-class TokenServer:
-    """Continues token ids on a server that returns token ids; may be used by many threads at once.
+class _Server:
+    """A client of a model on a server; may be used by many threads at once.
 
     Args:
-        client: of a vLLM or SGLang server.
+        client: of the server; closed with this.
         model: name of the model; None for the only one that the server lists.
-        concurrency: maximum number of requests of one :meth:`generate` at a time.
+        concurrency: maximum number of requests at a time.
 
     Raises:
         UserError: the server lists several models, or does not respond.
@@ -139,6 +139,14 @@ class TokenServer:
     def __init__(self, client: ServerClient, model: str | None = None, concurrency: int = 32) -> None:
         self.client, self.concurrency = client, concurrency
         self.model = ServedModel.find(client, model)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.client.close()
+
+
+class TokenServer(_Server):
+    """Continues token ids on a server that returns token ids, such as vLLM or SGLang."""
 
     def generate(
         self,
@@ -193,22 +201,10 @@ class TokenServer:
         return list(ids)
 
 
-class ChatServer:
-    """Answers messages on any OpenAI-compatible server; may be used by many threads at once.
+class ChatServer(_Server):
+    """Answers messages on any OpenAI-compatible server."""
 
-    Args:
-        client: of the server.
-        model: name of the model; None for the only one that the server lists.
-        concurrency: maximum number of requests at a time.
-
-    Raises:
-        UserError: the server lists several models, or does not respond.
-    """
-
-    def __init__(self, client: ServerClient, model: str | None = None, concurrency: int = 32) -> None:
-        self.client, self.concurrency = client, concurrency
-        self.model = ServedModel.find(client, model)
-        self._reasoning = "reasoning_content"  # the server's name of this field
+    _reasoning = "reasoning_content"  # the server's name of this field
 
     def answer(
         self,

@@ -18,11 +18,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from specforge.contracts import content_id
 from specforge.data.conversations import REGENERATED, Conversation, DataRecord, RecordError, rendered, short
@@ -30,8 +30,9 @@ from specforge.data.templates import ChatTemplate
 from specforge.data.turns import Refusal
 from specforge.errors import UserError
 from specforge.files import LineLog, first_line, parse_json, write_file
-from specforge.inference.openai_server import ChatServer, Sampling, in_flight
+from specforge.inference.openai_server import ChatServer, Sampling, TokenServer, in_flight
 from specforge.inference.server_client import RefusedError
+from specforge.inference.target_engine.base import TargetEngine
 from specforge.options import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -42,6 +43,8 @@ from specforge.options import (
     Seed,
     Share,
 )
+
+Writer = TargetEngine | TokenServer  # what continues token ids
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +90,6 @@ class RegenerateOptions:
         later = {f.name: f.default for f in fields(Sampling) if f.name not in ("temperature", "top_p")}
         found = {key: value for key, value in asdict(self).items() if key != "batch_size"}
         return {key: value for key, value in found.items() if key not in later or value != later[key]}
-
-
-class Writer(Protocol):
-    """What continues token ids: the target in this process, or a server that returns token ids."""
-
-    concurrency: int  # number of conversations answered at a time, each in a call of its own; 0 for batches
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_ids: Sequence[int], seed: int, **how: Any
-    ) -> list[list[int]]:
-        """Continue each prompt until an end token (included) or ``max_new_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -205,17 +197,20 @@ class Regeneration:
             Numbers of conversations and generated tokens, whenever some are finished.
         """
         if self.todo:
-            writer = engine()
-            size = 1 if writer.concurrency else self.options.batch_size
-            batches = [self.todo[i : i + size] for i in range(0, len(self.todo), size)]
-            answered = partial(self._answered, writer)
-            limit = writer.concurrency
-            for batch, tokens in in_flight(answered, batches, limit) if limit else map(answered, batches):
-                self.output.parent.mkdir(parents=True, exist_ok=True)
-                rows = [dialogue.row(self.made) for dialogue in batch if dialogue.answers]
-                LineLog(self.output).append(json.dumps(row, ensure_ascii=False) for row in rows)
-                yield len(rows), tokens
+            with closing(engine()) as writer:
+                yield from self._answer(writer)
         self._sort()
+
+    def _answer(self, writer: Writer | ChatServer) -> Iterator[tuple[int, int]]:
+        limit = writer.concurrency
+        size = 1 if limit else self.options.batch_size
+        batches = [self.todo[i : i + size] for i in range(0, len(self.todo), size)]
+        answered = partial(self._answered, writer)
+        for batch, tokens in in_flight(answered, batches, limit) if limit else map(answered, batches):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            rows = [dialogue.row(self.made) for dialogue in batch if dialogue.answers]
+            LineLog(self.output).append(json.dumps(row, ensure_ascii=False) for row in rows)
+            yield len(rows), tokens
 
     def losses(self) -> dict[str, int]:
         """Numbers of answers cut off, turns left out and tool results left out in the whole file."""

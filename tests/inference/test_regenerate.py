@@ -33,6 +33,9 @@ class Writes:
         self.template, self.answers = template, list(answers)
         self.asked: list[list[int]] = []
 
+    def close(self) -> None:
+        pass
+
     def generate(self, prompts, **options) -> list[list[int]]:
         self.asked += prompts
         given = self.answers.pop(0)
