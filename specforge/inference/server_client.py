@@ -39,7 +39,7 @@ class ServerClient:
     """Requests to one server; may be used by many threads at once.
 
     Args:
-        url: such as ``http://127.0.0.1:8000``; a path such as ``/v1`` at its end is ignored.
+        url: such as ``http://127.0.0.1:8000``, or ``https://host/api`` behind a gateway; ``/v1`` at its end is ignored.
         api_key_file: file with the server's key, sent as a bearer token; None if it wants none.
         patience: seconds to retry while the server does not answer.
         timeout: seconds to wait for one answer.
@@ -63,14 +63,14 @@ class ServerClient:
             _ = parts.port
         except ValueError as error:
             raise UserError(f"server {shown(url)}: {error}") from error
-        path = parts.path.strip("/")
-        if parts.scheme not in ("http", "https") or not parts.hostname or path not in ("", "v1") or parts.query:
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise UserError(f"server {shown(url)}: must look like http://127.0.0.1:8000")
         key = None if api_key_file is None else read_secret(api_key_file, "api_key_file")
-        self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", patience
+        self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}", patience
         self._next_warning = 0.0  # when the next one may be logged: many threads may wait for the same server
         self._client = httpx.Client(
-            base_url=f"{parts.scheme}://{parts.netloc}",
+            base_url=f"{parts.scheme}://{parts.netloc}{path}",
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
