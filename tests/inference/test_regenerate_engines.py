@@ -140,6 +140,11 @@ def test_the_answers_are_those_of_transformers(serve, target, data, expected, tm
         assert "answers with token ids" in capsys.readouterr().out
         assert answers(tmp_path / "a.jsonl") == expected
         assert main(command(target, data, tmp_path / "chat.jsonl", server=url, chat="true")) == 0
+        long = tmp_path / "long.jsonl"
+        long.write_text(json.dumps(talk("?" * 600, "-", id="long")) + "\n" + data.read_text().splitlines()[0] + "\n")
+        assert main(command(target, long, tmp_path / "d.jsonl", server=url)) == 2
+        assert answers(tmp_path / "d.jsonl") == expected[:1]
+        assert "1 conversations are not answered, such as" in capsys.readouterr().err
         for name, concurrency in (("b", 4), ("c", 1)):
             more = {"server": url, "temperature": 1, "concurrency": concurrency}
             assert main(command(target, data, tmp_path / f"{name}.jsonl", **more)) == 0
