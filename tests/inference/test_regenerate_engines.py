@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -100,11 +99,6 @@ def answers(path: Path) -> list:
     return [(row["messages"], row["regenerated"]["answers"]) for row in rows(path)]
 
 
-def plain(text: str) -> str:
-    """Text as chat endpoints return it: without special tokens, and without half a character at its end."""
-    return re.sub(r"<\|\w+\|>", "", text).rstrip("\ufffd")
-
-
 @pytest.fixture(scope="module")
 def expected(target, data, tmp_path_factory) -> list:
     """What transformers writes, some of which ends: with what it often writes as a second end token."""
@@ -148,10 +142,14 @@ def test_the_answers_are_those_of_transformers(serve, target, data, expected, tm
         for name, concurrency in (("b", 4), ("c", 1)):
             more = {"server": url, "temperature": 1, "concurrency": concurrency}
             assert main(command(target, data, tmp_path / f"{name}.jsonl", **more)) == 0
-    chatted = [messages[1] for messages, _ in answers(tmp_path / "chat.jsonl")]
-    first = [messages[1] for messages, _ in expected]  # its text comes back as other tokens, so the next ones differ
-    assert [m["finish_reason"] for m in chatted] == [m["finish_reason"] for m in first]
-    assert [plain(m["content"]) for m in chatted] == [plain(m["content"]) for m in first]
+    compared = 0
+    for (messages, _), (same, found) in zip(answers(tmp_path / "chat.jsonl"), expected, strict=True):
+        # The first answer: its text comes back as other tokens, so the next one differs.
+        assert messages[1]["finish_reason"] == same[1]["finish_reason"]
+        if all(token < 256 for token in found[0]["answer_ids"]):  # others have no text
+            assert messages[1]["content"].rstrip("\ufffd") == same[1]["content"].rstrip("\ufffd")
+            compared += 1
+    assert compared
     assert answers(tmp_path / "b.jsonl") != expected
     if "vllm" in str(rows(tmp_path / "b.jsonl")[0]["regenerated"]["server"]):
         assert answers(tmp_path / "b.jsonl") == answers(tmp_path / "c.jsonl")
