@@ -20,6 +20,7 @@ from specforge.options import (
     PositiveInt,
     PositiveSeconds,
     PositiveShare,
+    PresencePenalty,
     Seconds,
     Seed,
     Share,
@@ -35,6 +36,7 @@ KINDS = {
     "rate": (PositiveFloat, ("0", "-1", "nan", "inf", "x"), ("1e-9", "3")),
     "wait": (NonNegativeFloat, ("-0.1", "nan", "inf"), ("0", "2.5")),
     "share": (Share, ("-0.1", "1.1", "nan"), ("0", "1")),
+    "penalty": (PresencePenalty, ("-2.1", "3", "inf", "nan"), ("-2", "0.5")),
     "water": (PositiveShare, ("0", "1.5"), ("0.1", "1")),
 }
 
@@ -63,9 +65,9 @@ def test_out_of_range_is_one_line_that_says_what_may_be_given(name: str, option:
 def _numbers(hints: dict[str, object]) -> dict[str, object]:
     """The options that are numbers without bounds."""
     parts = {
-        name: {hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))} for name, hint in hints.items()
+        name: [hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))] for name, hint in hints.items()
     }
-    return {name: hints[name] for name, found in parts.items() if found & {int, float}}
+    return {name: hints[name] for name, found in parts.items() if int in found or float in found}
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("fit", "validate")])
