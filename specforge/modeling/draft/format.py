@@ -69,16 +69,13 @@ class DraftFormat:
         """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
 
         Raises:
-            UserError: the vocabulary map is missing or damaged.
+            UserError: two tensors are the same one, or the vocabulary map is missing, damaged or contradictory.
         """
-        renamed: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            new = name
-            for old, replacement in self.aliases:
-                if new.startswith(old):
-                    new = replacement + new.removeprefix(old)
-            if new not in self.not_the_drafts:
-                renamed[new] = tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
+        renamed = {
+            name: tensor.float() if tensor.dtype.itemsize > 1 and tensor.is_floating_point() else tensor
+            for name, tensor in self.named(tensors, where).items()
+            if name not in self.not_the_drafts
+        }
         vocab = config["vocab_size"]
         size = config.get("draft_vocab_size") or vocab
         if "d2t" not in renamed:
@@ -87,7 +84,27 @@ class DraftFormat:
             renamed["d2t"] = torch.zeros(size, dtype=torch.int64)
         ids = target_ids(renamed["d2t"], size, vocab, where)
         renamed["d2t"] = renamed["d2t"].long()
-        renamed["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
+        marks, own = renamed.get("t2d"), torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
+        if marks is not None and not (marks.shape == own.shape and torch.equal(marks.bool(), own)):
+            raise UserError(f"{where}: t2d marks other tokens than d2t maps to")
+        renamed["t2d"] = own
+        return renamed
+
+    def named(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """All tensors of a folder, as stored, under SpecForge's names.
+
+        Raises:
+            UserError: two of them have the same name.
+        """
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            new = name
+            for old, replacement in self.aliases:
+                if new.startswith(old):
+                    new = replacement + new.removeprefix(old)
+            if new in renamed:
+                raise UserError(f"{where}: tensor {name} is there twice, under two names of the same tensor")
+            renamed[new] = tensor
         return renamed
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:

@@ -162,7 +162,7 @@ def test_values_that_a_network_cannot_have_are_refused(architecture, field, word
 @pytest.mark.parametrize(
     ("architecture", "field", "words"),
     [
-        ("LlamaForCausalLMEagle3", {"qk_norm": True}, "qk_norm is True, which .* does not support"),
+        ("Eagle3DeepseekV2ForCausalLM", {"qk_norm": True}, "qk_norm is True, which .* does not support"),
         ("LlamaForCausalLMEagle3", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("LlamaForCausalLMEagle3", {"num_aux_hidden_states": 2}, "num_aux_hidden_states is 2, but"),
         ("LlamaForCausalLMEagle3", {"eagle_config": []}, r"eagle_config is \[\]; .* expects an object"),

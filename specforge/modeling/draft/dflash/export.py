@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,7 +17,13 @@ from specforge.modeling.draft.format import DTYPES, DraftFormat
 class DFlashFormat(DraftFormat):
     """DFlash and DFlash-2 checkpoints; embedding and head are the target's."""
 
-    aliases = (("model.", ""), ("encoder.fc.", "fc."), ("encoder.output_norm_enc.", "hidden_norm."))
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("model.", ""),
+        ("encoder.fc.", "fc."),
+        ("encoder.output_norm_enc.", "hidden_norm."),
+        ("candidate_selector.predecessor_codebook.weight", "candidate_selector.predecessor_codebook"),
+        ("candidate_selector.successor_codebook.weight", "candidate_selector.successor_codebook"),
+    )
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
     server = "DFLASH"
 
@@ -63,8 +69,16 @@ class DFlashFormat(DraftFormat):
 
 
 class DSparkFormat(DFlashFormat):
-    """DSpark checkpoints; SGLang and SpecForge both have the heads' fields at the top level of the config."""
+    """DSpark checkpoints; SGLang and SpecForge both have the heads' fields at the top level of the config.
 
+    ModelOpt writes the heads' tensors without the names of the heads.
+    """
+
+    aliases = (
+        *DFlashFormat.aliases,
+        *((f"{name}.", f"markov_head.{name}.") for name in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")),
+        ("confidence_proj.", "confidence_head.proj."),
+    )
     server = "DSPARK"
 
 

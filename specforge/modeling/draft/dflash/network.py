@@ -33,8 +33,8 @@ from specforge.modeling.draft.fields import (
     TOKEN,
     Fields,
     by_default,
+    move_fields,
     only,
-    quoted,
     required,
     whole,
 )
@@ -77,7 +77,7 @@ def block_size(config: Qwen3Config) -> int:
     return int(config.dflash_config.get("block_size", getattr(config, "block_size", 16)))
 
 
-@register_draft("DFlashDraftModel", config_class=Qwen3Config)
+@register_draft("DFlashDraftModel", Qwen3Config, other_names=("QwenDFlashDraftModel",))
 class DFlash(Draft):
     """The DFlash backbone.
 
@@ -142,10 +142,8 @@ class DFlash(Draft):
         nested = config.get("dflash_config", {})
         if not isinstance(nested, dict):
             return
-        for name in ("mask_token_id", "target_layer_ids"):
-            value = config.pop(name, None)
-            if value is not None and nested.setdefault(name, value) != value:
-                raise ValueError(f"{name} is {quoted(value)}, but {quoted(nested[name])} in dflash_config")
+        names = ("mask_token_id", "target_layer_ids")
+        move_fields(config, nested, dict(zip(names, names, strict=True)), "in dflash_config")
         if nested:
             config["dflash_config"] = nested
 

@@ -48,6 +48,7 @@ class PEagleDraft(EagleDraft):
     fields: ClassVar[Fields] = {
         **EagleDraft.fields,
         "attention_bias": FLAG,
+        "qk_norm": FLAG,
         "mask_token_id": required(TOKEN),
         "embed_requires_grad": FLAG,
         "parallel_drafting": only(True),

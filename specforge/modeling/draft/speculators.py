@@ -1,0 +1,104 @@
+"""The config of a draft in the form of the speculators project, which vLLM serves.
+
+The fields of the draft's layers are nested in ``transformer_layer_config``, and ``speculators_model_type`` names the
+kind of draft. Captured layers are counted by their inputs, so their ids are one higher than SpecForge's. Where
+speculators 0.9.0 and vLLM 0.32 take a missing field for different networks, the field is required.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specforge.modeling.draft.fields import quoted
+
+_ARCHITECTURES = {
+    "eagle3": "LlamaForCausalLMEagle3",
+    "peagle": "PEagleDraftModel",
+    "dflash": "DFlashDraftModel",
+    "dflash2": "DFlash2DraftModel",
+    "dspark": "Qwen3DSparkModel",
+}
+_LAYERS = "transformer_layer_config"
+# Fields of the form itself. The names of architectures are those of its training code, and a tied head inside
+# _LAYERS is the target's: drafts of this form have a head of their own, or none.
+_OF_THE_FORM = ("speculators_model_type", "speculators_version", "speculators_config", _LAYERS, "architectures")
+# Fields inside dflash_config in SpecForge's own form.
+_IN_BLOCKS = ("mask_token_id", "conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+
+
+def is_speculators(config: Mapping[str, Any]) -> bool:
+    """Whether a config has this form."""
+    return "speculators_model_type" in config
+
+
+def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a draft in this form, under the usual names of published drafts.
+
+    Raises:
+        ValueError: a field is missing whose meaning is not certain, or describes a draft that SpecForge does not have.
+    """
+    kind, layers = config["speculators_model_type"], config.get(_LAYERS)
+    if kind not in _ARCHITECTURES:
+        raise ValueError(f"speculators_model_type is {quoted(kind)}; SpecForge has {', '.join(_ARCHITECTURES)}")
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"{_LAYERS} is {quoted(layers)}, not an object with the fields of the draft's layers")
+    model_type = layers.get("model_type")
+    if model_type not in ("llama", "qwen3"):
+        raise ValueError(f"{_LAYERS}.model_type is {quoted(model_type)}; SpecForge has llama and qwen3")
+    outer = {key: x for key, x in config.items() if key not in _OF_THE_FORM}
+    inner = {
+        key: x for key, x in layers.items() if x is not None and key not in ("architectures", "tie_word_embeddings")
+    }
+    fields = {**outer, **inner, "architectures": [_ARCHITECTURES[kind]]}
+    if kind in ("eagle3", "peagle"):
+        return _eagle(fields, kind, model_type)
+    return _blocks(fields, kind)
+
+
+def _eagle(fields: dict[str, Any], kind: str, model_type: str) -> dict[str, Any]:
+    if kind == "eagle3":
+        _required(fields, "norm_before_residual", "speculators takes that as false, vLLM as true")
+    else:
+        fields.setdefault("embed_requires_grad", True)
+    return {**fields, "qk_norm": model_type == "qwen3"}
+
+
+def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    _required(fields, "aux_hidden_state_layer_ids", "it names the layers of the target that the draft reads")
+    _required(fields, "block_size", "speculators takes that as 8, servers as 16")
+    sliding = "sliding_attention" in (fields.get("layer_types") or ())
+    whole = fields.pop("sliding_window_non_causal", None)
+    if sliding and whole is None:
+        raise ValueError("sliding_window_non_causal is missing: speculators takes that as false, vLLM as true")
+    if kind == "dspark":
+        _required(fields, "sample_from_anchor", "speculators takes that as true, vLLM as false")
+    elif fields.pop("sample_from_anchor", False):
+        raise ValueError(f"sample_from_anchor is True, which {_ARCHITECTURES[kind]} does not support")
+    nested = {name: fields.pop(name) for name in _IN_BLOCKS if name in fields}
+    nested["target_layer_ids"] = outputs_of(fields.pop("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
+    if sliding and whole:
+        nested["causal"] = False
+    return {**fields, "dflash_config": nested}
+
+
+def _required(fields: Mapping[str, Any], name: str, why: str) -> None:
+    if name not in fields:
+        raise ValueError(f"{name} is missing: {why}")
+
+
+def outputs_of(inputs: Any, name: str) -> list[int]:
+    """Layers by their outputs, as SpecForge counts them, from layers by their inputs.
+
+    Args:
+        inputs: ids of layers; the input of layer i is the output of layer i - 1.
+        name: of their field, for error messages.
+
+    Raises:
+        ValueError: they are not ids of layers above the first, whose input is the embedding.
+    """
+    if not isinstance(inputs, list) or not all(type(layer) is int for layer in inputs):
+        raise ValueError(f"{name} is {quoted(inputs)}, not a list of layers")
+    if inputs and min(inputs) < 1:
+        raise ValueError(f"{name} is {quoted(inputs)}; drafts read outputs of layers, the inputs of layers from 1 on")
+    return [layer - 1 for layer in inputs]
