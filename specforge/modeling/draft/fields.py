@@ -156,7 +156,7 @@ _BOOKKEEPING = frozenset(
     }
 )
 # Fields that EAGLE drafts ignored when checkpoints had no config_version yet, and implement now.
-_IGNORED_BEFORE = ("attention_bias", "norm_before_residual")
+_IGNORED_BEFORE = ("attention_bias", "norm_before_residual", "qk_norm")
 _ROPE: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": required(POSITIVE)},

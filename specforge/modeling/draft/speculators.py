@@ -78,7 +78,7 @@ def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
     nested = {name: fields.pop(name) for name in _IN_BLOCKS if name in fields}
     nested["target_layer_ids"] = outputs_of(fields.pop("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
     if sliding and whole:
-        nested["causal"] = False
+        fields["is_causal"] = False
     return {**fields, "dflash_config": nested}
 
 

@@ -269,9 +269,20 @@ def speculators_dflash() -> Published:
     return Published("dflash", config, blocks(), block_network(5), borrowed=("lm_head.weight",), maps=MAPS)
 
 
+SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
+
+
+def both_directions(size: int) -> SimpleNamespace:
+    meant = block_network(size, sliding_window=6, is_causal=False)
+    meant.layer_types = ["sliding_attention"] * 2
+    return meant
+
+
 def speculators_dflash2() -> Published:
-    sizes_ = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
-    return Published("dflash2", speculators_blocks("dflash2", 5, **sizes_), blocks(convolutions()), block_network(5))
+    fields = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
+    config = speculators_blocks("dflash2", 5, **fields)
+    config["transformer_layer_config"] |= SLIDING
+    return Published("dflash2", config, blocks(convolutions()), both_directions(5))
 
 
 def speculators_dspark() -> Published:
@@ -309,9 +320,8 @@ def zlab_dflash2() -> Published:
     fields = {"architectures": ["DFlash2DraftModel"], "is_causal": False, "num_target_layers": 8}
     nested = {"block_size": 5, "mask_token_id": 5, "target_layer_ids": [1, 3, 4]}
     nested |= {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
-    fields |= {"layer_types": ["full_attention"] * 2, "dflash_config": nested}
-    config = {**sizes(2), **TRANSFORMERS_5, **QWEN3, **fields}
-    return Published("dflash2", config, blocks(convolutions()), block_network(5))
+    config = {**sizes(2), **TRANSFORMERS_5, **QWEN3, **fields, **SLIDING, "dflash_config": nested}
+    return Published("dflash2", config, blocks(convolutions()), both_directions(5))
 
 
 # AngelSlim
@@ -442,6 +452,15 @@ def upstream_dspark() -> Published:
     return Published("dspark", config, blocks(markov()), meant)
 
 
+def zlab_sliding() -> Published:
+    """A sliding layer without `is_causal`."""
+    draft = zlab_dflash()
+    kinds = ["sliding_attention", "full_attention"]
+    draft.config |= {"layer_types": kinds, "sliding_window": 6, "use_sliding_window": True}
+    draft.network.layer_types, draft.network.sliding_window = kinds, 6
+    return draft
+
+
 FORMS: dict[str, Callable[[], Published]] = {
     "speculators, EAGLE-3": speculators_eagle3,
     "speculators, EAGLE-3.1 with Qwen3's attention": speculators_eagle3_1,
@@ -451,6 +470,7 @@ FORMS: dict[str, Callable[[], Published]] = {
     "speculators, DSpark": speculators_dspark,
     "EAGLE, EAGLE-3": eagles_own,
     "z-lab, DFlash": zlab_dflash,
+    "z-lab, DFlash with a sliding layer": zlab_sliding,
     "z-lab, DFlash-2": zlab_dflash2,
     "AngelSlim, EAGLE-3": angelslim_eagle3,
     "AngelSlim, DFlash": angelslim_dflash,

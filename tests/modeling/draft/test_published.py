@@ -125,7 +125,8 @@ def test_another_number_of_layers_is_named(form, target, tmp_path):
     draft = FORMS[form]()
     fields = draft.config.get("transformer_layer_config", draft.config)
     fields["num_hidden_layers"] += 1
-    fields.pop("layer_types", None)
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"] + ["full_attention"]
     with pytest.raises(UserError, match=r"an EAGLE-3 draft has one layer|tensor layers\.2\.\S+ is missing"):
         specforge.load_draft(draft.write(tmp_path / "draft", target), target)
 
@@ -138,6 +139,7 @@ REFUSED = [
         {"norm_before_residual": None},
         "norm_before_residual is missing: speculators takes",
     ),
+    (published.speculators_dflash2, {"sliding_window_non_causal": None}, "sliding_window_non_causal is missing"),
     (published.speculators_dspark, {"sample_from_anchor": None}, "sample_from_anchor is missing: speculators takes"),
     (published.speculators_dflash, {"block_size": None}, "block_size is missing: speculators takes that as 8"),
     (published.speculators_dflash, {"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids is missing"),
