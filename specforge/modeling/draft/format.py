@@ -1,7 +1,8 @@
 """Formats of draft folders in other projects: the base class of all families' formats.
 
-Each family has a small subclass in its folder: the tensor names and config that other projects use, and the drafts that
-a server would silently misread. ``hf`` is the usual form of published drafts, ``sglang`` the one that SGLang serves.
+Each family has a small subclass in its folder: the tensor names and config that other projects use, and its servers.
+``hf`` is the usual form of published drafts. ``sglang`` and ``vllm`` are one form, right for every server that can
+serve the draft; they differ in the server that must.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft, build_draft, config_fields, read_draft, save_draft
 from specforge.modeling.draft.checks import check_tensors, target_ids
+from specforge.modeling.draft.servers import VLLM, Server, SGLang
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -29,19 +31,18 @@ class DraftFormat:
     # names (as used here) of tensors in other projects' files that do not belong to the draft
     not_the_drafts: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)
     hf_embedding: ClassVar[bool] = False  # whether the hf form contains the target's embedding
-    refusal: ClassVar[str | None] = None  # why SGLang cannot serve such a draft; None if it can
-    server: ClassVar[str | None] = None  # SGLang's name of the algorithm; None if it has none
-    # number of tokens that the server drafts one after another; 0 if the draft's config sets it
-    chain: ClassVar[int] = 0
+    # what the servers make of such drafts; None in the formats of algorithms of which they know nothing
+    vllm: ClassVar[VLLM | None] = None
+    sglang: ClassVar[SGLang | None] = None
+    drafted: ClassVar[int] = 4  # tokens per round in the printed commands, unless the draft has a number of its own
 
-    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject a draft that SGLang cannot serve, or would serve as a different network.
+    def form(self, config: Mapping[str, Any], target: TargetFiles) -> str:
+        """The name of the draft's form in the tables of its servers."""
+        return str(config["architectures"][0])
 
-        Raises:
-            UserError: names the field and the server's interpretation of it.
-        """
-        if self.refusal is not None:
-            raise UserError(f"export: {self.refusal}")
+    def tokens(self, draft: Draft) -> int:
+        """Drafted tokens per round in the command that serves the draft."""
+        return self.drafted
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """Fields of the written ``config.json``."""
@@ -54,16 +55,6 @@ class DraftFormat:
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The draft's tensors under their exported names."""
         return state
-
-    def serve(self, target: str, folder: Path) -> str | None:
-        """The command that serves the draft; None if SGLang has no such algorithm."""
-        if self.server is None:
-            return None
-        command = f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {self.server} "
-        command += f"--speculative-draft-model-path {folder}"
-        steps, tokens = self.chain, self.chain + 1
-        chain = f" --speculative-num-steps {steps} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens}"
-        return command + chain if self.chain else command
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
@@ -108,22 +99,63 @@ class DraftFormat:
         return renamed
 
     def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """Write config.json and model.safetensors in the usual form of published drafts.
+        """Write config.json and model.safetensors in the usual form of published drafts; no server is promised.
 
         Raises:
             UserError: the draft was never trained, is damaged, or does not fit the target.
         """
-        extra = {"embed_tokens.weight": target.embedding().to(DTYPES[dtype])} if self.hf_embedding else {}
-        self._write(draft, folder, dtype, extra)
+        tensors = self.borrowed(draft, target, dtype)
+        if self.hf_embedding and "embed_tokens.weight" not in draft.state_dict():
+            tensors["embed_tokens.weight"] = target.embedding().to(DTYPES[dtype])
+        self._write(draft, folder, dtype, tensors)
 
     def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """Write a folder for ``--speculative-draft-model-path``; SGLang takes the embedding from the target.
+        """Write a folder for SGLang's ``--speculative-draft-model-path``.
 
         Raises:
             UserError: the draft was never trained, is damaged, or would be loaded as a different network.
         """
-        self.check(config_fields(draft), target)
-        self._write(draft, folder, dtype, {})
+        self._to_server(self.sglang, draft, target, folder, dtype)
+
+    def to_vllm(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """Write a folder for ``model`` in vLLM's ``--speculative-config``.
+
+        Raises:
+            UserError: the draft was never trained, is damaged, or would be loaded as a different network.
+        """
+        self._to_server(self.vllm, draft, target, folder, dtype)
+
+    def _to_server(self, server: Server | None, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
+        config = config_fields(draft)
+        if server is not None:
+            server.check(self.form(config, target), config, target)
+        self._write_served(draft, target, folder, dtype)
+
+    def borrowed(self, draft: Draft, target: TargetFiles, dtype: str) -> dict[str, Tensor]:
+        """Tensors of the target that the draft's folder must contain.
+
+        Raises:
+            UserError: a server could not use them.
+        """
+        return {}
+
+    def served(self, draft: Draft, target: TargetFiles, folder: Path) -> list[str]:
+        """For each server what is known of the draft, and the command that serves it or the reason why none can."""
+        config, lines = config_fields(draft), []
+        for server in (self.vllm, self.sglang):
+            if server is None:
+                continue
+            try:
+                tested = server.check(self.form(config, target), config, target)
+            except UserError as error:
+                lines.append(f"not for {server.name}: {str(error).removeprefix('export: ')}")
+                continue
+            lines.append(f"for {server.name} (tests with {server.version}: {tested.value}):")
+            lines.append(f"  {server.command(target.name, folder, self.tokens(draft))}")
+        return lines
+
+    def _write_served(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
+        self._write(draft, folder, dtype, self.borrowed(draft, target, dtype))
 
     def _write(self, draft: Draft, folder: Path, dtype: str, extra: dict[str, Tensor]) -> None:
         where = f"export to {folder}"

@@ -57,7 +57,9 @@ from specforge.modeling.layers.latent_attention import LatentAttention
 
 _CAPTURED = "eagle_aux_hidden_state_layer_ids"
 _OF_ANGELSLIM = "aux_hidden_states_layer_ids"
-_QWEN3 = "Eagle3Qwen3ForCausalLM"
+# VLLM's class of drafts with Qwen3's attention, and its names for the mask token that makes a draft a P-EAGLE one.
+QWEN3 = "Eagle3Qwen3ForCausalLM"
+MASKS = ("ptd_token_id", "pard_token")
 
 
 class EagleDraft(Draft):
@@ -139,6 +141,8 @@ class EagleDraft(Draft):
             config["eagle_config"] = own
         if config.pop("use_aux_norm", False):
             config["fc_norm"] = True
+        if QWEN3 in config.get("architectures", ()):
+            config["qk_norm"] = True
 
     @abstractmethod
     def build_layers(self, config: Any) -> None:
@@ -269,7 +273,7 @@ class Eagle3Draft(EagleDraft):
         return Eagle3Decoder(self, dtype)
 
 
-@register_draft("LlamaForCausalLMEagle3", LlamaConfig, other_names=("Eagle3LlamaForCausalLM", _QWEN3))
+@register_draft("LlamaForCausalLMEagle3", LlamaConfig, other_names=("Eagle3LlamaForCausalLM", QWEN3))
 class LlamaEagle3(Eagle3Draft):
     """EAGLE-3 draft with a Llama layer.
 
@@ -278,12 +282,10 @@ class LlamaEagle3(Eagle3Draft):
 
     fields: ClassVar[Fields] = {**Eagle3Draft.fields, "attention_bias": FLAG, "qk_norm": FLAG}
 
-    @staticmethod
-    def translate(config: dict[str, Any]) -> None:
-        """As in :class:`EagleDraft`; vLLM has a class of its own for Qwen3's attention."""
-        EagleDraft.translate(config)
-        if _QWEN3 in config.get("architectures", ()):
-            config["qk_norm"] = True
+    @classmethod
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """As in :class:`Draft`, unless there is a mask token."""
+        return super().is_described_by(config) and all(config.get(name) is None for name in MASKS)
 
     @staticmethod
     def build_attention(config: LlamaConfig) -> Attention:

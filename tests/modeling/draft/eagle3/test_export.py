@@ -37,10 +37,10 @@ def trained(module: EagleFamilyModule) -> EagleFamilyModule:
 @pytest.mark.parametrize(
     ("cls", "config", "forms"),
     [
-        (Eagle3Module, {"fc_norm": True, "norm_output": True}, ("to_hf", "to_sglang")),
-        (Eagle3Module, LATENT, ("to_hf", "to_sglang")),
-        (PEagleModule, {}, ("to_hf",)),
-        (PEagleModule, {"embed_requires_grad": True, "num_hidden_layers": 2}, ("to_hf",)),
+        (Eagle3Module, {"fc_norm": True, "norm_output": True}, ("to_hf", "to_sglang", "to_vllm")),
+        (Eagle3Module, LATENT, ("to_hf", "to_sglang", "to_vllm")),
+        (PEagleModule, {}, ("to_hf", "to_vllm")),
+        (PEagleModule, {"embed_requires_grad": True, "num_hidden_layers": 2}, ("to_hf", "to_vllm")),
     ],
     ids=["eagle3.1", "latent", "peagle", "peagle, own embedding"],
 )
@@ -108,7 +108,7 @@ def test_a_trained_embedding_is_the_one_that_is_written(target, tmp_path):
 
 def test_peagle_is_refused_for_sglang(target, tmp_path):
     module = trained(PEagleModule(str(target), SMALL))
-    with pytest.raises(UserError, match="SGLang does not serve P-EAGLE; use --to hf"):
+    with pytest.raises(UserError, match="SGLang has no P-EAGLE; use --to vllm"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
 
 
