@@ -64,7 +64,7 @@ def evaluate(
 def export(
     draft: Path,
     output: Path,
-    to: Literal["sglang", "vllm", "hf"] = "sglang",
+    to: Literal["sglang", "vllm", "speculators", "hf"] = "sglang",
     target: str | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     algorithm: str | None = None,
@@ -77,19 +77,20 @@ def export(
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
         output: folder to write; must be new, empty or an earlier export, which is replaced.
-        to: the server that must be able to serve the draft; or ``hf``, the usual form of published drafts, for no
-            server in particular.
+        to: the server that must be able to serve the draft; ``speculators``, the form of that project, which vLLM
+            serves given the folder alone; or ``hf``, the usual form of published drafts, for no server in particular.
         target: folder or hub name; by default the target that the draft was trained on.
         dtype: dtype of the written tensors.
         algorithm: name of the draft's algorithm, or class path of your own module (default: the built-in one).
     """
     module = load_module(draft, target, algorithm)
     form = module.export_format
-    write = {"sglang": form.to_sglang, "vllm": form.to_vllm, "hf": form.to_hf}[to]
-    write(module.draft, module.target, output, dtype)
+    getattr(form, f"to_{to}")(module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
     say(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
-    if to != "hf":
+    if to == "speculators":
+        say(f"serve it and its target: vllm serve {output}")
+    elif to != "hf":
         for line in form.served(module.draft, module.target, output):
             say(line)
 

@@ -19,6 +19,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft, build_draft, config_fields, read_draft, save_draft
 from specforge.modeling.draft.checks import check_tensors, target_ids
 from specforge.modeling.draft.servers import VLLM, Server, SGLang
+from specforge.modeling.draft.speculators import as_speculators, speculators_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -125,6 +126,21 @@ class DraftFormat:
         """
         self._to_server(self.vllm, draft, target, folder, dtype)
 
+    def to_speculators(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+        """Write the form of the speculators project, which vLLM serves given the folder alone.
+
+        Raises:
+            UserError: the draft was never trained, is damaged, or would be loaded as a different network.
+        """
+        config = config_fields(draft)
+        written = as_speculators(config, target, self.tokens(draft))
+        if self.vllm is not None:
+            self.vllm.check(self.form(config, target), config, target)
+        tensors = self.borrowed(draft, target, dtype)
+        if self.hf_embedding and "embed_tokens.weight" not in draft.state_dict():
+            tensors["embed_tokens.weight"] = target.embedding().to(DTYPES[dtype])
+        self._write(draft, folder, dtype, tensors, written)
+
     def _to_server(self, server: Server | None, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
         config = config_fields(draft)
         if server is not None:
@@ -157,13 +173,24 @@ class DraftFormat:
     def _write_served(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
         self._write(draft, folder, dtype, self.borrowed(draft, target, dtype))
 
-    def _write(self, draft: Draft, folder: Path, dtype: str, extra: dict[str, Tensor]) -> None:
+    def _write(
+        self,
+        draft: Draft,
+        folder: Path,
+        dtype: str,
+        extra: dict[str, Tensor],
+        speculators: dict[str, Any] | None = None,
+    ) -> None:
         where = f"export to {folder}"
         state = {name: x.detach().cpu() for name, x in draft.state_dict().items()}
         config = config_fields(draft)
         check_tensors(state, self.build(config).state_dict(), where, draft.trained)
         state = {n: x.to(DTYPES[dtype]) if x.is_floating_point() else x for n, x in state.items()}
-        save_draft(self.config(config, dtype), {**self.tensors(state), **extra}, folder)
+        tensors = {**self.tensors(state), **extra}
+        if speculators is None:
+            save_draft(self.config(config, dtype), tensors, folder)
+        else:
+            save_draft({**speculators, "dtype": dtype, "torch_dtype": dtype}, speculators_tensors(tensors), folder)
         self._read_back(folder, state)
 
     def _read_back(self, folder: Path, written: dict[str, Tensor]) -> None:

@@ -36,6 +36,7 @@ from specforge.modeling.draft.fields import (
     ROUTING,
     SIZE,
     Fields,
+    move_fields,
     only,
     quoted,
     required,
@@ -118,7 +119,7 @@ class EagleDraft(Draft):
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
-        """Move captured layers to ``eagle_config``, and rename ``use_aux_norm``, SGLang's older name of ``fc_norm``.
+        """Move captured layers and ``norm_before_fc`` to ``eagle_config``, and rename SGLang's ``use_aux_norm``.
 
         Layer ids in ``eagle_config`` and in AngelSlim's field refer to the outputs of layers. VLLM's top-level field
         refers to inputs, so its ids are one higher.
@@ -137,6 +138,7 @@ class EagleDraft(Draft):
                     f"{_CAPTURED} is {quoted(above)}, but {quoted(own[_CAPTURED])} in eagle_config; the top-level ids "
                     "must be one higher, because vLLM counts layers by their inputs"
                 )
+        move_fields(config, own, {"norm_before_fc": "norm_before_fc"}, "in eagle_config")
         if own or "eagle_config" in config:
             config["eagle_config"] = own
         if config.pop("use_aux_norm", False):
