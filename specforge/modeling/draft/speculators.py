@@ -52,7 +52,7 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a field is missing whose meaning is not certain, or describes a draft that SpecForge does not have.
     """
     kind, layers = config["speculators_model_type"], config.get(_LAYERS)
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise ValueError(f"speculators_model_type is {quoted(kind)}; SpecForge has {', '.join(_ARCHITECTURES)}")
     if not isinstance(layers, Mapping):
         raise ValueError(f"{_LAYERS} is {quoted(layers)}, not an object with the fields of the draft's layers")
@@ -63,7 +63,7 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = {
         key: x for key, x in layers.items() if x is not None and key not in ("architectures", "tie_word_embeddings")
     }
-    fields = {**outer, **inner, "architectures": [_ARCHITECTURES[kind]]}
+    fields = {**inner, **outer, "model_type": model_type, "architectures": [_ARCHITECTURES[kind]]}
     if kind in ("eagle3", "peagle"):
         return _eagle(fields, kind, model_type)
     return _blocks(fields, kind)
@@ -80,7 +80,8 @@ def _eagle(fields: dict[str, Any], kind: str, model_type: str) -> dict[str, Any]
 def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
     _required(fields, "aux_hidden_state_layer_ids", "it names the layers of the target that the draft reads")
     _required(fields, "block_size", "speculators takes that as 8, servers as 16")
-    sliding = "sliding_attention" in (fields.get("layer_types") or ())
+    kinds = fields.get("layer_types")
+    sliding = isinstance(kinds, list) and "sliding_attention" in kinds
     whole = fields.pop("sliding_window_non_causal", None)
     if sliding and whole is None:
         raise ValueError("sliding_window_non_causal is missing: speculators takes that as false, vLLM as true")

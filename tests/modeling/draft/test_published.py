@@ -151,6 +151,7 @@ REFUSED = [
         {"speculators_model_type": "xpress"},
         "speculators_model_type is 'xpress'; SpecForge",
     ),
+    (published.speculators_eagle3, {"speculators_model_type": ["eagle3"]}, r"speculators_model_type is \["),
     (published.speculators_eagle3, {LAYERS: None}, "transformer_layer_config is None, not an object"),
     (published.speculators_eagle3, {f"{LAYERS}.model_type": "gemma3"}, "model_type is 'gemma3'; SpecForge has llama"),
     (published.speculators_eagle3, {f"{LAYERS}.model_type": None}, "model_type is None; SpecForge has llama"),
