@@ -1,0 +1,155 @@
+"""A client of vLLM, SGLang, and other servers that speak JSON over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+import specforge.stopping as stopping
+from specforge.errors import UserError
+from specforge.files import read_secret
+from specforge.inference.target_engine.http import printable
+from specforge.runtime.addresses import shown
+
+_BUSY = (429, 502, 503, 504, *range(520, 528))  # worth another attempt for as long as patience lasts
+_FAILURES = (
+    3  # attempts at a request that the server fails with status 500: it may be restarting, or the request is bad
+)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class ServerClient:
+    """Requests to one server; may be used by many threads at once.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000``; a path such as ``/v1`` at its end is ignored.
+        api_key_file: file with the server's key, sent as a bearer token; None if it wants none.
+        patience: seconds to retry while the server does not answer.
+        timeout: seconds to wait for one answer.
+        connections: maximum number of requests at a time.
+
+    Raises:
+        UserError: the address is malformed, or the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key_file: Path | None = None,
+        *,
+        patience: float = 300.0,
+        timeout: float = 600.0,
+        connections: int = 64,
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError as error:
+            raise UserError(f"server {shown(url)}: {error}") from error
+        path = parts.path.strip("/")
+        if parts.scheme not in ("http", "https") or not parts.hostname or path not in ("", "v1") or parts.query:
+            raise UserError(f"server {shown(url)}: must look like http://127.0.0.1:8000")
+        key = None if api_key_file is None else read_secret(api_key_file, "api_key_file")
+        self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", patience
+        self._client = httpx.Client(
+            base_url=f"{parts.scheme}://{parts.netloc}",
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(timeout, connect=10.0),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            trust_env=False,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; requests that wait for an answer fail."""
+        self._client.close()
+
+    def get(self, path: str) -> Any:
+        """JSON at a path.
+
+        Raises:
+            UserError: as in :meth:`post`.
+        """
+        return self._json(self._send("GET", path, None), path)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """JSON answer to a JSON body.
+
+        Raises:
+            UserError: the server refuses the request (the message has its reason), answers something other than JSON,
+                or does not answer for ``patience`` seconds.
+        """
+        return self._json(self._send("POST", path, body), path)
+
+    @contextmanager
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """Lines of a streamed answer; a request that fails is not repeated.
+
+        Raises:
+            UserError: the server refuses the request, does not answer, or breaks off.
+        """
+        try:
+            with self._client.stream("POST", path, json=body) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    answer.read()
+                    raise UserError(f"server {self.url}: {_reason(answer)} (HTTP {answer.status_code})")
+                yield answer.iter_lines()
+        except httpx.HTTPError as error:
+            raise UserError(f"server {self.url}: no answer ({_name(error)})") from error
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        deadline, pause, failures = time.monotonic() + self.patience, _FIRST_PAUSE, 0
+        while True:
+            stopping.check()
+            try:
+                answer = self._client.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                reason = _name(error)
+            else:
+                if answer.status_code == httpx.codes.OK:
+                    return answer
+                reason = f"{_reason(answer)} (HTTP {answer.status_code})"
+                failures += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+                if answer.status_code not in _BUSY and not 0 < failures < _FAILURES:
+                    raise UserError(f"server {self.url}: {reason}")
+            if time.monotonic() + pause > deadline:
+                raise UserError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
+            left = deadline - time.monotonic()
+            logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
+            stopping.pause(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _json(self, answer: httpx.Response, path: str) -> Any:
+        try:
+            return answer.json() if answer.content else None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"server {self.url}: the answer of {path} is not JSON") from error
+
+
+def _name(error: httpx.HTTPError) -> str:
+    return printable(str(error)) or type(error).__name__
+
+
+def _reason(answer: httpx.Response) -> str:
+    """The reason in an error answer: ``error.message``, ``message``, or ``detail``, depending on the server."""
+    try:
+        found = answer.json()
+        found = found.get("error", found) if isinstance(found, dict) else found
+        found = found.get("message") or found.get("detail") if isinstance(found, dict) else found
+    except (ValueError, RecursionError):
+        found = answer.text
+    return printable(str(found or answer.reason_phrase or "refused"))

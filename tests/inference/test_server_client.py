@@ -1,0 +1,105 @@
+"""Requests to a server that fails, refuses, restarts, or answers nonsense."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from specforge.errors import UserError
+from specforge.inference.server_client import ServerClient
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.path, json.loads(body), self.headers.get("Authorization")))
+        status, answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as made:
+        made.answers, made.seen = [(200, b'{"ok": 1}')], []
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def client(server: ThreadingHTTPServer, **options) -> ServerClient:
+    return ServerClient(f"http://127.0.0.1:{server.server_port}/v1", **options)
+
+
+def test_a_body_and_a_key_arrive(server, tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    with client(server, api_key_file=tmp_path / "key") as made:
+        assert made.post("/v1/completions", {"prompt": [1]}) == {"ok": 1}
+    assert server.seen == [("/v1/completions", {"prompt": [1]}, "Bearer secret")]
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 500])
+def test_a_server_that_is_busy_or_restarts_is_asked_again(server, status):
+    server.answers = [(status, b"busy"), (status, b"busy"), (200, b"[7]")]
+    with client(server) as made:
+        assert made.post("/x", {}) == [7]
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "reason"),
+    [
+        (400, b'{"error": {"message": "too long"}}', "too long"),
+        (400, b'{"object": "error", "message": "too long"}', "too long"),
+        (422, b'{"detail": "too long"}', "too long"),
+        (401, b'{"error": "Unauthorized"}', "Unauthorized"),
+        (404, b"", "Not Found"),
+        (400, b"\x1b[31m red", " [31m red"),
+        (500, b"the engine is dead", "the engine is dead"),
+    ],
+)
+def test_a_refusal_is_one_line_with_its_reason(server, status, answer, reason):
+    server.answers = [(status, answer)]
+    with client(server) as made, pytest.raises(UserError) as error:
+        made.post("/x", {})
+    assert str(error.value) == f"server {made.url}: {reason} (HTTP {status})"
+    assert len(server.seen) == (3 if status == 500 else 1)
+
+
+def test_an_answer_that_is_not_json_is_refused(server):
+    server.answers = [(200, b"<html>")]
+    with client(server) as made, pytest.raises(UserError, match=r"the answer of /x is not JSON"):
+        made.post("/x", {})
+
+
+def test_a_server_that_is_not_there_is_one_line():
+    with ServerClient("http://127.0.0.1:9", patience=0.2) as made, pytest.raises(UserError) as error:
+        made.get("/health")
+    assert str(error.value).startswith("server http://127.0.0.1:9: no answer for 0.2 s (")
+
+
+@pytest.mark.parametrize("url", ["ftp://h", "http://", "127.0.0.1:8000", "http://h:x", "http://h/other", "http://[::1"])
+def test_malformed_addresses_are_refused(url):
+    with pytest.raises(UserError, match=r"^server "):
+        ServerClient(url)
+
+
+def test_a_stream_is_read_line_by_line_and_a_refusal_has_its_reason(server):
+    server.answers = [(200, b"data: 1\n\ndata: [DONE]\n"), (400, b'{"error": {"message": "no"}}')]
+    with client(server) as made:
+        with made.stream("/x", {}) as lines:
+            assert list(lines) == ["data: 1", "", "data: [DONE]"]
+        with pytest.raises(UserError, match=r"no \(HTTP 400\)"), made.stream("/x", {}) as lines:
+            pass
