@@ -54,8 +54,12 @@ class DraftFormat:
         return build_draft(config, where)
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The draft's tensors under their exported names."""
-        return state
+        """The draft's tensors under their exported names.
+
+        Without the vocabulary maps if the draft predicts the whole vocabulary: vLLM would refuse them.
+        """
+        maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
+        return {name: x for name, x in state.items() if name not in maps}
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """A folder's tensors under SpecForge's names, in fp32, with both vocabulary maps.
@@ -166,7 +170,7 @@ class DraftFormat:
             except UserError as error:
                 lines.append(f"not for {server.name}: {str(error).removeprefix('export: ')}")
                 continue
-            lines.append(f"for {server.name} (tests with {server.version}: {tested.value}):")
+            lines.append(f"for {server.name} (in tests with {server.version}, {tested.value}):")
             lines.append(f"  {server.command(target.name, folder, self.tokens(draft))}")
         return lines
 

@@ -19,12 +19,11 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 
 
-class Tested(Enum):
+class Proof(Enum):
     """What SpecForge's tests have seen of a form in the server itself."""
 
     SERVED = "its answers equal the target's, in as many rounds as `specforge evaluate` counts"
-    LOADED = "every tensor reaches a parameter of the server's model; it was not run"
-    NOT = "written from the server's source code; it was not run"
+    LOADED = "every tensor reaches a parameter of its model; the draft was not run"
 
 
 # Rejects, with a UserError, fields of a draft's config that the named server would read as another network.
@@ -48,11 +47,11 @@ class Server(ABC):
     name: ClassVar[str]
     version: ClassVar[str]
     method: str
-    forms: Mapping[str, Tested | str]
+    forms: Mapping[str, Proof | str]
     check_fields: Check | None = None
     in_target: bool = False
 
-    def check(self, form: str, config: Mapping[str, Any], target: TargetFiles) -> Tested:
+    def check(self, form: str, config: Mapping[str, Any], target: TargetFiles) -> Proof:
         """Reject a draft that the server cannot serve, or would serve as a different network.
 
         Returns:

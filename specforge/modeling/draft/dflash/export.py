@@ -15,7 +15,7 @@ from specforge.modeling.draft.dflash.domino import Domino
 from specforge.modeling.draft.dflash.dspark import DSpark
 from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.draft.format import DTYPES, DraftFormat
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested, check_captured_layers
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang, check_captured_layers
 
 
 def _check_fields(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
@@ -50,7 +50,7 @@ def _check_for_sglang(config: Mapping[str, Any], target: TargetFiles, server: st
 
 
 class DFlashFormat(DraftFormat):
-    """DFlash and DFlash-2 checkpoints; embedding and head are the target's."""
+    """DFlash checkpoints; embedding and head are the target's."""
 
     aliases: ClassVar[tuple[tuple[str, str], ...]] = (
         ("model.", ""),
@@ -60,10 +60,8 @@ class DFlashFormat(DraftFormat):
         ("candidate_selector.successor_codebook.weight", "candidate_selector.successor_codebook"),
     )
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
-    vllm = VLLM("dflash", {DFlash.architecture: Tested.SERVED, DFlash2.architecture: Tested.NOT}, _check_for_vllm)
-    sglang = SGLang(
-        "DFLASH", {DFlash.architecture: Tested.LOADED, DFlash2.architecture: Tested.LOADED}, _check_for_sglang
-    )
+    vllm = VLLM("dflash", {DFlash.architecture: Proof.SERVED}, _check_for_vllm)
+    sglang = SGLang("DFLASH", {DFlash.architecture: Proof.LOADED}, _check_for_sglang)
 
     def tokens(self, draft: Draft) -> int:
         """As many as a block drafts."""
@@ -84,10 +82,12 @@ class DFlashFormat(DraftFormat):
             )
         return {"lm_head.weight": target.lm_head()[draft.target_ids.cpu()].to(DTYPES[dtype])}
 
-    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, without the vocabulary maps if the draft predicts the whole vocabulary."""
-        maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
-        return {name: x for name, x in state.items() if name not in maps}
+
+class DFlash2Format(DFlashFormat):
+    """DFlash-2 checkpoints, which servers recognise by their architecture."""
+
+    vllm = VLLM("dflash", {DFlash2.architecture: Proof.LOADED}, _check_for_vllm)
+    sglang = SGLang("DFLASH", {DFlash2.architecture: Proof.LOADED}, _check_for_sglang)
 
 
 class DSparkFormat(DFlashFormat):
@@ -101,15 +101,15 @@ class DSparkFormat(DFlashFormat):
         *((f"{name}.", f"markov_head.{name}.") for name in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")),
         ("confidence_proj.", "confidence_head.proj."),
     )
-    vllm = VLLM("dspark", {DSpark.architecture: Tested.SERVED}, _check_for_vllm)
-    sglang = SGLang("DSPARK", {DSpark.architecture: Tested.LOADED}, _check_for_sglang)
+    vllm = VLLM("dspark", {DSpark.architecture: Proof.SERVED}, _check_for_vllm)
+    sglang = SGLang("DSPARK", {DSpark.architecture: Proof.LOADED}, _check_for_sglang)
 
 
 class DominoFormat(DFlashFormat):
     """Domino checkpoints, which SGLang serves as DFLASH and recognises by ``projector_type``."""
 
     vllm = VLLM("", {Domino.architecture: "has no Domino; it would refuse the tensors of the GRU; use --to sglang"})
-    sglang = SGLang("DFLASH", {Domino.architecture: Tested.LOADED}, _check_for_sglang)
+    sglang = SGLang("DFLASH", {Domino.architecture: Proof.LOADED}, _check_for_sglang)
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`, under DFlash's architecture, with every field that SGLang needs."""

@@ -9,7 +9,7 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.eagle3.network import QWEN3, DeepseekEagle3, LlamaEagle3
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested, check_captured_layers
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang, check_captured_layers
 
 _LLAMA, _LATENT = LlamaEagle3.architecture, DeepseekEagle3.architecture
 
@@ -57,12 +57,16 @@ class Eagle3Format(DraftFormat):
     )
     not_the_drafts = ("embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")
     hf_embedding = True
-    vllm = VLLM("eagle3", {_LLAMA: Tested.SERVED, _LATENT: Tested.LOADED}, check_fields)
-    sglang = SGLang("EAGLE3", {_LLAMA: Tested.SERVED, _LATENT: Tested.LOADED}, _check_for_sglang, chain=True)
+    vllm = VLLM("eagle3", {_LLAMA: Proof.SERVED, _LATENT: Proof.LOADED}, check_fields)
+    sglang = SGLang("EAGLE3", {_LLAMA: Proof.SERVED, _LATENT: Proof.LOADED}, _check_for_sglang, chain=True)
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """As in :class:`DraftFormat`, with the fields of :func:`for_vllm`."""
-        return {**super().config(config, dtype), **for_vllm(config)}
+        """As in :class:`DraftFormat`, with the fields of :func:`for_vllm`.
+
+        VLLM takes every draft of the type ``deepseek_v3`` for an MTP module; ``deepseek_v2`` has the same fields.
+        """
+        kind = {"model_type": "deepseek_v2"} if config["architectures"][0] == _LATENT else {}
+        return {**super().config(config, dtype), **for_vllm(config), **kind}
 
 
 def captured_layers(config: Mapping[str, Any]) -> list[int]:

@@ -13,7 +13,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.heads.network import VLLM_NAMES, HeadsDraft, HydraDraft, MedusaDraft
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 
 _MEDUSA, _HYDRA = MedusaDraft.architecture, HydraDraft.architecture
 
@@ -46,7 +46,7 @@ def _check_vocabulary(config: Mapping[str, Any], target: TargetFiles, server: st
 class MedusaFormat(HeadsFormat):
     """VLLM's names, or SpecForge's with a draft vocabulary: vLLM serves Medusa over the whole vocabulary only."""
 
-    vllm = VLLM("medusa", {_MEDUSA: Tested.SERVED}, _check_vocabulary)
+    vllm = VLLM("medusa", {_MEDUSA: Proof.SERVED}, _check_vocabulary)
     sglang = SGLang("", {_MEDUSA: "has no Medusa; use --to vllm"})
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -60,9 +60,8 @@ class MedusaFormat(HeadsFormat):
 
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The draft's tensors, under vLLM's names where it can serve the draft."""
-        if not bool(state["t2d"].all()):
-            return state
-        return {_renamed(name, _TO_VLLM): x for name, x in state.items() if name not in ("d2t", "t2d")}
+        written = super().tensors(state)
+        return written if "d2t" in written else {_renamed(name, _TO_VLLM): x for name, x in written.items()}
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """As in :class:`DraftFormat`, from either set of names."""

@@ -24,7 +24,7 @@ from specforge.modeling.draft import Draft
 from specforge.modeling.draft.checks import check_tensors
 from specforge.modeling.draft.format import DTYPES, DraftFormat
 from specforge.modeling.draft.mtp.network import MTPDraft
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 
 _DEEPSEEK, _QWEN, _MIMO = "DeepSeek NextN", "Qwen MTP", "MiMo"
 _NO_DENSE = "has no dense Qwen MTP module; it would skip this one's MLP silently; use --to hf"
@@ -131,10 +131,10 @@ def _check_module(config: Mapping[str, Any], target: TargetFiles, server: str) -
 class MTPFormat(DraftFormat):
     """``hf`` is the module under SpecForge's names; servers read the target with the module inside."""
 
-    vllm = VLLM("mtp", {_DEEPSEEK: Tested.NOT, _QWEN: _NO_DENSE, _MIMO: Tested.SERVED}, _check_module, in_target=True)
+    vllm = VLLM("mtp", {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED}, _check_module, in_target=True)
     sglang = SGLang(
         "NEXTN",
-        {_DEEPSEEK: Tested.LOADED, _QWEN: _NO_DENSE, _MIMO: Tested.SERVED},
+        {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED},
         _check_module,
         in_target=True,
         chain=True,

@@ -11,7 +11,7 @@ from specforge.modeling.draft.eagle3.export import check_fields, for_vllm
 from specforge.modeling.draft.eagle3.network import LlamaEagle3
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.peagle.network import PEagleDraft
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 
 _EMBEDDING = "embed_tokens.weight"
 
@@ -22,7 +22,7 @@ class PEagleFormat(DraftFormat):
     aliases = (("model.", ""), ("midlayer.", "layers.0."))
     not_the_drafts = ("rotary_emb.inv_freq",)
     hf_embedding = True
-    vllm = VLLM("eagle3", {PEagleDraft.architecture: Tested.SERVED}, check_fields, options={"parallel_drafting": True})
+    vllm = VLLM("eagle3", {PEagleDraft.architecture: Proof.SERVED}, check_fields, options={"parallel_drafting": True})
     sglang = SGLang("", {PEagleDraft.architecture: "has no P-EAGLE; use --to vllm"})
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.format import DraftFormat
-from specforge.modeling.draft.servers import VLLM, SGLang, Tested
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 from specforge.modeling.draft.standalone.network import StandaloneDraft
 
 _FORM = "any causal language model"
@@ -25,8 +25,8 @@ def _check_vocabulary(config: Mapping[str, Any], target: TargetFiles, server: st
 class StandaloneFormat(DraftFormat):
     """Names without the prefix ``model.``, without a tied head and vocabulary maps."""
 
-    vllm = VLLM("draft_model", {_FORM: Tested.SERVED}, _check_vocabulary)
-    sglang = SGLang("STANDALONE", {_FORM: Tested.SERVED}, _check_vocabulary, chain=True)
+    vllm = VLLM("draft_model", {_FORM: Proof.SERVED}, _check_vocabulary)
+    sglang = SGLang("STANDALONE", {_FORM: Proof.SERVED}, _check_vocabulary, chain=True)
 
     def form(self, config: Mapping[str, Any], target: TargetFiles) -> str:
         """Every model has the same."""

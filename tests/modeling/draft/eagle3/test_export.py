@@ -72,7 +72,7 @@ def test_latent_names_are_those_that_sglang_loads(target, tmp_path):
         "o_proj.weight": (32, 20),
     }
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
-    assert config["model_type"] == "deepseek_v3"
+    assert config["model_type"] == "deepseek_v2"  # vLLM takes deepseek_v3 for an MTP module
     assert (config["q_lora_rank"], config["v_head_dim"], config["num_hidden_layers"]) == (12, 5, 1)
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
 
