@@ -11,7 +11,7 @@ from specforge.files import read_secret
 from specforge.runtime.control_plane.metadata import MetadataStore
 from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
-from specforge.runtime.data_plane.store import FeatureBackend
+from specforge.runtime.data_plane.store import SharedBackend
 
 _REDIS_OPTIONS = {
     "password_file",
@@ -35,7 +35,7 @@ _REDIS_OPTIONS = {
 }
 
 
-def open_backend(address: str, create: bool = True) -> FeatureBackend:
+def open_backend(address: str, create: bool = True) -> SharedBackend:
     """Backend of the feature store at an address: a folder that all processes can access, or ``mooncake://...``.
 
     A missing folder is created, or with ``create=False`` an error.

@@ -160,19 +160,24 @@ class MooncakeBackend:
         self._unsent: deque[str] = deque()  # names that the transfer thread has not taken yet
         self._written = 0  # bytes, since the last flush
 
-    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+    def new_uri(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Name of a new value; it ends with the size of the value."""
+        header, _ = lay_out(tensors)
+        return f"{key}-{secrets.token_hex(8)}-{len(header) + sum(x.nbytes for x in tensors.values())}"
+
+    def write(self, key: str, tensors: Mapping[str, Tensor], uri: str | None = None) -> str:
         """Start to put a group under a new name; its tensors must not change until they are flushed."""
+        uri = uri or self.new_uri(key, tensors)
+        name = self._name(key, uri)
         client, pool, transfers = self._join()
         header, order = lay_out(tensors)
         pieces = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
         pieces += [tensors[name].contiguous() for name in order if tensors[name].nbytes]
         nbytes = sum(piece.nbytes for piece in pieces)
-        uri = f"{key}-{secrets.token_hex(8)}-{nbytes}"
         if self.address.protocol != "tcp":  # TCP sends from any memory
             buffer = pool.take(nbytes)
             torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces], out=buffer)
             pieces = [buffer]
-        name = self._name(key, uri)
         self._waiting[name] = pieces
         self._unsent.append(name)
         self._written += nbytes

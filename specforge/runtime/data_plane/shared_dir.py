@@ -37,9 +37,13 @@ class SharedDirBackend:
             raise OSError("no such folder; a run creates it when it starts")
         self._unsynced: dict[Path, int] = {}
 
-    def write(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+    def new_uri(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Path of a new file, relative to the folder."""
+        return f"{key[:2]}/{key}-{secrets.token_hex(8)}.safetensors"
+
+    def write(self, key: str, tensors: Mapping[str, Tensor], uri: str | None = None) -> str:
         """Write a group to a new file."""
-        uri = f"{key[:2]}/{key}-{secrets.token_hex(8)}.safetensors"
+        uri = uri or self.new_uri(key, tensors)
         path = self.folder / uri
         temporary = path.with_name(f".{path.stem}.tmp")
         try:

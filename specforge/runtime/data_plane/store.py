@@ -22,6 +22,8 @@ from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef, S
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.safetensors_io import bytes_of
 
+CHECKSUM = ".checksum"  # [8] uint8; no feature has such a name
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +71,16 @@ class FeatureBackend(Protocol):
 
     def pending(self) -> int:
         """Bytes written but not yet flushed."""
+
+
+class SharedBackend(FeatureBackend, Protocol):
+    """A backend for several processes, in which a reader can name a group before another process writes it."""
+
+    def new_uri(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """A URI that no other group has, for tensors of these shapes and dtypes; those may be on the meta device."""
+
+    def write(self, key: str, tensors: Mapping[str, Tensor], uri: str | None = None) -> str:
+        """Store a group, under a URI from :meth:`new_uri` if there is one."""
 
 
 class SampleStore(ABC, Generic[SampleT]):
@@ -132,6 +144,25 @@ class _Entry(NamedTuple):
     uri: str
 
 
+class Sealed(NamedTuple):
+    """A sample as it is stored: its encoded tensors, their checksum, and its number of tokens."""
+
+    tensors: dict[str, Tensor]
+    checksum: str
+    num_tokens: int
+
+
+def seal(sample_id: str, tensors: Mapping[str, Tensor], encoding: str) -> Sealed:
+    """Encode a sample for storing.
+
+    Raises:
+        BadSampleError: the first dimensions differ, a value is not finite, or the id could name a path.
+    """
+    num_tokens = _check_tensors(sample_id, tensors)
+    stored = encode(tensors, encoding)
+    return Sealed(stored, checksum(stored), num_tokens)  # while the bytes are still in the cache
+
+
 def _check_tensors(sample_id: str, tensors: Mapping[str, Tensor]) -> int:
     """Number of tokens of a sample, once it is known to be fit for storing."""
     check_id(sample_id)
@@ -156,6 +187,16 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
+
+
+def with_checksum(sealed: Sealed) -> dict[str, Tensor]:
+    """The stored tensors and their checksum, as one more tensor."""
+    return {**sealed.tensors, CHECKSUM: torch.frombuffer(bytearray.fromhex(sealed.checksum), dtype=torch.uint8)}
+
+
+def as_text(written: Tensor | None) -> str:
+    """The checksum in hex; empty if there is none."""
+    return "" if written is None else bytes(bytes_of(written)).hex()
 
 
 class FeatureStore(SampleStore[SampleRef]):
@@ -199,9 +240,7 @@ class FeatureStore(SampleStore[SampleRef]):
             BadSampleError: the first dimensions differ, a value is not finite, or the id could name a path.
             StoreFullError: the sample would exceed the byte limit.
         """
-        num_tokens = _check_tensors(sample_id, tensors)
-        stored = encode(tensors, provenance.encoding)
-        digest = checksum(stored)  # right after the check for NaN, while the bytes are still in the cache
+        stored, digest, num_tokens = seal(sample_id, tensors, provenance.encoding)
         nbytes = sum(x.nbytes for x in stored.values())
         with self._lock:
             if self.max_bytes is not None and self._nbytes + nbytes > self.max_bytes:
@@ -265,8 +304,9 @@ class FeatureStore(SampleStore[SampleRef]):
             raise BadSampleError(ref.sample_id, f"not in {ref.uri or 'the store'}") from error
         except OSError as error:
             raise BadSampleError(ref.sample_id, str(error)) from error
+        written = stored.pop(CHECKSUM, None)  # by a server that could not return it with the reference
         if key not in self._verified:
-            if checksum(stored) != ref.checksum:
+            if checksum(stored) != (ref.checksum or as_text(written)):
                 raise BadSampleError(ref.sample_id, f"checksum does not match in {ref.uri or 'the store'}")
             self._verified.add(key)
         try:

@@ -1,0 +1,186 @@
+"""Features from a server's sink to its client, through a shared folder and Mooncake."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from specforge.contracts import AUX_HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATES, LOSS_MASK, CapturePolicy, Provenance
+from specforge.errors import UserError
+from specforge.inference.handoff import FeatureSink, Handoff, Ticket
+from specforge.runtime.addresses import open_backend
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from tests.runtime.data_plane.mooncake_store import absent, mooncake_store
+
+IDS, WIDTH = [5, 3, 8, 1], 6
+POLICY = CapturePolicy((4, 1))
+FEATURES = {AUX_HIDDEN_STATES: (2 * WIDTH, "bfloat16"), LAST_HIDDEN_STATES: (WIDTH, "bfloat16")}
+
+
+@pytest.fixture(params=["folder", pytest.param("mooncake", marks=[pytest.mark.mooncake, absent])])
+def address(request, tmp_path) -> Iterator[str]:
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+        return
+    with mooncake_store() as (found, _):
+        yield found
+
+
+@pytest.fixture
+def sink(address) -> Iterator[FeatureSink]:
+    made = FeatureSink(open_backend(address))
+    yield made
+    made.close()
+
+
+def provenance(encoding: str = "raw") -> Provenance:
+    return Provenance("tiny", "f" * 8, "t" * 8, POLICY, "bfloat16", encoding=encoding)
+
+
+def states() -> dict[int, Tensor]:
+    return {v: torch.randn(len(IDS), WIDTH, generator=torch.Generator().manual_seed(v)).bfloat16() for v in (0, 1, 4)}
+
+
+@pytest.mark.parametrize("encoding", ["raw", "float8_e4m3fn"])
+def test_features_arrive_as_they_were_captured_and_leave_nothing_behind(address, sink, encoding):
+    backend = open_backend(address)
+    handoff = Handoff(backend, "http://s")
+    ticket, ref = handoff.expect(IDS, FEATURES, provenance(encoding), loss_mask=[0, 1, 1, 0])
+    last = torch.ones(len(IDS), WIDTH).bfloat16()
+    sink.submit(Ticket.from_json(ticket.to_json()), IDS, states(), lambda: last)
+    handoff.wait(ticket)
+    found = handoff.take(ref)
+    aux = torch.cat([states()[4], states()[1]], dim=-1)
+    assert torch.allclose(found[AUX_HIDDEN_STATES].float(), aux.float(), atol=0 if encoding == "raw" else 0.15)
+    assert torch.equal(found[LAST_HIDDEN_STATES], last)
+    assert found[INPUT_IDS].tolist() == IDS
+    assert found[LOSS_MASK].tolist() == [0, 1, 1, 0]
+    assert ref.nbytes == sum(x.nbytes for x in found.values()) or encoding != "raw"
+    assert not backend.stored()
+
+
+def test_a_reference_is_as_good_as_one_from_a_put(address, sink):
+    """Any process that gets it reads the features, and notices damage."""
+    handoff = Handoff(open_backend(address), "http://s")
+    ticket, ref = handoff.expect(IDS, FEATURES, provenance(), sample_id="abc", loss_mask=[1] * 4, source="f, line 3")
+    sink.submit(ticket, IDS, states(), lambda: torch.zeros(4, WIDTH).bfloat16())
+    handoff.wait(ticket)
+    reader = FeatureStore(open_backend(address))
+    reader.adopt([ref])
+    assert reader.get(ref)[AUX_HIDDEN_STATES].shape == (4, 2 * WIDTH)
+    assert (ref.sample_id, ref.num_supervised, ref.source) == ("abc", 4, "f, line 3")
+    if "://" not in address:
+        (path,) = reader.backend.folder.rglob("*.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        other = FeatureStore(open_backend(address))
+        other.adopt([ref])
+        with pytest.raises(BadSampleError, match="checksum does not match"):
+            other.get(ref)
+    handoff.discard(ticket)
+
+
+def test_a_reference_without_a_checksum_needs_one_beside_the_features(tmp_path):
+    handoff = Handoff(open_backend(str(tmp_path)), "http://s")
+    ticket, ref = handoff.expect(IDS, FEATURES, provenance())
+    handoff.backend.write(ticket.key, {INPUT_IDS: torch.tensor(IDS, dtype=torch.int32)}, ticket.uri)
+    with pytest.raises(BadSampleError, match="checksum does not match"):
+        handoff.take(ref)
+
+
+def test_reasons_reach_the_client(address, sink):
+    handoff = Handoff(open_backend(address), "http://s")
+    for case, error, reason in [
+        (lambda t: sink.submit(t, IDS, {1: states()[1]}), UserError, r"layer 4 is not among the captured layers \[1\]"),
+        (lambda t: sink.submit(t, IDS, states()), UserError, "does not capture the last hidden states"),
+        (lambda t: sink.submit(t, IDS, states(), lambda: torch.full((4, WIDTH), torch.nan)), BadSampleError, "NaN"),
+        (lambda t: sink.submit(t, IDS[:2], states(), lambda: states()[0]), BadSampleError, "number of tokens"),
+        (lambda t: sink.fail(t, "the request was aborted"), UserError, "server http://s: the request was aborted"),
+    ]:
+        ticket, _ = handoff.expect(IDS, FEATURES, provenance())
+        case(ticket)
+        with pytest.raises(error, match=reason):
+            handoff.wait(ticket)
+    assert not handoff.backend.stored()
+
+
+def test_a_store_that_fails_or_is_full_never_stops_the_server(tmp_path):
+    backend = open_backend(str(tmp_path))
+    handoff, write = Handoff(backend, "http://s", patience=0.1), backend.write
+    sink = FeatureSink(backend)
+    failures = [StoreFullError("no space"), OSError("gone"), None]
+
+    def fail(key, tensors, uri):
+        if AUX_HIDDEN_STATES in tensors and (error := failures.pop(0)):
+            raise error
+        return write(key, tensors, uri)
+
+    backend.write = fail
+    for error, reason in ((StoreFullError, "no space"), (UserError, "gone"), (None, "")):
+        ticket, ref = handoff.expect(IDS, FEATURES, provenance())
+        sink.submit(ticket, IDS, states(), lambda: states()[0])
+        if error:
+            with pytest.raises(error, match=f"server http://s: {reason}"):
+                handoff.wait(ticket)
+        else:
+            handoff.wait(ticket)
+            assert handoff.take(ref)
+    ticket, _ = handoff.expect(IDS, FEATURES, provenance())
+    with pytest.raises(UserError, match="the features are not in the store"):
+        handoff.wait(ticket)
+    sink.close()
+
+
+def test_a_slow_store_fills_the_queue_and_nothing_is_lost(tmp_path):
+    backend = open_backend(str(tmp_path))
+    go, write = threading.Event(), backend.write
+    backend.write = lambda *args: go.wait(60) and write(*args)
+    one = sum(x.nbytes for x in states().values())
+    sink, handoff = FeatureSink(backend, max_bytes=2 * one), Handoff(backend, "http://s")
+    tickets = []
+    while sink.has_room():
+        tickets.append(handoff.expect(IDS, FEATURES, provenance())[0])
+        sink.submit(tickets[-1], IDS, states(), lambda: states()[0])
+    assert len(tickets) == 2
+    assert not sink.drain(0.01)
+    go.set()
+    assert sink.drain(60)
+    assert sink.has_room()
+    for ticket in tickets:
+        handoff.wait(ticket)
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": "../x.1"},
+        {"key": "abc"},
+        {"key": 3},
+        {"loss_mask": "012"},
+        {"encoding": "zip"},
+        {"uri": None},
+        {"more": 1},
+    ],
+)
+def test_a_hostile_ticket_is_refused(change, tmp_path):
+    ticket, _ = Handoff(open_backend(str(tmp_path)), "http://s").expect(IDS, FEATURES, provenance())
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Ticket.from_json(ticket.to_json() | change)
+
+
+@pytest.mark.parametrize("uri", ["../../x.safetensors", "ab/other.1-0000000000000000.safetensors", ""])
+def test_a_ticket_cannot_name_a_place_outside_the_store_or_another_sample(uri, tmp_path):
+    backend = open_backend(str(tmp_path / "store"))
+    ticket, _ = Handoff(backend, "http://s").expect(IDS, FEATURES, provenance(), sample_id="abc")
+    sink = FeatureSink(backend)
+    sink.submit(Ticket.from_json(ticket.to_json() | {"uri": uri or "x"}), IDS, states(), lambda: states()[0])
+    sink.drain()
+    assert [uri for _, uri in backend.stored()] == [ticket.error_uri]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    sink.close()
