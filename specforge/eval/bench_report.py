@@ -150,6 +150,9 @@ def _draw_per_token(axes: Any, levels: list[Level]) -> bool:
 
 def _draw_prompts(axes: Any, levels: list[Level]) -> bool:
     """Per table, the distribution at the lowest load that has one."""
+    from matplotlib.ticker import AutoLocator
+
+    axes.xaxis.set_major_locator(AutoLocator())
     for _, part in groupby(levels, lambda level: level.case[:3]):
         group = list(part)
         counts = next((x.acceptance.per_prompt for x in group if x.acceptance and x.acceptance.per_prompt), [])
