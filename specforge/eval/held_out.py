@@ -16,7 +16,7 @@ from specforge.data.templates import ChatTemplate
 from specforge.data.turns import Refusal
 from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
-from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult
+from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, check_engine
 from specforge.eval.report import versions
 from specforge.system import peak_memory
 
@@ -43,6 +43,9 @@ def evaluate_draft(
     Raises:
         UserError: the prompts cannot be used, or are too long for the target.
     """
+    check_engine(options.engine)
+    dtypes = {name: module.target.compute_dtype(getattr(options, name)) for name in ("dtype", "speed_dtype")}
+    options = replace(options, **dtypes)
     module.to(options.device).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
     tasks = with_prompt(PromptSet.load(folder).tasks, folder, log)[:num_prompts]
