@@ -95,7 +95,7 @@ def _join_lists(words: list[str], hints: dict[str, Any]) -> list[str]:
         elif equals:
             values[option].append(value)
     for option, given in values.items():
-        if len(given) > 1 and not any(value.startswith("[") for value in given):
+        if given and given != ["null"] and not any(value.startswith("[") for value in given):
             given = [json.dumps(given)]
         place = joined.index(option) + 1
         joined[place:place] = given[-1:]

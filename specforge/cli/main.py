@@ -30,6 +30,8 @@ COMMANDS = {
     "validate": ("specforge.cli.fit:main", "Compute loss and offline tau of a checkpoint on held-out data."),
     "evaluate": ("specforge.cli.evaluate:evaluate", "Decode speculatively: tau, speed, and lossless or not."),
     "export": ("specforge.cli.evaluate:export", "Write a draft for SGLang, vLLM or transformers."),
+    "bench": ("specforge.cli.bench:bench", "Measure a server: speed, tau and speed-up, by load."),
+    "parity": ("specforge.cli.bench:parity", "Check that a server runs a draft as it was trained."),
     "doctor": ("specforge.cli.doctor:main", "Show what this machine can run."),
     "recipes": ("specforge.cli.recipes:main", "List, show or copy the shipped recipes."),
     "completion": ("specforge.cli.completion:completion", "Print a completion script for bash, zsh or fish."),

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from specforge.contracts import PromptTask
+from specforge.data.conversations import Conversation, DataRecord, RecordError, parse_record, read_raw
 from specforge.data.prompts import PromptSet
 from specforge.data.templates import ChatTemplate
+from specforge.data.turns import Refusal
 from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, check_engine
@@ -93,6 +95,44 @@ def with_prompt(tasks: Sequence[PromptTask], folder: Path, log: Callable[[str], 
     if len(found) < len(tasks):
         log(f"left out: {len(tasks) - len(found):,} samples that are supervised from their first token")
     return found
+
+
+def read_prompts(source: Path, template: ChatTemplate) -> list[list[int]]:
+    """Token ids of the prompts in a folder of prompt sets (the held-out part, if any), or in a file of conversations.
+
+    A conversation's prompt ends where its first answer begins; it needs no answer. Other records of a file must have
+    supervised tokens, and the prompt is what comes before them.
+
+    Args:
+        source: a folder from `specforge prepare`, or a ``.jsonl`` or ``.json`` file.
+        template: renders and tokenises conversations.
+
+    Raises:
+        UserError: the source cannot be read, or has no prompts.
+    """
+    if source.is_dir():
+        folder = source / "heldout" if (source / "heldout").exists() else source
+        return [_prompt(task) for task in with_prompt(PromptSet.load(folder).tasks, folder, lambda text: None)]
+    if not source.exists():
+        raise UserError(f"prompts {source}: no such file or folder")
+    found = [_asked(parse_record(where, row), template) for where, row in read_raw(str(source))]
+    prompts = [prompt for prompt in found if prompt]
+    if not prompts:
+        raise UserError(f"{source}: has no prompts")
+    return prompts
+
+
+def _asked(record: DataRecord, template: ChatTemplate) -> list[int]:
+    """The prompt of a record; empty if it is supervised from its first token."""
+    content = record.content
+    if not isinstance(content, Conversation):
+        sample = template.encode(record)[0]
+        return list(sample.input_ids[: sample.loss_mask.index(1)])
+    messages = content.messages[: content.first_answer]
+    try:
+        return list(template.ask(replace(content, messages=messages, kept={}, tokenizer="")))
+    except Refusal as error:
+        raise RecordError(record.source, str(error)) from error
 
 
 def _prompt(task: PromptTask) -> list[int]:

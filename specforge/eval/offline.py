@@ -55,10 +55,23 @@ def draft_rounds(
 
 def text_rounds(make: Callable[[], Drafter], reference: Reference, gamma: int) -> Rounds:
     """Rounds that a text-only drafter needs for one answer; exact, because its drafts depend on nothing else."""
-    drafter = make()
-    answer = reference.answer
-    drafter.observe([*reference.prompt, answer[0]], {})
-    position, rounds = 1, 0
+    return Rounds(len(reference.answer) - 1, len(replay(make(), reference, gamma)))
+
+
+def replay(drafter: Drafter, reference: Reference, gamma: int) -> list[int]:
+    """Draft along an existing answer, as greedy decoding would have.
+
+    Args:
+        drafter: follows the answer; it has seen no tokens yet.
+        reference: the answer, with the features that the drafter reads.
+        gamma: tokens drafted per round.
+
+    Returns:
+        Number of the answer's tokens that each round commits; their sum is the length of the answer - 1.
+    """
+    answer, prompt = reference.answer, len(reference.prompt)
+    drafter.observe([*reference.prompt, answer[0]], {n: x[:prompt] for n, x in reference.features.items()})
+    position, steps = 1, []
     while position < len(answer):
         proposal = drafter.propose(min(gamma, len(answer) - position), Sampling())
         accepted = 0
@@ -67,7 +80,8 @@ def text_rounds(make: Callable[[], Drafter], reference: Reference, gamma: int) -
                 break
             accepted += 1
         step = min(accepted + 1, len(answer) - position)
-        drafter.observe(answer[position : position + step], {})
+        rows = slice(prompt + position - 1, prompt + position - 1 + step)
+        drafter.observe(answer[position : position + step], {n: x[rows] for n, x in reference.features.items()})
         position += step
-        rounds += 1
-    return Rounds(len(answer) - 1, rounds)
+        steps.append(step)
+    return steps

@@ -31,12 +31,16 @@ def versions() -> dict[str, str]:
 
 
 class Plot(NamedTuple):
-    """One figure: its file name, title and caption, and a function that draws the history's rows on axes."""
+    """One figure: its file name, title and caption, a function that draws rows on axes, and the label of x.
+
+    The function returns False if the rows have nothing to draw.
+    """
 
     name: str
     title: str
     caption: str
-    draw: Callable[[Any, list[dict[str, Any]]], bool]
+    draw: Callable[[Any, list[Any]], bool]
+    x: str = "optimizer step"
 
 
 def write_report(run: Path) -> Path:
@@ -50,28 +54,39 @@ def write_report(run: Path) -> Path:
         Path of the page. The plots are also in ``report/`` next to it.
     """
     rows = list(filter(_can_be_drawn, read_history(run / HISTORY)))
-    images = [(plot, image) for plot in PLOTS if (image := _png(plot, rows)) is not None]
-    for plot, image in images:
-        write_file(run / FOLDER / f"{plot.name}.png", image)
-    write_file(run / "report.html", _page(run, images, rows))
+    write_file(run / "report.html", _page(run, draw(PLOTS, rows, run / FOLDER), rows))
     return run / "report.html"
 
 
-def _page(run: Path, images: Sequence[tuple[Plot, bytes]], rows: Sequence[dict[str, Any]]) -> str:
+def draw(plots: Sequence[Plot], rows: list[Any], folder: Path) -> list[dict[str, Any]]:
+    """Draw plots into a folder, and return those that show something in the form that the page needs."""
+    images = [(plot, image) for plot in plots if (image := _png(plot, rows)) is not None]
+    for plot, image in images:
+        write_file(folder / f"{plot.name}.png", image)
+    return [{**plot._asdict(), "data": base64.b64encode(image).decode()} for plot, image in images]
+
+
+def page(**content: Any) -> str:
+    """The HTML page; ``report.html.j2`` names its content."""
     from jinja2 import Environment, FileSystemLoader
 
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template(_TEMPLATE).render(**content)
+
+
+def _page(run: Path, plots: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
     provenance = _json_object(run / PROVENANCE)
     content = _json_object(run / "evaluation.json")
     evaluation = evaluation_text(content)
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    return environment.get_template(_TEMPLATE).render(
+    return page(
         title=_title(run, provenance),
         summary=_summary(rows),
         facts=list(_facts(provenance, rows)),
-        evaluation=evaluation,
+        tables=[] if evaluation is None else [evaluation],
         damaged=evaluation is None and (run / "evaluation.json").exists(),
         two_taus=evaluation is not None or any("val/tau" in row for row in rows),
-        plots=[{**plot._asdict(), "data": base64.b64encode(image).decode()} for plot, image in images],
+        plots_title="Training",
+        plots=plots,
         files=[
             (name, (run / file).read_text(encoding="utf-8", errors="replace"))
             for name, file in (("Configuration", "config.yaml"), ("Provenance", PROVENANCE))
@@ -284,18 +299,18 @@ PLOTS = (
 )
 
 
-def _png(plot: Plot, rows: list[dict[str, Any]]) -> bytes | None:
-    """The figure as PNG; None if the history has nothing to draw."""
+def _png(plot: Plot, rows: list[Any]) -> bytes | None:
+    """The figure as PNG; None if the rows have nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not plot.draw(axes, rows):
         return None
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(plot.x)
     axes.set_title(plot.title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

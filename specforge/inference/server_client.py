@@ -95,6 +95,14 @@ class ServerClient:
         """
         return self._json(self._send("GET", path, None), path)
 
+    def text(self, path: str) -> str:
+        """Text at a path.
+
+        Raises:
+            UserError: as in :meth:`post`.
+        """
+        return self._send("GET", path, None).text
+
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """JSON answer to a JSON body.
 

@@ -100,7 +100,7 @@ def test_value_of_the_wrong_type(refused, target, features, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--layer_ids", "5", "layer_ids: must be a list, such as [1, 2]"),
+        ("--layer_ids", "x", "layer_ids: must be a whole number of at least 0, not x"),
         ("--encoding", "zip", "encoding: must be one of 'raw', 'float8_e4m3fn', not zip"),
     ],
 )

@@ -1,0 +1,160 @@
+"""`specforge bench` and `parity`: what a server achieves with a draft, and whether it runs the trained draft."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from json import dumps
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from lightning_modules.loading import load_module
+from specforge.console import console, progress_bar, say
+from specforge.data.templates import ChatTemplate
+from specforge.errors import UserError
+from specforge.eval.bench import Bench, BenchOptions, Level
+from specforge.eval.bench_report import RESULTS, tables, write_bench
+from specforge.eval.held_out import read_prompts
+from specforge.eval.parity import Parity, describe
+from specforge.eval.served import Server, find_server
+from specforge.files import check_json, write_file
+from specforge.inference.server_client import ServerClient
+from specforge.inference.target_files import TargetFiles
+from specforge.options import Dtype, PositiveInt
+from specforge.system import pick_device
+
+_PATIENCE = 30.0  # seconds until a server that does not answer is reported
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How servers are reached.
+
+    Args:
+        target: folder or hub name of the target; by default the folder that the server loaded.
+        num_prompts: use only the first N prompts of each set (default: all).
+        api_key_file: file with the servers' API key.
+    """
+
+    target: str | None = None
+    num_prompts: PositiveInt | None = None
+    api_key_file: Path | None = None
+
+
+def bench(
+    server: str,
+    prompts: list[str],
+    connection: ServerOptions,
+    options: BenchOptions,
+    baseline: str | None = None,
+    output: Path = Path("runs/bench"),
+) -> None:
+    """Measure a vLLM or SGLang server: speed, acceptance length (tau) and speed-up, by load.
+
+    Args:
+        server: address of the server, such as http://127.0.0.1:8000.
+        prompts: folders from `specforge prepare` (their held-out parts), or files of conversations.
+        connection: how servers are reached.
+        options: what is measured.
+        baseline: address of a server without a draft, to compare with.
+        output: folder for bench.json, bench.html and plots.
+    """
+    check_json(output / RESULTS, "run", "levels")
+    connections = max(options.concurrency)
+    with ExitStack() as stack:
+        served, plain = (
+            None if url is None else _connect(stack, url, connection, connections) for url in (server, baseline)
+        )
+        assert served is not None
+        template = ChatTemplate.load(_target(served, connection.target))
+        sets = {name: read_prompts(Path(name), template)[: connection.num_prompts] for name in prompts}
+        bar = stack.enter_context(progress_bar("measurements"))
+        task = bar.add_task("bench", total=None, rate="")
+        run = Bench(served, plain, sorted(template.end_ids), options, salt=str(time.time_ns()))
+        levels = list(run.run(sets, lambda done, total: bar.update(task, completed=done, total=total)))
+    settings = {
+        "server": str(served),
+        "baseline": plain and str(plain),
+        "model": served.model,
+        "prompts": {name: len(found) for name, found in sets.items()},
+        **asdict(options),
+        "tau": "(tokens - 1) / rounds, bonus token included",
+    }
+    _print(levels)
+    for path in write_bench(output, settings, levels):
+        say(f"wrote {path}")
+
+
+def parity(
+    server: str,
+    draft: Path,
+    prompts: list[str],
+    connection: ServerOptions,
+    max_new_tokens: PositiveInt = 80,
+    gamma: PositiveInt | None = None,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    json: Path | None = None,
+    algorithm: str | None = None,
+) -> int:
+    """Compare a server with the trained draft, round by round, and name the likely cause of a difference.
+
+    Exits with status 1 if they differ.
+
+    Args:
+        server: address of a vLLM or SGLang server with the draft, such as http://127.0.0.1:8000.
+        draft: the draft, as a SpecForge checkpoint or a draft's folder; weights of the precision that the server loads.
+        prompts: folders from `specforge prepare` (their held-out parts), or files of conversations.
+        connection: how the server is reached.
+        max_new_tokens: maximum number of tokens of an answer.
+        gamma: tokens drafted per round (default: as the server says).
+        dtype: compute dtype, that of the server.
+        device: cpu, cuda, cuda:N or auto.
+        json: also write the result to this file.
+        algorithm: name of the draft's algorithm, or class path of your own module (default: the built-in one).
+    """
+    if json is not None:
+        check_json(json, "prompts", "trials")
+    device = pick_device(device)
+    with ExitStack() as stack:
+        served = _connect(stack, server, connection)
+        target = _target(served, connection.target)
+        module = load_module(draft, str(target.folder), algorithm).to(device).eval()
+        template = ChatTemplate.load(target)
+        texts = [p for name in prompts for p in read_prompts(Path(name), template)[: connection.num_prompts]]
+        check = Parity(served, module, sorted(template.end_ids), max_new_tokens, dtype, device, gamma, say)
+        result = check.run(texts)
+    for line in describe(result, str(served), module.algorithm):
+        say(line)
+    if json is not None:
+        write_file(json, dumps(result.to_json(), indent=2) + "\n")
+        say(f"wrote {json}")
+    return not result.agrees
+
+
+def _connect(stack: ExitStack, url: str, options: ServerOptions, connections: int = 1) -> Server:
+    client = ServerClient(url, options.api_key_file, patience=_PATIENCE, connections=connections)
+    return find_server(stack.enter_context(client))
+
+
+def _target(server: Server, name: str | None) -> TargetFiles:
+    """The target's files, which have its tokenizer and end tokens."""
+    if name is None and not Path(server.folder).is_dir():
+        raise UserError(f"{server}: its model {server.folder} is not a folder here; name the target with --target")
+    return TargetFiles.find(name or server.folder)
+
+
+def _print(levels: Sequence[Level]) -> None:
+    for content in tables(levels):
+        table = Table(title=content["title"], box=box.SIMPLE)
+        for column in content["columns"]:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in content["rows"]:
+            table.add_row(*row)
+        console.print(table)
+        for note in content["notes"]:
+            say(note)
