@@ -102,6 +102,10 @@ class Ticket(Record):
         return self.key.rpartition(".")[0]
 
 
+class NotDeliveredError(UserError):
+    """The server has answered, but the features have not arrived in time."""
+
+
 class _Delivery(NamedTuple):
     """What waits to be written: ``tensors`` returns the features, or raises the reason why there are none."""
 
@@ -307,14 +311,15 @@ class Handoff:
         Raises:
             BadSampleError: they must not be used for training, for example because they contain NaN.
             StoreFullError: they do not fit into the store at the moment.
-            UserError: the server reports another reason, or nothing arrives in time.
+            NotDeliveredError: nothing arrives in time.
+            UserError: the server reports another reason.
         """
         end, pause = time.monotonic() + self.patience, _FIRST_POLL
         while not self.backend.holds(ticket.key, ticket.uri):
             if self.backend.holds(ticket.key, ticket.error_uri):
                 self._raise_error(ticket)
             if time.monotonic() > end:
-                raise UserError(
+                raise NotDeliveredError(
                     f"server {self.server}: it has answered, but after {self.patience:g} s the features are not in the "
                     "store; see the server's log, and whether both use the same store"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -86,8 +86,12 @@ class ServerClient:
         """
         return self._json(self._send("GET", path, None), path)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Any:
         """JSON answer to a JSON body.
+
+        Args:
+            path: begins with a slash.
+            body: the body, or a function that makes one for each attempt.
 
         Raises:
             UserError: the server refuses the request (the message has its reason), answers something other than JSON,
@@ -111,12 +115,14 @@ class ServerClient:
         except httpx.HTTPError as error:
             raise UserError(f"server {self.url}: no answer ({_name(error)})") from error
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+    ) -> httpx.Response:
         deadline, pause, failures = time.monotonic() + self.patience, _FIRST_PAUSE, 0
         while True:
             stopping.check()
             try:
-                answer = self._client.request(method, path, json=body)
+                answer = self._client.request(method, path, json=body() if callable(body) else body)
             except httpx.HTTPError as error:
                 reason = _name(error)
             else:
