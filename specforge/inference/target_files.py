@@ -120,6 +120,18 @@ class TargetFiles:
         """Rows of the embedding."""
         return self._count("vocab_size")
 
+    def compute_dtype(self, name: str) -> str:
+        """Name of a compute dtype; ``auto`` is that of the checkpoint: its config's, or else its embedding's.
+
+        Raises:
+            UserError: it is not a floating-point dtype.
+        """
+        if name == "auto":
+            found = self.config.get("dtype") or self.embedding().dtype
+            name = str(found).removeprefix("torch.")
+        torch_dtype(name)
+        return name
+
     def _count(self, key: str) -> int:
         value = self.config.get(key)
         if type(value) is not int or value < 1:
@@ -374,7 +386,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype {name!r}: use float32, bfloat16 or float16")
+        raise UserError(f"dtype {name!r}: use auto, float32, bfloat16 or float16")
     return dtype
 
 
