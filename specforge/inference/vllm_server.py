@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def captured_ids(policy: CapturePolicy, target: TargetFiles) -> list[int]:
-    """vLLM's ids of the states in a policy: id L is what enters layer L, id 0 the embedding.
+    """VLLM's ids of the states in a policy: id L is what enters layer L, id 0 the embedding.
 
     The last hidden states are computed from the output of the last layer.
     """
@@ -134,7 +134,9 @@ class VLLMServer:
         logger.info("starting vLLM at %s; its output is in %s", self.url, self._log)
         while True:
             if self.process.poll() is not None:
-                raise UserError(f"vLLM ended with status {self.process.returncode}: {self._last_error()}; see {self._log}")
+                raise UserError(
+                    f"vLLM ended with status {self.process.returncode}: {self._last_error()}; see {self._log}"
+                )
             try:
                 if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == httpx.codes.OK:
                     return
@@ -145,7 +147,9 @@ class VLLMServer:
     def _last_error(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         errors = [line.rpartition("] ")[2].strip() for line in lines if "Error" in line]
-        return next((line for line in errors if "Error:" in line and "Engine core init" not in line), "no error reported")
+        return next(
+            (line for line in errors if "Error:" in line and "Engine core init" not in line), "no error reported"
+        )
 
     def close(self) -> None:
         """End the server and delete its temporary files."""

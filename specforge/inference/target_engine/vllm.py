@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
@@ -102,10 +101,12 @@ class VLLMTargetEngine(TargetEngine):
         }
         words = [word for flag, value in flags.items() if value not in (None, 1) for word in (flag, str(value))]
         words += ["--enable-expert-parallel"] * expert_parallel + list(arguments or ())
-        self._options = VLLMOptions(python or sys.executable, tuple(words), log)
+        self._how = VLLMOptions(python or sys.executable, tuple(words), log)
         if url is not None:
             if words or python:
-                raise UserError(f"engine vllm: {python or words[0]} is for starting a server; leave out either it or url")
+                raise UserError(
+                    f"engine vllm: {python or words[0]} is for starting a server; leave out either it or url"
+                )
             if store is None:
                 raise UserError("engine vllm: no store; name the feature store that the server was started with")
             self._connect(url, store)
@@ -117,7 +118,7 @@ class VLLMTargetEngine(TargetEngine):
 
     def _start(self, policy: CapturePolicy) -> None:
         """Start a server that captures what a policy asks for."""
-        own = VLLMServer(self.target, self.dtype, policy, self._store, self._options)
+        own = VLLMServer(self.target, self.dtype, policy, self._store, self._how)
         try:
             own.wait()
         except BaseException:
@@ -127,9 +128,9 @@ class VLLMTargetEngine(TargetEngine):
         self._connect(own.url, own.store)
 
     @property
-    def commands(self) -> list[str]:
-        """The options by which another process uses the same server."""
-        return [f"--engine vllm --engine.url {self.url} --engine.store {self.store}"]
+    def options(self) -> str:
+        """Address and store of the server."""
+        return f"--data.engine vllm --data.engine.url {self.url} --data.engine.store {self.store}"
 
     @property
     def description(self) -> str:
@@ -174,7 +175,9 @@ class VLLMTargetEngine(TargetEngine):
         version = str((self._client.get("/version") or {}).get("version", ""))
         if not version.startswith(VERSIONS):
             known = ", ".join(x.rstrip(".") for x in VERSIONS)
-            raise UserError(f"server {self.url}: vLLM {version or 'of an unknown version'} is not supported; use {known}")
+            raise UserError(
+                f"server {self.url}: vLLM {version or 'of an unknown version'} is not supported; use {known}"
+            )
         models = self._client.get("/v1/models")
         self._model = next(card["id"] for card in models["data"] if not card.get("parent"))
         return self._ask([0], {})
@@ -208,20 +211,7 @@ class VLLMTargetEngine(TargetEngine):
     def deliver(
         self, tasks: Sequence[PromptTask], names: Sequence[str], provenance: Provenance
     ) -> list[SampleRef | BadSampleError | StoreFullError]:
-        """Have the server store samples, whose tensors then never pass through this process.
-
-        Args:
-            tasks: prompts.
-            names: ids of their samples.
-            provenance: what to capture, and the encoding.
-
-        Returns:
-            Per prompt the reference of its stored sample, or why there is none.
-
-        Raises:
-            UnavailableError: the server does not respond.
-            UserError: the server refuses a request. In both cases nothing is stored.
-        """
+        """Have the server store samples, as :meth:`TargetEngine.deliver` specifies."""
 
         def one(sample: tuple[str, PromptTask]) -> SampleRef | BadSampleError | StoreFullError:
             name, task = sample
@@ -268,25 +258,32 @@ class VLLMTargetEngine(TargetEngine):
         widths = feature_widths(provenance.capture, self.target.hidden_size)
         features = {name: (width, self.dtype) for name, width in widths.items()}
         for attempt in range(1, _ATTEMPTS + 1):
-            tickets: list[tuple[Ticket, SampleRef]] = []
-
-            def ticket() -> dict[str, Any]:
-                tickets.append(handoff.expect(ids, features, provenance, **more))
-                return tickets[-1][0].to_json()
-
             try:
-                self._check_same(self._ask(ids, ticket))
-                handoff.wait(tickets[-1][0])
-                _, ref = tickets.pop()
-                return ref
+                return self._attempt(ids, handoff, lambda: handoff.expect(ids, features, provenance, **more))
             except NotDeliveredError as error:
                 if attempt == _ATTEMPTS or handoff is not self._handoff:
                     raise
                 logger.warning("%s; asking again", error)
-            finally:
-                for lost, _ in tickets:
-                    handoff.discard(lost)
         raise AssertionError
+
+    def _attempt(
+        self, ids: Sequence[int], handoff: Handoff, expect: Callable[[], tuple[Ticket, SampleRef]]
+    ) -> SampleRef:
+        """Have the server store the features of one prompt; every request that is sent gets a ticket of its own."""
+        sent: list[tuple[Ticket, SampleRef]] = []
+
+        def ticket() -> dict[str, Any]:
+            sent.append(expect())
+            return sent[-1][0].to_json()
+
+        try:
+            self._check_same(self._ask(ids, ticket))
+            handoff.wait(sent[-1][0])
+            _, ref = sent.pop()
+            return ref
+        finally:
+            for lost, _ in sent:
+                handoff.discard(lost)
 
     def _ask(self, ids: Sequence[int], wanted: dict[str, Any] | Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Send a prompt; returns the server's description of itself.
@@ -343,7 +340,11 @@ class VLLMTargetEngine(TargetEngine):
             reference.check(policy)
             (expected,) = reference.capture([ids], policy)
         for name, x in features.items():
-            parts = zip(x.float().split(self.target.hidden_size, -1), expected[name].float().split(self.target.hidden_size, -1), strict=True)
+            parts = zip(
+                x.float().split(self.target.hidden_size, -1),
+                expected[name].float().split(self.target.hidden_size, -1),
+                strict=True,
+            )
             apart = max(float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in parts)
             if not apart <= _APART[self.dtype]:
                 raise UserError(
