@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from specforge.contracts import CapturePolicy, PromptTask, Provenance, SampleRef
+import specforge.stopping as stopping
+from specforge.contracts import ENCODINGS, CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.server_client import ServerClient
@@ -65,7 +66,7 @@ class VLLMTargetEngine(TargetEngine):
         UserError: the address is malformed, the file cannot be read, or the store cannot be opened.
     """
 
-    independent = True
+    independent, encodings = True, ENCODINGS
 
     def __init__(
         self,
@@ -233,7 +234,8 @@ class VLLMTargetEngine(TargetEngine):
         """Call a function for each item, in several threads; if one fails, the results of the others are undone."""
         futures = [self._pool.submit(function, item) for item in items]
         try:
-            return [future.result() for future in futures]
+            with stopping.call_on_stop(self._client.close):
+                return [future.result() for future in futures]
         except BaseException:
             for future in futures:
                 if not future.cancel() and future.exception() is None and undo is not None:
@@ -242,7 +244,7 @@ class VLLMTargetEngine(TargetEngine):
 
     def _capture_one(self, ids: Sequence[int], policy: CapturePolicy, handoff: Handoff) -> dict[str, Tensor]:
         target = self.target
-        provenance = Provenance(target.name, target.fingerprint, "", policy, self.dtype)
+        provenance = Provenance(target.name, target.fingerprint, "", policy, self.dtype, encoding=self.encoding)
         ref = self._deliver(ids, provenance, handoff)
         names = feature_widths(policy, target.hidden_size)
         return {name: x for name, x in handoff.take(ref).items() if name in names}
