@@ -224,7 +224,7 @@ class Capture:
             return received
         arrived, self._held = [*self._held, *received], []
         aborts = [x for x in received if type(x).__name__ == "AbortReq"]
-        passed = []
+        passed: list[Any] = []
         for request in arrived:
             aborted = any(x.abort_all or str(request.rid).startswith(x.rid) for x in aborts)
             held = _has_ticket(request) and not aborted and self._sink is not None and not self._sink.has_room()
