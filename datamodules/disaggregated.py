@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from datamodules.base import Split, batch_bytes
 from datamodules.prompts import PromptDataModule
-from specforge.contracts import ExpectedSample, content_id
+from specforge.contracts import ANY_ENGINE, ExpectedSample, content_id
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import expect
@@ -106,8 +107,9 @@ class DisaggregatedDataModule(PromptDataModule):
     def open_split(self, name: str, prompts: PromptSet) -> Split:
         """The samples of some prompts, and the stream that gets them."""
         assert self._controller is not None
-        provenance, trainer = self.provenance(prompts), self.trainer
-        samples = expect(prompts.tasks, provenance, self.module.target.hidden_size)
+        # The engine is the producers', whose first one decides it for the run.
+        wanted, trainer = self.provenance(prompts, ANY_ENGINE), self.trainer
+        samples = expect(prompts.tasks, wanted, self.module.target.hidden_size)
         heldout = self._splits["heldout"].samples if "heldout" in self._splits else ()
         budget = Budget(
             (self.max_bytes - sum(sample.nbytes for sample in heldout)) // trainer.world_size,
@@ -118,7 +120,7 @@ class DisaggregatedDataModule(PromptDataModule):
             self._check_space(samples, budget)
         self._streams[name] = StreamedSamples(
             self._controller,
-            provenance,
+            wanted if self.mix_engines else replace(wanted, engine=""),
             budget,
             stamp=self._stamp(samples if name == "train" else ()),
             kept=self._kept_keys(),

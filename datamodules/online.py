@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datamodules.base import Split, batch_bytes
 from datamodules.prompts import PromptDataModule
-from specforge.contracts import ExpectedSample, SampleRef
+from specforge.contracts import ANY_ENGINE, ExpectedSample, SampleRef
 from specforge.data.prompts import PromptSet
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import capture_one, expect
-from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine, TargetEngine
+from specforge.inference.target_engine import (
+    Engine,
+    HFTargetEngine,
+    HTTPTargetEngine,
+    TargetEngine,
+    engine_class,
+    on_device,
+)
 from specforge.options import NonNegativeInt
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.on_demand import ProducedSamples
@@ -33,10 +41,13 @@ class OnlineDataModule(PromptDataModule):
 
     Args:
         prompts: folder with ``train`` and, for validation, ``heldout``.
-        device: device of the target: cpu, cuda, ...; ``auto`` for the device of the draft.
+        device: device of the target, for an engine in this process: cpu, cuda, ...; ``auto`` for the device of the
+            draft.
         keep_bytes: keep up to this many bytes of trained features for the next epochs; others are produced again.
-        server: address of `specforge target serve`, which then runs the target instead of this process.
+        server: address of `specforge target serve`; short for the engine ``http`` with this url.
         token_file: file with that server's token.
+        engine: what runs the target: ``hf`` (transformers, in this process), ``vllm``, ``sglang``, ``http``
+            (`specforge target serve`), or the class path of your own.
         **options: options of every datamodule that starts from prompts.
     """
 
@@ -47,12 +58,17 @@ class OnlineDataModule(PromptDataModule):
         keep_bytes: NonNegativeInt = 0,
         server: str | None = None,
         token_file: str = "runs/target.token",
+        engine: Engine = HFTargetEngine,
         **options: Any,
     ) -> None:
         super().__init__(prompts, **options)
         self.device, self.keep_bytes = device if device == "auto" else pick_device(device), keep_bytes
-        self.server, self.token_file = server, Path(token_file)
-        if server is None and self.encoding != "raw":
+        self.engine = engine
+        if server is not None:
+            if engine_class(engine) is not HFTargetEngine:
+                raise UserError("data: give either server or engine; server is short for the engine http")
+            self.engine, self.device = partial(HTTPTargetEngine, url=server, token_file=Path(token_file)), "auto"
+        if self.encoding not in engine_class(self.engine).encodings:
             raise UserError(
                 f"data.encoding is {self.encoding}, but features are neither sent nor stored here; remove it, or "
                 "name a data.server"
@@ -62,10 +78,10 @@ class OnlineDataModule(PromptDataModule):
 
     def open_split(self, name: str, prompts: PromptSet) -> Split:
         """The samples of some prompts, and the store that gets them."""
-        provenance = self.provenance(prompts)
+        engine, store = self._open_engine(), FeatureStore(MemoryBackend(), max_bytes=self.max_bytes)
+        provenance = self.provenance(prompts, engine.description)
         held = replace(provenance, encoding="raw")  # the engine decodes what a server sends
         expected = expect(prompts.tasks, held, self.module.target.hidden_size)
-        store, engine = FeatureStore(MemoryBackend(), max_bytes=self.max_bytes), self._open_engine()
 
         def produce(sample: ExpectedSample) -> SampleRef:
             with self._engine_lock:
@@ -74,22 +90,24 @@ class OnlineDataModule(PromptDataModule):
         keep = self.keep_bytes if name == "train" else 0
         limits = self.limits if name == "train" else {"batch_size": self.val_batch_size, "max_tokens": None}
         self._check_space(batch_bytes(expected, **limits), keep)
-        # Samples carry the encoding, so that a resumed run cannot change it.
-        samples = [replace(sample, provenance=provenance) for sample in expected]
+        # Samples carry encoding and engine, so that a resumed run cannot change them.
+        carried = replace(provenance, engine=ANY_ENGINE) if self.mix_engines else provenance
+        samples = [replace(sample, provenance=carried) for sample in expected]
         return Split(samples, ProducedSamples(store, produce, keep_bytes=keep))
 
     def _open_engine(self) -> TargetEngine:
         if self._engine is None:
-            target, device = self.module.target, self.device
-            if self.server is not None:
-                self._engine = HTTPTargetEngine(
-                    self.server, self.token_file, target, self.dtype, encoding=self.encoding
-                )
-            else:
-                device = str(self.trainer.strategy.root_device) if device == "auto" else device
-                self._engine = HFTargetEngine(target, self.dtype, device)
+            engine = on_device(self.engine, self.device, auto=str(self.trainer.strategy.root_device))
+            self._engine = engine(self.module.target, self.dtype)
+            self._engine.encoding = self.encoding
             self._engine.check(self.module.spec.capture)
         return self._engine
+
+    def teardown(self, stage: str) -> None:
+        """Close the engine, and drop the samples that it would produce."""
+        engine, self._engine, self._splits = self._engine, None, {}
+        if engine is not None:
+            engine.close()
 
     def _check_space(self, batch: int, keep: int) -> None:
         if batch + keep > self.max_bytes:

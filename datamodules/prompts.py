@@ -17,10 +17,12 @@ class PromptDataModule(FeatureDataModule):
 
     Args:
         prompts: folder with ``train`` and, for validation, ``heldout``.
-        dtype: compute dtype of the target, and dtype of the features.
+        dtype: compute dtype of the target, and dtype of the features; ``auto`` for that of the target's files.
         encoding: format in which features are sent or stored: ``raw``, or ``float8_e4m3fn``, 8 bits with a scale per
             token.
         max_bytes: maximum number of bytes of features to hold at once; at the limit, fewer batches are prefetched.
+        mix_engines: train on features of several engines, which differ in their last bits: those that different
+            producers run, or another one after a resume.
         **options: options of every datamodule.
     """
 
@@ -30,10 +32,13 @@ class PromptDataModule(FeatureDataModule):
         dtype: Dtype = "bfloat16",
         encoding: Literal["raw", "float8_e4m3fn"] = "raw",
         max_bytes: PositiveInt = 4 << 30,
+        mix_engines: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.folder, self.dtype, self.encoding, self.max_bytes = Path(prompts), dtype, encoding, max_bytes
+        self.folder, self.encoding, self.max_bytes = Path(prompts), encoding, max_bytes
+        self.dtype: str = dtype
+        self.mix_engines = mix_engines
         self._splits: dict[str, Split] = {}
         self._counts: TokenCounts | None = None
 
@@ -43,6 +48,7 @@ class PromptDataModule(FeatureDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the prompts and open the stores of their samples."""
+        self.dtype = self.module.target.compute_dtype(self.dtype)
         heldout = self.folder / "heldout"
         if stage != "fit" and not heldout.exists():
             raise nothing_held_out(heldout)
@@ -61,9 +67,8 @@ class PromptDataModule(FeatureDataModule):
         """Token counts of the training prompts; None if nothing is trained."""
         return self._counts
 
-    def provenance(self, prompts: PromptSet) -> Provenance:
+    def provenance(self, prompts: PromptSet, engine: str) -> Provenance:
         """Origin of the features of these prompts."""
         target, capture = self.module.target, self.module.spec.capture
-        return Provenance(
-            target.name, target.fingerprint, prompts.tokenizer, capture, self.dtype, encoding=self.encoding
-        )
+        fingerprints = target.fingerprint, prompts.tokenizer
+        return Provenance(target.name, *fingerprints, capture, self.dtype, encoding=self.encoding, engine=engine)

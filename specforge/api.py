@@ -16,6 +16,7 @@ from specforge.eval.evaluate import EvaluateOptions, MethodResult
 from specforge.eval.held_out import evaluate_draft
 from specforge.inference.capture import CapturedSplit, CaptureOptions, CaptureProgress
 from specforge.inference.capture import capture as capture_features
+from specforge.inference.target_engine import on_device
 from specforge.inference.target_files import TargetFiles
 from specforge.system import pick_device
 
@@ -123,7 +124,7 @@ def capture(
         print([(split.folder, split.samples) for split in splits])
     """
     options = options or CaptureOptions()
-    pick_device(options.device)  # an invalid name is reported before anything is read
+    on_device(options.engine, options.device)  # what does not exist is reported before anything is read
     files = TargetFiles.find(str(target))
     policy = find_algorithm(algorithm).capture_policy(files, None if layer_ids is None else list(layer_ids))
     with _capture_bar() if progress else nullcontext(lambda step: None) as show:

@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 
 SAMPLE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}", re.ASCII)  # cannot name a path outside a folder
 ENCODINGS = ("raw", "float8_e4m3fn")
+ANY_ENGINE = "*"
 _MAX_TOKENS, _MAX_BYTES = 2**31 - 1, 2**53  # per sample; larger values mean damage
 
 
@@ -90,6 +91,11 @@ def _is_count(value: Any, limit: int = _MAX_BYTES) -> bool:
 
 def _is_dtype(name: Any) -> bool:
     return _is_text(name) and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def engine_label(engine: str) -> str:
+    """The engine of a provenance, as messages name it."""
+    return engine or "transformers"
 
 
 def plain(value: Any) -> Any:
@@ -161,6 +167,8 @@ class Provenance(Record):
         dtype: compute dtype of the target's forward pass.
         draft_weight_version: part of the file format, unused.
         encoding: storage format of the features, ``raw`` or ``float8_e4m3fn``.
+        engine: what ran the target: engine, version and parallelism. Empty for transformers on one device; ``*``, of
+            features to come, for any. Engines differ in the last bits of a feature.
     """
 
     target: str
@@ -170,6 +178,13 @@ class Provenance(Record):
     dtype: str
     draft_weight_version: str = ""
     encoding: str = "raw"
+    engine: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as JSON values; an empty engine is left out, as earlier versions do not know the field."""
+        return {
+            name: value for name, value in super(Provenance, self).to_json().items() if (name, value) != ("engine", "")
+        }
 
     @classmethod
     def from_json(cls, fields: Any) -> Provenance:
@@ -179,7 +194,7 @@ class Provenance(Record):
         return super(Provenance, cls).from_json(fields)
 
     def _valid_fields(self) -> dict[str, bool]:
-        texts = ("target", "target_fingerprint", "tokenizer_fingerprint", "draft_weight_version")
+        texts = ("target", "target_fingerprint", "tokenizer_fingerprint", "draft_weight_version", "engine")
         return {name: _is_text(getattr(self, name)) for name in texts} | {
             "capture": isinstance(self.capture, CapturePolicy),
             "dtype": _is_dtype(self.dtype) and getattr(torch, self.dtype).is_floating_point,
@@ -187,9 +202,9 @@ class Provenance(Record):
         }
 
     @property
-    def feature_key(self) -> tuple[str, CapturePolicy, str, str]:
+    def feature_key(self) -> tuple[str, CapturePolicy, str, str, str]:
         """Everything besides the prompt that determines the bytes of its features."""
-        return self.target_fingerprint, self.capture, self.dtype, self.encoding
+        return self.target_fingerprint, self.capture, self.dtype, self.encoding, self.engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +336,10 @@ class ExpectedSample:
 
     def matches(self, ref: SampleRef) -> bool:
         """Whether a stored sample has the expected features."""
-        return (ref.features, ref.provenance.feature_key) == (self.features, self.provenance.feature_key)
+        found = ref.provenance
+        if self.provenance.engine == ANY_ENGINE:
+            found = dataclasses.replace(found, engine=ANY_ENGINE)
+        return (ref.features, found.feature_key) == (self.features, self.provenance.feature_key)
 
 
 Sample = SampleRef | ExpectedSample

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]  # compute dtype of a target
+Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]  # compute dtype of a target; auto: its files'
 
 if TYPE_CHECKING:
     # One line each, because mypy treats chained assignments as a variable.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from specforge.cli.engines import resolve_engines
 from specforge.cli.recipes import resolve_recipes
 from specforge.cli.yaml_limits import limit_yaml
 
@@ -40,6 +41,6 @@ def expand(name: str, words: Sequence[str]) -> list[str]:
     for word in [*environment, *words]:
         is_file = word.partition("=")[0] in _CONFIG or (files and files[-1] in _CONFIG)
         (files if is_file else options).append(word)
-    expanded = resolve_recipes([*files, *options])
+    expanded = resolve_recipes([*files, *resolve_engines(options)])
     limit_yaml(expanded)
     return expanded

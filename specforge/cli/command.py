@@ -69,6 +69,7 @@ def run(name: str, function: Callable[..., Any], words: list[str]) -> int:
     except (jsonargparse.ArgumentError, KeyError) as error:
         raise UserError(explain(str(error), list(line.hints))) from error
     keep_freed_memory()
+    options = line.parser.instantiate(options)
     values = {key: options[key] for key in line.names}
     values |= {key: cls(**{field: options[field] for field in fields}) for key, (cls, fields) in line.groups.items()}
     return int(function(**values) or 0)

@@ -22,7 +22,7 @@ _UNKNOWN_OPTION = (
     r"No action for key \"?'?([\w.]+)",
 )
 _UNKNOWN_CLASS = r"Expected a dot import path string: (\w+)"
-_REQUIRED = r"the following arguments are required: ([\w.]+)"
+_REQUIRED = r"the following arguments are required: (\w+(?:\.\w+)*)"
 _KEY = r'Parser key "([\w.]+)"'
 _OUT_OF_RANGE = r"Not of type (an? .+?): "  # a type of specforge.options
 _GIVEN = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"

@@ -28,6 +28,7 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
         required, kind, default = details.group("required", "type", "default")
         wanted = None if kind is None or re.search(r"(list|tuple|dict)\[", kind) else _RANGE.search(kind)
         allowed = wanted and wanted[0] + " or -1" * ("Literal[-1]" in str(kind))
+        default = re.sub(r"\{'class_path': '[\w.]*\.(\w+)'\}", r"\1", default or "")
         default = {"True": "true", "False": "false", "null": ""}.get(default, default)
         found = ", ".join(part for part in (required, allowed, default and f"default: {default}") if part)
         return text[: details.start()] + (f" ({found})" if found else "")

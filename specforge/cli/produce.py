@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specforge.cli.recipes import read_recipe
@@ -22,7 +23,14 @@ from specforge.console import say
 from specforge.errors import UserError
 from specforge.inference.capture import CaptureOptions
 from specforge.inference.producer import Producer
-from specforge.inference.target_engine import HFTargetEngine, TargetEngine
+from specforge.inference.target_engine import (
+    Engine,
+    HFTargetEngine,
+    TargetEngine,
+    engine_config,
+    engine_summary,
+    on_device,
+)
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
 from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, Seconds
@@ -32,7 +40,7 @@ from specforge.runtime.control_plane.metadata import STATES, MetadataStore, Stat
 from specforge.runtime.control_plane.streamed import bottleneck
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
-from specforge.system import end_with_parent, pick_device
+from specforge.system import end_with_parent
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 _STATE_NAMES = {State.DEAD: "given up"}  # where the stored name is not the user's term
@@ -46,8 +54,10 @@ class ProduceOptions:
         target: folder or hub name of the target; the trainer's.
         store: the trainer's data.store.
         metadata: the trainer's data.metadata.
-        device: cpu, cuda, cuda:N or auto.
-        workers: number of processes; each loads the target.
+        device: cpu, cuda, cuda:N or auto, for an engine in this process.
+        engine: what runs the target: hf (transformers, in this process), vllm, sglang, http (`specforge target serve`),
+            or the class path of your own; its options are --engine.NAME (see --engine.help hf).
+        workers: number of processes; each opens the engine.
         name: stable name of this producer; after a restart under the same name it releases the prompts it had leased
             (default: generated).
         max_prompts: maximum number of prompts that a process leases at a time.
@@ -62,6 +72,7 @@ class ProduceOptions:
     store: str
     metadata: str
     device: str = "auto"
+    engine: Engine = HFTargetEngine
     workers: PositiveInt = 1
     name: str | None = None
     max_prompts: PositiveInt = 8
@@ -122,7 +133,7 @@ def produce(options: ProduceOptions, plan: bool = False) -> None:
         options: the trainer's addresses, and how to produce.
         plan: print the processes and estimates of memory and bandwidth, and start nothing.
     """
-    options = replace(options, device=pick_device(options.device))
+    options = replace(options, engine=on_device(options.engine, options.device), device="auto")
     if plan:
         say("\n".join(describe_plan(options)))
     else:
@@ -181,7 +192,7 @@ def run_producers(options: ProduceOptions) -> None:
 
     def engine(dtype: str) -> TargetEngine:
         if dtype not in engines:
-            engines[dtype] = HFTargetEngine(files, dtype, options.device)
+            engines[dtype] = options.engine(files, dtype)
         return engines[dtype]
 
     producer = Producer(
@@ -195,9 +206,13 @@ def run_producers(options: ProduceOptions) -> None:
     )
     stop = threading.Event()
     logging.getLogger("specforge").setLevel(logging.INFO)
-    say(f"{owner}: {files.name} on {options.device}, waiting for prompts in {shown(options.metadata)}")
-    with _stopped_by_signals(stop.set):
-        producer.run(stop, options.idle_seconds)
+    say(f"{owner}: {files.name} by {engine_summary(options.engine)}, waiting for prompts in {shown(options.metadata)}")
+    try:
+        with _stopped_by_signals(stop.set):
+            producer.run(stop, options.idle_seconds)
+    finally:
+        for opened in engines.values():
+            opened.close()
     controller.metadata.close()
     say(f"{owner}: {producer.produced:,} samples produced")
 
@@ -206,7 +221,8 @@ def _run_processes(options: ProduceOptions) -> None:
     processes = []
     for number in range(options.workers):
         name = f"{options.name}-{number}" if options.name else None
-        fields = asdict(replace(options, workers=1, name=name))
+        fields = vars(replace(options, workers=1, name=name))
+        fields = fields | {"engine": json.dumps(engine_config(options.engine), default=str)}
         words = [word for key, value in fields.items() if value is not None for word in (f"--{key}", str(value))]
         # -P: a file in the current folder must not shadow a module.
         command = [sys.executable, "-P", "-m", "specforge.cli.main", "produce", *words]
@@ -229,8 +245,9 @@ def describe_plan(options: ProduceOptions) -> list[str]:
     files = TargetFiles.find(options.target)
     weights = sum(path.stat().st_size for path in set(files.weight_files.values()))
     lines = [
-        f"{options.workers} process{'es' if options.workers > 1 else ''} of {files.name} ({files.fingerprint[:8]}) on "
-        f"{options.device}, each with {weights / 1e9:.2f} GB of weights and up to {options.max_prompts} leased prompts",
+        f"{options.workers} process{'es' if options.workers > 1 else ''} of {files.name} ({files.fingerprint[:8]}) by "
+        f"{engine_summary(options.engine)}, each with up to {options.max_prompts} leased prompts; the target has "
+        f"{weights / 1e9:.2f} GB of weights",
         f"metadata: {shown(options.metadata)}",
         f"features: {options.store}{_free_space(options.store)}",
     ]

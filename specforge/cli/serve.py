@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from specforge.errors import UserError
+from specforge.inference.target_engine import Engine, HFTargetEngine, on_device
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, Port, PositiveInt
 from specforge.packages import install_hint
-from specforge.system import end_with_parent, interrupt_on_sigterm, pick_device
+from specforge.system import end_with_parent, interrupt_on_sigterm
 
 
 def serve_target(
@@ -25,6 +26,7 @@ def serve_target(
     token_file: Path = Path("runs/target.token"),
     dtype: Dtype = "bfloat16",
     device: str = "auto",
+    engine: Engine = HFTargetEngine,
     max_tokens: PositiveInt = 65536,
 ) -> None:
     """Serve a target's features over HTTP until SIGTERM or Ctrl-C; nothing is stored.
@@ -34,20 +36,24 @@ def serve_target(
         port: port to listen on.
         host: address to listen on; any non-loopback address is reachable from other hosts (token required).
         token_file: file with the token that requests must carry; created if it does not exist.
-        dtype: compute dtype, and dtype of the features.
-        device: cpu, cuda, cuda:N or auto.
+        dtype: compute dtype, and dtype of the features; auto for that of the target's files.
+        device: cpu, cuda, cuda:N or auto, for an engine in this process.
+        engine: what runs the target: hf (transformers, in this process), vllm, sglang, http (another `target serve`),
+            or the class path of your own; its options are --engine.NAME (see --engine.help hf).
         max_tokens: maximum number of tokens of a request, padding included.
     """
-    from specforge.inference.target_engine import HFTargetEngine
     from specforge.inference.target_server import TargetServer, make_token
 
-    device, files = pick_device(device), TargetFiles.find(target)
+    open_engine, files = on_device(engine, device), TargetFiles.find(target)
     token = make_token(token_file)
-    engine = HFTargetEngine(files, dtype, device)
     interrupt_on_sigterm()
-    with TargetServer(engine, files, token, host, port, max_tokens=max_tokens) as server:
+    with (
+        open_engine(files, dtype) as running,
+        TargetServer(running, files, token, host, port, max_tokens=max_tokens) as server,
+    ):
         print(
-            f"{server.url}: features of {files.name} ({files.fingerprint[:8]}) in {dtype}; token in {token_file}\n"
+            f"{server.url}: features of {files.name} ({files.fingerprint[:8]}) in {running.dtype}; "
+            f"token in {token_file}\n"
             f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {server.url} "
             f"--data.token_file {token_file}",
             flush=True,

@@ -9,6 +9,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from specforge.cli.engines import engines_in_yaml
 from specforge.errors import UserError
 
 _MAX_VALUES, _MAX_DEPTH = 100_000, 50
@@ -30,7 +31,7 @@ def limit_yaml(argv: Sequence[str]) -> None:
 
     def limited(text: str) -> Any:
         _check_yaml(text)
-        return load(text)
+        return engines_in_yaml(load(text))
 
     jsonargparse.set_loader("yaml", limited, (yaml.YAMLError,))
 

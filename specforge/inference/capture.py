@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,11 +12,10 @@ from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.data.prompts import PromptSet, identity, load_splits
 from specforge.errors import UserError
 from specforge.inference.rollout_worker import RolloutWorker
-from specforge.inference.target_engine import HFTargetEngine, TargetEngine
+from specforge.inference.target_engine import Engine, HFTargetEngine, TargetEngine, on_device
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, NonNegativeInt, PositiveInt
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
-from specforge.system import pick_device
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,20 @@ class CaptureOptions:
     """How features are captured.
 
     Args:
-        dtype: compute dtype, and dtype of the features.
-        device: cpu, cuda, cuda:N or auto.
-        batch_tokens: maximum number of tokens of a forward pass, padding included (default: depends on the device).
+        dtype: compute dtype, and dtype of the features; auto for that of the target's files.
+        device: cpu, cuda, cuda:N or auto, for an engine in this process.
+        engine: what runs the target: hf (transformers, in this process), vllm, sglang, http (`specforge target serve`),
+            or the class path of your own; its options are --engine.NAME (see --engine.help hf).
+        mix_engines: add to features that another engine has computed; they differ in their last bits.
+        batch_tokens: maximum number of tokens of a forward pass, padding included (default: depends on the engine).
         encoding: store features as computed (raw), or in 8 bits.
         limit_samples: capture only the first N training samples.
     """
 
     dtype: Dtype = "bfloat16"
     device: str = "auto"
+    engine: Engine = HFTargetEngine
+    mix_engines: bool = False
     batch_tokens: PositiveInt | None = None
     encoding: Literal["raw", "float8_e4m3fn"] = "raw"
     limit_samples: NonNegativeInt | None = None
@@ -80,25 +84,34 @@ def capture(
         UserError: the prompts do not fit the target, the folder holds other features, or the disk is full.
     """
     options = options or CaptureOptions()
-    device, sets = pick_device(options.device), load_splits(prompts)
+    open_engine, sets = on_device(options.engine, options.device), load_splits(prompts)
     _check_lengths(target, sets)
+    dtype = target.compute_dtype(options.dtype)
     provenance = {
-        name: Provenance(target.name, target.fingerprint, x.tokenizer, policy, options.dtype, encoding=options.encoding)
+        name: Provenance(target.name, target.fingerprint, x.tokenizer, policy, dtype, encoding=options.encoding)
         for name, x in sets.items()
     }
-    for name, x in sets.items():
-        FeatureFolder.check(output / name, provenance[name], x.counts, identity(sets))
+
+    def check(mix_engines: bool) -> None:
+        for name, x in sets.items():
+            FeatureFolder.check(output / name, provenance[name], x.counts, identity(sets), mix_engines)
+
+    check(mix_engines=True)  # what can be known before the engine is there
     FeatureFolder.check_splits(output, sets)
-    engine = HFTargetEngine(target, options.dtype, device)
-    engine.check(policy)
-    batch_tokens = options.batch_tokens or (2048 if device == "cpu" else 65536)
     captured = []
-    for name, x in sets.items():
-        folder = FeatureFolder.create(output / name, provenance[name], x.counts, identity(sets))
-        tasks = x.tasks[: options.limit_samples if name == "train" else None]
-        tokens = _capture_split(name, tasks, engine, folder, provenance[name], batch_tokens, progress)
-        held = folder.store.stat()
-        captured.append(CapturedSplit(output / name, held.samples, held.nbytes, tokens))
+    with open_engine(target, dtype) as engine:
+        engine.check(policy)
+        provenance = {name: replace(x, engine=engine.description) for name, x in provenance.items()}
+        check(options.mix_engines)
+        batch_tokens = options.batch_tokens or engine.batch_tokens
+        for name, x in sets.items():
+            folder = FeatureFolder.create(
+                output / name, provenance[name], x.counts, identity(sets), options.mix_engines
+            )
+            tasks = x.tasks[: options.limit_samples if name == "train" else None]
+            tokens = _capture_split(name, tasks, engine, folder, provenance[name], batch_tokens, progress)
+            held = folder.store.stat()
+            captured.append(CapturedSplit(output / name, held.samples, held.nbytes, tokens))
     return captured
 
 

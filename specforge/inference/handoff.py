@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -255,6 +256,15 @@ class Handoff:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_store", FeatureStore(self.backend))
+
+    def fills(self, backend: object) -> bool:
+        """Whether a backend is this one's store, so that it has what the server writes."""
+        for place in ("folder", "address"):
+            own = getattr(self.backend, place, None)
+            if own is not None:
+                other = getattr(backend, place, None)
+                return bool(own.resolve() == other.resolve() if isinstance(other, Path) else own == other)
+        return backend is self.backend
 
     def expect(
         self,

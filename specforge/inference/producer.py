@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
-from specforge.contracts import PromptTask, Provenance, SampleRef
+from specforge.contracts import ANY_ENGINE, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.rollout_worker import RolloutWorker, plan_named
 from specforge.inference.target_engine import TargetEngine
+from specforge.inference.target_engine.base import UnavailableError
 from specforge.runtime.control_plane.controller import DataFlowController, LeasedPrompt
 from specforge.runtime.control_plane.metadata import StateError
 from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
@@ -55,7 +56,8 @@ class Producer:
         """Produce until ``stop`` is set, or until nothing has been queued for ``idle_seconds``.
 
         Raises:
-            UserError: the store cannot be written, or a prompt is for another target; nothing stays leased.
+            UserError: the store cannot be written, a prompt is for another target, another engine computes the features
+                of its run, or the engine's server does not respond; nothing stays leased.
         """
         self.controller.release(self.owner)
         idle, last = 0.0, False
@@ -124,6 +126,8 @@ class Producer:
             except _CannotCaptureError as error:
                 self._fail(list(tasks), str(error), final=True)
             else:
+                if provenance.engine != ANY_ENGINE:
+                    self.controller.claim_engine(tasks, worker.provenance.engine)
                 work += [(worker, batch) for batch in plan_named(tasks.items(), self.batch_tokens)]
         yield from work
 
@@ -146,10 +150,13 @@ class Producer:
             engine = self.engine(provenance.dtype)
             try:
                 engine.check(provenance.capture)
+            except UnavailableError:
+                raise
             except UserError as error:
                 raise _CannotCaptureError(str(error)) from error
+            made = replace(provenance, engine=engine.description)
             self._workers[provenance] = RolloutWorker(
-                engine, self.controller.features, self._commit, provenance, 0, self._background, self._reject
+                engine, self.controller.features, self._commit, made, 0, self._background, self._reject
             )
         return self._workers[provenance]
 
@@ -157,6 +164,8 @@ class Producer:
         names, tasks = [name for name, _ in batch], [task for _, task in batch]
         try:
             captured = worker.capture(tasks, names)
+        except UnavailableError:
+            raise
         except Exception as error:  # such as out of memory; one prompt must not stop every producer in turn
             reason = f"the target failed: {first_line(error)}"
             logger.warning("%s", reason)

@@ -15,6 +15,7 @@ import httpx
 import specforge.stopping as stopping
 from specforge.errors import UserError
 from specforge.files import read_secret
+from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.http import printable
 from specforge.runtime.addresses import shown
 
@@ -133,7 +134,7 @@ class ServerClient:
                 if answer.status_code not in _BUSY and not 0 < failures < _FAILURES:
                     raise UserError(f"server {self.url}: {reason}")
             if time.monotonic() + pause > deadline:
-                raise UserError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
+                raise UnavailableError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
             left = deadline - time.monotonic()
             logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
             stopping.pause(pause)

@@ -88,7 +88,7 @@ class TargetFiles:
         return copy.deepcopy(self._parsed)
 
     @cached_property
-    def _skeleton(self) -> Any:
+    def skeleton(self) -> Any:
         """The target's model without weights, for the names and kinds of its modules."""
         from transformers import AutoModelForCausalLM
 
@@ -120,6 +120,18 @@ class TargetFiles:
         """Rows of the embedding."""
         return self._count("vocab_size")
 
+    def compute_dtype(self, name: str) -> str:
+        """Name of a compute dtype; ``auto`` is that of the checkpoint: its config's, or else its embedding's.
+
+        Raises:
+            UserError: it is not a floating-point dtype.
+        """
+        if name == "auto":
+            found = self.config.get("dtype") or self.embedding().dtype
+            name = str(found).removeprefix("torch.")
+        torch_dtype(name)
+        return name
+
     def _count(self, key: str) -> int:
         value = self.config.get(key)
         if type(value) is not int or value < 1:
@@ -143,7 +155,7 @@ class TargetFiles:
     @cached_property
     def learned_positions(self) -> int | None:
         """Maximum sequence length with learned position embeddings; None if the target has none."""
-        return learned_positions(self._skeleton, self.config.get("max_position_embeddings"))
+        return learned_positions(self.skeleton, self.config.get("max_position_embeddings"))
 
     @cached_property
     def positions_change_at(self) -> int | None:
@@ -209,7 +221,7 @@ class TargetFiles:
         Raises:
             UserError: the embedding is missing or has another shape.
         """
-        found = self._module_tensor(self._skeleton.get_input_embeddings(), "weight", "token embedding")
+        found = self._module_tensor(self.skeleton.get_input_embeddings(), "weight", "token embedding")
         if found.shape != (self.vocab_size, self.hidden_size):
             raise UserError(
                 f"{self.name}: its embedding is {tuple(found.shape)}, not {(self.vocab_size, self.hidden_size)}; "
@@ -238,7 +250,7 @@ class TargetFiles:
 
     def lm_head_bias(self) -> Tensor | None:
         """The bias of the head, ``[V]``; None if it has none."""
-        if getattr(self._skeleton.get_output_embeddings(), "bias", None) is None:
+        if getattr(self.skeleton.get_output_embeddings(), "bias", None) is None:
             return None
         bias = self._head_or_none("bias")
         if bias is None:
@@ -262,7 +274,7 @@ class TargetFiles:
         return next((float(cap) for cap in caps if cap), None)
 
     def _head_name(self, part: str) -> str | None:
-        return self._stored_name(self._skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ())
+        return self._stored_name(self.skeleton.get_output_embeddings(), part, _OTHER_HEADS if part == "weight" else ())
 
     def _head_or_none(self, part: str) -> Tensor | None:
         name = self._head_name(part)
@@ -276,7 +288,7 @@ class TargetFiles:
 
     def _stored_name(self, module: Any, part: str, others: tuple[str, ...] = ()) -> str | None:
         """Name of a module's tensor in the files, whose prefix may be longer or shorter than in the class."""
-        path = next((name for name, x in self._skeleton.named_modules() if x is module), None)
+        path = next((name for name, x in self.skeleton.named_modules() if x is module), None)
         if path is None:
             return None
         words = f"{path}.{part}".split(".")
@@ -374,7 +386,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"dtype {name!r}: use float32, bfloat16 or float16")
+        raise UserError(f"dtype {name!r}: use auto, float32, bfloat16 or float16")
     return dtype
 
 

@@ -30,7 +30,7 @@ from specforge.contracts import ENCODINGS, CapturePolicy
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_engine.base import TargetEngine, check_layers
-from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum, printable, read_token
+from specforge.inference.target_engine.http import CHECKSUM, ENGINE, PATH, body_checksum, printable, read_token
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
 
@@ -327,6 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header(CHECKSUM, body_checksum(body))
+        self.send_header(ENGINE, self.server.engine.description)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()

@@ -106,7 +106,6 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):
             "last_hidden_states": self._target.num_layers in self._ids,
             "max_model_len": model.max_model_len,
             "tensor_parallel": parallel.tensor_parallel_size,
-            "pipeline_parallel": parallel.pipeline_parallel_size,
             "expert_parallel": bool(parallel.enable_expert_parallel),
             "store": self._store,
         }

@@ -71,7 +71,7 @@ def server(engine, files, token_file) -> Iterator[TargetServer]:
 
 def client(server: TargetServer, token_file: Path, **options: object) -> HTTPTargetEngine:
     options = {"patience": 10.0, "target": server.target, "dtype": "float32"} | options
-    return HTTPTargetEngine(server.url, token_file, **options)
+    return HTTPTargetEngine(url=server.url, token_file=token_file, **options)
 
 
 @pytest.mark.parametrize("policy", [POLICY, CapturePolicy((), True), CapturePolicy((2,), False)])
@@ -99,7 +99,7 @@ def write_token(path: Path, text: str) -> Path:
 def test_a_token_that_others_can_read_or_write_is_refused_by_server_and_client(files, tmp_path, mode):
     path = write_token(tmp_path / "token", "x" * 20)
     path.chmod(mode)
-    for use in (make_token, lambda path: HTTPTargetEngine("http://127.0.0.1:1", path, files)):
+    for use in (make_token, lambda path: HTTPTargetEngine(files, "bfloat16", "http://127.0.0.1:1", path)):
         with pytest.raises(UserError, match=f"run chmod 600 {path}$"):
             use(path)
     path.chmod(0o400)
@@ -211,7 +211,7 @@ def test_a_wrong_address_or_token_is_refused_at_once(files, tmp_path, options, w
     if options.get("token", "x" * 20) is not None:
         write_token(path, options.get("token", "x" * 20))
     with pytest.raises(UserError, match=words):
-        HTTPTargetEngine(options.get("url", "http://127.0.0.1:1"), path, files)
+        HTTPTargetEngine(files, "bfloat16", options.get("url", "http://127.0.0.1:1"), path)
 
 
 def test_a_wrong_token_is_said_by_the_client(server, tmp_path):
@@ -428,7 +428,9 @@ def right(server: TargetServer, length: bool = True) -> bytes:
 
 def ask(rogue: Rogue, files: TargetFiles, token_file: Path, **options: object):
     options = {"patience": 0.0, "dtype": "float32"} | options
-    return HTTPTargetEngine(rogue.url, token_file, files, **options).capture([[1, 2]], CapturePolicy((1,)))
+    return HTTPTargetEngine(files, url=rogue.url, token_file=token_file, **options).capture(
+        [[1, 2]], CapturePolicy((1,))
+    )
 
 
 @pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Time-out", "522 "])
@@ -486,7 +488,7 @@ def test_a_certificate_that_is_not_trusted_ends_at_once(files, token_file, tmp_p
     thread.start()
     url = f"https://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(UserError, match=r"its certificate is not trusted \("):
-        HTTPTargetEngine(url, token_file, files, patience=60.0).capture([[1]], POLICY)
+        HTTPTargetEngine(files, "bfloat16", url, token_file, patience=60.0).capture([[1]], POLICY)
     thread.join()
     listener.close()
 
@@ -515,7 +517,7 @@ def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tm
     process = start(files.folder, path)
     try:
         url = process.stdout.readline().split()[0].rstrip(":")
-        HTTPTargetEngine(url, path, files, "float32").check(POLICY)
+        HTTPTargetEngine(files, "float32", url, path).check(POLICY)
         other = start(files.folder, path, int(url.rpartition(":")[2]))
         _, error = other.communicate(timeout=60)
         assert other.returncode == 2

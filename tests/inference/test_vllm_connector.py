@@ -71,7 +71,7 @@ def config(target, store, ids=IDS, **changes):
         method="extract_hidden_states", draft_model_config=SimpleNamespace(hf_config=hf_config)
     )
     parallel = SimpleNamespace(
-        tensor_parallel_size=2, pipeline_parallel_size=1, decode_context_parallel_size=1, enable_expert_parallel=False
+        tensor_parallel_size=2, decode_context_parallel_size=1, enable_expert_parallel=False
     )
     extra = {"store": str(store)}
     fields = {
@@ -154,7 +154,6 @@ def test_an_empty_request_asks_who_the_server_is(vllm, target, tmp_path):
         "last_hidden_states": True,
         "max_model_len": 64,
         "tensor_parallel": 2,
-        "pipeline_parallel": 1,
         "expert_parallel": False,
         "store": str(tmp_path),
     }

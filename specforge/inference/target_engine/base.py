@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Self
 
 from torch import Tensor
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
 
 
-class TargetEngine(Protocol):
-    """Computes features of the target."""
+class UnavailableError(UserError):
+    """The server of an engine does not respond, whatever it is asked; the same request may succeed later."""
 
-    dtype: str  # name of the compute dtype
 
+class TargetEngine(ABC):
+    """Computes features of the target; a context manager that closes itself.
+
+    A subclass takes the target and the dtype as its first two arguments. Its other arguments are the options of
+    ``--engine``: ``--engine.NAME`` on the command line, ``init_args`` in YAML.
+
+    Args:
+        target: files of the target.
+        dtype: compute dtype, and dtype of the features; ``auto`` for that of the checkpoint.
+
+    Attributes:
+        target: files of the target.
+        dtype: name of the compute dtype; never ``auto``.
+        batch_tokens: number of tokens, padding included, that one call should have unless the user sets another.
+        encodings: formats in which it can transfer features to this process.
+        encoding: the one that it uses.
+    """
+
+    batch_tokens = 65536
+    encodings: tuple[str, ...] = ("raw",)
+    encoding = "raw"
+
+    def __init__(self, target: TargetFiles, dtype: str) -> None:
+        self.target, self.dtype = target, target.compute_dtype(dtype)
+
+    @property
+    def description(self) -> str:
+        """Engine, version and parallelism, for the provenance of features; known after :meth:`check`.
+
+        Empty for transformers on one device, whose features earlier versions do not describe either. Whatever changes
+        the last bits of a feature belongs here, unless the provenance has a field of its own for it (dtype, encoding).
+        """
+        return ""
+
+    @abstractmethod
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens.
 
         Raises:
-            UserError: a layer does not exist, or a feature has the wrong width or dtype.
+            UnavailableError: the engine's server does not respond.
+            UserError: a layer does not exist, or a feature has the wrong width or dtype; or the server does not run
+                this target in this dtype.
         """
 
+    @abstractmethod
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, on the CPU, without padding.
 
@@ -32,7 +71,47 @@ class TargetEngine(Protocol):
 
         Returns:
             Per sequence ``aux_hidden_states [L, k H]`` and, if asked for, ``last_hidden_states [L, H]``.
+
+        Raises:
+            UnavailableError: the engine's server does not respond; a producer then stops and releases its prompts.
+            Exception: these sequences cannot be captured; a producer tries each by itself.
         """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue each prompt until an end token (included) or ``max_new_tokens``; an engine need not be able to.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: maximum number of tokens to add.
+            end_ids: tokens that end an answer; if empty, every answer has ``max_new_tokens`` tokens.
+            temperature: sampling temperature; 0 for greedy.
+            top_p: nucleus sampling: smallest set of tokens with this total probability.
+            top_k: sample from the k most likely tokens; 0 for all.
+            seed: random seed for sampling.
+
+        Raises:
+            UserError: this engine only captures.
+        """
+        raise UserError(f"engine {type(self).__name__}: captures hidden states, but does not generate; use --engine hf")
+
+    def close(self) -> None:  # noqa: B027 - few engines hold anything
+        """Release what the engine holds: connections, processes, memory. It is not used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def feature_widths(policy: CapturePolicy, hidden_size: int) -> dict[str, int]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.inference.target_engine.base import check_layers, feature_widths
+from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead, distance
 from specforge.inference.target_layers import backbone, decoder_layers
+from specforge.system import pick_device
 
 
 class FeatureTap:
@@ -104,18 +105,26 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-class HFTargetEngine:
-    """A transformers causal LM, frozen.
+class HFTargetEngine(TargetEngine):
+    """A transformers causal LM in this process, frozen.
+
+    Args:
+        target: files of the target.
+        dtype: compute dtype.
+        device: cpu, cuda, cuda:N or auto (default: the command's --device).
 
     Raises:
         UserError: transformers cannot load the target, or tensors are missing from its files.
     """
 
-    def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str = "cpu") -> None:
+    def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str | None = None) -> None:
         from transformers import GenerationConfig
 
-        self.target, self.dtype, self.device = target, dtype, torch.device(device)
-        model = _load(target, torch_dtype(dtype))
+        super().__init__(target, dtype)
+        self.device = torch.device(pick_device(device or "cpu"))
+        if self.device.type == "cpu":
+            self.batch_tokens = 2048
+        model = _load(target, torch_dtype(self.dtype))
         # Ignore penalties, beams and suppressed tokens in the folder's generation_config.json: no verifier of drafts
         # applies them. Only its end tokens are used, by ChatTemplate.
         model.generation_config = GenerationConfig()

@@ -25,16 +25,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 import specforge.stopping as stopping
-from specforge.contracts import CapturePolicy
+from specforge.contracts import ENCODINGS, CapturePolicy, engine_label
 from specforge.errors import UserError
 from specforge.files import read_secret
-from specforge.inference.target_engine.base import check_layers, feature_widths
+from specforge.inference.target_engine.base import TargetEngine, UnavailableError, check_layers, feature_widths
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.runtime.addresses import shown
 from specforge.runtime.data_plane.encoding import decode, encode
 
 PATH = "/v1/features"
-CHECKSUM = "X-Checksum"
+CHECKSUM, ENGINE = "X-Checksum", "X-Engine"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LONGEST_REASON = 4096
 _TEMPORARY = (502, 503, 504, *range(520, 528))  # a proxy does not reach the server, or the server is busy
@@ -70,15 +70,14 @@ class _NoAnswerError(Exception):
     """The server did not respond, or the response was damaged in transit; a retry may succeed."""
 
 
-class HTTPTargetEngine:
-    """A :class:`TargetEngine` that sends requests to a target server.
+class HTTPTargetEngine(TargetEngine):
+    """A client of a target server (`specforge target serve`), whose responses hold the features.
 
     Args:
-        url: such as ``http://127.0.0.1:8010``.
-        token_file: file with the server's token.
         target: files of the expected target.
         dtype: its compute dtype.
-        encoding: transfer features as they are (``raw``), or in 8 bits.
+        url: address of the server, such as ``http://127.0.0.1:8010``.
+        token_file: file with the server's token.
         patience: seconds to retry while the server does not respond.
         timeout: seconds to wait for one response.
 
@@ -86,17 +85,18 @@ class HTTPTargetEngine:
         UserError: the address or the token is malformed.
     """
 
+    encodings = ENCODINGS
+
     def __init__(
         self,
-        url: str,
-        token_file: Path,
         target: TargetFiles,
-        dtype: str = "bfloat16",
-        *,
-        encoding: str = "raw",
+        dtype: str,
+        url: str,
+        token_file: Path = Path("runs/target.token"),
         patience: float = 300.0,
         timeout: float = 120.0,
     ) -> None:
+        super().__init__(target, dtype)
         try:
             parts = urlsplit(url)
             port, host = parts.port, (parts.hostname or "").encode("idna").decode()
@@ -108,9 +108,18 @@ class HTTPTargetEngine:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(host, port, timeout=timeout)
         self._token = read_token(token_file)
-        self.url, self.target, self.dtype, self.patience = url.rstrip("/"), target, dtype, patience
-        self.encoding = encoding
+        self.url, self.patience = url.rstrip("/"), patience
+        self._served_by: str | None = None  # the server's engine, as its first answer names it
         self._lock = threading.Lock()
+
+    @property
+    def description(self) -> str:
+        """What the server describes its own engine as."""
+        return self._served_by or ""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens."""
@@ -121,8 +130,8 @@ class HTTPTargetEngine:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies.
 
         Raises:
-            UserError: the server rejects the request, returns something else, or does not respond for ``patience``
-                seconds.
+            UnavailableError: the server does not respond for ``patience`` seconds.
+            UserError: it rejects the request, or returns something else.
         """
         widths, dtype = feature_widths(policy, self.target.hidden_size), torch_dtype(self.dtype)
         encoded = encode({name: torch.empty(1, width, dtype=dtype) for name, width in widths.items()}, self.encoding)
@@ -159,7 +168,7 @@ class HTTPTargetEngine:
             except _NoAnswerError as error:
                 self._connection.close()
                 if time.monotonic() + pause > deadline:
-                    raise UserError(
+                    raise UnavailableError(
                         f"server {self.url}: no answer for {self.patience:g} s ({error}); restart it with "
                         "`specforge target serve` and resume with --ckpt_path last"
                     ) from error
@@ -198,10 +207,21 @@ class HTTPTargetEngine:
             )
         if answer.headers.get(CHECKSUM) != body_checksum(data):
             raise _NoAnswerError("checksum does not match")
+        self._check_engine(printable(answer.headers.get(ENGINE, "")))
         try:
             return load(data)
         except Exception as error:  # the library may raise anything for foreign bytes
             raise UserError(f"server {self.url}: its response is not safetensors ({printable(str(error))})") from error
+
+    def _check_engine(self, found: str) -> None:
+        """Reject a server that was restarted with another engine, whose features would differ in their last bits."""
+        if self._served_by is None:
+            self._served_by = found
+        elif found != self._served_by:
+            raise UserError(
+                f"server {self.url}: its engine is now {engine_label(found)}, and was "
+                f"{engine_label(self._served_by)}; restart it as before"
+            )
 
     def _raise_refusal(self, answer: http.client.HTTPResponse) -> NoReturn:
         """Turn an error response into an exception."""

@@ -8,7 +8,7 @@ its connection, cannot touch the next one.
 from __future__ import annotations
 
 import logging
-import threading
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +24,8 @@ from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.server_client import ServerClient
 from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
 from specforge.inference.target_files import TargetFiles
-from specforge.inference.vllm_server import FIELD, VERSIONS
+from specforge.inference.vllm_server import FIELD, VERSIONS, VLLMOptions, VLLMServer
+from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 from specforge.system import available_memory
@@ -39,42 +40,96 @@ _Out = TypeVar("_Out")
 
 
 class VLLMTargetEngine(TargetEngine):
-    """A client of a vLLM server that captures hidden states into a shared feature store.
+    """A vLLM server that captures hidden states into a feature store: one that runs already, or one of its own.
 
     Args:
         target: files of the expected target.
         dtype: its compute dtype.
-        url: address of the server, such as ``http://127.0.0.1:8000``.
-        store: address of the server's feature store: a folder that both can access, or ``mooncake://...``.
+        url: address of a running server, such as ``http://127.0.0.1:8000``; without it, one is started, and ends with
+            this process.
+        store: address of the server's feature store: a folder that both can access, or ``mooncake://...``; for a
+            server of its own by default a temporary folder.
         api_key_file: file with the server's API key; none by default.
         concurrency: maximum number of requests in flight.
         patience: seconds to retry while the server does not respond, and to wait for features after its answer.
         compare: compare two tokens with transformers before anything is captured, if the target fits into memory.
+        python: to start a server: interpreter of an environment with vLLM and xxhash (default: this one).
+        tensor_parallel: to start a server: number of devices that share each layer.
+        expert_parallel: to start a server: give each device whole experts of a mixture-of-experts target.
+        quantization: to start a server: vLLM's name of a quantisation (default: that of the target's files).
+        max_model_len: to start a server: maximum length of a prompt, plus one (default: the target's).
+        memory: to start a server: share of each device's memory that it may use (default: vLLM's).
+        arguments: to start a server: more arguments of vLLM's server, such as ["--enforce-eager"].
+        log: to start a server: file for its output.
 
     Raises:
         UserError: the address is malformed, the file cannot be read, or the store cannot be opened.
     """
 
+    independent = True
+
     def __init__(
         self,
         target: TargetFiles,
         dtype: str,
-        url: str,
-        store: str,
+        url: str | None = None,
+        store: str | None = None,
         api_key_file: Path | None = None,
-        concurrency: int = 32,
-        patience: float = 300.0,
+        concurrency: PositiveInt = 32,
+        patience: PositiveSeconds = 300.0,
         compare: bool = True,
+        python: str | None = None,
+        tensor_parallel: PositiveInt = 1,
+        expert_parallel: bool = False,
+        quantization: str | None = None,
+        max_model_len: PositiveInt | None = None,
+        memory: PositiveShare | None = None,
+        arguments: list[str] | None = None,
+        log: Path = Path("runs/vllm.log"),
     ) -> None:
         super().__init__(target, dtype)
-        self._client = ServerClient(url, api_key_file, patience=patience, connections=concurrency)
-        self.url, self.store, self.concurrency = self._client.url, store, concurrency
-        self._handoff = Handoff(open_backend(store), self.url, min(patience, 120.0))
+        self.concurrency, self._patience, self._key = concurrency, patience, api_key_file
         self._compare, self._compared = compare, False
         self._pool = ThreadPoolExecutor(concurrency, "vllm")
+        self._own: VLLMServer | None = None
         self._server: dict[str, Any] = {}  # the server's description of itself
-        self._model = ""
-        self._lock = threading.Lock()
+        self._model, self._store = "", store
+        flags: dict[str, Any] = {
+            "--tensor-parallel-size": tensor_parallel,
+            "--quantization": quantization,
+            "--max-model-len": max_model_len,
+            "--gpu-memory-utilization": memory,
+        }
+        words = [word for flag, value in flags.items() if value not in (None, 1) for word in (flag, str(value))]
+        words += ["--enable-expert-parallel"] * expert_parallel + list(arguments or ())
+        self._options = VLLMOptions(python or sys.executable, tuple(words), log)
+        if url is not None:
+            if words or python:
+                raise UserError(f"engine vllm: {python or words[0]} is for starting a server; leave out either it or url")
+            if store is None:
+                raise UserError("engine vllm: no store; name the feature store that the server was started with")
+            self._connect(url, store)
+
+    def _connect(self, url: str, store: str) -> None:
+        self._client = ServerClient(url, self._key, patience=self._patience, connections=self.concurrency)
+        self.url, self.store = self._client.url, store
+        self._handoff = Handoff(open_backend(store), self.url, min(self._patience, 120.0))
+
+    def _start(self, policy: CapturePolicy) -> None:
+        """Start a server that captures what a policy asks for."""
+        own = VLLMServer(self.target, self.dtype, policy, self._store, self._options)
+        try:
+            own.wait()
+        except BaseException:
+            own.close()
+            raise
+        self._own = own
+        self._connect(own.url, own.store)
+
+    @property
+    def commands(self) -> list[str]:
+        """The options by which another process uses the same server."""
+        return [f"--engine vllm --engine.url {self.url} --engine.store {self.store}"]
 
     @property
     def description(self) -> str:
@@ -82,19 +137,23 @@ class VLLMTargetEngine(TargetEngine):
         found = self._server
         if not found:
             return ""
-        pipeline = f" pp{found['pipeline_parallel']}" if found["pipeline_parallel"] > 1 else ""
         expert = " ep" if found["expert_parallel"] else ""
         quantization = f" {found['quantization']}" if found["quantization"] else ""
-        return f"vllm {found['version']} tp{found['tensor_parallel']}{pipeline}{expert}{quantization}"
+        return f"vllm {found['version']} tp{found['tensor_parallel']}{expert}{quantization}"
 
     def close(self) -> None:
-        """Close all connections."""
-        self._client.close()
+        """Close all connections, and end a server of its own."""
+        if hasattr(self, "_client"):
+            self._client.close()
         self._pool.shutdown(cancel_futures=True)
+        if self._own is not None:
+            self._own.close()
 
     def check(self, policy: CapturePolicy) -> None:
         """Check the server's version, target, dtype and layers, and capture two tokens."""
         check_layers(policy, self.target.num_layers, self.target.name)
+        if not hasattr(self, "_client"):
+            self._start(policy)
         self._server = self._probe()
         self._check_server(policy)
         ids = [0, self.target.vocab_size // 2]
@@ -141,6 +200,10 @@ class VLLMTargetEngine(TargetEngine):
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies."""
         return self._together(lambda ids: self._capture_one(ids, policy, self._handoff), input_ids)
+
+    def delivers_to(self, backend: object) -> bool:
+        """Whether :meth:`deliver` stores samples in this store."""
+        return self._handoff.fills(backend)
 
     def deliver(
         self, tasks: Sequence[PromptTask], names: Sequence[str], provenance: Provenance

@@ -19,7 +19,10 @@ from specforge.runtime.control_plane.metadata import Conflict, MetadataStore, Mo
 
 logger = logging.getLogger(__name__)
 
-_KEY = "trainer"  # of the row
+_KEY = "trainer"  # of the trainer's row; the rows of engines have longer ones
+
+
+_FOREVER = 2.0**53  # seconds
 
 
 class Claim(NamedTuple):
@@ -29,7 +32,9 @@ class Claim(NamedTuple):
     deadline: float
 
 
-def claim(metadata: MetadataStore, holder: str, now: float, deadline: float, instead_of: str = "") -> Claim:
+def claim(
+    metadata: MetadataStore, holder: str, now: float, deadline: float, instead_of: str = "", key: str = _KEY
+) -> Claim:
     """Make a trainer the only one, or renew its claim, unless the claim of another one has not expired.
 
     Args:
@@ -38,25 +43,42 @@ def claim(metadata: MetadataStore, holder: str, now: float, deadline: float, ins
         now: current time in seconds.
         deadline: when the claim expires.
         instead_of: a trainer that is dead, whether or not its claim has expired.
+        key: the row to claim.
 
     Returns:
         The claim that now holds.
     """
     damaged = False
     while True:
-        (row,) = metadata.get([_KEY])
+        (row,) = metadata.get([key])
         if row is None or row.state is not State.CLAIMED:
             if damaged:  # there is a row, but not of a claim
-                metadata.remove([_KEY])
-            (new,) = metadata.add([(_KEY, "")], State.CLAIMED)
+                metadata.remove([key])
+            (new,) = metadata.add([(key, "")], State.CLAIMED)
             damaged = not new
             continue
         if row.owner not in (holder, instead_of) and row.deadline > now:
             return Claim(row.owner, row.deadline)
+        if row.owner == holder and row.deadline >= deadline:
+            return Claim(holder, row.deadline)
         claimed, expected = {"owner": holder, "deadline": deadline}, {"owner": row.owner, "deadline": row.deadline}
         with suppress(Conflict):  # another trainer was faster
-            metadata.move([Move([_KEY], (State.CLAIMED,), State.CLAIMED, claimed, expected)])
+            metadata.move([Move([key], (State.CLAIMED,), State.CLAIMED, claimed, expected)])
             return Claim(holder, deadline)
+
+
+def claim_engine(metadata: MetadataStore, stamp: str, engine: str) -> str:
+    """Make an engine the only one whose features a run trains on, unless another one was faster.
+
+    Args:
+        metadata: the store.
+        stamp: the run's samples, see :func:`~specforge.runtime.control_plane.controller.sample_key`.
+        engine: its name.
+
+    Returns:
+        The engine that holds the claim, forever.
+    """
+    return claim(metadata, engine, 0.0, _FOREVER, key=f"engine {stamp}").holder
 
 
 def resign(metadata: MetadataStore, holder: str) -> None:

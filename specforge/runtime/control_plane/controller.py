@@ -18,9 +18,10 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
-from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, plain
+from specforge.contracts import SAMPLE_ID, FeatureSpec, PromptTask, Provenance, SampleRef, engine_label, plain
 from specforge.errors import UserError
 from specforge.files import parse_json
+from specforge.runtime.control_plane.claim import claim_engine
 from specforge.runtime.control_plane.metadata import Conflict, MetadataStore, Move, Row, State, StateError, Text
 from specforge.runtime.data_plane.store import FeatureStore
 
@@ -194,6 +195,24 @@ class DataFlowController:
 
     def _after_failure(self, tries: int) -> State:
         return State.DEAD if tries >= self.max_tries else State.QUEUED
+
+    def claim_engine(self, names: Iterable[str], engine: str) -> None:
+        """Make an engine the only one that produces samples of their runs; the first producer decides it.
+
+        Args:
+            names: leased samples, with the stamps of their runs.
+            engine: description of the engine, as provenance has it.
+
+        Raises:
+            UserError: another producer's engine was faster.
+        """
+        for stamp in {name.partition("-")[2] for name in names}:
+            holder = claim_engine(self.metadata, stamp, engine_label(engine))
+            if holder != engine_label(engine):
+                raise UserError(
+                    f"the features of this run are computed by {holder[:80]}, not {engine_label(engine)}, which differ "
+                    "in their last bits; start producers of that engine, or train with --data.mix_engines true"
+                )
 
     def renew(self, owner: str, leased: Sequence[LeasedPrompt]) -> list[bool]:
         """Extend leases; returns for each whether ``owner`` still holds it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from specforge.contracts import Provenance, SampleRef, TokenCounts
+from specforge.contracts import Provenance, SampleRef, TokenCounts, engine_label
 from specforge.errors import UserError
 from specforge.files import check_folder, first_line, open_safetensors, read_json, write_file
 from specforge.runtime.data_plane.encoding import ENCODINGS
@@ -37,10 +37,17 @@ class FeatureFolder:
     counts: TokenCounts  # token counts of the prompts
 
     @staticmethod
-    def check(folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> None:
+    def check(
+        folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "", mix_engines: bool = False
+    ) -> None:
         """Reject a folder that holds features of another origin or of other prompts; it need not exist.
 
-        ``prompts`` is the identity of the prompt set with all its splits; it is not compared if empty.
+        Args:
+            folder: the folder.
+            provenance: origin of the features to add.
+            counts: token counts of their prompts.
+            prompts: identity of the prompt set with all its splits; not compared if empty.
+            mix_engines: accept features that another engine has computed.
 
         Raises:
             UserError: the folder holds such features.
@@ -52,7 +59,14 @@ class FeatureFolder:
         meta = _read_meta(folder)
         found = _flat(meta)
         found.setdefault("provenance.encoding", found.get("encoding"))  # as folders of earlier versions have it
-        for key, value in _flat({"format": FORMAT, "provenance": provenance.to_json()}).items():
+        engine = str(found.get("provenance.engine", ""))
+        if engine != provenance.engine and not mix_engines:
+            raise UserError(
+                f"{folder}: holds features computed by {engine_label(engine)[:80]}, not "
+                f"{engine_label(provenance.engine)}, which differ in their last bits; choose another folder, or mix "
+                "them with --mix_engines true"
+            )
+        for key, value in _flat({"format": FORMAT, "provenance": replace(provenance, engine="").to_json()}).items():
             was = found.get(key)
             if was != value and key != "provenance.target":
                 raise UserError(
@@ -82,13 +96,15 @@ class FeatureFolder:
                 )
 
     @classmethod
-    def create(cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "") -> FeatureFolder:
-        """Create a folder, or open one whose features have the same origin and prompts.
+    def create(
+        cls, folder: Path, provenance: Provenance, counts: TokenCounts, prompts: str = "", mix_engines: bool = False
+    ) -> FeatureFolder:
+        """Create a folder, or open one whose features have the same origin and prompts, as :meth:`check` compares them.
 
         Raises:
             UserError: the folder holds features of another origin or of other prompts.
         """
-        cls.check(folder, provenance, counts, prompts)
+        cls.check(folder, provenance, counts, prompts, mix_engines)
         if not _holds_samples(folder):
             if not (folder / _META).exists():
                 check_folder(folder.resolve(), _is_unfinished)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import specforge.stopping as stopping
 from specforge.contracts import (
+    ANY_ENGINE,
     AUX_HIDDEN_STATES,
     INPUT_IDS,
     LOSS_MASK,
@@ -29,6 +30,7 @@ from specforge.contracts import (
     StrategySpec,
     TrainBatch,
     content_id,
+    engine_label,
     mask_spans,
 )
 from specforge.errors import UserError
@@ -37,7 +39,7 @@ from specforge.runtime.data_plane.store import BadSampleError, SampleStore, Stor
 
 logger = logging.getLogger(__name__)
 
-_LATER = ("dtype", "encoding")  # missing from checkpoints of the first version
+_LATER = ("dtype", "encoding", "engine")  # missing from checkpoints of earlier versions
 
 
 class RunLength(NamedTuple):
@@ -127,6 +129,7 @@ class FeatureDataLoader(Generic[SampleT]):
             "world_size": world_size,
             "dtype": self.samples[0].provenance.dtype,
             "encoding": self.samples[0].provenance.encoding,
+            "engine": " and ".join(sorted({engine_label(sample.provenance.engine) for sample in self.samples})),
         }
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
@@ -155,7 +158,7 @@ class FeatureDataLoader(Generic[SampleT]):
         """
         for key, value in self._identity.items():
             known = key in state or key not in _LATER
-            if known and state.get(key) != value:
+            if known and state.get(key) != value and ANY_ENGINE not in (value, state.get(key)):
                 what = "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
                 raise UserError(
                     f"cannot resume in the middle of the data: {what} changed since the checkpoint; restore it, "
