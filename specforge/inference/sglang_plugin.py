@@ -18,7 +18,7 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -54,18 +54,6 @@ _METHODS = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def capture_arguments(layers: Sequence[int]) -> list[str]:
-    """The arguments of SGLang's server that make it capture the outputs of layers, and the last hidden states."""
-    return [
-        "--enable-return-aux-hidden-states",
-        "--speculative-algorithm",  # names a convention for layers here; nothing is drafted
-        "EAGLE3",
-        "--return-aux-hidden-state-layer-ids",
-        *map(str, sorted(layers)),
-        "--disable-radix-cache",
-    ]
 
 
 def write_distribution(folder: Path, store: str, max_bytes: int) -> None:
