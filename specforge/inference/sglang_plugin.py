@@ -164,7 +164,6 @@ def describe(options: Mapping[str, Any], model: Any, store: str) -> dict[str, An
         "last_hidden_states": True,
         "max_model_len": model.context_len,
         "tensor_parallel": options["tp_size"],
-        "pipeline_parallel": options["pp_size"],
         "expert_parallel": options["ep_size"] > 1,
         "store": store,
     }

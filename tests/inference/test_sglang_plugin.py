@@ -253,7 +253,6 @@ OPTIONS = {
     "return_aux_hidden_state_layer_ids": [4, 1],
     "disable_radix_cache": True,
     "tp_size": 2,
-    "pp_size": 1,
     "ep_size": 1,
 }
 
