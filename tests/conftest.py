@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-seeds", type=int, default=3, help="seeds of the fault matrix (default 3)")
     parser.addoption("--write-docs", action="store_true", help="write docs/targets.md (tests/test_targets.py)")
     parser.addoption("--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)")
+    parser.addoption("--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="interpreter that has vLLM")
     parser.addoption("--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang")
 
 

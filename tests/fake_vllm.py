@@ -71,7 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._send(200, {"/version": {"version": self.server.version}, "/v1/models": {"data": [{"id": "m"}]}}[self.path])
+        self._send(
+            200, {"/version": {"version": self.server.version}, "/v1/models": {"data": [{"id": "m"}]}}[self.path]
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -6,9 +6,7 @@ test kills it.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -34,7 +32,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 POLICY = CapturePolicy((4, 1, 3))
 STEP = 64  # tokens that the server reads in one step
 BOUND = 2e-5  # relative distance from transformers' states, in fp32
-ARGUMENTS = ["--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", str(STEP), "--disable-uvicorn-access-log"]
+ARGUMENTS = [
+    "--enforce-eager",
+    "--max-num-seqs",
+    "8",
+    "--max-num-batched-tokens",
+    str(STEP),
+    "--disable-uvicorn-access-log",
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,9 @@ def test_features_are_transformers_whatever_their_prompts_share_steps_with(engin
 def complete(server, params, **more):
     body = {"model": server.target.name, "prompt": [5, 3, 8], "max_tokens": 2, "temperature": 0}
     return httpx.post(
-        f"{server.url}/v1/completions", json=body | more | ({"kv_transfer_params": params} if params else {}), timeout=60
+        f"{server.url}/v1/completions",
+        json=body | more | ({"kv_transfer_params": params} if params else {}),
+        timeout=60,
     )
 
 
@@ -152,11 +159,20 @@ def provenance(engine):
 def test_another_target_and_other_layers_are_refused(server, files, tmp_path):
     other = TargetFiles.find(str(write_target(tmp_path / "other", seed=1, hidden=128)))
     options = {"url": server.url, "store": server.store}
-    with VLLMTargetEngine(other, "float32", **options) as engine, pytest.raises(UserError, match="serves another target"):
+    with (
+        VLLMTargetEngine(other, "float32", **options) as engine,
+        pytest.raises(UserError, match="serves another target"),
+    ):
         engine.check(POLICY)
-    with VLLMTargetEngine(files, "float32", **options) as engine, pytest.raises(UserError, match="does not capture layer 6"):
+    with (
+        VLLMTargetEngine(files, "float32", **options) as engine,
+        pytest.raises(UserError, match="does not capture layer 6"),
+    ):
         engine.check(CapturePolicy((6,)))
-    with VLLMTargetEngine(files, "bfloat16", **options) as engine, pytest.raises(UserError, match="computes in float32"):
+    with (
+        VLLMTargetEngine(files, "bfloat16", **options) as engine,
+        pytest.raises(UserError, match="computes in float32"),
+    ):
         engine.check(POLICY)
 
 
@@ -216,7 +232,10 @@ def test_a_server_that_is_killed_during_requests_and_started_again_loses_nothing
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         server._own.process = subprocess.Popen(
-            process.args, env={**os.environ, "PYTHONPATH": str(path)}, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+            process.args,
+            env={**os.environ, "PYTHONPATH": str(path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
         )
         features = found.result(300)
     for ids, one in zip(prompts, features, strict=True):

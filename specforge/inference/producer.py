@@ -128,7 +128,8 @@ class Producer:
             else:
                 if provenance.engine != ANY_ENGINE:
                     self.controller.claim_engine(tasks, worker.provenance.engine)
-                work += [(worker, batch) for batch in plan_named(tasks.items(), self.batch_tokens)]
+                batches = plan_named(tasks.items(), self.batch_tokens)
+                work += [(worker, batch) for batch in ([[*tasks.items()]] if worker.engine.independent else batches)]
         yield from work
 
     def _unusable(self, prompt: LeasedPrompt) -> str:

@@ -315,11 +315,11 @@ class TargetFiles:
         Raises:
             UserError: the class has no norm after its layers, or a tensor is missing.
         """
-        groups = ([*module.children()] for module in self._skeleton.modules())
+        groups = ([*module.children()] for module in self.skeleton.modules())
         siblings = next((x for x in groups if any(_is_list(child, self.num_layers) for child in x)), [])
         norms = [module for module in siblings if "norm" in type(module).__name__.lower()]
         if not norms:
-            raise UserError(f"{self.name}: {type(self._skeleton).__name__} has no norm after its layers")
+            raise UserError(f"{self.name}: {type(self.skeleton).__name__} has no norm after its layers")
         norm = copy.deepcopy(norms[-1])
         parts = {part: self._module_tensor(norms[-1], part, "final norm") for part in norm.state_dict()}
         norm.load_state_dict({part: x.to(dtype) for part, x in parts.items()}, assign=True)

@@ -279,7 +279,7 @@ class Exporter:
 
 
 def _captured_ids(vllm_config: Any) -> list[int]:
-    """vLLM's ids of the captured states, in the order in which it returns them.
+    """VLLM's ids of the captured states, in the order in which it returns them.
 
     Raises:
         UserError: the server does not capture.

@@ -92,7 +92,7 @@ def test_a_server_that_dies_between_its_answer_and_the_features_is_asked_again(e
     monkeypatch.setattr(server.sink, "submit", lambda *args: lost.pop() if lost else submit(*args))
     assert engine.capture([[1, 2]], POLICY)
     lost.extend([1, 1, 1])
-    with pytest.raises(NotDeliveredError, match="it has answered, but after 0.2 s the features are not in the store"):
+    with pytest.raises(NotDeliveredError, match="it has answered, but after"):
         engine.capture([[1, 2]], POLICY)
 
 
@@ -101,7 +101,7 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         engine = VLLMTargetEngine(files, "float32", url=url, store=str(tmp_path), patience=0.1)
-        with pytest.raises(UnavailableError, match="no answer for 0.1 s"):
+        with pytest.raises(UnavailableError, match="no answer for"):
             engine.check(POLICY)
 
 
@@ -123,7 +123,7 @@ def test_a_server_that_does_not_fit_is_refused(engine, server, changes, reason):
 
 def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, server):
     server.description = {}
-    with pytest.raises(UserError, match="does not capture; start it with `specforge target serve --engine vllm`"):
+    with pytest.raises(UserError, match="does not capture; start it with `specforge target serve"):
         engine.check(POLICY)
     server.version = "0.31.9"
     with pytest.raises(UserError, match=r"vLLM 0\.31\.9 is not supported; use 0\.32"):
@@ -131,18 +131,18 @@ def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, 
 
 
 def test_a_store_that_is_not_the_servers_is_named(server, files, tmp_path):
-    other = str(tmp_path / "other")
-    with VLLMTargetEngine(files, "float32", url=server.url, store=other, patience=0.2) as engine:
-        with pytest.raises(UserError, match=f"do not arrive in {other}; it writes to {tmp_path / 'store'}, which must"):
-            engine.check(POLICY)
+    own, other = str(tmp_path / "store"), str(tmp_path / "other")
+    engine = VLLMTargetEngine(files, "float32", url=server.url, store=other, patience=0.2)
+    with engine, pytest.raises(UserError, match=f"do not arrive in {other}; it writes to {own}, which must"):
+        engine.check(POLICY)
 
 
 def test_states_that_are_not_the_targets_are_noticed(server, files, tmp_path, tmp_path_factory):
     server.engine = HFTargetEngine(TargetFiles.find(str(write_target(tmp_path / "x", seed=1))), "float32")
     options = {"url": server.url, "store": str(tmp_path / "store")}
-    with VLLMTargetEngine(files, "float32", **options) as engine:
-        with pytest.raises(UserError, match="its aux_hidden_states differ from transformers' by"):
-            engine.check(POLICY)
+    engine = VLLMTargetEngine(files, "float32", **options)
+    with engine, pytest.raises(UserError, match="its aux_hidden_states differ from transformers' by"):
+        engine.check(POLICY)
     with VLLMTargetEngine(files, "float32", **options, compare=False) as engine:
         engine.check(POLICY)
 

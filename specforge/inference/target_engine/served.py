@@ -150,9 +150,9 @@ class ServedTargetEngine(TargetEngine):
         self._connect(own.url, own.store)
 
     @property
-    def commands(self) -> list[str]:
-        """The options by which another process uses the same server."""
-        return [f"--engine {self.name} --engine.url {self.url} --engine.store {self.store}"]
+    def options(self) -> str:
+        """Address and store of the server."""
+        return f"--data.engine {self.name} --data.engine.url {self.url} --data.engine.store {self.store}"
 
     @property
     def description(self) -> str:
@@ -199,10 +199,8 @@ class ServedTargetEngine(TargetEngine):
     def _check_version(self, found: str) -> None:
         if not any(found.startswith(x) if x.endswith(".") else found == x for x in self.versions):
             known = ", ".join(x.rstrip(".") for x in self.versions)
-            raise UserError(
-                f"server {self.url}: {self.server.title} {printable(found) or 'of an unknown version'} is not supported; "
-                f"use {known}"
-            )
+            name = f"{self.server.title} {printable(found) or 'of an unknown version'}"
+            raise UserError(f"server {self.url}: {name} is not supported; use {known}")
 
     def _check_server(self, found: ServerDescription, policy: CapturePolicy) -> None:
         where = f"server {self.url}"
@@ -276,25 +274,32 @@ class ServedTargetEngine(TargetEngine):
         widths = feature_widths(provenance.capture, self.target.hidden_size)
         features = {name: (width, self.dtype) for name, width in widths.items()}
         for attempt in range(1, _ATTEMPTS + 1):
-            tickets: list[tuple[Ticket, SampleRef]] = []
-
-            def ticket(tickets: list[tuple[Ticket, SampleRef]] = tickets) -> dict[str, Any]:
-                tickets.append(handoff.expect(ids, features, provenance, **more))
-                return tickets[-1][0].to_json()
-
             try:
-                self._check_same(self._ask(ids, ticket))
-                handoff.wait(tickets[-1][0])
-                _, ref = tickets.pop()
-                return ref
+                return self._attempt(ids, handoff, lambda: handoff.expect(ids, features, provenance, **more))
             except NotDeliveredError as error:
                 if attempt == _ATTEMPTS or handoff is not self._handoff:
                     raise
                 logger.warning("%s; asking again", error)
-            finally:
-                for lost, _ in tickets:
-                    handoff.discard(lost)
         raise AssertionError
+
+    def _attempt(
+        self, ids: Sequence[int], handoff: Handoff, expect: Callable[[], tuple[Ticket, SampleRef]]
+    ) -> SampleRef:
+        """Have the server store the features of one prompt; every request that is sent gets a ticket of its own."""
+        sent: list[tuple[Ticket, SampleRef]] = []
+
+        def ticket() -> dict[str, Any]:
+            sent.append(expect())
+            return sent[-1][0].to_json()
+
+        try:
+            self._check_same(self._ask(ids, ticket))
+            handoff.wait(sent[-1][0])
+            _, ref = sent.pop()
+            return ref
+        finally:
+            for lost, _ in sent:
+                handoff.discard(lost)
 
     @abstractmethod
     def _post(self, ids: Sequence[int], ticket: Callable[[], dict[str, Any]]) -> Any:
@@ -326,8 +331,8 @@ class ServedTargetEngine(TargetEngine):
         limit = self._known.max_model_len
         if length >= limit:
             raise UserError(
-                f"server {self.url}: a prompt of {length} tokens, but the server reads at most {limit - 1} (its maximum "
-                "length, less one); restart it with a larger one, or prepare shorter prompts"
+                f"server {self.url}: a prompt of {length} tokens, but the server reads at most {limit - 1}; restart it "
+                "with a larger maximum length (--engine.max_model_len, plus one), or prepare shorter prompts"
             )
 
     def _check_same(self, found: ServerDescription) -> None:
