@@ -32,7 +32,7 @@ from benchmarks.results import ROOT, specforge
 from lightning_modules import algorithms
 from specforge.contracts import CapturePolicy, PromptTask, Provenance, TokenCounts
 from specforge.inference.rollout_worker import RolloutWorker
-from specforge.inference.target_engine.base import feature_widths
+from specforge.inference.target_engine.base import TargetEngine, feature_widths
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
 
@@ -128,7 +128,7 @@ class StepTimes(pl.Callback):
         self.path.write_text(json.dumps(result))
 
 
-class RandomEngine:
+class RandomEngine(TargetEngine):
     """Engine that returns random features of the right widths."""
 
     dtype = "bfloat16"

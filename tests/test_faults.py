@@ -45,6 +45,7 @@ from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
+from specforge.inference.target_engine import TargetEngine
 from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import STATES, State
@@ -62,8 +63,11 @@ class Killed(BaseException):
     """Nobody catches it, as nobody catches SIGKILL."""
 
 
-class Engine:
+class Engine(TargetEngine):
     """A target of arithmetic: features depend on the tokens alone."""
+
+    def __init__(self) -> None:
+        """Needs no files."""
 
     def check(self, policy: CapturePolicy) -> None:
         pass

@@ -25,6 +25,9 @@ _UNKNOWN_CLASS = r"Expected a dot import path string: (\w+)"
 _REQUIRED = r"the following arguments are required: (\w+(?:\.\w+)*)"
 _KEY = r'Parser key "([\w.]+)"'
 _OUT_OF_RANGE = r"Not of type (an? .+?): "  # a type of specforge.options
+_CALLABLE = r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: "
+_NOT_IMPORTED = r"^(No module named .*?|.* has no attribute .*?|cannot import name .*?)(?:\. Got value: (.*))?$"
+_NOT_SUBCLASS = r"Expected '([\w.]+)' to be .*<class '(?:\w+\.)*(\w+)'>"
 _GIVEN = r": (\S+) does not conform|with base 10: (\S+)|to float: (\S+)|Given value: ([^\s(]+)$"
 _TYPES = {
     "list": "a list, such as [1, 2]",
@@ -58,6 +61,8 @@ def explain(message: str, keys: Sequence[str], classes: Sequence[str] = ()) -> s
         keys: names of all options.
         classes: names of the classes that an option may take.
     """
+    message = re.sub(_CALLABLE, "", message)
+    message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     unknown = next((m[1] for line in lines for pattern in _UNKNOWN_OPTION if (m := re.search(pattern, line))), None)
     if unknown is not None:
@@ -91,6 +96,11 @@ def _bad_value(key: str, lines: Sequence[str]) -> str:
     if bounds is not None:
         value = next((x.strip("'") for line in lines for x in (re.findall(_GIVEN, line) or [()])[0] if x), None)
         return f"{key}: must be {bounds}" + (f", not {value}" if value else "")
+    for line in lines:
+        if found := re.search(_NOT_IMPORTED, line):
+            return f"{key}: {found[2] or 'the class'} cannot be imported ({found[1]})"
+        if found := re.search(_NOT_SUBCLASS, line):
+            return f"{key}: {found[1]} is not a {found[2]}"
     detail = next((line.lstrip("- ") for line in lines if "Expected" in line), "not valid")
     detail = re.sub(r"\. Got value: (.*)", r", not \1", detail)
     detail = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"must be one of \1", detail)

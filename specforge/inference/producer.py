@@ -165,7 +165,7 @@ class Producer:
         names, tasks = [name for name, _ in batch], [task for _, task in batch]
         try:
             captured = worker.capture(tasks, names)
-        except UnavailableError:
+        except (UnavailableError, StoreFullError):
             raise
         except Exception as error:  # such as out of memory; one prompt must not stop every producer in turn
             reason = f"the target failed: {first_line(error)}"

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.contracts import ANY_ENGINE, CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
 from specforge.inference.producer import Producer
 from specforge.inference.rollout_worker import sample_id
+from specforge.inference.target_engine.base import TargetEngine, UnavailableError
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.data_plane.local import MemoryBackend
@@ -25,7 +26,7 @@ TASKS = {
 }
 
 
-class Engine:
+class Engine(TargetEngine):
     """Counts its passes; ``action`` may go wrong."""
 
     def __init__(self, action=lambda ids: None) -> None:
@@ -292,6 +293,65 @@ def test_a_target_that_can_do_nothing_any_more_ends_the_producer_after_the_promp
         producer.run(threading.Event())
     counts(producer, **{State.QUEUED: 4})
     assert [row.tries for row in producer.controller.metadata.find((State.QUEUED,))] == [1, 0, 0, 0]
+
+
+def test_a_server_that_is_gone_ends_the_producer_and_costs_no_prompt_a_try():
+    """Else an outage would give up every prompt; another producer, or this one after a restart, goes on with them."""
+
+    def gone(ids) -> None:
+        raise UnavailableError("server http://127.0.0.1:1: no answer for 300 s")
+
+    class Gone(Engine):
+        def check(self, policy) -> None:
+            gone(policy)
+
+    for engine in (Engine(gone), Gone()):
+        producer = made(engine)
+        with pytest.raises(UnavailableError, match="no answer for 300 s"):
+            producer.run(threading.Event())
+        counts(producer, **{State.QUEUED: 4})
+        assert {row.tries for row in producer.controller.metadata.find((State.QUEUED,))} == {0}
+
+
+class Described(Engine):
+    """An engine of another kind than transformers."""
+
+    description = "vllm 9.9"
+
+
+def of_two_engines(wanted: Provenance) -> tuple[Producer, Producer]:
+    first = made(Engine(), max_prompts=2)
+    first.controller.metadata.remove([f"{name}@0" for name in TASKS])
+    first.controller.ingest({f"{name}-run": task for name, task in TASKS.items()}, 0, wanted)
+    first.controller.ingest({f"{name}-other": task for name, task in TASKS.items()}, 0, wanted)
+    return first, Producer(first.controller, lambda dtype: Described(), "f" * 8, "w2", max_prompts=2)
+
+
+def test_two_producers_with_different_engines_cannot_both_commit():
+    """The first decides it for its run; those of another run in the same stores may be of another engine."""
+    first, second = of_two_engines(PROVENANCE)
+    assert first.once()
+    message = "the features of this run are computed by transformers, not vllm 9.9, which differ in their last bits"
+    with pytest.raises(UserError, match=message):
+        second.run(threading.Event())
+    counts(first, **{State.COMMITTED: 2, State.QUEUED: 6})
+    assert first.once()
+    assert second.once()
+    found = first.controller.references((State.COMMITTED,))
+    assert {(ref.sample_id.partition("-")[2], ref.provenance.engine) for ref in found} == {
+        ("run", ""),
+        ("other", "vllm 9.9"),
+    }
+    with pytest.raises(UserError, match=r"are computed by vllm 9\.9, not transformers"):
+        first.run(threading.Event())
+
+
+def test_engines_are_mixed_if_the_trainer_asks_for_it():
+    first, second = of_two_engines(replace(PROVENANCE, engine=ANY_ENGINE))
+    assert first.once()
+    assert second.once()
+    engines = [ref.provenance.engine for ref in first.controller.references((State.COMMITTED,))]
+    assert sorted(engines) == ["", "", "vllm 9.9", "vllm 9.9"]
 
 
 def test_samples_of_other_features_of_one_prompt_are_told_apart():

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from specforge.contracts import ExpectedSample, Provenance, SampleRef
+from specforge.contracts import ANY_ENGINE, ExpectedSample, Provenance, SampleRef, engine_label
 from specforge.errors import UserError
 from specforge.runtime.control_plane.claim import TrainerClaim
 from specforge.runtime.control_plane.controller import DataFlowController, sample_key, stamped
@@ -91,6 +91,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
         self._spent: list[str] = []  # trained keys whose features are to be deleted
         self._freeing = threading.Lock()
         self._extends = False  # whether the next read must free space for one more batch
+        self._engine: str | None = None  # of the first sample
         self._delivered = 0
         self._mark = (time.monotonic(), 0, 0)
         self._warned = False
@@ -176,6 +177,7 @@ class StreamedSamples(SampleStore[ExpectedSample]):
             found = self._await(sample, epoch)
             if not sample.matches(found):
                 raise BadSampleError(sample.sample_id, "its features are not of the expected kind")
+            self._check_engine(found.provenance.engine)
             try:
                 started = time.monotonic()
                 tensors = self.controller.features.get(found)
@@ -189,6 +191,17 @@ class StreamedSamples(SampleStore[ExpectedSample]):
                 with suppress(StateError):  # its record is gone, which the next wait handles
                     self.controller.lost([self.key(sample.sample_id, epoch)])
         raise AssertionError("max_tries is at least 1")
+
+    def _check_engine(self, engine: str) -> None:
+        """Reject the features of a second engine, such as those of a run that began before engines were claimed."""
+        with self._lock:
+            self._engine = engine if self._engine is None else self._engine
+        if self.provenance.engine != ANY_ENGINE and engine != self._engine:
+            raise UserError(
+                f"data: the store holds features computed by {engine_label(engine)[:80]}, and this run has trained on "
+                f"those of {engine_label(self._engine)[:80]}, which differ in their last bits; use new stores, or mix "
+                "them with data.mix_engines: true"
+            )
 
     def _await(self, sample: ExpectedSample, epoch: int) -> SampleRef:
         started, before, key = time.monotonic(), None, self.key(sample.sample_id, epoch)
