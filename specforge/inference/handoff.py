@@ -144,7 +144,7 @@ class FeatureSink:
         ticket: Ticket,
         input_ids: Sequence[int],
         layers: Mapping[int, Tensor],
-        last: Callable[[], Tensor] | None = None,
+        last: Tensor | Callable[[], Tensor] | None = None,
     ) -> None:
         """Queue the states of one prompt.
 
@@ -152,10 +152,11 @@ class FeatureSink:
             ticket: the client's.
             input_ids: the tokens that the server has read.
             layers: output of each captured decoder layer, ``[T, H]`` on the CPU, not changed afterwards.
-            last: computes the states after the final norm, ``[T, H]``; None if the server cannot.
+            last: states after the final norm, ``[T, H]``, or a function that computes them; None if the server cannot.
         """
         tensors = partial(_features, ticket, list(input_ids), layers, last)
-        self._queue(_Delivery(ticket, tensors, sum(x.nbytes for x in layers.values())))
+        held = [*layers.values(), *([last] if isinstance(last, Tensor) else [])]
+        self._queue(_Delivery(ticket, tensors, sum(x.nbytes for x in held)))
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Queue the reason why there are no features."""
@@ -220,7 +221,7 @@ class FeatureSink:
 
 
 def _features(
-    ticket: Ticket, input_ids: list[int], states: Mapping[int, Tensor], last: Callable[[], Tensor] | None
+    ticket: Ticket, input_ids: list[int], states: Mapping[int, Tensor], last: Tensor | Callable[[], Tensor] | None
 ) -> dict[str, Tensor]:
     """The tensors that a ticket asks for."""
     policy, tensors = ticket.capture, {INPUT_IDS: torch.tensor(input_ids, dtype=torch.int32)}
@@ -232,7 +233,7 @@ def _features(
     if policy.last_hidden_states:
         if last is None:
             raise UserError("this server does not capture the last hidden states")
-        tensors[LAST_HIDDEN_STATES] = last()
+        tensors[LAST_HIDDEN_STATES] = last if isinstance(last, Tensor) else last()
     if ticket.loss_mask:
         tensors[LOSS_MASK] = torch.tensor([int(x) for x in ticket.loss_mask], dtype=torch.uint8)
     return tensors
