@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -73,18 +74,24 @@ class EngineServer(ABC):
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="specforge-server-"))
         self.store = _absolute(store or str(self._folder / "store"))
-        arguments = self._arguments(target, dtype, policy)
-        self._check_python(options.python)
+        self.url, self._log = f"http://127.0.0.1:{_free_port()}", options.log
+        try:
+            arguments = self._arguments(target, dtype, policy)
+            self._check_python(options.python)
+            self.process = self._start(arguments, options)
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+
+    def _start(self, arguments: Sequence[str], options: ServerOptions) -> subprocess.Popen[bytes]:
         path = self._folder / "path"
         path.mkdir()
         self._fill_path(path)
-        port = _free_port()
-        self.url, self._log = f"http://127.0.0.1:{port}", options.log
-        command = [options.python, *self.launch, "--host", "127.0.0.1", "--port", str(port)]
+        host, port = self.url.removeprefix("http://").split(":")
         options.log.parent.mkdir(parents=True, exist_ok=True)
         with options.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *arguments, *options.arguments],
+            return subprocess.Popen(
+                [options.python, *self.launch, "--host", host, "--port", port, *arguments, *options.arguments],
                 env={**os.environ, "PYTHONPATH": str(path)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
