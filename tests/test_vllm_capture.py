@@ -85,7 +85,7 @@ def server(python, files, tmp_path_factory):
 @pytest.fixture
 def engine(server, files):
     """A client of that server."""
-    with VLLMTargetEngine(files, "float32", url=server.url, store=server.store, patience=300) as engine:
+    with VLLMTargetEngine(files, "float32", url=server.url, store=server.store, patience=600) as engine:
         engine.check(POLICY)
         yield engine
 
@@ -229,14 +229,16 @@ def test_a_server_that_is_killed_during_requests_and_started_again_loses_nothing
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(engine.capture, prompts, POLICY)
         assert begun.wait(60)
-        os.kill(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # with its engine, which would outlive it
         process.wait()
-        server._own.process = subprocess.Popen(
-            process.args,
-            env={**os.environ, "PYTHONPATH": str(path)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )
-        features = found.result(300)
+        with server._own._log.open("ab") as log:
+            server._own.process = subprocess.Popen(
+                process.args,
+                env={**os.environ, "PYTHONPATH": str(path)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        features = found.result(600)
     for ids, one in zip(prompts, features, strict=True):
         assert_close(one, reference.capture([ids], POLICY)[0])
