@@ -63,9 +63,9 @@ def test_out_of_range_is_one_line_that_says_what_may_be_given(name: str, option:
 def _numbers(hints: dict[str, object]) -> dict[str, object]:
     """The options that are numbers without bounds."""
     parts = {
-        name: {hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))} for name, hint in hints.items()
+        name: [hint, *get_args(hint), *(y for x in get_args(hint) for y in get_args(x))] for name, hint in hints.items()
     }
-    return {name: hints[name] for name, found in parts.items() if found & {int, float}}
+    return {name: hints[name] for name, found in parts.items() if int in found or float in found}
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("fit", "validate")])
