@@ -93,7 +93,7 @@ class BlockFamilyModule(DraftModule):
         check_layers(CapturePolicy(draft.layer_ids), files.num_layers, files.name)
         draft.apply(self._initialise)
         if source is not None:
-            load_weights(draft, source, self.export_format)
+            load_weights(draft, source, self.export_format, files)
         features = (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES) if self._needs_target(label) else (AUX_HIDDEN_STATES,)
         spec = StrategySpec(self.algorithm, CapturePolicy(draft.layer_ids), features, draft.drafts, min_tokens=2)
         gamma = gamma or min(4, draft.drafts)

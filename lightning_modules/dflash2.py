@@ -20,7 +20,7 @@ from specforge.inference.target_head import TargetHead
 from specforge.losses import Correction, TeacherRows, TiledLoss, tiled_loss
 from specforge.losses.blocks import Candidates
 from specforge.modeling.draft.dflash.dflash2 import DFlash2, DynamicConv, SelectingCorrector
-from specforge.modeling.draft.dflash.export import DFlashFormat
+from specforge.modeling.draft.dflash.export import DFlash2Format
 from specforge.modeling.draft.dflash.plan import BlockPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.starting import initialise
@@ -41,7 +41,7 @@ class DFlash2Module(BlockFamilyModule):
 
     algorithm: ClassVar[str] = "dflash2"
     architectures: ClassVar[tuple[str, ...]] = ("DFlash2DraftModel",)
-    export_format: ClassVar[DraftFormat] = DFlashFormat()
+    export_format: ClassVar[DraftFormat] = DFlash2Format()
     draft: DFlash2
 
     def __init__(self, *draft: Any, selector: PositiveFloat = 1.0, **training: Any) -> None:

@@ -60,7 +60,7 @@ class EagleFamilyModule(DistilledModule):
         if init_from == "target":  # drawn here, not in setup, so that all ranks draw the same numbers
             torch.nn.init.normal_(draft.fc.weight, std=0.002)
         if source is not None:
-            load_weights(draft, source, self.export_format)
+            load_weights(draft, source, self.export_format, files)
         super().__init__(files, draft, capture, weights=weights, has_vocabulary=source is not None, **training)
         self.start = draft.start_from_target if init_from == "target" else None
         self.starts_from_draft = source is not None

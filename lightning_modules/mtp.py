@@ -21,6 +21,7 @@ from specforge.modeling.draft.eagle3.plan import UnrollPlan
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.mtp.export import MTPFormat, mtp_family, mtp_tensors, require_mtp
 from specforge.modeling.draft.mtp.network import MTPDraft
+from specforge.modeling.draft.servers import SGLang
 from specforge.modeling.draft.starting import (
     SavedDraft,
     draft_config_for,
@@ -121,7 +122,7 @@ class MTPModule(DistilledModule):
             "draft_vocab_size": target.vocab_size,
             "qk_norm": any(name.endswith("layers.0.self_attn.q_norm.weight") for name in names),
             "attention_bias": any(name.endswith("layers.0.self_attn.q_proj.bias") for name in names),
-            "mask_first": family is not None and family.mask_first,
+            "mask_first": family is not None and SGLang.name in family.mask_first,
         }
 
     def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:

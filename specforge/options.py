@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Share = float
     PositiveShare = float
     ShareBelowOne = float
+    PresencePenalty = float
 else:
     from jsonargparse.typing import restricted_number_type as _restricted
 
@@ -47,3 +48,4 @@ else:
     Share = restricted_number_type("a number from 0 to 1", float, [(">=", 0), ("<=", 1), _FINITE])
     PositiveShare = restricted_number_type("a number above 0, at most 1", float, [(">", 0), ("<=", 1)])
     ShareBelowOne = restricted_number_type("a number of at least 0, below 1", float, [(">=", 0), ("<", 1)])
+    PresencePenalty = restricted_number_type("a number from -2 to 2", float, [(">=", -2), ("<=", 2)])

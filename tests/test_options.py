@@ -20,6 +20,7 @@ from specforge.options import (
     PositiveInt,
     PositiveSeconds,
     PositiveShare,
+    PresencePenalty,
     Seconds,
     Seed,
     Share,
@@ -35,6 +36,7 @@ KINDS = {
     "rate": (PositiveFloat, ("0", "-1", "nan", "inf", "x"), ("1e-9", "3")),
     "wait": (NonNegativeFloat, ("-0.1", "nan", "inf"), ("0", "2.5")),
     "share": (Share, ("-0.1", "1.1", "nan"), ("0", "1")),
+    "penalty": (PresencePenalty, ("-2.1", "3", "inf", "nan"), ("-2", "0.5")),
     "water": (PositiveShare, ("0", "1.5"), ("0.1", "1")),
 }
 

@@ -150,14 +150,14 @@ def test_every_tensor_reaches_a_parameter_and_no_parameter_is_left(form, loaded)
     assert left <= {"model.embed_tokens.weight", "lm_head.weight"}, "SGLang has these at random"
 
 
-def mimo(folder: Path) -> Path:
+def mimo(folder: Path, hidden: int = 32) -> Path:
     """A random target of MiMo's architecture, whose MTP module is near its last layer."""
     write_tokenizer(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -175,8 +175,8 @@ def mimo(folder: Path) -> Path:
         mine + n.removeprefix(last): x + 0.01 * torch.randn(x.shape) for n, x in tensors.items() if n.startswith(last)
     }
     for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
-        module[f"{mine}{name}.weight"] = torch.rand(32) + 0.5
-    module[f"{mine}input_proj.weight"] = torch.cat([torch.eye(32), 0.1 * torch.randn(32, 32)], dim=1)
+        module[f"{mine}{name}.weight"] = torch.rand(hidden) + 0.5
+    module[f"{mine}input_proj.weight"] = torch.cat([torch.eye(hidden), 0.1 * torch.randn(hidden, hidden)], dim=1)
     save_file({**tensors, **module}, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
     return folder
@@ -214,9 +214,7 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, 
     assert sum(d.rounds for d in mine) < 0.8 * sum(d.counted for d in mine)  # something is accepted
     folder = tmp_path / "draft"
     module.export_format.to_sglang(module.draft, module.target, folder, "float32")
-    command = (module.export_format.serve(str(target), folder) or "").split()[3:]
-    steps, tokens = (command.index(f"--speculative-num-{word}") + 1 for word in ("steps", "draft-tokens"))
-    command[steps], command[tokens] = "3", "4"
+    command = module.export_format.sglang.command(str(target), folder, 3).split()[3:]
     with serve(python, tmp_path / "log", *command) as server:
         theirs = [server.answer(prompt, 24, [256]) for prompt in prompts]
     assert [reply["output_ids"] for reply in theirs] == answers == [d.tokens for d in mine]

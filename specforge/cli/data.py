@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,12 @@ from specforge.data import prompts as prompt_sets
 from specforge.data.conversations import parse_record, read_raw
 from specforge.data.prompts import PrepareOptions, PrepareReport, PromptSet
 from specforge.data.templates import ChatTemplate
-from specforge.inference.regenerate import RegenerateOptions, Regeneration
+from specforge.errors import UserError
+from specforge.inference.openai_server import ChatServer, ServerOptions, TokenServer, connect
+from specforge.inference.regenerate import RegenerateOptions, Regeneration, Writer
+from specforge.inference.target_engine import Engine, HFTargetEngine, engine_class, on_device
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype
-from specforge.system import pick_device
 
 
 def fetch_target(
@@ -89,36 +92,74 @@ def regenerate(
     target: str,
     output: Path,
     options: RegenerateOptions,
+    remote: ServerOptions,
     dtype: Dtype = "bfloat16",
     device: str = "auto",
+    engine: Engine = HFTargetEngine,
     chat_template: Path | None = None,
 ) -> None:
     """Replace the answers in conversations with the target's own; an interrupted run resumes where it stopped.
+
+    The target answers in this process, or on a server (--server). vLLM and SGLang return the token ids of their
+    answers, and a draft learns those; any other OpenAI-compatible server returns text.
 
     Args:
         data: files of conversations.
         target: folder or hub name of the target.
         output: .jsonl file; conversations whose id it already contains are skipped.
         options: how answers are generated.
-        dtype: compute dtype of the target.
+        remote: the server.
+        dtype: compute dtype of the target in this process.
         device: cpu, cuda, cuda:N or auto.
+        engine: what runs the target if no --server does: hf (transformers, in this process), vllm, sglang, or the
+            class path of your own; its options are --engine.NAME (see --engine.help hf).
         chat_template: Jinja file to use instead of the tokenizer's own template.
     """
-    from specforge.inference.target_engine import HFTargetEngine
-
-    device = pick_device(device)
+    engine = on_device(engine, device)
     paths = [data] if isinstance(data, str) else data
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template)
-    work = Regeneration(records, template, output, options, files.fingerprint, dtype)
+    writer, how = _writer(files, template, options, remote, engine, files.compute_dtype(dtype))
+    work = Regeneration(records, template, output, options, files.fingerprint, how)
     answered_before = len(records) - len(work.todo)
-    tokens, start = 0, time.perf_counter()
+    answered, tokens, start = 0, 0, time.perf_counter()
     with progress_bar("conversations") as bar:
         task = bar.add_task("regenerate", total=len(records), completed=answered_before, rate="")
-        for count, new in work.run(lambda: HFTargetEngine(files, dtype, device)):
+        for count, new in work.run(writer):
+            answered += count
             tokens += new
             bar.update(task, advance=count, rate=f"{tokens / (time.perf_counter() - start):,.0f} tok/s")
-    say(f"{output}: {len(work.todo):,} conversations answered now, {answered_before:,} before")
+    say(f"{output}: {answered:,} conversations answered now, {answered_before:,} before")
     if lost := work.losses():
         say(", ".join(f"{count:,} {what}" for what, count in lost.items()))
+    if work.refused:
+        first, reason = next(iter(work.refused.items()))
+        raise UserError(f"{len(work.refused):,} conversations are not answered, such as {first}: {reason}")
+
+
+def _writer(
+    files: TargetFiles,
+    template: ChatTemplate,
+    options: RegenerateOptions,
+    remote: ServerOptions,
+    engine: Engine,
+    dtype: str,
+) -> tuple[Callable[[], Writer | ChatServer], dict[str, str]]:
+    """What answers, and what the output stores about it."""
+    if remote.server is None:
+        for name in ("min_p", "presence_penalty", "repetition_penalty"):
+            if getattr(options, name) != getattr(RegenerateOptions, name):
+                raise UserError(f"{name}: needs a server (--server)")
+        local = engine_class(engine).__name__
+        named = {} if local == "HFTargetEngine" else {"engine": local}
+        return lambda: engine(files, dtype), {**named, "dtype": dtype}
+    server, ability = connect(remote, template, options.sampling, options.max_new_tokens)
+    model = server.model
+    say(f"{server.client.url}: {model.kind} with model {model.name}; {ability}")
+    names = {Path(name).name for name in (model.name, model.root)}
+    if not names & {Path(files.name).name, files.folder.name, files.folder.resolve().name}:
+        say(f"note: nothing in this name says that it is {files.name}; make sure that it is")
+    if isinstance(server, TokenServer):
+        return lambda: server, {"server": model.kind}
+    return lambda: server, {"server": f"{model.kind}, chat", "model": model.name}

@@ -64,29 +64,35 @@ def evaluate(
 def export(
     draft: Path,
     output: Path,
-    to: Literal["sglang", "hf"] = "sglang",
+    to: Literal["sglang", "vllm", "speculators", "hf"] = "sglang",
     target: str | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     algorithm: str | None = None,
 ) -> None:
-    """Write a trained draft for a server to load.
+    """Write a trained draft for a server to load, and show the commands that serve it.
+
+    ``sglang`` and ``vllm`` write the same files where both servers can serve the draft, and refuse a draft that the
+    server would run as a different network.
 
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
         output: folder to write; must be new, empty or an earlier export, which is replaced.
-        to: ``sglang``, or ``hf`` (Hugging Face layout with the target's embedding; vLLM loads it).
+        to: the server that must be able to serve the draft; ``speculators``, the form of that project, which vLLM
+            serves given the folder alone; or ``hf``, the usual form of published drafts, for no server in particular.
         target: folder or hub name; by default the target that the draft was trained on.
         dtype: dtype of the written tensors.
         algorithm: name of the draft's algorithm, or class path of your own module (default: the built-in one).
     """
     module = load_module(draft, target, algorithm)
     form = module.export_format
-    {"sglang": form.to_sglang, "hf": form.to_hf}[to](module.draft, module.target, output, dtype)
+    getattr(form, f"to_{to}")(module.draft, module.target, output, dtype)
     size = sum(p.stat().st_size for p in output.iterdir())
     say(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
-    command = form.serve(module.target.name, output)
-    if to == "sglang" and command:
-        say(f"serve it: {command}")
+    if to == "speculators":
+        say(f"serve it and its target: vllm serve {output}")
+    elif to != "hf":
+        for line in form.served(module.draft, module.target, output):
+            say(line)
 
 
 def print_table(results: Sequence[MethodResult], run: dict[str, Any]) -> None:

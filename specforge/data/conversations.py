@@ -280,6 +280,8 @@ def _kept(source: str, fields: Any) -> tuple[dict[int, KeptTokens], str]:
         where = f"{REGENERATED}.answers[{i}]"
         if type(answer.get("message")) is not int:
             raise RecordError(source, f"{where}.message is not the index of a message")
+        if "prompt_ids" not in answer and "answer_ids" not in answer:
+            continue  # from a server that returns text only
         prompt, written = (_ids(source, f"{where}.{key}", answer.get(key)) for key in ("prompt_ids", "answer_ids"))
         kept[answer["message"]] = KeptTokens(prompt, written, str(answer.get("digest")))
     return kept, str(fields.get("tokenizer"))

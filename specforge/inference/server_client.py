@@ -28,11 +28,19 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 logger = logging.getLogger(__name__)
 
 
+class RefusedError(UserError):
+    """The server answers, but refuses a request, whose repetition it would refuse as well."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # of HTTP
+
+
 class ServerClient:
     """Requests to one server; may be used by many threads at once.
 
     Args:
-        url: such as ``http://127.0.0.1:8000``; a path such as ``/v1`` at its end is ignored.
+        url: such as ``http://127.0.0.1:8000``, or ``https://host/api`` behind a gateway; ``/v1`` at its end is ignored.
         api_key_file: file with the server's key, sent as a bearer token; None if it wants none.
         patience: seconds to retry while the server does not answer.
         timeout: seconds to wait for one answer.
@@ -56,13 +64,14 @@ class ServerClient:
             _ = parts.port
         except ValueError as error:
             raise UserError(f"server {shown(url)}: {error}") from error
-        path = parts.path.strip("/")
-        if parts.scheme not in ("http", "https") or not parts.hostname or path not in ("", "v1") or parts.query:
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise UserError(f"server {shown(url)}: must look like http://127.0.0.1:8000")
         key = None if api_key_file is None else read_secret(api_key_file, "api_key_file")
-        self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", patience
+        self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}", patience
+        self._next_warning = 0.0  # when the next one may be logged: many threads may wait for the same server
         self._client = httpx.Client(
-            base_url=f"{parts.scheme}://{parts.netloc}",
+            base_url=f"{parts.scheme}://{parts.netloc}{path}",
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
@@ -95,8 +104,9 @@ class ServerClient:
             body: the body, or a function that makes one for each attempt.
 
         Raises:
-            UserError: the server refuses the request (the message has its reason), answers something other than JSON,
-                or does not answer for ``patience`` seconds.
+            RefusedError: the server refuses the request; the message has its reason.
+            UnavailableError: it does not answer for ``patience`` seconds.
+            UserError: it answers something other than JSON.
         """
         return self._json(self._send("POST", path, body), path)
 
@@ -119,7 +129,7 @@ class ServerClient:
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
     ) -> httpx.Response:
-        deadline, pause, failures = time.monotonic() + self.patience, _FIRST_PAUSE, 0
+        deadline, pause, failures = float("inf"), _FIRST_PAUSE, 0
         while True:
             stopping.check()
             try:
@@ -132,11 +142,14 @@ class ServerClient:
                 reason = f"{_reason(answer)} (HTTP {answer.status_code})"
                 failures += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
                 if answer.status_code not in _BUSY and not 0 < failures < _FAILURES:
-                    raise UserError(f"server {self.url}: {reason}")
+                    raise RefusedError(f"server {self.url}: {reason}", answer.status_code)
+            deadline = min(deadline, time.monotonic() + self.patience)  # an answer may take longer than that
             if time.monotonic() + pause > deadline:
                 raise UnavailableError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
-            left = deadline - time.monotonic()
-            logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
+            if self._next_warning <= time.monotonic():
+                self._next_warning = time.monotonic() + pause
+                left = deadline - time.monotonic()
+                logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
             stopping.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -27,9 +27,14 @@ class Writes:
         answers: a text, or token ids, for each call in turn and each prompt in it.
     """
 
+    concurrency = 0
+
     def __init__(self, template, *answers: list) -> None:
         self.template, self.answers = template, list(answers)
         self.asked: list[list[int]] = []
+
+    def close(self) -> None:
+        pass
 
     def generate(self, prompts, **options) -> list[list[int]]:
         self.asked += prompts
@@ -43,7 +48,7 @@ class Writes:
 
 def work(template, output: Path, *rows: dict, target: str = "t", dtype: str = "float32", **options) -> Regeneration:
     records = [parse_record(f"d.jsonl, line {i}", row) for i, row in enumerate(rows, 1)]
-    return Regeneration(records, template, output, RegenerateOptions(**options), target, dtype)
+    return Regeneration(records, template, output, RegenerateOptions(**options), target, {"dtype": dtype})
 
 
 def answered(template, output: Path, rows: list[dict], *answers: list, **options) -> tuple[list[dict], Writes, dict]:

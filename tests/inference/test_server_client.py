@@ -6,10 +6,12 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from specforge.errors import UserError
+from specforge.inference import server_client
 from specforge.inference.server_client import ServerClient
 
 
@@ -51,6 +53,31 @@ def test_a_body_and_a_key_arrive(server, tmp_path):
     assert server.seen == [("/v1/completions", {"prompt": [1]}, "Bearer secret")]
 
 
+@pytest.mark.parametrize("path", ["/api", "/api/", "/api/v1", "/api/v1/"])
+def test_a_server_may_be_behind_the_path_of_a_gateway(server, path):
+    with ServerClient(f"http://127.0.0.1:{server.server_port}{path}") as made:
+        made.post("/v1/completions", {})
+    assert server.seen[0][0] == "/api/v1/completions"
+    assert made.url == f"http://127.0.0.1:{server.server_port}/api"
+
+
+def test_patience_counts_from_the_first_failure(server, monkeypatch):
+    """An answer may take longer than a server may be away."""
+    clock = 0.0
+
+    def request(*args, **fields):
+        nonlocal clock
+        clock += 1000
+        return ask(*args, **fields)
+
+    monkeypatch.setattr(server_client, "time", SimpleNamespace(monotonic=lambda: clock))
+    server.answers = [(503, b"busy"), (200, b"7")]
+    with client(server, patience=300) as made:
+        ask = made._client.request
+        monkeypatch.setattr(made._client, "request", request)
+        assert made.post("/x", {}) == 7
+
+
 @pytest.mark.parametrize("status", [429, 502, 503, 500])
 def test_a_server_that_is_busy_or_restarts_is_asked_again(server, status):
     server.answers = [(status, b"busy"), (status, b"busy"), (200, b"[7]")]
@@ -90,7 +117,7 @@ def test_a_server_that_is_not_there_is_one_line():
     assert str(error.value).startswith("server http://127.0.0.1:9: no answer for 0.2 s (")
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "http://", "127.0.0.1:8000", "http://h:x", "http://h/other", "http://[::1"])
+@pytest.mark.parametrize("url", ["ftp://h", "http://", "127.0.0.1:8000", "http://h:x", "http://h/?q=1", "http://[::1"])
 def test_malformed_addresses_are_refused(url):
     with pytest.raises(UserError, match=r"^server "):
         ServerClient(url)

@@ -50,7 +50,8 @@ class BlockReference:
                 queries = [rotate(h, anchor + k, theta) for h in self.heads(inputs[k], n, "q")]
                 seen = range(len(places))
                 if kind == "sliding_attention":
-                    seen = [i for i in seen if anchor + k - c.sliding_window < places[i] <= anchor + k]
+                    last = anchor + (k if getattr(c, "is_causal", None) is None else self.size)
+                    seen = [i for i in seen if anchor + k - c.sliding_window < places[i] <= last]
                 out = []
                 for h, query in enumerate(queries):
                     scores = torch.stack([query @ keys[i][h // group] for i in seen]) / math.sqrt(c.head_dim)

@@ -6,6 +6,7 @@ The oracle of the fast module: no packing, no chunking, no fused kernels, no sha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def norm_heads(heads: Sequence[Tensor], weight: Tensor | None, eps: float) -> list[Tensor]:
+    """Every head normed, if there is a norm (Qwen3)."""
+    return [h if weight is None else rms_norm(h, weight, eps) for h in heads]
 
 
 def rotate(x: Tensor, position: int, theta: float, share: float = 1.0) -> Tensor:
@@ -40,12 +46,13 @@ class Reference:
         """Queries, keys and values of one row, by head."""
         c, attn = self.config, "midlayer.self_attn."
         theta, share = c.rope_parameters["rope_theta"], c.rope_parameters.get("partial_rotary_factor", 1.0)
-        q, k, v = (self.w[f"{attn}{n}_proj.weight"] @ x + self.w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv")
-        return (
-            [rotate(h, position, theta, share) for h in q.split(c.head_dim)],
-            [rotate(h, position, theta, share) for h in k.split(c.head_dim)],
-            list(v.split(c.head_dim)),
+        q, k, v = (
+            (self.w[f"{attn}{n}_proj.weight"] @ x + self.w.get(f"{attn}{n}_proj.bias", 0)).split(c.head_dim)
+            for n in "qkv"
         )
+        norms = (self.w.get(f"{attn}{n}_norm.weight") for n in "qk")
+        q, k = (norm_heads(heads, norm, c.rms_norm_eps) for heads, norm in zip((q, k), norms, strict=True))
+        return ([rotate(h, position, theta, share) for h in q], [rotate(h, position, theta, share) for h in k], list(v))
 
     def scale(self) -> float:
         """What scores are multiplied by."""

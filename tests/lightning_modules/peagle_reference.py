@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.lightning_modules.eagle3_reference import rms_norm, rotate
+from tests.lightning_modules.eagle3_reference import norm_heads, rms_norm, rotate
 
 
 def may_see(query: tuple[int, int], key: tuple[int, int]) -> bool:
@@ -53,10 +53,14 @@ class Reference:
                 else:
                     x = rms_norm(hidden[a, d], w[name + "input_layernorm.weight"], eps)
                 attn = f"{name}self_attn."
-                q, k, v = (w[f"{attn}{n}_proj.weight"] @ x + w.get(f"{attn}{n}_proj.bias", 0) for n in "qkv")
-                queries[a, d] = [rotate(h, a + d, theta) for h in q.split(c.head_dim)]
-                keys[a, d] = [rotate(h, a + d, theta) for h in k.split(c.head_dim)]
-                values[a, d] = v.split(c.head_dim)
+                q, k, v = (
+                    (w[f"{attn}{n}_proj.weight"] @ x + w.get(f"{attn}{n}_proj.bias", 0)).split(c.head_dim)
+                    for n in "qkv"
+                )
+                q, k = (norm_heads(h, w.get(f"{attn}{n}_norm.weight"), eps) for n, h in (("q", q), ("k", k)))
+                queries[a, d] = [rotate(h, a + d, theta) for h in q]
+                keys[a, d] = [rotate(h, a + d, theta) for h in k]
+                values[a, d] = v
             after = {}
             for element in elements:
                 seen = [other for other in elements if may_see(element, other)]

@@ -85,6 +85,7 @@ def slow(module, reference_class, head, documents, document, **options):
         ({"chunk": 3}, 20, {}, 0.7),
         ({"label": "target"}, 20, {"qk_norm": False}, 0.7),
         ({}, V, SLIDING, 0.9),
+        ({}, V, {**SLIDING, "is_causal": False}, 0.9),
         ({"weights": "dpace"}, V, {}, 0.7),
         ({"weights": "dpace", "alpha": 0.2, "chunk": 1}, 20, {}, 0.8),
         ({"weights": "prefix", "chunk": 7}, V, {}, 0.7),

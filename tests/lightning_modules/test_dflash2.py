@@ -36,13 +36,14 @@ class DFlash2Reference(BlockReference):
     def around(self, xs: list[Tensor], normed: list[Tensor], name: str, side: int) -> list[Tensor]:
         fields = self.config.dflash_config
         taps, size = fields["conv_kernel_size"], fields["conv_group_size"]
-        groups = H // size
+        width = len(xs[0])
+        groups = width // size
         base = self.w[name + "base_kernel"]
         out = []
         for k, x in enumerate(normed):
             delta = (self.w[name + "kernel_projection.weight"] @ x).view(2, taps, groups)
             channels = []
-            for channel in range(H):
+            for channel in range(width):
                 parts = [
                     xs[k - j][channel] * (base[side, j, channel] + delta[side, j, channel // size])
                     for j in range(min(taps, k + 1))

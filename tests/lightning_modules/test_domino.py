@@ -38,7 +38,7 @@ class DominoReference(BlockReference):
     def corrections(self, tokens: Tensor, anchor: int, states: list[Tensor]) -> list[Tensor | float]:
         w, fields = self.w, self.config.dflash_config
         names = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0")
-        gru = torch.nn.GRU(H, fields["gru_hidden_dim"], bias=False, dtype=torch.float64)
+        gru = torch.nn.GRU(self.embedding.shape[1], fields["gru_hidden_dim"], bias=False, dtype=torch.float64)
         out: list[Tensor | float] = []
         for depth, state in enumerate(states):
             if depth < fields["pure_draft_prefix_len"] or anchor + depth >= len(tokens):

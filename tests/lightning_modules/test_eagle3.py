@@ -125,6 +125,7 @@ def same(a: tuple, b: tuple, tolerance: float = 1e-6) -> None:
         ({"loss": "kl"}, 20, {"norm_before_fc": True}, 0.6),
         ({"loss": "kl"}, 20, {"norm_before_residual": True, "norm_output": True}, 0.6),
         ({"loss": "kl"}, 20, {"attention_bias": True, "partial_rotary_factor": 0.5}, 0.6),
+        ({"loss": "kl"}, 20, {"qk_norm": True, "norm_before_residual": True}, 0.6),
         ({"loss": "kl"}, 20, LATENT, 0.6),
         ({"loss": "ce"}, 20, {**LATENT, "v_head_dim": 11, "fc_norm": True, "norm_output": True}, 1.0),
     ],

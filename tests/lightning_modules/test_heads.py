@@ -231,5 +231,5 @@ def test_an_exported_draft_can_be_started_from(small_target, cls, tmp_path):
     )
     for name, tensor in module.draft.state_dict().items():
         assert torch.equal(again.draft.state_dict()[name], tensor), name
-    with pytest.raises(UserError, match="SGLang does not serve Medusa or Hydra heads"):
+    with pytest.raises(UserError, match=r"SGLang has no (Medusa|Hydra)"):
         cls.export_format.to_sglang(module.draft, module.target, tmp_path / "served")

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,15 @@ BIAS = "mlp.gate.e_score_correction_bias"
 
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest such target."""
+    return write_deepseek(tmp_path_factory.mktemp("deepseek") / "target")
+
+
+def write_deepseek(folder: Path, **sizes: int) -> Path:
     """A dense layer, a layer of experts, and a NextN module of the second's form with weights near it."""
-    folder = tmp_path_factory.mktemp("deepseek") / "target"
     write_tokenizer(folder)
     torch.manual_seed(0)
-    config = DeepseekV3Config(
+    fields: dict[str, Any] = dict(
         vocab_size=264,
         hidden_size=32,
         intermediate_size=48,
@@ -58,6 +63,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=256,
         pad_token_id=257,
     )
+    config = DeepseekV3Config(**{**fields, **sizes})
     model = DeepseekV3ForCausalLM(config)
     torch.nn.init.normal_(model.model.layers[1].mlp.gate.e_score_correction_bias, std=0.1)
     model.save_pretrained(folder)

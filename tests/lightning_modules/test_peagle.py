@@ -73,6 +73,7 @@ def elements(plan: PEaglePlan) -> list[tuple[int, int]]:
         ({}, 20, {"fc_norm": True, "num_hidden_layers": 3}, 0.9),
         ({}, 20, {"embed_requires_grad": True}, 0.9),
         ({}, 20, {"norm_before_residual": True, "attention_bias": True, "num_hidden_layers": 2}, 0.9),
+        ({}, 20, {"qk_norm": True, "num_hidden_layers": 2}, 0.9),
     ],
 )
 def test_loss_gradients_and_hits_are_those_of_the_definition(small_target, options, draft_vocab, config, share):

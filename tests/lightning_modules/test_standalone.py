@@ -298,7 +298,7 @@ def test_export_is_a_folder_that_transformers_loads_and_specforge_reads_back(tar
             module = StandaloneModule(str(target), draft_config=config).eval()
         for parameter in module.draft.parameters():
             parameter.data += 0.01 * torch.randn(parameter.shape)
-        for form in ("sglang", "hf"):
+        for form in ("sglang", "vllm", "hf"):
             folder = tmp_path / f"{form}-{tied}"
             getattr(module.export_format, f"to_{form}")(module.draft, module.target, folder, "float32")
             model = AutoModelForCausalLM.from_pretrained(folder)
@@ -316,8 +316,9 @@ def test_export_is_a_folder_that_transformers_loads_and_specforge_reads_back(tar
 
 
 def test_the_served_command_names_the_algorithm(tmp_path):
-    command = StandaloneModule.export_format.serve("t", tmp_path)
-    assert "--speculative-algorithm STANDALONE" in command
+    form = StandaloneModule.export_format
+    assert "--speculative-algorithm STANDALONE" in form.sglang.command("t", tmp_path, 4)
+    assert '"method": "draft_model"' in form.vllm.command("t", tmp_path, 4)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_config_without_captured_layers_means_the_defaults_of_servers(small, d
     [
         ("eagle3", {"vocab_size": ...}, {}, "vocab_size is missing"),
         ("eagle3", {"hidden_size": ...}, {}, "hidden_size is None"),
-        ("eagle3", {"architectures": ["LlamaForCausalLM"]}, {}, r"architectures is \['LlamaForCausalLM'\]"),
+        ("eagle3", {"architectures": ["Qwen2ForCausalLM"]}, {}, r"architectures is \['Qwen2ForCausalLM'\]"),
         ("eagle3", {"architectures": ["MTPDraft"], "eagle_config": ...}, {}, "MTPDraft is not a draft of eagle3"),
         ("eagle3", {"vocab_size": 99}, {}, "vocab_size is 99, but the target"),
         ("eagle3", {"mlp_bias": True}, {}, "mlp_bias is True"),
@@ -217,7 +217,7 @@ def test_a_pickle_is_never_read(small, damaged):
     folder = damaged("eagle3")
     (folder / "model.safetensors").rename(folder / "kept")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": 1}))
-    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle, which SpecForge never loads"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: is a pickle, which SpecForge never loads"):
         make("eagle3", small, init_from=str(folder))
 
 

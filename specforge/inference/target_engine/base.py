@@ -32,12 +32,15 @@ class TargetEngine(ABC):
         target: files of the target.
         dtype: name of the compute dtype; never ``auto``.
         batch_tokens: number of tokens, padding included, that one call should have unless the user sets another.
+        concurrency: number of calls of :meth:`generate` with one prompt each that may run at a time; 0 if it is best
+            called with many prompts, one call at a time.
         encodings: formats in which it can transfer features to this process.
         encoding: the one that it uses.
         independent: whether it reads each prompt of a call by itself, so that a call may have any number.
     """
 
     batch_tokens = 65536
+    concurrency = 0
     encodings: tuple[str, ...] = ("raw",)
     independent = False
     encoding = "raw"

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
 
 _INIT_STD = 0.02
+_ROWS = 4096  # of a matrix that are compared at a time
 
 
 def check_tensors(
@@ -59,6 +61,34 @@ def check_stored(name: str, tensor: Tensor, expected: Tensor, where: str) -> Non
         )
     if weights and not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{where}: tensor {name} holds NaN or infinity")
+
+
+def check_borrowed(tensors: Mapping[str, Tensor], target: TargetFiles, target_ids: Tensor, where: str) -> None:
+    """Reject a draft whose copy of the target's embedding or head is not the target's, which SpecForge would use.
+
+    Args:
+        tensors: a folder's tensors that do not belong to the draft, under SpecForge's names.
+        target: the target that the draft is loaded for.
+        target_ids: ``[D]`` target id of every draft id.
+        where: name of the folder, for error messages.
+
+    Raises:
+        UserError: they differ by more than the rounding of narrower dtypes.
+    """
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name not in tensors:
+            continue
+        stored = tensors[name]
+        own = target.embedding() if name == "embed_tokens.weight" else target.lm_head()[target_ids]
+        if stored.shape != own.shape or not all(map(_close, stored.split(_ROWS), own.split(_ROWS))):
+            raise UserError(
+                f"{where}: tensor {name} is not that of {target.name}, which the draft would use here; name the target "
+                "that it was trained for (drafts with a trained copy of their own are not supported)"
+            )
+
+
+def _close(stored: Tensor, own: Tensor) -> bool:
+    return torch.allclose(stored.float(), own.float(), rtol=2**-7, atol=1e-6)
 
 
 def _check_damage(name: str, tensor: Tensor, where: str) -> None:

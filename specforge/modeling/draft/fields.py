@@ -121,6 +121,8 @@ EXPERTS: Fields = {
     "num_local_experts": ANYTHING,
     "output_router_logits": only(False),
 }
+# How DeepSeek's experts are trained and chosen.
+ROUTING = ("aux_loss_alpha", "ep_size", "moe_layer_freq", "scoring_func", "seq_aux", "topk_method")
 
 # Fields that do not change a network, besides those that every transformers config has.
 _BOOKKEEPING = frozenset(
@@ -154,7 +156,7 @@ _BOOKKEEPING = frozenset(
     }
 )
 # Fields that EAGLE drafts ignored when checkpoints had no config_version yet, and implement now.
-_IGNORED_BEFORE = ("attention_bias", "norm_before_residual")
+_IGNORED_BEFORE = ("attention_bias", "norm_before_residual", "qk_norm")
 _ROPE: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": required(POSITIVE)},
@@ -241,6 +243,26 @@ def _is_harmless(name: str, value: Any, config: Mapping[str, Any], defaults: Map
         return True
     same = name in defaults and value == defaults[name]
     return name in bookkeeping() or value is None or value is False or same
+
+
+def move_fields(source: Any, to: Any, names: Mapping[str, str], where: str) -> None:
+    """Move fields between two objects of a config, in place; nothing happens if either is not an object.
+
+    Args:
+        source: object that other projects write them in.
+        to: object that SpecForge reads them from.
+        names: names in ``to`` by names in ``source``.
+        where: place of ``to``, for error messages.
+
+    Raises:
+        ValueError: both objects have a field, with different values.
+    """
+    if not isinstance(source, dict) or not isinstance(to, dict):
+        return
+    for old, new in names.items():
+        value = source.pop(old, None)
+        if value is not None and to.setdefault(new, value) != value:
+            raise ValueError(f"{old} is {quoted(value)}, but {quoted(to[new])} {where}")
 
 
 def quoted(value: Any) -> str:

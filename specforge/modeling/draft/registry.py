@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +31,7 @@ from specforge.modeling.draft.fields import (
     rope_fields,
     without_ignored_fields,
 )
+from specforge.modeling.draft.speculators import from_speculators, is_speculators
 from specforge.system import available_memory
 
 
@@ -48,6 +49,7 @@ class Draft(nn.Module):
         t2d: ``[V]`` bool, whether a target id is in the draft vocabulary.
         target_ids: ``[D]`` int64, target id of every draft id; the same tensor until the vocabulary or device changes.
         attention_implementations: accepted values of ``attn_implementation``.
+        other_names: the class's names in other projects.
         trained: whether its weights come from a checkpoint written after at least one optimizer step.
         flex: whether its layers train with FlexAttention instead of PyTorch's fused kernels.
 
@@ -56,6 +58,7 @@ class Draft(nn.Module):
     """
 
     architecture: str
+    other_names: tuple[str, ...]
     config_class: type
     fields: ClassVar[Fields | None] = None
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "flex_attention")
@@ -92,7 +95,7 @@ class Draft(nn.Module):
     @classmethod
     def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """Whether a config describes this class although it names another architecture, as other projects do."""
-        return False
+        return any(name in cls.other_names for name in config.get("architectures", ()))
 
     def difference(
         self, config: Mapping[str, Any], where: str, ignored: Container[str] = ()
@@ -155,11 +158,11 @@ _DRAFTS: dict[str, type[Draft]] = {}
 _D = TypeVar("_D", bound=type[Draft])
 
 
-def register_draft(architecture: str, config_class: type) -> Callable[[_D], _D]:
+def register_draft(architecture: str, config_class: type, other_names: tuple[str, ...] = ()) -> Callable[[_D], _D]:
     """Class decorator: registers a draft under an architecture, with the transformers class of its ``config.json``."""
 
     def register(cls: _D) -> _D:
-        cls.architecture, cls.config_class = architecture, config_class
+        cls.architecture, cls.config_class, cls.other_names = architecture, config_class, other_names
         _DRAFTS[architecture] = cls
         return cls
 
@@ -176,11 +179,12 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{where}: is {quoted(config)}, not an object with the fields of a draft")
-    fields = {
-        str(key): dict(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value is not None
-    }
+    fields = _without_nulls(config)
+    if is_speculators(fields):
+        try:
+            fields = _without_nulls(from_speculators(fields))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
     names = fields.get("architectures", architectures or [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: architectures is {quoted(names)}, not a list of names")
@@ -200,6 +204,15 @@ def canonical(config: Any, where: str, architectures: Any = None) -> dict[str, A
     if "architectures" in fields:
         fields["architectures"] = [cls.architecture]
     return fields
+
+
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config, also of the objects in it, without nulls."""
+    return {
+        str(key): dict(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None
+    }
 
 
 def draft_class(config: Mapping[str, Any], where: str = "draft config") -> type[Draft]:
@@ -353,17 +366,42 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: a file is missing or damaged, or is a pickle.
     """
-    config = canonical(read_json(folder / "config.json"), str(folder / "config.json"))
+    where = str(folder / "config.json")
+    config = canonical(read_json(folder / "config.json"), where)
     single = folder / "model.safetensors"
     shards = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
     if not shards:
         pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
-        hint = f" ({', '.join(pickles)} is a pickle, which SpecForge never loads)" if pickles else ""
-        raise UserError(f"{single}: no such file{hint}; a draft is config.json beside model.safetensors")
+        if pickles:
+            raise UserError(
+                f"{folder / pickles[0]}: is a pickle, which SpecForge never loads; if you trust it, convert it once: "
+                f'safetensors.torch.save_file(torch.load("{pickles[0]}", weights_only=True), "model.safetensors")'
+            )
+        raise UserError(f"{single}: no such file; a draft is config.json beside model.safetensors")
     tensors: dict[str, Tensor] = {}
     for path in shards:
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    if config.get("architectures") == ["LlamaForCausalLM"] and _OF_EAGLE & tensors.keys():
+        config = canonical(_named_by_tensors(config, tensors, where), where)
     return config, tensors
+
+
+# Tensors that drafts of the EAGLE code have, and language models have not.
+_OF_EAGLE = {"fc.weight", "midlayer.hidden_norm.weight"}
+
+
+def _named_by_tensors(config: dict[str, Any], tensors: Iterable[str], where: str) -> dict[str, Any]:
+    """The config of a draft of the EAGLE code, which gives all of them the name of a causal LM.
+
+    Raises:
+        UserError: it is not an EAGLE-3 draft.
+    """
+    if not any(name.startswith("midlayer.") for name in tensors):
+        raise UserError(
+            f"{where}: architectures is LlamaForCausalLM and there is a tensor fc.weight, as in drafts of EAGLE-1 and "
+            "EAGLE-2, which SpecForge does not have"
+        )
+    return {**config, "architectures": ["LlamaForCausalLMEagle3"]}

@@ -15,7 +15,7 @@ from specforge.checkpoints import read_checkpoint
 from specforge.errors import UserError
 from specforge.files import read_json
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.checks import check_stored
+from specforge.modeling.draft.checks import check_borrowed, check_stored
 from specforge.modeling.draft.fields import draft_rope, quoted, rope_fields
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.registry import Draft, as_trained, canonical, config_fields, find_draft_config, read_draft
@@ -242,11 +242,20 @@ def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> Rota
     return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
 
 
-def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftFormat) -> None:
+def load_weights(
+    draft: Draft, source: SavedDraft | str | Path, form: DraftFormat, target: TargetFiles | None = None
+) -> None:
     """Load the weights of a draft on disk: a SpecForge checkpoint, or the folder of a published draft.
 
+    Args:
+        draft: the network, on the CPU.
+        source: the draft on disk.
+        form: layout of folders.
+        target: compare a folder's copies of the target's tensors with this target's.
+
     Raises:
-        UserError: it is a different network, or a tensor is missing, unknown, damaged or of another shape.
+        UserError: it is a different network, or a tensor is missing, unknown, damaged or of another shape; or the
+            folder has an embedding or head that is not the target's.
     """
     if not isinstance(source, SavedDraft):
         source = SavedDraft.read(source, form)
@@ -271,6 +280,9 @@ def load_weights(draft: Draft, source: SavedDraft | str | Path, form: DraftForma
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing")
     draft.load_state_dict(tensors)
+    if source.form is not None and target is not None:
+        borrowed = source.form.named(source.tensors, str(path)).items()
+        check_borrowed({name: x for name, x in borrowed if name not in own}, target, draft.target_ids, str(path))
     draft.trained = source.steps > 0
 
 

@@ -162,7 +162,7 @@ def test_values_that_a_network_cannot_have_are_refused(architecture, field, word
 @pytest.mark.parametrize(
     ("architecture", "field", "words"),
     [
-        ("LlamaForCausalLMEagle3", {"qk_norm": True}, "qk_norm is True, which .* does not support"),
+        ("Eagle3DeepseekV2ForCausalLM", {"qk_norm": True}, "qk_norm is True, which .* does not support"),
         ("LlamaForCausalLMEagle3", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("LlamaForCausalLMEagle3", {"num_aux_hidden_states": 2}, "num_aux_hidden_states is 2, but"),
         ("LlamaForCausalLMEagle3", {"eagle_config": []}, r"eagle_config is \[\]; .* expects an object"),
@@ -180,7 +180,7 @@ def test_values_that_a_network_cannot_have_are_refused(architecture, field, word
         ("DFlashDraftModel", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is set, but"),
         ("DFlashDraftModel", {"mask_token_id": 5}, "mask_token_id is 5, but 3 in dflash_config"),
         ("DFlashDraftModel", {"is_causal": True}, "is_causal is True"),
-        ("DFlashDraftModel", {"layer_types": ["sliding_attention"], "sliding_window": 8, "is_causal": False}, "causal"),
+        ("DFlashDraftModel", {"layer_types": ["sliding_attention"], "sliding_window": 8, "is_causal": True}, "causal"),
         ("Qwen3DSparkModel", {"sample_from_anchor": False}, "sample_from_anchor is False"),
         ("HydraDraft", {"rope_theta": 10000.0}, "rope_parameters is .*, which HydraDraft does not support"),
         ("MedusaDraft", {"medusa_fc_bias": True}, "medusa_fc_bias is True"),

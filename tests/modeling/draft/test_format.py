@@ -150,7 +150,7 @@ def test_fields_that_only_vllm_supports_are_refused_for_sglang(target, tmp_path,
     module.draft.set_vocabulary(torch.arange(64) * 4)
     for parameter in module.draft.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
-    with pytest.raises(UserError, match=f"{field} is set, which SGLang's draft does not support; use --to hf"):
+    with pytest.raises(UserError, match=f"{field} is set, which SGLang's draft does not support; use --to vllm"):
         FORM.to_sglang(module.draft, module.target, tmp_path / "draft")
     FORM.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text())[field] is True
@@ -200,7 +200,7 @@ def test_unknown_and_missing_tensors_are_refused(module, target, tmp_path):
 
 def test_a_missing_eagle_config_is_refused(module):
     with pytest.raises(UserError, match="eagle_config"):
-        FORM.check({"architectures": ["LlamaForCausalLMEagle3"]}, module.target)
+        FORM.sglang.check("LlamaForCausalLMEagle3", {}, module.target)
 
 
 def test_an_export_replaces_the_old_one_whole(module, tmp_path):

@@ -48,7 +48,7 @@ def ttt(steps: int, value: int = SIZE) -> Case:
     return Case(run, tensors, slice(0, max(s.row + s.stop - s.start for s in plan.segments)))
 
 
-def blocks(window: int | None) -> Case:
+def blocks(window: int | None, causal: bool = False) -> Case:
     size, generator = 8, torch.Generator().manual_seed(0)
     anchors = sample_anchors(LENGTHS, SPANS, 7, ["a", "b", "c", "d"])
     plan = plan_blocks(LENGTHS, SPANS, anchors, size - 1, PADDED)
@@ -57,7 +57,7 @@ def blocks(window: int | None) -> Case:
     tensors = [torch.randn(*size, SIZE, generator=generator) for size in sizes]
 
     def run(x: list[Tensor], flex: bool) -> Tensor:
-        return block_attention(*x, plan.anchors.to(x[0].device), plan.groups, window, flex=flex)
+        return block_attention(*x, plan.anchors.to(x[0].device), plan.groups, window, causal=causal, flex=flex)
 
     return Case(run, tensors, slice(0, plan.blocks * size))
 
@@ -81,7 +81,8 @@ CASES = {
     "later_step": lambda: ttt(3),
     "narrow_values": lambda: ttt(2, value=24),
     "full_blocks": lambda: blocks(None),
-    "sliding_blocks": lambda: blocks(16),
+    "sliding_blocks": lambda: blocks(16, causal=True),
+    "sliding_blocks_seen_in_both_directions": lambda: blocks(16),
     "deep": deep,
 }
 

@@ -41,6 +41,7 @@ def block_attention(
     groups: Sequence[BlockGroup],
     window: int | None = None,
     *,
+    causal: bool = False,
     flex: bool = False,
 ) -> Tensor:
     """Attention of all blocks; no mask is larger than the scores of a few blocks.
@@ -53,8 +54,9 @@ def block_attention(
         own_value: the blocks' own values, ``[R, k, d]``.
         anchors: ``[n]`` flat token of each block's slot 0; a block sees the tokens before it.
         groups: the blocks by document; a block in none sees only itself.
-        window: in a sliding layer, a row sees no key that is this many tokens back or more, and no slot after its own;
-            None for a full layer, in which a row sees its whole block. At least b.
+        window: in a sliding layer, a row sees no token of the context that is this many tokens back or more; None for a
+            full layer. At least b.
+        causal: whether a row sees no slot of its block after its own.
         flex: whether to use FlexAttention.
 
     Returns:
@@ -63,12 +65,12 @@ def block_attention(
     tokens, blocks, rows = len(key), len(anchors), len(query)
     size = rows // blocks
     if flex:
-        visibility = _visibility(size, anchors, groups, window)
+        visibility = _visibility(size, anchors, groups, window, causal)
         return visible_attention(query, key, value, [(own_key, own_value)], visibility)
 
     def products(dtype: torch.dtype) -> Iterator[Product]:
         own = slice(tokens, tokens + rows)
-        yield Product(slice(0, rows), (own,), causal=window is not None, runs=blocks)
+        yield Product(slice(0, rows), (own,), causal=causal, runs=blocks)
         for first, stop, document, low, high in groups:
             begin = document if window is None else max(document, low - window + 1)
             if begin < high:
@@ -88,16 +90,18 @@ def _allowed(tokens: Tensor, anchors: Tensor, size: int, window: int | None) -> 
     return allowed.flatten(0, 1)
 
 
-def _visibility(size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int | None) -> Visibility:
+def _visibility(
+    size: int, anchors: Tensor, groups: Sequence[BlockGroup], window: int | None, causal: bool
+) -> Visibility:
     slots = torch.arange(size, device=anchors.device)
     documents = anchors.new_zeros(len(anchors))
     real = torch.zeros_like(documents)
     for first, stop, document, _, _ in groups:
         documents[first:stop], real[first:stop] = document, 1
     low, high = (x.unsqueeze(1).expand(-1, size) for x in (documents, anchors * real))
-    order = torch.zeros_like(slots)
+    order = slots if causal else torch.zeros_like(slots)
     if window is not None:
-        low, order = torch.maximum(low, anchors.unsqueeze(1) + slots - window + 1), slots
+        low = torch.maximum(low, anchors.unsqueeze(1) + slots - window + 1)
     block = torch.arange(len(anchors), device=anchors.device)
     group, order = torch.broadcast_tensors(block.unsqueeze(1), order)
     return Visibility(*(x.flatten() for x in (low, high, group, order)))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, block_size
-from specforge.modeling.draft.fields import SIZE, Fields, by_default
+from specforge.modeling.draft.fields import SIZE, Fields, by_default, only
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.decoder_layer import LayerWeights
 
@@ -141,7 +141,11 @@ class DFlash2(DFlash):
 
     fields: ClassVar[Fields] = {
         **DFlash.fields,
-        "dflash_config": {**DFlash.nested, **{name: by_default(value, SIZE) for name, value in _NESTED.items()}},
+        "dflash_config": {
+            **DFlash.nested,
+            "projector_type": only("dflash2"),
+            **{name: by_default(value, SIZE) for name, value in _NESTED.items()},
+        },
     }
     layer: ClassVar[type[BlockLayer]] = DFlash2Layer
 

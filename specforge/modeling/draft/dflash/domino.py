@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash.network import DFlash
-from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, only, required, whole
+from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, move_fields, only, required, whole
 from specforge.modeling.draft.registry import register_draft
 
 
@@ -96,6 +96,12 @@ class Domino(DFlash):
         """Other projects use the name of DFlash's architecture and set ``projector_type``."""
         nested = config.get("dflash_config")
         return isinstance(nested, Mapping) and _KIND.allows(nested.get("projector_type"))
+
+    @staticmethod
+    def translate(config: dict[str, Any]) -> None:
+        """As in :class:`DFlash`; other projects also write ``emb_dim`` at the top level."""
+        DFlash.translate(config)
+        move_fields(config, config.get("dflash_config"), {"emb_dim": "emb_dim"}, "in dflash_config")
 
     @property
     def shift(self) -> int:

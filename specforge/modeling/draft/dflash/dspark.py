@@ -10,7 +10,8 @@ Shape legend: M drafts, n blocks, T drafts of a block, H hidden size, r Markov r
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.dflash.network import DFlash
-from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, only
+from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, move_fields, only
 from specforge.modeling.draft.registry import register_draft
 
 KINDS = ("vanilla", "gated", "rnn")
@@ -87,7 +88,18 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-@register_draft("Qwen3DSparkModel", config_class=Qwen3Config)
+# Names of the heads' fields inside dflash_config, where other projects write them.
+_ELSEWHERE = {
+    "markov_rank": "markov_rank",
+    "markov_head_type": "markov_head_type",
+    "enable_confidence_head": "enable_confidence_head",
+    "use_confidence_head": "enable_confidence_head",
+    "confidence_head_with_markov": "confidence_head_with_markov",
+    "shift_label": "sample_from_anchor",
+}
+
+
+@register_draft("Qwen3DSparkModel", Qwen3Config, other_names=("DSparkDraftModel",))
 class DSpark(DFlash):
     """DSpark.
 
@@ -104,6 +116,23 @@ class DSpark(DFlash):
         "enable_confidence_head": by_default(True, FLAG),
         "confidence_head_with_markov": by_default(True, FLAG),
     }
+
+    @classmethod
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """Other projects use the name of DFlash's architecture and set ``projector_type``."""
+        nested = config.get("dflash_config")
+        named = isinstance(nested, Mapping) and nested.get("projector_type") == "dspark"
+        return named or super().is_described_by(config)
+
+    @staticmethod
+    def translate(config: dict[str, Any]) -> None:
+        """As in :class:`DFlash`, and move the heads' fields to the top level."""
+        DFlash.translate(config)
+        nested = config.get("dflash_config")
+        move_fields(nested, config, _ELSEWHERE, "at the top level")
+        if isinstance(nested, dict):
+            nested.pop("projector_type", None)
+            nested.pop("confidence_head_alpha", None)  # a weight of the loss
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)

@@ -2,81 +2,114 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft
-from specforge.modeling.draft.eagle3.export import check_captured_layers
+from specforge.modeling.draft.dflash.dflash2 import DFlash2
+from specforge.modeling.draft.dflash.domino import Domino
+from specforge.modeling.draft.dflash.dspark import DSpark
+from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.draft.format import DTYPES, DraftFormat
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang, check_captured_layers
+
+
+def _check_fields(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
+    check_captured_layers(list(config["dflash_config"]["target_layer_ids"]), target, server)
+    if target.lm_head_bias() is not None:
+        raise UserError(
+            f"export: the head of {target.name} has a bias, which {server} omits when drafting; use --to hf"
+        )
+    if "partial_rotary_factor" in config["rope_parameters"]:
+        raise UserError(f"export: partial_rotary_factor is set; {server}'s DFlash rotates whole heads")
+    if config.get("qk_norm") is False:
+        raise UserError(f"export: qk_norm is off, but {server}'s DFlash requires the norms of Qwen3; use --to hf")
+
+
+def _check_for_vllm(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
+    _check_fields(config, target, server)
+    kind = config.get("markov_head_type", "vanilla")
+    if kind != "vanilla":
+        raise UserError(f"export: markov_head_type is {kind}, but {server} has only vanilla; use --to sglang")
+
+
+def _check_for_sglang(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
+    _check_fields(config, target, server)
+    if config["draft_vocab_size"] != target.vocab_size:
+        raise UserError(
+            f"export: draft_vocab_size is {config['draft_vocab_size']}; {server} drafts from all {target.vocab_size} "
+            "tokens of the target's head"
+        )
+    prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
+    if prefix != 1:
+        raise UserError(f"export: pure_draft_prefix_len is {prefix}, but {server} supports only 1")
 
 
 class DFlashFormat(DraftFormat):
-    """DFlash and DFlash-2 checkpoints; embedding and head are the target's."""
+    """DFlash checkpoints; embedding and head are the target's."""
 
-    aliases = (("model.", ""), ("encoder.fc.", "fc."), ("encoder.output_norm_enc.", "hidden_norm."))
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("model.", ""),
+        ("encoder.fc.", "fc."),
+        ("encoder.output_norm_enc.", "hidden_norm."),
+        ("candidate_selector.predecessor_codebook.weight", "candidate_selector.predecessor_codebook"),
+        ("candidate_selector.successor_codebook.weight", "candidate_selector.successor_codebook"),
+    )
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
-    server = "DFLASH"
+    vllm = VLLM("dflash", {DFlash.architecture: Proof.SERVED}, _check_for_vllm)
+    sglang = SGLang("DFLASH", {DFlash.architecture: Proof.LOADED}, _check_for_sglang)
 
-    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject drafts that SGLang cannot serve, or would serve as a different network."""
-        fields = config["dflash_config"]
-        check_captured_layers(fields["target_layer_ids"], target)
-        if config["draft_vocab_size"] != target.vocab_size:
-            raise UserError(
-                f"export: draft_vocab_size is {config['draft_vocab_size']}; SGLang drafts from all "
-                f"{target.vocab_size} tokens of the target's head"
-            )
-        if target.lm_head_bias() is not None:
-            raise UserError(
-                f"export: the head of {target.name} has a bias, which SGLang omits when drafting; use --to hf"
-            )
-        if "partial_rotary_factor" in config["rope_parameters"]:
-            raise UserError("export: partial_rotary_factor is set; SGLang's DFlash rotates whole heads")
-        if config.get("qk_norm") is False:
-            raise UserError("export: qk_norm is off, but SGLang's DFlash requires the norms of Qwen3; use --to hf")
+    def tokens(self, draft: Draft) -> int:
+        """As many as a block drafts."""
+        assert isinstance(draft, DFlash)
+        return draft.drafts
 
-    def to_hf(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
-        """As in :class:`DraftFormat`; with a draft vocabulary, add the target's head for its tokens.
-
-        Without it, vLLM would leave the head at random values.
+    def borrowed(self, draft: Draft, target: TargetFiles, dtype: str) -> dict[str, Tensor]:
+        """The target's head for a draft vocabulary; without it, vLLM would leave the head at random values.
 
         Raises:
-            UserError: as in :class:`DraftFormat`; or the head of a draft vocabulary would need a bias.
+            UserError: the head of a draft vocabulary would need a bias.
         """
-        extra: dict[str, Tensor] = {}
-        if not bool(draft.t2d.all()):
-            if target.lm_head_bias() is not None:
-                raise UserError(
-                    f"export: the head of {target.name} has a bias, which is not supported with a draft vocabulary"
-                )
-            extra["lm_head.weight"] = target.lm_head()[draft.target_ids.cpu()].to(DTYPES[dtype])
-        self._write(draft, folder, dtype, extra)
+        if bool(draft.t2d.all()):
+            return {}
+        if target.lm_head_bias() is not None:
+            raise UserError(
+                f"export: the head of {target.name} has a bias, which is not supported with a draft vocabulary"
+            )
+        return {"lm_head.weight": target.lm_head()[draft.target_ids.cpu()].to(DTYPES[dtype])}
 
-    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, without the vocabulary maps if the draft predicts the whole vocabulary."""
-        maps = ("d2t", "t2d") if bool(state["t2d"].all()) else ()
-        return {name: x for name, x in state.items() if name not in maps}
+
+class DFlash2Format(DFlashFormat):
+    """DFlash-2 checkpoints, which servers recognise by their architecture."""
+
+    vllm = VLLM("dflash", {DFlash2.architecture: Proof.LOADED}, _check_for_vllm)
+    sglang = SGLang("DFLASH", {DFlash2.architecture: Proof.LOADED}, _check_for_sglang)
 
 
 class DSparkFormat(DFlashFormat):
-    """DSpark checkpoints; SGLang and SpecForge both have the heads' fields at the top level of the config."""
+    """DSpark checkpoints; SGLang and SpecForge both have the heads' fields at the top level of the config.
 
-    server = "DSPARK"
+    ModelOpt writes the heads' tensors without the names of the heads.
+    """
+
+    aliases = (
+        *DFlashFormat.aliases,
+        *((f"{name}.", f"markov_head.{name}.") for name in ("markov_w1", "markov_w2", "gate_proj", "joint_proj")),
+        ("confidence_proj.", "confidence_head.proj."),
+    )
+    vllm = VLLM("dspark", {DSpark.architecture: Proof.SERVED}, _check_for_vllm)
+    sglang = SGLang("DSPARK", {DSpark.architecture: Proof.LOADED}, _check_for_sglang)
 
 
 class DominoFormat(DFlashFormat):
     """Domino checkpoints, which SGLang serves as DFLASH and recognises by ``projector_type``."""
 
-    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """As in :class:`DFlashFormat`; SGLang keeps the base logits of exactly one draft."""
-        super().check(config, target)
-        prefix = config["dflash_config"].get("pure_draft_prefix_len", 1)
-        if prefix != 1:
-            raise UserError(f"export: pure_draft_prefix_len is {prefix}, but SGLang supports only 1")
+    vllm = VLLM("", {Domino.architecture: "has no Domino; it would refuse the tensors of the GRU; use --to sglang"})
+    sglang = SGLang("DFLASH", {Domino.architecture: Proof.LOADED}, _check_for_sglang)
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`, under DFlash's architecture, with every field that SGLang needs."""

@@ -33,8 +33,8 @@ from specforge.modeling.draft.fields import (
     TOKEN,
     Fields,
     by_default,
+    move_fields,
     only,
-    quoted,
     required,
     whole,
 )
@@ -57,6 +57,7 @@ class BlockLayer(DecoderLayer):
 
     Attributes:
         window: size of the window of a sliding layer; None for a full layer.
+        causal: whether a slot sees no later slot of its block.
         mixes_slots: whether slots read one another outside the attention, so that the last layer needs all of them.
     """
 
@@ -65,6 +66,7 @@ class BlockLayer(DecoderLayer):
     def __init__(self, config: Qwen3Config, kind: str) -> None:
         super().__init__(config, GroupedAttention(config, qk_norm=True))
         self.window: int | None = config.sliding_window if kind == "sliding_attention" else None
+        self.causal = self.window is not None and getattr(config, "is_causal", None) is not False
 
     def inject(self, context: Tensor, angles: Angles, w: LayerWeights) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""
@@ -77,15 +79,15 @@ def block_size(config: Qwen3Config) -> int:
     return int(config.dflash_config.get("block_size", getattr(config, "block_size", 16)))
 
 
-@register_draft("DFlashDraftModel", config_class=Qwen3Config)
+@register_draft("DFlashDraftModel", Qwen3Config, other_names=("QwenDFlashDraftModel",))
 class DFlash(Draft):
     """The DFlash backbone.
 
     Args:
         config: a ``Qwen3Config`` with ``block_size`` and ``dflash_config`` (``mask_token_id``, ``target_layer_ids``; a
             ``block_size`` there takes precedence). ``layer_types`` with ``sliding_window`` selects sliding layers,
-            which are causal within the block; ``qk_norm: false`` selects Llama layers; optional
-            ``target_hidden_size`` and ``draft_vocab_size``.
+            which are causal within the block unless ``is_causal`` is false; ``qk_norm: false`` selects Llama layers;
+            optional ``target_hidden_size`` and ``draft_vocab_size``.
 
     Attributes:
         nested: the fields inside ``dflash_config``.
@@ -100,7 +102,6 @@ class DFlash(Draft):
         "target_layer_ids": required(LAYER_IDS),
         "block_size": whole(1, 4096),
         "num_target_layers": ANYTHING,
-        "causal": only(False),
         "use_swa": only(False),
     }
     fields: ClassVar[Fields] = {
@@ -113,7 +114,7 @@ class DFlash(Draft):
         "use_sliding_window": FLAG,
         "sliding_window": SIZE,
         "max_window_layers": SIZE,
-        "is_causal": only(False),
+        "is_causal": by_default(None, only(False)),
         "dflash_config": nested,
     }
     layer: ClassVar[type[BlockLayer]] = BlockLayer
@@ -124,6 +125,8 @@ class DFlash(Draft):
         self.block_size = block_size(config)
         self.mask_token_id, self.layer_ids = fields["mask_token_id"], tuple(fields["target_layer_ids"])
         kinds = config.layer_types
+        if "sliding_attention" not in kinds:
+            config.is_causal = None  # full layers never are
         _check(config, self.block_size, self.drafts)
         width, eps = getattr(config, "target_hidden_size", None) or config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(width * len(self.layer_ids), config.hidden_size, bias=False)
@@ -142,10 +145,9 @@ class DFlash(Draft):
         nested = config.get("dflash_config", {})
         if not isinstance(nested, dict):
             return
-        for name in ("mask_token_id", "target_layer_ids"):
-            value = config.pop(name, None)
-            if value is not None and nested.setdefault(name, value) != value:
-                raise ValueError(f"{name} is {quoted(value)}, but {quoted(nested[name])} in dflash_config")
+        names = ("mask_token_id", "target_layer_ids")
+        move_fields(config, nested, dict(zip(names, names, strict=True)), "in dflash_config")
+        move_fields(nested, config, {"causal": "is_causal"}, "at the top level")
         if nested:
             config["dflash_config"] = nested
 
@@ -208,7 +210,16 @@ class DFlash(Draft):
                 query, own_key, own_value = layer.attention_heads(layer.project(hidden, w), angles, w)
             key, value = layer.inject(context, context_angles, w)
             attention = block_attention(
-                query, key, value, own_key, own_value, plan.anchors, plan.groups, layer.window, flex=self.flex
+                query,
+                key,
+                value,
+                own_key,
+                own_value,
+                plan.anchors,
+                plan.groups,
+                layer.window,
+                causal=layer.causal,
+                flex=self.flex,
             )
             if number == len(self.layers) - 1 and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
@@ -239,8 +250,6 @@ def _check(config: Qwen3Config, block_size: int, drafts: int) -> None:
     if config.use_sliding_window and "sliding_attention" not in config.layer_types:
         raise ValueError("use_sliding_window is set, but no entry of layer_types is sliding_attention")
     if "sliding_attention" in config.layer_types:
-        if "causal" in fields or getattr(config, "is_causal", None) is False:
-            raise ValueError("causal is False, but sliding-window layers are causal within the block")
         window = config.sliding_window
         if window is None or window < block_size:
             raise ValueError(
@@ -280,13 +289,14 @@ class BlockDecoder(CachedDecoder):
             first = 0 if layer.window is None else max(0, self.rows - layer.window + 1)
             # After the context, where the next committed tokens will overwrite them.
             keys, values = self.write(i, self.rows, key, value)
-            mask = self._mask(layer.window, first)
+            mask = self._mask(layer, first)
             hidden = layer.finish(hidden, cached_attention(query, keys[first:], values[first:], mask), w)
         return self.draft.norm(hidden)  # type: ignore[no-any-return]
 
-    def _mask(self, window: int | None, first: int) -> Tensor | None:
-        if window is None:
+    def _mask(self, layer: BlockLayer, first: int) -> Tensor | None:
+        if layer.window is None:
             return None
         rows = torch.arange(self.rows, self.rows + self.draft.block_size, device=self.device).unsqueeze(1)
         keys = torch.arange(first, self.rows + self.draft.block_size, device=self.device)
-        return (keys <= rows) & (keys > rows - window)
+        seen = keys > rows - layer.window
+        return seen & (keys <= rows) if layer.causal else seen

@@ -33,13 +33,16 @@ from specforge.modeling.draft.fields import (
     LATENT,
     LAYER,
     LAYER_IDS,
+    ROUTING,
     SIZE,
     Fields,
+    move_fields,
     only,
     quoted,
     required,
 )
 from specforge.modeling.draft.registry import Draft, register_draft
+from specforge.modeling.draft.speculators import outputs_of
 from specforge.modeling.draft.starting import copy_into, rotary_of_target
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
@@ -54,6 +57,10 @@ from specforge.modeling.layers.decoder_layer import (
 from specforge.modeling.layers.latent_attention import LatentAttention
 
 _CAPTURED = "eagle_aux_hidden_state_layer_ids"
+_OF_ANGELSLIM = "aux_hidden_states_layer_ids"
+# VLLM's class of drafts with Qwen3's attention, and its names for the mask token that makes a draft a P-EAGLE one.
+QWEN3 = "Eagle3Qwen3ForCausalLM"
+MASKS = ("ptd_token_id", "pard_token")
 
 
 class EagleDraft(Draft):
@@ -84,6 +91,10 @@ class EagleDraft(Draft):
             "use_aux_hidden_state": only(True),
             "use_input_layernorm_in_first_layer": only(True),
             "use_last_layernorm": only(True),
+            # ModelOpt: one chain of tokens, so no further heads
+            "next_layer_regular": only(True),
+            "parallel_draft_step": only(1),
+            "parallel_draft_heads_num_layers": ANYTHING,
         },
     }
 
@@ -108,28 +119,32 @@ class EagleDraft(Draft):
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
-        """Move captured layers to ``eagle_config``, and rename ``use_aux_norm``, SGLang's older name of ``fc_norm``.
+        """Move captured layers and ``norm_before_fc`` to ``eagle_config``, and rename SGLang's ``use_aux_norm``.
 
-        Layer ids in ``eagle_config`` refer to the outputs of layers. VLLM's top-level field refers to inputs, so its
-        ids are one higher.
+        Layer ids in ``eagle_config`` and in AngelSlim's field refer to the outputs of layers. VLLM's top-level field
+        refers to inputs, so its ids are one higher.
         """
-        eagle, above = config.get("eagle_config", {}), config.pop(_CAPTURED, None)
+        eagle = config.get("eagle_config", {})
+        above, theirs = config.pop(_CAPTURED, None), config.pop(_OF_ANGELSLIM, None)
         if not isinstance(eagle, Mapping):
             return
         own = {key: x for key, x in eagle.items() if key != _CAPTURED or x not in ([], ())}
+        if theirs is not None and own.setdefault(_CAPTURED, theirs) != theirs:
+            raise ValueError(f"{_OF_ANGELSLIM} is {quoted(theirs)}, but {quoted(own[_CAPTURED])} in eagle_config")
         if above is not None:
-            if not isinstance(above, list) or not all(type(layer) is int for layer in above):
-                raise ValueError(f"{_CAPTURED} is {quoted(above)}, not a list of layers")
-            below = [layer - 1 for layer in above]
+            below = outputs_of(above, _CAPTURED)
             if list(own.setdefault(_CAPTURED, below)) != below:
                 raise ValueError(
                     f"{_CAPTURED} is {quoted(above)}, but {quoted(own[_CAPTURED])} in eagle_config; the top-level ids "
                     "must be one higher, because vLLM counts layers by their inputs"
                 )
+        move_fields(config, own, {"norm_before_fc": "norm_before_fc"}, "in eagle_config")
         if own or "eagle_config" in config:
             config["eagle_config"] = own
         if config.pop("use_aux_norm", False):
             config["fc_norm"] = True
+        if QWEN3 in config.get("architectures", ()):
+            config["qk_norm"] = True
 
     @abstractmethod
     def build_layers(self, config: Any) -> None:
@@ -260,11 +275,19 @@ class Eagle3Draft(EagleDraft):
         return Eagle3Decoder(self, dtype)
 
 
-@register_draft("LlamaForCausalLMEagle3", config_class=LlamaConfig)
+@register_draft("LlamaForCausalLMEagle3", LlamaConfig, other_names=("Eagle3LlamaForCausalLM", QWEN3))
 class LlamaEagle3(Eagle3Draft):
-    """EAGLE-3 draft with a Llama layer; ``attention_bias`` gives all four projections a bias."""
+    """EAGLE-3 draft with a Llama layer.
 
-    fields: ClassVar[Fields] = {**Eagle3Draft.fields, "attention_bias": FLAG}
+    ``attention_bias`` gives all four projections a bias; ``qk_norm`` norms the heads of queries and keys, as in Qwen3.
+    """
+
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, "attention_bias": FLAG, "qk_norm": FLAG}
+
+    @classmethod
+    def is_described_by(cls, config: Mapping[str, Any]) -> bool:
+        """As in :class:`Draft`, unless there is a mask token."""
+        return super().is_described_by(config) and all(config.get(name) is None for name in MASKS)
 
     @staticmethod
     def build_attention(config: LlamaConfig) -> Attention:
@@ -272,7 +295,7 @@ class LlamaEagle3(Eagle3Draft):
         return GroupedAttention(config, 2 * config.hidden_size, out_bias=True)
 
 
-@register_draft("Eagle3DeepseekV2ForCausalLM", config_class=DeepseekV3Config)
+@register_draft("Eagle3DeepseekV2ForCausalLM", DeepseekV3Config, other_names=("DeepseekV3ForCausalLMEagle3",))
 class DeepseekEagle3(Eagle3Draft):
     """EAGLE-3 draft with multi-head latent attention and a dense MLP, as SGLang loads it for DeepSeek and Kimi targets.
 
@@ -280,7 +303,7 @@ class DeepseekEagle3(Eagle3Draft):
     copied from a target have them, and servers ignore them in a draft, too.
     """
 
-    fields: ClassVar[Fields] = {**Eagle3Draft.fields, **LATENT, **dict.fromkeys(EXPERTS, ANYTHING)}
+    fields: ClassVar[Fields] = {**Eagle3Draft.fields, **LATENT, **dict.fromkeys((*EXPERTS, *ROUTING), ANYTHING)}
 
     def __init__(self, config: DeepseekV3Config) -> None:
         # The size of the rotary table, which a config of another attention may have set otherwise.

@@ -1,6 +1,6 @@
 """MTP weights in a target's checkpoint: reading them, and writing a trained module back under the family's names.
 
-Servers read an MTP module from the target's own folder, so the form that SGLang serves is a copy of the target with its
+Servers read an MTP module from the target's own folder, so the form that they serve is a copy of the target with its
 module replaced by the trained one.
 """
 
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,10 @@ from specforge.modeling.draft import Draft
 from specforge.modeling.draft.checks import check_tensors
 from specforge.modeling.draft.format import DTYPES, DraftFormat
 from specforge.modeling.draft.mtp.network import MTPDraft
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
+
+_DEEPSEEK, _QWEN, _MIMO = "DeepSeek NextN", "Qwen MTP", "MiMo"
+_NO_DENSE = "has no dense Qwen MTP module; it would skip this one's MLP silently; use --to hf"
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,7 @@ class MTPFamily:
     hidden_first: bool = False  # whether the projection's first columns read the hidden state instead of the embedding
     # copies of the embedding and the head
     skipped: tuple[str, ...] = ("embed_tokens.weight", "shared_head.head.weight")
-    mask_first: bool = False  # whether the first row reads no embedding
-    # whether SGLang supports a module of this form. Its Qwen modules have experts or gated attention
-    served: bool = True
+    mask_first: tuple[str, ...] = ()  # the servers in which the first row reads no embedding
 
 
 def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
@@ -51,9 +54,9 @@ def _families(target: TargetFiles) -> tuple[MTPFamily, ...]:
     qwen = parts("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
     mimo = parts("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
     return (
-        MTPFamily("DeepSeek NextN", f"model.layers.{target.num_layers}.", deepseek),
-        MTPFamily("Qwen MTP", "mtp.", qwen, layer="layers.0.", served=False),
-        MTPFamily("MiMo", "model.mtp_layers.0.", mimo, hidden_first=True, mask_first=True),
+        MTPFamily(_DEEPSEEK, f"model.layers.{target.num_layers}.", deepseek, mask_first=(VLLM.name,)),
+        MTPFamily(_QWEN, "mtp.", qwen, layer="layers.0."),
+        MTPFamily(_MIMO, "model.mtp_layers.0.", mimo, hidden_first=True, mask_first=(VLLM.name, SGLang.name)),
     )
 
 
@@ -113,31 +116,46 @@ def _swap(proj: Tensor) -> Tensor:
     return torch.cat([second, first], dim=1)
 
 
-class MTPFormat(DraftFormat):
-    """``hf`` is the module under SpecForge's names; ``sglang`` is the target with the module inside."""
+def _check_module(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
+    if not config.get("norm_output", True):
+        raise UserError(f"export: norm_output is off, but {server} feeds back the normed output; use --to hf")
+    family = require_mtp(target)
+    mine, theirs = bool(config.get("mask_first")), server in family.mask_first
+    if mine != theirs:
+        raise UserError(
+            f"export: mask_first is {mine}, but {server}'s {family.name} module has {theirs}; train with "
+            f"model.draft_config.mask_first {str(theirs).lower()}, or use --to hf"
+        )
 
-    def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
+
+class MTPFormat(DraftFormat):
+    """``hf`` is the module under SpecForge's names; servers read the target with the module inside."""
+
+    vllm = VLLM("mtp", {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED}, _check_module, in_target=True)
+    sglang = SGLang(
+        "NEXTN",
+        {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED},
+        _check_module,
+        in_target=True,
+        chain=True,
+    )
+    drafted = 3
+
+    def form(self, config: Mapping[str, Any], target: TargetFiles) -> str:
+        """The target's family."""
+        return require_mtp(target).name
+
+    def _write_served(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
         """Write a copy of the target with the trained MTP weights; every file keeps the names of its tensors.
 
         Tensors that the target stores as 8-bit blocks are written as such.
 
         Raises:
-            UserError: the target lacks MTP weights or one of the tensors, SGLang has no such module or would feed back
-                another state, the draft is untrained or damaged, or the folder is not empty.
+            UserError: the target lacks one of the tensors, the draft is untrained or damaged, or the folder is not
+                empty.
         """
         assert isinstance(draft, MTPDraft)
         family = require_mtp(target)
-        if not family.served:
-            raise UserError(
-                f"export: SGLang has no dense {family.name} module; it would skip this one's MLP silently; use --to hf"
-            )
-        if not draft.norm_output:
-            raise UserError("export: norm_output is off, but SGLang feeds back the normed output; use --to hf")
-        if draft.mask_first != family.mask_first:
-            raise UserError(
-                f"export: mask_first is {draft.mask_first}, but SGLang's {family.name} module has {family.mask_first}; "
-                "use --to hf"
-            )
         check_tensors(draft.state_dict(), draft.state_dict(), f"export to {folder}", draft.trained)
         renamed = _in_family_form(family, draft.module_tensors(DTYPES[dtype]))
         unknown = sorted(set(renamed) - set(target.weight_files))
@@ -148,13 +166,6 @@ class MTPFormat(DraftFormat):
             for name in [n for n in renamed if n + SCALE in target.weight_files]:
                 renamed[name], renamed[name + SCALE] = quantise(wide[name], target.weight_block)
         _copy_target(target, folder, renamed)
-
-    def serve(self, target: str, folder: Path) -> str:
-        """SGLang's NEXTN, which loads the module from the stitched target."""
-        return (
-            f"python -m sglang.launch_server --model-path {folder} --speculative-algorithm NEXTN "
-            "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
-        )
 
 
 def _copy_target(target: TargetFiles, folder: Path, replaced: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from specforge.inference.target_files import TargetFiles
-from specforge.modeling.draft.eagle3.network import EagleDraft, LlamaEagle3
+from specforge.modeling.draft.eagle3.network import MASKS, EagleDraft, LlamaEagle3
 from specforge.modeling.draft.fields import FLAG, TOKEN, Fields, only, quoted, required
 from specforge.modeling.draft.peagle.attention import deep_attention
 from specforge.modeling.draft.peagle.plan import PEaglePlan
@@ -27,8 +27,6 @@ from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.attention import ttt_attention
 from specforge.modeling.layers.decode_cache import CachedDecoder, cached_attention
 from specforge.modeling.layers.decoder_layer import DecoderLayer, GroupedAttention, LayerWeights, compute_dtype
-
-_MASKS = ("ptd_token_id", "pard_token")
 
 
 @register_draft("PEagleDraftModel", config_class=LlamaConfig)
@@ -48,6 +46,7 @@ class PEagleDraft(EagleDraft):
     fields: ClassVar[Fields] = {
         **EagleDraft.fields,
         "attention_bias": FLAG,
+        "qk_norm": FLAG,
         "mask_token_id": required(TOKEN),
         "embed_requires_grad": FLAG,
         "parallel_drafting": only(True),
@@ -65,14 +64,15 @@ class PEagleDraft(EagleDraft):
     @classmethod
     def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """VLLM uses the name of EAGLE-3's architecture and adds a mask token."""
-        named = LlamaEagle3.architecture in config.get("architectures", ())
-        return named and any(config.get(name) is not None for name in _MASKS)
+        names = {LlamaEagle3.architecture, *LlamaEagle3.other_names}
+        named = not names.isdisjoint(config.get("architectures", ()))
+        return named and any(config.get(name) is not None for name in MASKS)
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
         """As for EAGLE-3, and rename vLLM's fields for the mask token."""
         EagleDraft.translate(config)
-        for name in _MASKS:
+        for name in MASKS:
             mask = config.pop(name, config.get("mask_token_id"))
             if mask is not None and config.setdefault("mask_token_id", mask) != mask:
                 raise ValueError(f"{name} is {quoted(mask)}, but mask_token_id is {quoted(config['mask_token_id'])}")

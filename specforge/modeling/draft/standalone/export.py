@@ -1,4 +1,4 @@
-"""The format of stand-alone drafts: the folder of a transformers causal LM, which SGLang serves as STANDALONE."""
+"""The format of stand-alone drafts: the folder of a transformers causal LM, which every server loads."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft import Draft
 from specforge.modeling.draft.format import DraftFormat
+from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 from specforge.modeling.draft.standalone.network import StandaloneDraft
+
+_FORM = "any causal language model"
+
+
+def _check_vocabulary(config: Mapping[str, Any], target: TargetFiles, server: str) -> None:
+    if config["vocab_size"] != target.vocab_size:
+        raise UserError(f"export: the draft has {config['vocab_size']} tokens, {target.name} has {target.vocab_size}")
 
 
 class StandaloneFormat(DraftFormat):
     """Names without the prefix ``model.``, without a tied head and vocabulary maps."""
 
-    server, chain = "STANDALONE", 4
+    vllm = VLLM("draft_model", {_FORM: Proof.SERVED}, _check_vocabulary)
+    sglang = SGLang("STANDALONE", {_FORM: Proof.SERVED}, _check_vocabulary, chain=True)
+
+    def form(self, config: Mapping[str, Any], target: TargetFiles) -> str:
+        """Every model has the same."""
+        return _FORM
 
     def build(self, config: Mapping[str, Any], where: str = "draft config") -> Draft:
         """The randomly initialised model of a ``config.json``."""
         return StandaloneDraft(config, where)
-
-    def check(self, config: dict[str, Any], target: TargetFiles) -> None:
-        """Reject a draft with another vocabulary than the target's."""
-        if config["vocab_size"] != target.vocab_size:
-            raise UserError(
-                f"export: the draft has {config['vocab_size']} tokens, {target.name} has {target.vocab_size}"
-            )
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`."""

@@ -25,6 +25,7 @@ CASES = {
     "dflash": ("dflash", {}),
     "dflash of a part of the vocabulary": ("dflash", {"draft_vocab_size": 100}),
     "dflash with sliding layers": ("dflash", {**SLIDING, "qk_norm": False}),
+    "dflash with sliding layers in both directions": ("dflash", {**SLIDING, "is_causal": False}),
     "dspark": ("dspark", {"markov_rank": 8}),
     "dspark, rnn, a part of the vocabulary": (
         "dspark",

@@ -105,15 +105,18 @@ def test_a_reduced_vocabulary_is_exported_with_the_head_of_the_target(name, targ
     assert all(torch.equal(again.draft.state_dict()[n], x) for n, x in module.draft.state_dict().items())
 
 
-def test_sliding_layers_are_exported_as_servers_run_them(target, tmp_path):
-    """They are causal within the block, as both servers assume; full-attention layers see the whole block."""
-    kinds = ["full_attention", "sliding_attention"]
-    module = trained("dflash", target, layer_types=kinds, use_sliding_window=True, sliding_window=20)
+@pytest.mark.parametrize("causal", [True, False])
+def test_sliding_layers_are_exported_as_servers_run_them(causal, target, tmp_path):
+    """They are causal within the block unless `is_causal` is false; full-attention layers see the whole block."""
+    kinds, field = ["full_attention", "sliding_attention"], {} if causal else {"is_causal": False}
+    module = trained("dflash", target, layer_types=kinds, use_sliding_window=True, sliding_window=20, **field)
     module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft", "float32")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert (config["layer_types"], config["sliding_window"]) == (kinds, 20)
     assert "causal" not in config["dflash_config"]
-    assert [layer.window for layer in load_module(tmp_path / "draft", str(target)).draft.layers] == [None, 20]
+    assert config.get("is_causal") is (None if causal else False)
+    layers = load_module(tmp_path / "draft", str(target)).draft.layers
+    assert [(layer.window, layer.causal) for layer in layers] == [(None, False), (20, causal)]
 
 
 @pytest.mark.parametrize("name", ["dflash", "dspark", "domino", "dflash2"])

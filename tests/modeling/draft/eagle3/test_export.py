@@ -37,10 +37,10 @@ def trained(module: EagleFamilyModule) -> EagleFamilyModule:
 @pytest.mark.parametrize(
     ("cls", "config", "forms"),
     [
-        (Eagle3Module, {"fc_norm": True, "norm_output": True}, ("to_hf", "to_sglang")),
-        (Eagle3Module, LATENT, ("to_hf", "to_sglang")),
-        (PEagleModule, {}, ("to_hf",)),
-        (PEagleModule, {"embed_requires_grad": True, "num_hidden_layers": 2}, ("to_hf",)),
+        (Eagle3Module, {"fc_norm": True, "norm_output": True}, ("to_hf", "to_sglang", "to_vllm")),
+        (Eagle3Module, LATENT, ("to_hf", "to_sglang", "to_vllm")),
+        (PEagleModule, {}, ("to_hf", "to_vllm")),
+        (PEagleModule, {"embed_requires_grad": True, "num_hidden_layers": 2}, ("to_hf", "to_vllm")),
     ],
     ids=["eagle3.1", "latent", "peagle", "peagle, own embedding"],
 )
@@ -72,7 +72,7 @@ def test_latent_names_are_those_that_sglang_loads(target, tmp_path):
         "o_proj.weight": (32, 20),
     }
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
-    assert config["model_type"] == "deepseek_v3"
+    assert config["model_type"] == "deepseek_v2"  # vLLM takes deepseek_v3 for an MTP module
     assert (config["q_lora_rank"], config["v_head_dim"], config["num_hidden_layers"]) == (12, 5, 1)
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
 
@@ -108,7 +108,7 @@ def test_a_trained_embedding_is_the_one_that_is_written(target, tmp_path):
 
 def test_peagle_is_refused_for_sglang(target, tmp_path):
     module = trained(PEagleModule(str(target), SMALL))
-    with pytest.raises(UserError, match="SGLang does not serve P-EAGLE; use --to hf"):
+    with pytest.raises(UserError, match="SGLang has no P-EAGLE; use --to vllm"):
         module.export_format.to_sglang(module.draft, module.target, tmp_path / "draft")
 
 
