@@ -7,6 +7,8 @@ target over the prompts of the next batches while the current batch is trained.
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,8 @@ from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.on_demand import ProducedSamples
 from specforge.runtime.data_plane.store import FeatureStore
 from specforge.system import pick_device
+
+_TOGETHER = 32  # prompts of a batch that an independent engine is asked for at a time
 
 
 class OnlineDataModule(PromptDataModule):
@@ -75,6 +79,7 @@ class OnlineDataModule(PromptDataModule):
             )
         self._engine: TargetEngine | None = None
         self._engine_lock = threading.Lock()  # training and validation share the target
+        self._together: ThreadPoolExecutor | None = None  # for an engine that reads several prompts at a time
 
     def open_split(self, name: str, prompts: PromptSet) -> Split:
         """The samples of some prompts, and the store that gets them."""
@@ -84,7 +89,7 @@ class OnlineDataModule(PromptDataModule):
         expected = expect(prompts.tasks, held, self.module.target.hidden_size)
 
         def produce(sample: ExpectedSample) -> SampleRef:
-            with self._engine_lock:
+            with nullcontext() if engine.independent else self._engine_lock:
                 return capture_one(engine, store, sample.task, held)
 
         keep = self.keep_bytes if name == "train" else 0
@@ -93,7 +98,7 @@ class OnlineDataModule(PromptDataModule):
         # Samples carry encoding and engine, so that a resumed run cannot change them.
         carried = replace(provenance, engine=ANY_ENGINE) if self.mix_engines else provenance
         samples = [replace(sample, provenance=carried) for sample in expected]
-        return Split(samples, ProducedSamples(store, produce, keep_bytes=keep))
+        return Split(samples, ProducedSamples(store, produce, keep_bytes=keep, together=self._together))
 
     def _open_engine(self) -> TargetEngine:
         if self._engine is None:
@@ -101,11 +106,16 @@ class OnlineDataModule(PromptDataModule):
             self._engine = engine(self.module.target, self.dtype)
             self._engine.encoding = self.encoding
             self._engine.check(self.module.spec.capture)
+            if self._engine.independent:
+                self._together = ThreadPoolExecutor(_TOGETHER, "produce")
         return self._engine
 
     def teardown(self, stage: str) -> None:
         """Close the engine, and drop the samples that it would produce."""
         engine, self._engine, self._splits = self._engine, None, {}
+        if self._together is not None:
+            self._together.shutdown(cancel_futures=True)
+            self._together = None
         if engine is not None:
             engine.close()
 

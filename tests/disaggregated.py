@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from specforge.inference.producer import Producer
-from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_engine import Engine, HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController
@@ -55,12 +55,17 @@ def control(where: dict[str, str], **options: object) -> DataFlowController:
 
 @contextmanager
 def producers(
-    target: Path, where: dict[str, str], count: int = 1, dtype: str = "float32", **options: object
+    target: Path,
+    where: dict[str, str],
+    count: int = 1,
+    dtype: str = "float32",
+    engine: Engine = HFTargetEngine,
+    **options: object,
 ) -> Iterator[list[Producer]]:
     """Run producers in threads; what they raise is raised here."""
     files = TargetFiles.find(str(target))
     stop, errors = threading.Event(), []
-    engines = [HFTargetEngine(files, dtype) for _ in range(count)]  # transformers loads in one thread at a time
+    engines = [engine(files, dtype) for _ in range(count)]  # transformers loads in one thread at a time
     made = [
         Producer(
             control(where),

@@ -44,8 +44,10 @@ def test_commands_and_their_options_exist(page, capsys):
         assert name in COMMANDS, words
         if name in LIGHTNING:
             continue
-        with pytest.raises(SystemExit):
-            main([*name.split(), "--help"])
+        engine = ["--engine.help", words[words.index("--engine") + 1]] if "--engine" in words else []
+        for question in filter(None, (["--help"], engine)):
+            with pytest.raises(SystemExit):
+                main([*name.split(), *question])
         known = capsys.readouterr().out
         for option in (word for word in words if word.startswith("--")):
             assert option in known, (name, option)

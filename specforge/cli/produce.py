@@ -27,6 +27,7 @@ from specforge.inference.target_engine import (
     Engine,
     HFTargetEngine,
     TargetEngine,
+    engine_class,
     engine_config,
     engine_summary,
     on_device,
@@ -60,7 +61,7 @@ class ProduceOptions:
         workers: number of processes; each opens the engine.
         name: stable name of this producer; after a restart under the same name it releases the prompts it had leased
             (default: generated).
-        max_prompts: maximum number of prompts that a process leases at a time.
+        max_prompts: maximum number of prompts that a process leases at a time (default: 8, or 64 for a server).
         batch_tokens: maximum number of tokens of a forward pass, padding included; 1 takes each prompt by itself, so
             that its features do not depend on other prompts.
         lease_seconds: seconds without a sign of life after which a producer's prompts go to other producers.
@@ -75,11 +76,16 @@ class ProduceOptions:
     engine: Engine = HFTargetEngine
     workers: PositiveInt = 1
     name: str | None = None
-    max_prompts: PositiveInt = 8
+    max_prompts: PositiveInt | None = None
     batch_tokens: PositiveInt = 1
     lease_seconds: PositiveSeconds = 60.0
     max_tries: PositiveInt = 3
     idle_seconds: Seconds | None = None
+
+    @property
+    def leases(self) -> int:
+        """Maximum number of prompts that a process leases."""
+        return self.max_prompts or (64 if engine_class(self.engine).independent else 8)
 
 
 def capture(
@@ -200,7 +206,7 @@ def run_producers(options: ProduceOptions) -> None:
         engine,
         files.fingerprint,
         owner,
-        max_prompts=options.max_prompts,
+        max_prompts=options.leases,
         batch_tokens=options.batch_tokens,
         vocab_size=files.vocab_size,
     )
@@ -246,7 +252,7 @@ def describe_plan(options: ProduceOptions) -> list[str]:
     weights = sum(path.stat().st_size for path in set(files.weight_files.values()))
     lines = [
         f"{options.workers} process{'es' if options.workers > 1 else ''} of {files.name} ({files.fingerprint[:8]}) by "
-        f"{engine_summary(options.engine)}, each with up to {options.max_prompts} leased prompts; the target has "
+        f"{engine_summary(options.engine)}, each with up to {options.leases} leased prompts; the target has "
         f"{weights / 1e9:.2f} GB of weights",
         f"metadata: {shown(options.metadata)}",
         f"features: {options.store}{_free_space(options.store)}",

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
-from specforge.inference.target_engine import Engine, HFTargetEngine, on_device
+from specforge.inference.target_engine import Engine, HFTargetEngine, engine_class, on_device
 from specforge.inference.target_files import TargetFiles
-from specforge.options import Dtype, Port, PositiveInt
+from specforge.options import Dtype, NonNegativeInt, Port, PositiveInt
 from specforge.packages import install_hint
 from specforge.system import end_with_parent, interrupt_on_sigterm
 
@@ -28,6 +29,8 @@ def serve_target(
     device: str = "auto",
     engine: Engine = HFTargetEngine,
     max_tokens: PositiveInt = 65536,
+    algorithm: str | None = None,
+    layer_ids: list[NonNegativeInt] | None = None,
 ) -> None:
     """Serve a target's features over HTTP until SIGTERM or Ctrl-C; nothing is stored.
 
@@ -41,16 +44,23 @@ def serve_target(
         engine: what runs the target: hf (transformers, in this process), vllm, sglang, http (another `target serve`),
             or the class path of your own; its options are --engine.NAME (see --engine.help hf).
         max_tokens: maximum number of tokens of a request, padding included.
+        algorithm: with an engine that captures fixed layers (vllm, sglang): the algorithm that needs them (default:
+            eagle3).
+        layer_ids: with such an engine: decoder layers to capture instead of the algorithm's default.
     """
     from specforge.inference.target_server import TargetServer, make_token
 
     open_engine, files = on_device(engine, device), TargetFiles.find(target)
+    _check_free(host, port)
+    policy = _policy(files, algorithm, layer_ids) if engine_class(engine).independent else None
     token = make_token(token_file)
     interrupt_on_sigterm()
     with (
         open_engine(files, dtype) as running,
         TargetServer(running, files, token, host, port, max_tokens=max_tokens) as server,
     ):
+        if policy is not None:
+            running.check(policy)
         print(
             f"{server.url}: features of {files.name} ({files.fingerprint[:8]}) in {running.dtype}; "
             f"token in {token_file}\n"
@@ -58,10 +68,19 @@ def serve_target(
             f"--data.token_file {token_file}",
             flush=True,
         )
+        if running.options:
+            print(f"or directly, on a host that shares the store: specforge fit ... {running.options}", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print("stopped", flush=True)
+
+
+def _policy(files: TargetFiles, algorithm: str | None, layer_ids: list[int] | None) -> CapturePolicy:
+    """What an algorithm captures."""
+    from lightning_modules.loading import find_algorithm
+
+    return find_algorithm(algorithm or "eagle3").capture_policy(files, layer_ids)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -102,6 +103,10 @@ class Ticket(Record):
         return self.key.rpartition(".")[0]
 
 
+class NotDeliveredError(UserError):
+    """The server has answered, but the features have not arrived in time."""
+
+
 class _Delivery(NamedTuple):
     """What waits to be written: ``tensors`` returns the features, or raises the reason why there are none."""
 
@@ -139,7 +144,7 @@ class FeatureSink:
         ticket: Ticket,
         input_ids: Sequence[int],
         layers: Mapping[int, Tensor],
-        last: Callable[[], Tensor] | None = None,
+        last: Tensor | Callable[[], Tensor] | None = None,
     ) -> None:
         """Queue the states of one prompt.
 
@@ -147,10 +152,11 @@ class FeatureSink:
             ticket: the client's.
             input_ids: the tokens that the server has read.
             layers: output of each captured decoder layer, ``[T, H]`` on the CPU, not changed afterwards.
-            last: computes the states after the final norm, ``[T, H]``; None if the server cannot.
+            last: states after the final norm, ``[T, H]``, or a function that computes them; None if the server cannot.
         """
         tensors = partial(_features, ticket, list(input_ids), layers, last)
-        self._queue(_Delivery(ticket, tensors, sum(x.nbytes for x in layers.values())))
+        held = [*layers.values(), *([last] if isinstance(last, Tensor) else [])]
+        self._queue(_Delivery(ticket, tensors, sum(x.nbytes for x in held)))
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Queue the reason why there are no features."""
@@ -215,7 +221,7 @@ class FeatureSink:
 
 
 def _features(
-    ticket: Ticket, input_ids: list[int], states: Mapping[int, Tensor], last: Callable[[], Tensor] | None
+    ticket: Ticket, input_ids: list[int], states: Mapping[int, Tensor], last: Tensor | Callable[[], Tensor] | None
 ) -> dict[str, Tensor]:
     """The tensors that a ticket asks for."""
     policy, tensors = ticket.capture, {INPUT_IDS: torch.tensor(input_ids, dtype=torch.int32)}
@@ -227,7 +233,7 @@ def _features(
     if policy.last_hidden_states:
         if last is None:
             raise UserError("this server does not capture the last hidden states")
-        tensors[LAST_HIDDEN_STATES] = last()
+        tensors[LAST_HIDDEN_STATES] = last if isinstance(last, Tensor) else last()
     if ticket.loss_mask:
         tensors[LOSS_MASK] = torch.tensor([int(x) for x in ticket.loss_mask], dtype=torch.uint8)
     return tensors
@@ -250,6 +256,15 @@ class Handoff:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_store", FeatureStore(self.backend))
+
+    def fills(self, backend: object) -> bool:
+        """Whether a backend is this one's store, so that it has what the server writes."""
+        for place in ("folder", "address"):
+            own = getattr(self.backend, place, None)
+            if own is not None:
+                other = getattr(backend, place, None)
+                return bool(own.resolve() == other.resolve() if isinstance(other, Path) else own == other)
+        return backend is self.backend
 
     def expect(
         self,
@@ -307,14 +322,15 @@ class Handoff:
         Raises:
             BadSampleError: they must not be used for training, for example because they contain NaN.
             StoreFullError: they do not fit into the store at the moment.
-            UserError: the server reports another reason, or nothing arrives in time.
+            NotDeliveredError: nothing arrives in time.
+            UserError: the server reports another reason.
         """
         end, pause = time.monotonic() + self.patience, _FIRST_POLL
         while not self.backend.holds(ticket.key, ticket.uri):
             if self.backend.holds(ticket.key, ticket.error_uri):
                 self._raise_error(ticket)
             if time.monotonic() > end:
-                raise UserError(
+                raise NotDeliveredError(
                     f"server {self.server}: it has answered, but after {self.patience:g} s the features are not in the "
                     "store; see the server's log, and whether both use the same store"
                 )

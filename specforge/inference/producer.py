@@ -128,7 +128,8 @@ class Producer:
             else:
                 if provenance.engine != ANY_ENGINE:
                     self.controller.claim_engine(tasks, worker.provenance.engine)
-                work += [(worker, batch) for batch in plan_named(tasks.items(), self.batch_tokens)]
+                batches = plan_named(tasks.items(), self.batch_tokens)
+                work += [(worker, batch) for batch in ([[*tasks.items()]] if worker.engine.independent else batches)]
         yield from work
 
     def _unusable(self, prompt: LeasedPrompt) -> str:
@@ -164,7 +165,7 @@ class Producer:
         names, tasks = [name for name, _ in batch], [task for _, task in batch]
         try:
             captured = worker.capture(tasks, names)
-        except UnavailableError:
+        except (UnavailableError, StoreFullError):
             raise
         except Exception as error:  # such as out of memory; one prompt must not stop every producer in turn
             reason = f"the target failed: {first_line(error)}"

@@ -29,7 +29,7 @@ from specforge.inference.target_engine import TargetEngine
 from specforge.inference.target_engine.base import feature_widths
 from specforge.inference.target_files import torch_dtype
 from specforge.runtime.data_plane.encoding import stored_width
-from specforge.runtime.data_plane.store import BadSampleError, FeatureStore
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 
 
 def sample_id(task: PromptTask, provenance: Provenance) -> str:
@@ -144,6 +144,7 @@ class RolloutWorker:
     def __post_init__(self) -> None:
         self._refs: list[SampleRef] = []
         self._storing: Future[None] | None = None
+        self.delivers = self.engine.delivers_to(self.store.backend)
 
     def produce(self, tasks: Sequence[PromptTask], batch_tokens: int) -> Iterator[Progress]:
         """Capture every prompt that the store does not hold yet.
@@ -159,7 +160,7 @@ class RolloutWorker:
         self.flush()
 
     def capture(self, batch: Sequence[PromptTask], names: Sequence[str] | None = None) -> list[Captured]:
-        """Run the target once over prompts; returns the samples that the store lacks.
+        """Run the target once over prompts; returns the samples that the store lacks and the engine has not delivered.
 
         Args:
             batch: prompts.
@@ -169,10 +170,29 @@ class RolloutWorker:
         missing = [name not in self.store for name in ids]
         if not any(missing):
             return []
+        if self.delivers:
+            self._deliver([(name, task) for name, task, new in zip(ids, batch, missing, strict=True) if new])
+            return []
         # The whole batch runs again, so that features do not depend on where an earlier run stopped.
         features = self.engine.capture([t.input_ids for t in batch], self.provenance.capture)
         found = zip(ids, batch, features, missing, strict=True)
         return [Captured(name, task, tensors) for name, task, tensors, new in found if new]
+
+    def _deliver(self, samples: Sequence[tuple[str, PromptTask]]) -> None:
+        """Have the engine store samples, and commit them."""
+        names, tasks = [name for name, _ in samples], [task for _, task in samples]
+        full: StoreFullError | None = None
+        for found in self.engine.deliver(tasks, names, self.provenance):
+            if isinstance(found, BadSampleError):
+                self.reject(found)
+            elif isinstance(found, StoreFullError):
+                full = found
+            else:
+                self._refs.append(found)
+        self.store.adopt(self._refs)
+        self._flush()
+        if full is not None:
+            raise full
 
     def put(self, captured: Sequence[Captured]) -> None:
         """Store the samples of one pass; raises what storing those of the previous pass has raised."""

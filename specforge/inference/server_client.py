@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ import httpx
 import specforge.stopping as stopping
 from specforge.errors import UserError
 from specforge.files import read_secret
+from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.http import printable
 from specforge.runtime.addresses import shown
 
@@ -103,12 +104,17 @@ class ServerClient:
         """
         return self._send("GET", path, None).text
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Any:
         """JSON answer to a JSON body.
+
+        Args:
+            path: begins with a slash.
+            body: the body, or a function that makes one for each attempt.
 
         Raises:
             RefusedError: the server refuses the request; the message has its reason.
-            UserError: it answers something other than JSON, or does not answer for ``patience`` seconds.
+            UnavailableError: it does not answer for ``patience`` seconds.
+            UserError: it answers something other than JSON.
         """
         return self._json(self._send("POST", path, body), path)
 
@@ -128,12 +134,14 @@ class ServerClient:
         except httpx.HTTPError as error:
             raise UserError(f"server {self.url}: no answer ({_name(error)})") from error
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+    ) -> httpx.Response:
         deadline, pause, failures = float("inf"), _FIRST_PAUSE, 0
         while True:
             stopping.check()
             try:
-                answer = self._client.request(method, path, json=body)
+                answer = self._client.request(method, path, json=body() if callable(body) else body)
             except httpx.HTTPError as error:
                 reason = _name(error)
             else:
@@ -145,7 +153,7 @@ class ServerClient:
                     raise RefusedError(f"server {self.url}: {reason}", answer.status_code)
             deadline = min(deadline, time.monotonic() + self.patience)  # an answer may take longer than that
             if time.monotonic() + pause > deadline:
-                raise UserError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
+                raise UnavailableError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
             if self._next_warning <= time.monotonic():
                 self._next_warning = time.monotonic() + pause
                 left = deadline - time.monotonic()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from specforge.errors import UserError
 from specforge.files import first_line, open_safetensors, read_json
@@ -316,6 +316,24 @@ class TargetFiles:
         """Weight ``[H]`` of the norm before ``lm_head``."""
         return self._first(("norm.weight",), "final norm")
 
+    def norm_module(self, dtype: torch.dtype) -> nn.Module:
+        """The module that computes the last hidden states ``[n, H]`` from the output of the last layer.
+
+        It is transformers' own, so it also knows the norms whose multiplier is not their weight.
+
+        Raises:
+            UserError: the class has no norm after its layers, or a tensor is missing.
+        """
+        groups = ([*module.children()] for module in self.skeleton.modules())
+        siblings = next((x for x in groups if any(_is_list(child, self.num_layers) for child in x)), [])
+        norms = [module for module in siblings if "norm" in type(module).__name__.lower()]
+        if not norms:
+            raise UserError(f"{self.name}: {type(self.skeleton).__name__} has no norm after its layers")
+        norm = copy.deepcopy(norms[-1])
+        parts = {part: self._module_tensor(norms[-1], part, "final norm") for part in norm.state_dict()}
+        norm.load_state_dict({part: x.to(dtype) for part, x in parts.items()}, assign=True)
+        return norm.eval().requires_grad_(False)
+
     def layer_tensor(self, layer: int, name: str) -> Tensor:
         """A tensor of a decoder layer, such as ``mlp.up_proj.weight``."""
         return self._first((f"layers.{layer}.{name}",), f"{name} in layer {layer}")
@@ -343,6 +361,10 @@ class TargetFiles:
                     file.seek(max(0, (size - _SAMPLE) * i // _SAMPLES_PER_FILE))
                     digest.update(file.read(_SAMPLE))
         return digest.hexdigest()
+
+
+def _is_list(module: nn.Module, length: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == length
 
 
 def _indexed(index: Path) -> dict[str, Path]:

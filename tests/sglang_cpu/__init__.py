@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 READY = "Uvicorn running on"  # SGLang's own "fired up" comes before it listens
-OPTIONS = [
+LAUNCH = (str(Path(__file__).parent / "launch.py"),)  # instead of ``-m sglang.launch_server``
+CAPTURE = [  # for servers that only read prompts
     "--device",
     "cpu",
     "--attention-backend",
     "intel_amx",
-    "--dtype",
-    "float32",
     "--disable-cuda-graph",
     "--disable-overlap-schedule",
     "--max-total-tokens",
@@ -29,11 +28,9 @@ OPTIONS = [
     "4",
     "--mem-fraction-static",
     "0.3",
-    "--chunked-prefill-size",
-    "-1",
-    "--disable-radix-cache",
     "--skip-server-warmup",
 ]
+OPTIONS = [*CAPTURE, "--dtype", "float32", "--chunked-prefill-size", "-1", "--disable-radix-cache"]
 
 
 def environment() -> dict[str, str]:
@@ -69,7 +66,7 @@ def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, Path(__file__).parent / "launch.py", *OPTIONS, "--port", port, *options]
+    command = [python, *LAUNCH, *OPTIONS, "--port", port, *options]
     process = subprocess.Popen(
         [str(word) for word in command],
         env=environment(),

@@ -8,9 +8,10 @@ from typing import Self
 
 from torch import Tensor
 
-from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
+from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy, PromptTask, Provenance, SampleRef
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
+from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 
 
 class UnavailableError(UserError):
@@ -35,11 +36,13 @@ class TargetEngine(ABC):
             called with many prompts, one call at a time.
         encodings: formats in which it can transfer features to this process.
         encoding: the one that it uses.
+        independent: whether it reads each prompt of a call by itself, so that a call may have any number.
     """
 
     batch_tokens = 65536
     concurrency = 0
     encodings: tuple[str, ...] = ("raw",)
+    independent = False
     encoding = "raw"
 
     def __init__(self, target: TargetFiles, dtype: str) -> None:
@@ -52,6 +55,11 @@ class TargetEngine(ABC):
         Empty for transformers on one device, whose features earlier versions do not describe either. Whatever changes
         the last bits of a feature belongs here, unless the provenance has a field of its own for it (dtype, encoding).
         """
+        return ""
+
+    @property
+    def options(self) -> str:
+        """Options of `specforge fit` that use the same server as this engine; empty if there is none."""
         return ""
 
     @abstractmethod
@@ -79,6 +87,29 @@ class TargetEngine(ABC):
             UnavailableError: the engine's server does not respond; a producer then stops and releases its prompts.
             Exception: these sequences cannot be captured; a producer tries each by itself.
         """
+
+    def delivers_to(self, backend: object) -> bool:
+        """Whether :meth:`deliver` stores samples in this store."""
+        return False
+
+    def deliver(
+        self, tasks: Sequence[PromptTask], names: Sequence[str], provenance: Provenance
+    ) -> list[SampleRef | BadSampleError | StoreFullError]:
+        """Have samples stored by the engine's server; their tensors never pass through this process.
+
+        Args:
+            tasks: prompts.
+            names: ids of their samples.
+            provenance: what to capture, and the encoding.
+
+        Returns:
+            Per prompt the reference of its stored sample, or why there is none.
+
+        Raises:
+            UnavailableError: the server does not respond.
+            UserError: the server refuses a request. In both cases nothing is stored.
+        """
+        raise NotImplementedError
 
     def generate(
         self,

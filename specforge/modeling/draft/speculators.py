@@ -8,7 +8,7 @@ speculators 0.9.0 and vLLM 0.32 take a missing field for different networks, the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,20 +17,24 @@ from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.fields import bookkeeping, quoted
 
 VERSION = "0.9.0"
-_ARCHITECTURES = {
-    "eagle3": "LlamaForCausalLMEagle3",
-    "peagle": "PEagleDraftModel",
-    "dflash": "DFlashDraftModel",
-    "dflash2": "DFlash2DraftModel",
-    "dspark": "Qwen3DSparkModel",
-}
-# The classes of speculators.
-_CLASSES = {
-    "eagle3": "Eagle3DraftModel",
-    "peagle": "PEagleDraftModel",
-    "dflash": "DFlashDraftModel",
-    "dflash2": "DFlash2DraftModel",
-    "dspark": "DSparkDraftModel",
+
+
+class _Kind(NamedTuple):
+    """A kind of draft: its architecture here, and its class in speculators."""
+
+    architecture: str
+    speculators_class: str
+    reads_eagle: bool = False  # the fields of EAGLE-3 drafts; the others have those of block drafters
+    drafts_in_parallel: bool = False
+    may_sample_from_anchor: bool = False
+
+
+_KINDS = {
+    "eagle3": _Kind("LlamaForCausalLMEagle3", "Eagle3DraftModel", reads_eagle=True),
+    "peagle": _Kind("PEagleDraftModel", "PEagleDraftModel", reads_eagle=True, drafts_in_parallel=True),
+    "dflash": _Kind("DFlashDraftModel", "DFlashDraftModel"),
+    "dflash2": _Kind("DFlash2DraftModel", "DFlash2DraftModel"),
+    "dspark": _Kind("Qwen3DSparkModel", "DSparkDraftModel", may_sample_from_anchor=True),
 }
 _LAYERS = "transformer_layer_config"
 # Fields of the form itself. The names of architectures are those of its training code, and a tied head inside
@@ -52,8 +56,8 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a field is missing whose meaning is not certain, or describes a draft that SpecForge does not have.
     """
     kind, layers = config["speculators_model_type"], config.get(_LAYERS)
-    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
-        raise ValueError(f"speculators_model_type is {quoted(kind)}; SpecForge has {', '.join(_ARCHITECTURES)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"speculators_model_type is {quoted(kind)}; SpecForge has {', '.join(_KINDS)}")
     if not isinstance(layers, Mapping):
         raise ValueError(f"{_LAYERS} is {quoted(layers)}, not an object with the fields of the draft's layers")
     model_type = layers.get("model_type")
@@ -63,14 +67,14 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = {
         key: x for key, x in layers.items() if x is not None and key not in ("architectures", "tie_word_embeddings")
     }
-    fields = {**inner, **outer, "model_type": model_type, "architectures": [_ARCHITECTURES[kind]]}
-    if kind in ("eagle3", "peagle"):
+    fields = {**inner, **outer, "model_type": model_type, "architectures": [_KINDS[kind].architecture]}
+    if _KINDS[kind].reads_eagle:
         return _eagle(fields, kind, model_type)
     return _blocks(fields, kind)
 
 
 def _eagle(fields: dict[str, Any], kind: str, model_type: str) -> dict[str, Any]:
-    if kind == "eagle3":
+    if not _KINDS[kind].drafts_in_parallel:
         _required(fields, "norm_before_residual", "speculators takes that as false, vLLM as true")
     else:
         fields.setdefault("embed_requires_grad", True)
@@ -85,10 +89,10 @@ def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
     whole = fields.pop("sliding_window_non_causal", None)
     if sliding and whole is None:
         raise ValueError("sliding_window_non_causal is missing: speculators takes that as false, vLLM as true")
-    if kind == "dspark":
+    if _KINDS[kind].may_sample_from_anchor:
         _required(fields, "sample_from_anchor", "speculators takes that as true, vLLM as false")
     elif fields.pop("sample_from_anchor", False):
-        raise ValueError(f"sample_from_anchor is True, which {_ARCHITECTURES[kind]} does not support")
+        raise ValueError(f"sample_from_anchor is True, which {_KINDS[kind].architecture} does not support")
     nested = {name: fields.pop(name) for name in _IN_BLOCKS if name in fields}
     nested["target_layer_ids"] = outputs_of(fields.pop("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
     if sliding and whole:
@@ -130,20 +134,20 @@ def as_speculators(config: Mapping[str, Any], target: TargetFiles, tokens: int) 
         UserError: the form has no such draft.
     """
     architecture = config["architectures"][0]
-    kind = next((kind for kind, name in _ARCHITECTURES.items() if name == architecture), None)
+    kind = next((kind for kind, known in _KINDS.items() if known.architecture == architecture), None)
     if kind is None:
-        raise UserError(f"export: the speculators form has no {architecture}; it has {', '.join(_ARCHITECTURES)}")
-    outer = _eagle_form(config, kind) if kind in ("eagle3", "peagle") else _block_form(config, kind)
+        raise UserError(f"export: the speculators form has no {architecture}; it has {', '.join(_KINDS)}")
+    outer = _eagle_form(config, kind) if _KINDS[kind].reads_eagle else _block_form(config, kind)
     names = ("draft_vocab_size", "target_hidden_size")
     outer |= {name: config[name] for name in names if name in config}
     inside = {key: x for key, x in config.items() if key not in {*outer, *_NOT_INSIDE, *bookkeeping()}}
-    qwen3 = kind not in ("eagle3", "peagle") or config.get("qk_norm")
+    qwen3 = not _KINDS[kind].reads_eagle or config.get("qk_norm")
     inside["model_type"] = "qwen3" if qwen3 else "llama"
     verifier = {"name_or_path": target.name, "architectures": target.config.get("architectures") or []}
     method = {"proposal_type": "greedy", "speculative_tokens": tokens}
     return {
         **outer,
-        "architectures": [_CLASSES[kind]],
+        "architectures": [_KINDS[kind].speculators_class],
         "tie_word_embeddings": False,
         "speculators_model_type": kind,
         "speculators_version": VERSION,
@@ -178,10 +182,10 @@ def _eagle_form(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     outer["norm_before_fc"] = bool(eagle.get("norm_before_fc") or config.get("norm_before_fc"))
     outer["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in eagle["eagle_aux_hidden_state_layer_ids"]]
     outer["embed_requires_grad"] = bool(config.get("embed_requires_grad"))
-    if outer["fc_norm"] and (outer["norm_before_fc"] or kind == "peagle"):
+    if outer["fc_norm"] and (outer["norm_before_fc"] or _KINDS[kind].drafts_in_parallel):
         reason = "with norm_before_fc" if outer["norm_before_fc"] else "for P-EAGLE in vLLM"
         raise UserError(f"export: fc_norm is set, which the speculators form does not have {reason}; use --to vllm")
-    if kind == "peagle":
+    if _KINDS[kind].drafts_in_parallel:
         outer["mask_token_id"] = config["mask_token_id"]
     return outer
 
@@ -191,11 +195,11 @@ def _block_form(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     outer = {name: nested[name] for name in _IN_BLOCKS if name in nested}
     outer["aux_hidden_state_layer_ids"] = [i + 1 for i in nested["target_layer_ids"]]
     outer["block_size"] = nested.get("block_size", config["block_size"])
-    outer["sample_from_anchor"] = kind == "dspark"
+    outer["sample_from_anchor"] = _KINDS[kind].may_sample_from_anchor
     # VLLM applies the negation of this field to all layers of DFlash and DFlash-2, full ones included.
     causal = "sliding_attention" in kinds and config.get("is_causal") is not False
     outer["sliding_window_non_causal"] = not causal
-    if kind == "dspark":
+    if _KINDS[kind].may_sample_from_anchor:
         names = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
         outer |= {name: config[name] for name in names if name in config}
         if "sliding_attention" in kinds and not causal:

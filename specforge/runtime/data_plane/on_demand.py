@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,6 +24,8 @@ class ProducedSamples(SampleStore[ExpectedSample]):
     store: FeatureStore  # holds the produced samples; max_bytes limits prefetched and kept samples together
     produce: Callable[[ExpectedSample], SampleRef]  # captures a sample into store
     keep_bytes: int = field(default=0, kw_only=True)  # most bytes of trained samples to keep for the next epochs
+    # Produces the samples of a batch at the same time; by default one by one, each when it is read.
+    together: Executor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()  # shared by the prefetching thread and the trainer's
@@ -31,6 +34,7 @@ class ProducedSamples(SampleStore[ExpectedSample]):
         self._kept_bytes = 0
         self._reserved: dict[str, int] = {}
         self._bad: dict[str, str] = {}
+        self._started: dict[str, Future[SampleRef]] = {}
 
     def get(self, sample: ExpectedSample) -> dict[str, Tensor]:
         """Read a sample's tensors, after producing the sample if it is not held.
@@ -43,8 +47,9 @@ class ProducedSamples(SampleStore[ExpectedSample]):
         if name in self._bad:
             raise BadSampleError(name, self._bad[name])
         if name not in self._held:
+            started = self._started.pop(name, None)
             try:
-                produced = self.produce(sample)
+                produced = self.produce(sample) if started is None else started.result()
             except BadSampleError as error:
                 self._bad[name] = error.reason
                 self.release([name])
@@ -62,6 +67,11 @@ class ProducedSamples(SampleStore[ExpectedSample]):
             if self.store.max_bytes is not None and total > self.store.max_bytes:
                 return False
             self._reserved = waiting
+            if self.together is not None:
+                for sample in samples:
+                    name = sample.sample_id
+                    if not (name in self._held or name in self._bad or name in self._started):
+                        self._started[name] = self.together.submit(self.produce, sample)
         return True
 
     def release(self, sample_ids: Sequence[str]) -> None:
@@ -69,6 +79,9 @@ class ProducedSamples(SampleStore[ExpectedSample]):
         with self._lock:
             for name in sample_ids:
                 self._reserved.pop(name, None)
+                started = self._started.pop(name, None)
+                if started is not None and not started.cancel():  # nobody will read it
+                    started.add_done_callback(self._drop)
                 ref = self._held.get(name)
                 if ref is None or name in self._kept:
                     continue
@@ -77,6 +90,10 @@ class ProducedSamples(SampleStore[ExpectedSample]):
                     self._kept_bytes += ref.nbytes
                 else:
                     self.store.delete(self._held.pop(name))
+
+    def _drop(self, produced: Future[SampleRef]) -> None:
+        if produced.exception() is None:
+            self.store.delete(produced.result())
 
     def trained(self, sample_ids: Sequence[str], epoch: int, step: int) -> None:
         """Release trained samples."""

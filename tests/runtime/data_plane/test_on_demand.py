@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -140,4 +143,23 @@ def test_unacknowledged_streams_free_what_was_read():
     loader = FeatureDataLoader(expected(12), samples, SPEC, batch_size=2, shuffle=False, acknowledged=False)
     for _ in range(2):
         assert [name for batch in loader for name in batch.sample_ids] == [f"s{i}" for i in range(12)]
+    assert producer.store.stat().samples == 0
+
+
+def test_the_samples_of_a_batch_are_produced_at_the_same_time():
+    """Each waits until the other is being produced; what was begun and never read leaves nothing."""
+    producer, both = Producer(bad=("s3",)), threading.Barrier(2, timeout=60)
+
+    def produce(sample: ExpectedSample) -> SampleRef:
+        both.wait()
+        return producer(sample)
+
+    with ThreadPoolExecutor(2) as pool:
+        samples = ProducedSamples(producer.store, produce, together=pool)
+        loader = FeatureDataLoader(expected(6), samples, SPEC, batch_size=2, prefetch=0, bad_samples="skip")
+        assert sorted(train(loader)) == ["s0", "s1", "s2", "s4", "s5"]
+        assert sorted(producer.made) == [f"s{i}" for i in range(6)]
+        again = expected(2)
+        samples.reserve(again)
+        samples.release([sample.sample_id for sample in again])
     assert producer.store.stat().samples == 0

@@ -1,0 +1,100 @@
+"""Tokens per second of a capturing vLLM server: bare prefill, and with the features stored.
+
+    specforge target serve --target T --engine vllm --engine.store S
+    python -m benchmarks.vllm_capture --target T --url URL --store S [--plain URL]
+
+Both kinds of requests take turns, on prompts that no earlier request has had, so the prefix cache helps neither. With
+``--plain``, the address of a vLLM server of the same target that does not capture, its bare prefill takes turns too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.inference.server_client import ServerClient
+from specforge.inference.target_engine.vllm import VLLMTargetEngine
+from specforge.inference.target_files import TargetFiles
+
+Prompts = list[list[int]]
+
+
+def bare(url: str, concurrency: int) -> Callable[[Prompts], None]:
+    """Prefill prompts and ask for nothing."""
+    client = ServerClient(url, connections=concurrency)
+    model = client.get("/v1/models")["data"][0]["id"]
+    pool = ThreadPoolExecutor(concurrency)
+
+    def one(ids: list[int]) -> None:
+        client.post("/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0})
+
+    return lambda prompts: list(pool.map(one, prompts)) and None
+
+
+def capture(engine: VLLMTargetEngine, policy: CapturePolicy) -> Callable[[Prompts], None]:
+    """Prefill prompts and wait until their features are stored; then delete them."""
+    target = engine.target
+    provenance = Provenance(target.name, target.fingerprint, "", policy, engine.dtype)
+    count = iter(range(10**9))
+
+    def run(prompts: Prompts) -> None:
+        tasks = [PromptTask("", tuple(ids), (1,) * len(ids)) for ids in prompts]
+        names = [f"bench-{next(count)}" for _ in prompts]
+        for found in engine.deliver(tasks, names, provenance):
+            engine._discard(found)
+
+    return run
+
+
+def main() -> None:
+    """Run in turns, print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--plain")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layer_ids", type=int, nargs="+", default=[14, 22, 28])
+    parser.add_argument("--documents", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    files, policy = TargetFiles.find(args.target), CapturePolicy(tuple(args.layer_ids))
+    options = {"url": args.url, "store": args.store, "concurrency": args.concurrency}
+    generator = torch.Generator().manual_seed(0)
+    seconds: dict[str, list[float]] = {}
+    with VLLMTargetEngine(files, args.dtype, **options) as engine:
+        engine.check(policy)
+        kinds = {"bare": bare(args.url, args.concurrency), "capture": capture(engine, policy)}
+        if args.plain:
+            kinds["bare, plain server"] = bare(args.plain, args.concurrency)
+        for number in range(args.rounds + 1):  # the first round warms up
+            names = list(kinds)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                prompts = torch.randint(files.vocab_size, (args.documents, args.tokens), generator=generator).tolist()
+                started = time.perf_counter()
+                kinds[name](prompts)
+                if number:
+                    seconds.setdefault(name, []).append(time.perf_counter() - started)
+    tokens = args.documents * args.tokens
+    rates = {name: [tokens / s for s in found] for name, found in seconds.items()}
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    for name, rate in medians.items():
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{name:20} {rate:9,.0f} tokens/s ({low:,.0f} to {high:,.0f}), {rate / medians['bare']:.1%} of bare")
+    if args.json:
+        args.json.write_text(json.dumps(rates, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

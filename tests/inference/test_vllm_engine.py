@@ -1,0 +1,204 @@
+"""The client of a vLLM server, with a stand-in for the server; tests/test_vllm_capture.py has the real one."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from specforge.contracts import CapturePolicy, PromptTask, Provenance
+from specforge.errors import UserError
+from specforge.inference.handoff import NotDeliveredError
+from specforge.inference.target_engine.base import UnavailableError
+from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.inference.target_engine.vllm import VLLMTargetEngine
+from specforge.inference.target_files import TargetFiles
+from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
+from tests.fake_vllm import fake_vllm
+from tests.tiny import write_target
+
+POLICY = CapturePolicy((4, 1))
+PROMPTS = [[5, 3, 8], list(range(60)), [7], list(range(100, 120))]
+
+
+@pytest.fixture
+def server(target, tmp_path):
+    with fake_vllm(target, tmp_path / "store") as server:
+        yield server
+
+
+@pytest.fixture
+def files(target):
+    return TargetFiles.find(str(target))
+
+
+@pytest.fixture
+def engine(server, files, tmp_path):
+    with VLLMTargetEngine(files, "float32", url=server.url, store=str(tmp_path / "store"), patience=10) as engine:
+        yield engine
+
+
+def stored(engine):
+    return engine._handoff.backend.stored()
+
+
+def test_features_are_those_of_the_server_and_nothing_stays_in_the_store(engine, server, files):
+    engine.check(POLICY)
+    found, expected = engine.capture(PROMPTS, POLICY), HFTargetEngine(files, "float32")
+    for ids, features in zip(PROMPTS, found, strict=True):
+        (same,) = expected.capture([ids], POLICY)
+        assert features.keys() == same.keys()
+        assert all(torch.equal(features[name], same[name]) for name in same)
+    assert engine.description == "vllm 0.32.0 tp1"
+    assert not stored(engine)
+
+
+def test_samples_are_delivered_into_the_store_of_a_run(engine, server, files, tmp_path):
+    engine.check(POLICY)
+    tasks = [PromptTask("t", tuple(ids), (1,) * len(ids), f"f, line {i}") for i, ids in enumerate(PROMPTS)]
+    provenance = Provenance("tiny", files.fingerprint, "t", POLICY, "float32", encoding="float8_e4m3fn")
+    refs = engine.deliver(tasks, ["a", "b", "c", "d"], provenance)
+    store = FeatureStore(engine._handoff.backend)
+    store.adopt(refs)
+    for ref, task in zip(refs, tasks, strict=True):
+        tensors = store.get(ref)
+        assert tensors["input_ids"].tolist() == list(task.input_ids)
+        assert tensors["loss_mask"].tolist() == list(task.loss_mask)
+        assert (ref.source, ref.num_supervised) == (task.source, len(task.input_ids))
+    assert sorted(key for key, _ in stored(engine)) == ["a.1", "b.1", "c.1", "d.1"]
+
+
+def hang_up(body):
+    raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize("fault", [hang_up, lambda body: 503, lambda body: 500])
+def test_an_attempt_that_is_lost_is_repeated_under_another_name(engine, server, fault):
+    engine.check(POLICY)
+    names = []
+    server.faults = [lambda body: names.append(body["kv_transfer_params"]["specforge"]["uri"]) or fault(body)]
+    server.faults.append(lambda body: names.append(body["kv_transfer_params"]["specforge"]["uri"]))
+    (features,) = engine.capture([[1, 2]], POLICY)
+    assert len(features["last_hidden_states"]) == 2
+    assert len(set(names)) == 2
+    assert not stored(engine)
+
+
+def test_a_server_that_dies_between_its_answer_and_the_features_is_asked_again(engine, server, monkeypatch):
+    engine.check(POLICY)
+    engine._handoff = type(engine._handoff)(engine._handoff.backend, engine.url, patience=0.2)
+    lost, submit = [1, 1], server.sink.submit
+    monkeypatch.setattr(server.sink, "submit", lambda *args: lost.pop() if lost else submit(*args))
+    assert engine.capture([[1, 2]], POLICY)
+    lost.extend([1, 1, 1])
+    with pytest.raises(NotDeliveredError, match="it has answered, but after"):
+        engine.capture([[1, 2]], POLICY)
+
+
+def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        engine = VLLMTargetEngine(files, "float32", url=url, store=str(tmp_path), patience=0.1)
+        with pytest.raises(UnavailableError, match="no answer for"):
+            engine.check(POLICY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_fingerprint": "0" * 32}, "serves another target than .*fingerprints 00000000 and"),
+        ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16"),
+        ({"layers": [1, 2]}, r"does not capture layer 4, only layers \[1, 2\] and the last hidden states; restart it"),
+        ({"last_hidden_states": False}, "does not capture the last hidden states, only layers"),
+        ({"error": "malformed"}, "malformed"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(engine, server, changes, reason):
+    server.description |= changes
+    with pytest.raises(UserError, match=reason):
+        engine.check(POLICY)
+
+
+def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, server):
+    server.description = {}
+    with pytest.raises(UserError, match="does not capture; start it with `specforge target serve"):
+        engine.check(POLICY)
+    server.version = "0.31.9"
+    with pytest.raises(UserError, match=r"vLLM 0\.31\.9 is not supported; use 0\.32"):
+        engine.check(POLICY)
+
+
+def test_a_store_that_is_not_the_servers_is_named(server, files, tmp_path):
+    own, other = str(tmp_path / "store"), str(tmp_path / "other")
+    engine = VLLMTargetEngine(files, "float32", url=server.url, store=other, patience=0.2)
+    with engine, pytest.raises(UserError, match=f"do not arrive in {other}; it writes to {own}, which must"):
+        engine.check(POLICY)
+
+
+def test_states_that_are_not_the_targets_are_noticed(server, files, tmp_path, tmp_path_factory):
+    server.engine = HFTargetEngine(TargetFiles.find(str(write_target(tmp_path / "x", seed=1))), "float32")
+    options = {"url": server.url, "store": str(tmp_path / "store")}
+    engine = VLLMTargetEngine(files, "float32", **options)
+    with engine, pytest.raises(UserError, match="its aux_hidden_states differ from transformers' by"):
+        engine.check(POLICY)
+    with VLLMTargetEngine(files, "float32", **options, compare=False) as engine:
+        engine.check(POLICY)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(engine, server):
+    engine.check(POLICY)
+    with pytest.raises(UserError, match="a prompt of 128 tokens, but the server reads at most 127"):
+        engine.capture([[1] * 128], POLICY)
+
+
+def test_a_server_that_was_restarted_as_another_is_refused(engine, server):
+    engine.check(POLICY)
+    server.description |= {"target_fingerprint": "1"}
+    with pytest.raises(UserError, match="was restarted with another target_fingerprint"):
+        engine.capture([[1, 2]], POLICY)
+    assert not stored(engine)
+
+
+def test_tokens_are_compared(engine, server, monkeypatch):
+    engine.check(POLICY)
+    complete = server.complete
+    monkeypatch.setattr(server, "complete", lambda body: complete(body | {"prompt": [9, *body["prompt"][1:]]}))
+    with pytest.raises(UserError, match="has read other tokens than it was sent"):
+        engine.capture([[1, 2]], POLICY)
+
+
+def test_what_a_store_refuses_is_reported_per_sample(engine, server, files, monkeypatch):
+    engine.check(POLICY)
+    tasks = [PromptTask("t", (i,), (1,)) for i in range(1, 4)]
+    write = server.sink._backend.write
+
+    def fail(key, group, uri):
+        if key == "b.1" and "error" not in group:
+            raise StoreFullError("no space")
+        return write(key, group, uri)
+
+    monkeypatch.setattr(server.sink._backend, "write", fail)
+    submit = server.sink.submit
+
+    def spoil(ticket, ids, layers, last):
+        broken = {k: v * torch.nan for k, v in layers.items()} if ticket.key == "c.1" else layers
+        submit(ticket, ids, broken, last)
+
+    monkeypatch.setattr(server.sink, "submit", spoil)
+    provenance = Provenance("tiny", files.fingerprint, "t", POLICY, "float32")
+    good, full, bad = engine.deliver(tasks, ["a", "b", "c"], provenance)
+    assert good.sample_id == "a"
+    assert isinstance(full, StoreFullError)
+    assert isinstance(bad, BadSampleError)
+    assert [key for key, _ in stored(engine)] == ["a.1"]
+
+
+def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, files):
+    engine.check(POLICY)
+    tasks = [PromptTask("t", (1,) * n, (1,) * n) for n in (2, 200, 3)]
+    provenance = Provenance("tiny", files.fingerprint, "t", POLICY, "float32")
+    with pytest.raises(UserError, match="a prompt of 200 tokens"):
+        engine.deliver(tasks, ["a", "b", "c"], provenance)
+    assert not stored(engine)
