@@ -26,6 +26,7 @@ from specforge.eval.baselines import baselines
 from specforge.eval.cache import EvalCache, EvalKey, Reference
 from specforge.eval.offline import draft_rounds, text_rounds
 from specforge.eval.tau import Rounds, Tau, pooled_tau, speedup
+from specforge.inference.target_engine import Engine, engine_class, engine_config, engine_summary, on_device
 from specforge.inference.target_engine.hf import HFTargetEngine, can_roll_back
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead
@@ -54,6 +55,8 @@ class EvaluateOptions:
         speed_prompts: number of prompts that are timed, one at a time; 0 skips timing.
         batch_size: number of prompts decoded together, except in the timed runs.
         device: cpu, cuda, cuda:N or auto.
+        engine: what runs the target; only hf (transformers, on one device), because drafts are decoded against its
+            model in this process; `specforge bench` measures servers.
         baselines: baselines to run as well: none, ngram, suffix (default: all).
     """
 
@@ -69,6 +72,7 @@ class EvaluateOptions:
     speed_prompts: NonNegativeInt = 8
     batch_size: PositiveInt = 32
     device: str = "auto"
+    engine: Engine = HFTargetEngine
     baselines: list[str] | None = None
 
     @property
@@ -130,6 +134,21 @@ class _Speed(NamedTuple):
     tokens_per_second: float
     speedup: Tau
     identical: int
+
+
+def check_engine(engine: Engine) -> None:
+    """Reject an engine that drafts cannot be decoded against.
+
+    Raises:
+        UserError: it is not transformers, or spreads the target over several devices.
+    """
+    if not issubclass(engine_class(engine), HFTargetEngine):
+        raise UserError(
+            f"evaluate: decodes drafts against the target's model in this process, so only --engine hf works, not "
+            f"{engine_summary(engine)}; `specforge bench` measures servers"
+        )
+    if engine_config(engine)["init_args"].get("device_map") is not None:
+        raise UserError("evaluate: needs the target on one device; leave --engine.device_map out")
 
 
 @dataclass(eq=False)
@@ -214,7 +233,7 @@ class Evaluation:
 
     def _engine(self, dtype: str) -> HFTargetEngine:
         if dtype not in self._engines:
-            engine = HFTargetEngine(self.target, dtype, self.options.device)
+            engine: Any = on_device(self.options.engine, self.options.device)(self.target, dtype)
             engine.check(self.module.spec.capture)
             self._engines[dtype] = engine
             if not can_roll_back(engine.model):
@@ -234,13 +253,14 @@ class Evaluation:
         import transformers
 
         options = self.options
+        engine = engine_summary(options.engine)  # with its options, if any is set
         key = EvalKey(
             self.target.fingerprint,
             self.tokenizer_fingerprint,
             self.module.spec.capture,
             options.dtype,
             torch.device(options.device).type,
-            (torch.__version__, transformers.__version__),
+            (torch.__version__, transformers.__version__, *([] if engine == "hf" else [engine])),
             tuple(self.end_ids),
             options.max_new_tokens,
             options.sampling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from specforge.data.prompts import PromptSet
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
-from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult
+from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, check_engine
 from specforge.eval.report import versions
 from specforge.system import peak_memory
 
@@ -40,6 +41,9 @@ def evaluate_draft(
     Raises:
         UserError: the prompts cannot be used, or are too long for the target.
     """
+    check_engine(options.engine)
+    dtypes = {name: module.target.compute_dtype(getattr(options, name)) for name in ("dtype", "speed_dtype")}
+    options = replace(options, **dtypes)
     module.to(options.device).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts
     tasks = with_prompt(PromptSet.load(folder).tasks, folder, log)[:num_prompts]

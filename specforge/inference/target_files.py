@@ -99,9 +99,18 @@ class TargetFiles:
             raise UserError(f"{self.folder}: transformers cannot build it ({first_line(error)})") from error
 
     @cached_property
+    def _quantisation(self) -> dict[str, Any]:
+        return self._raw.get("quantization_config") or self.config.get("quantization_config") or {}
+
+    @property
+    def quantisation(self) -> str:
+        """How the weights are quantised, such as fp8, gptq or compressed-tensors; empty if they are not."""
+        return str(self._quantisation.get("quant_method", ""))
+
+    @cached_property
     def weight_block(self) -> Block | None:
         """Rows and columns of the blocks of 8-bit weights; None if the weights are not quantised in blocks."""
-        form = self._raw.get("quantization_config") or self.config.get("quantization_config") or {}
+        form = self._quantisation
         block: list[int] = form.get("weight_block_size") or []
         return (int(block[0]), int(block[1])) if len(block) == 2 else None
 

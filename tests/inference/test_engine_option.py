@@ -236,3 +236,28 @@ def test_a_run_does_not_go_on_with_another_engine_unless_asked(target, prompts, 
     assert main(resumed) == 2
     assert "engine (transformers, now other 1.0) changed since the checkpoint" in capsys.readouterr().err
     assert main([*resumed, "--data.mix_engines", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--engine=http", "--engine.url=http://127.0.0.1:1"],
+            "so only --engine hf works, not http (url http://127.0.0.1:1",
+        ),
+        (["--engine.device_map=auto"], "evaluate: needs the target on one device; leave --engine.device_map out"),
+    ],
+)
+def test_evaluate_decodes_against_transformers_on_one_device(
+    target, prompts, features, tmp_path, capsys, options, message
+):
+    run = fit(recipe(target, features, tmp_path), "--trainer.max_steps", 1)
+    words = ["--prompts", prompts, "--num_prompts", 2, "--max_new_tokens", 4, "--speed_prompts", 0, "--cache", tmp_path]
+    command = [
+        str(word) for word in ("evaluate", "--draft", run / "checkpoints" / "last.ckpt", *words, "--dtype", "auto")
+    ]
+    capsys.readouterr()
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*command, "--engine.attention", "eager"]) == 0
+    assert "ngram: decoding 2 prompts in float32" in capsys.readouterr().out

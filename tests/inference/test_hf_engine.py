@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from specforge.cli.main import main
@@ -15,6 +19,7 @@ from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePo
 from specforge.errors import UserError
 from specforge.inference.float8_blocks import quantise
 from specforge.inference.target_engine import HFTargetEngine
+from specforge.inference.target_engine.hf import FeatureTap
 from specforge.inference.target_files import TargetFiles
 from tests.families import write_family
 
@@ -245,3 +250,97 @@ def test_regenerate_goes_on_where_it_was_cut_and_keeps_the_order(target, convers
     cut.write_bytes(b"".join(lines[3:17]) + lines[20][:25])
     assert run(cut) == 0
     assert cut.read_bytes() == whole.read_bytes()
+
+
+# Several devices, attention, dtype and quantisation.
+
+ON_DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+ON_DISK |= {f"model.layers.{i}": "disk" if i in (1, 4) else "cpu" for i in range(8)}
+
+
+@pytest.mark.parametrize("device_map", ["auto", ON_DISK], ids=["auto", "disk"])
+def test_a_target_that_is_spread_out_computes_the_same(engine, target, device_map):
+    """Captured layers 1 and 4 are on the disk, layer 3 is in memory; accelerate moves inputs and outputs about."""
+    spread = HFTargetEngine(TargetFiles.find(str(target)), "float32", device_map=device_map)
+    spread.check(POLICY)
+    assert spread.description == ""
+    for found, own in zip(spread.capture(sequences(), POLICY), engine.capture(sequences(), POLICY), strict=True):
+        assert all(torch.equal(found[name], own[name]) for name in own)
+    asked = {"max_new_tokens": 6, "end_ids": []}
+    assert spread.generate(sequences(), **asked) == engine.generate(sequences(), **asked)
+
+
+def test_layers_on_different_devices_are_joined_in_the_order_of_the_policy():
+    """A tensor on ``meta`` stands for one on another GPU: torch refuses to join it with one in memory."""
+    layers = nn.ModuleList(nn.Identity() for _ in range(2))
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = layers
+    text = SimpleNamespace(num_hidden_layers=2)
+    model.config = SimpleNamespace(get_text_config=lambda decoder: text)
+    model.get_decoder = lambda: model.model
+    tap = FeatureTap(model, CapturePolicy((0, 1), last_hidden_states=False))
+    layers[0](torch.ones(1, 3, 4))
+    layers[1](torch.ones(1, 3, 5, device="meta"))
+    joined = tap.features()[AUX_HIDDEN_STATES]
+    assert (joined.shape, joined.device.type) == ((1, 3, 9), "meta")
+    tap.close()
+
+
+def test_another_attention_is_named_in_the_provenance(engine, target):
+    eager = HFTargetEngine(TargetFiles.find(str(target)), "float32", attention="eager")
+    eager.check(POLICY)
+    assert eager.model.config._attn_implementation == "eager"
+    assert eager.description == f"transformers {transformers.__version__}, eager attention"
+    assert engine.description == ""
+    with pytest.raises(UserError, match=r"transformers cannot load it .*nonsense"):
+        HFTargetEngine(TargetFiles.find(str(target)), "float32", attention="nonsense")
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_the_dtype_of_the_checkpoint(target, tmp_path, written):
+    """It is the config's, or where that has none the one of the embedding."""
+    folder = shutil.copytree(target, tmp_path / "half")
+    tensors = {name: x.half() for name, x in load_file(target / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | ({"dtype": "float16"} if written else {})))
+    engine = HFTargetEngine(TargetFiles.find(str(folder)), "auto")
+    assert engine.dtype == "float16"
+    (found,) = engine.capture([[1, 2, 3]], POLICY)
+    assert {x.dtype for x in found.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("compressed-tensors", "compressed-tensors"),
+        ("bitsandbytes", "bitsandbytes"),
+        ("unheard-of", "so the quantisation unheard-of of its weights would be ignored"),
+    ],
+)
+def test_quantised_weights_are_read_or_refused(target, tmp_path, method, message):
+    """Never taken without their scales; the line names the package that is missing."""
+    folder = shutil.copytree(target, tmp_path / "quantised")
+    tensors = {}
+    for name, x in load_file(target / "model.safetensors").items():
+        tensors[name] = x
+        if "_proj" in name:
+            scale = x.abs().amax(1, keepdim=True) / 448
+            tensors[name], tensors[f"{name}_scale"] = (x / scale).to(torch.float8_e4m3fn), scale.bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    form = {"quant_method": method, "format": "float-quantized", "config_groups": groups, "ignore": ["lm_head"]}
+    form |= {"load_in_8bit": True} if method == "bitsandbytes" else {"quantization_status": "compressed"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+    if method == "unheard-of" or find_spec(method.replace("-", "_")) is None:
+        with pytest.raises(UserError, match=message):
+            HFTargetEngine(TargetFiles.find(str(folder)), "float32")
+        return
+    own = HFTargetEngine(TargetFiles.find(str(target)), "float32").capture([[1, 2, 3]], POLICY)[0]
+    found = HFTargetEngine(TargetFiles.find(str(folder)), "float32").capture([[1, 2, 3]], POLICY)[0]
+    for name, x in own.items():
+        assert (found[name] - x).norm() < 0.1 * x.norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,7 +47,9 @@ class FeatureTap:
         """Features of the latest pass: ``aux_hidden_states [B, L, k H]``, ``last_hidden_states [B, L, H]``."""
         features: dict[str, Tensor] = {}
         if self.policy.layer_ids:
-            features[AUX_HIDDEN_STATES] = torch.cat([self._outputs[i] for i in self.policy.layer_ids], dim=-1)
+            outputs = [self._outputs[i] for i in self.policy.layer_ids]
+            # A target that is spread over several devices has its last layers on the last one.
+            features[AUX_HIDDEN_STATES] = torch.cat([x.to(outputs[-1].device) for x in outputs], dim=-1)
         if self._last is not None:
             features[LAST_HIDDEN_STATES] = self._last
         return features
@@ -112,23 +115,49 @@ class HFTargetEngine(TargetEngine):
         target: files of the target.
         dtype: compute dtype.
         device: cpu, cuda, cuda:N or auto (default: the command's --device).
+        device_map: spread the layers over the devices of this machine, and over memory and disk where these do not
+            suffice: auto, balanced, sequential, or devices by module; replaces the device. Needs accelerate.
+        attention: attention implementation of transformers, such as sdpa, eager or flash_attention_2 (default: its
+            choice).
 
     Raises:
-        UserError: transformers cannot load the target, or tensors are missing from its files.
+        UserError: transformers cannot load the target, tensors are missing from its files, or a package that it needs.
     """
 
-    def __init__(self, target: TargetFiles, dtype: str = "bfloat16", device: str | None = None) -> None:
+    def __init__(
+        self,
+        target: TargetFiles,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        device_map: str | dict[str, str | int] | None = None,
+        attention: str | None = None,
+    ) -> None:
         from transformers import GenerationConfig
 
         super().__init__(target, dtype)
+        self.attention = attention
         self.device = torch.device(pick_device(device or "cpu"))
-        if self.device.type == "cpu":
-            self.batch_tokens = 2048
-        model = _load(target, torch_dtype(self.dtype))
+        if device_map is None and target.quantisation and self.device.type != "cpu":
+            device_map = {"": str(self.device)}  # quantised weights are placed while they are loaded
+        model = _load(target, torch_dtype(self.dtype), device_map, attention)
         # Ignore penalties, beams and suppressed tokens in the folder's generation_config.json: no verifier of drafts
         # applies them. Only its end tokens are used, by ChatTemplate.
         model.generation_config = GenerationConfig()
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        if device_map is None:
+            model.to(self.device)
+        else:
+            self.device = _execution_device(model.get_input_embeddings())
+        if self.device.type == "cpu":
+            self.batch_tokens = 2048
+        self.model = model.eval().requires_grad_(False)
+        self._gpus = {x.device for x in model.parameters() if x.device.type == "cuda"}
+
+    @property
+    def description(self) -> str:
+        """Empty unless the attention is chosen; which devices run which layers does not change what they compute."""
+        from transformers import __version__
+
+        return f"transformers {__version__}, {self.attention} attention" if self.attention else ""
 
     @torch.inference_mode()
     def check(self, policy: CapturePolicy) -> None:
@@ -154,13 +183,15 @@ class HFTargetEngine(TargetEngine):
         """Compare the target's logits for two tokens with those that training computes from its last states."""
         head = TargetHead.load(self.target, torch_dtype(self.dtype)).to(self.device)
         tokens = torch.tensor(ids, device=self.device)
-        if not torch.equal(head.embed(tokens), self.model.get_input_embeddings().weight[tokens]):
+        embedding = self.model.get_input_embeddings()
+        # Weights that are kept on a disk are not compared.
+        if not embedding.weight.is_meta and not torch.equal(head.embed(tokens), embedding.weight[tokens]):
             raise UserError(
                 f"{self.target.name}: the embedding in its files differs from the one that transformers uses"
             )
         (features,) = self.capture([ids], CapturePolicy(()))
         expected = self.model(input_ids=tokens[None], use_cache=False).logits[0]
-        found = head.logits(features[LAST_HIDDEN_STATES].to(self.device))
+        found = head.logits(features[LAST_HIDDEN_STATES].to(self.device)).to(expected.device)
         apart = distance(found, expected) if found.shape == expected.shape else math.inf
         if not apart <= _tolerance(found.to(torch_dtype(self.dtype)), 1e-3):
             raise UserError(
@@ -182,8 +213,8 @@ class HFTargetEngine(TargetEngine):
                 found |= zip(part, self._capture([input_ids[i] for i in part], tap), strict=True)
         finally:
             tap.close()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        for gpu in self._gpus:
+            torch.cuda.current_stream(gpu).synchronize()
         return [found[i] for i in range(len(input_ids))]
 
     def _capture(self, input_ids: Sequence[Sequence[int]], tap: FeatureTap) -> list[dict[str, Tensor]]:
@@ -264,7 +295,22 @@ class HFTargetEngine(TargetEngine):
         return output[:, longest:].tolist()  # type: ignore[no-any-return]
 
 
-def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where a module runs; its weights may be elsewhere if accelerate loads them for every call."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
+def _dequantised(target: TargetFiles) -> dict[str, Any]:
+    """Options that load quantised weights dequantised, where transformers' default does not run on every device."""
+    if target.quantisation != "compressed-tensors" or find_spec("compressed_tensors") is None:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}  # type: ignore[no-untyped-call]
+
+
+def _load(target: TargetFiles, dtype: torch.dtype, device_map: Any = None, attention: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -272,7 +318,14 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
     _ = target.weight_files  # rejects pickles before transformers reads them
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            target.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            target.folder,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attention,
+            **_dequantised(target),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # a class, or a package that it needs, may raise anything
         raise UserError(f"{target.folder}: transformers cannot load it ({first_line(error)})") from error
@@ -281,6 +334,13 @@ def _load(target: TargetFiles, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{target.folder}: its files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}, "
             "which would be initialised at random"
+        )
+    modules = {name for name, _ in model.named_modules()}
+    unread = sorted(name for name in info["unexpected_keys"] if name.rpartition(".")[0] in modules)
+    if target.quantisation and unread:
+        raise UserError(
+            f"{target.folder}: transformers does not read {len(unread)} of its tensors, such as {unread[0]}, so the "
+            f"quantisation {target.quantisation} of its weights would be ignored"
         )
     if getattr(model, "hf_quantizer", None) is None:  # transformers dequantises and leaves the rest in bf16
         for weight in model.parameters():

@@ -59,8 +59,6 @@ def claim(
             continue
         if row.owner not in (holder, instead_of) and row.deadline > now:
             return Claim(row.owner, row.deadline)
-        if row.owner == holder and row.deadline >= deadline:
-            return Claim(holder, row.deadline)
         claimed, expected = {"owner": holder, "deadline": deadline}, {"owner": row.owner, "deadline": row.deadline}
         with suppress(Conflict):  # another trainer was faster
             metadata.move([Move([key], (State.CLAIMED,), State.CLAIMED, claimed, expected)])
@@ -78,7 +76,11 @@ def claim_engine(metadata: MetadataStore, stamp: str, engine: str) -> str:
     Returns:
         The engine that holds the claim, forever.
     """
-    return claim(metadata, engine, 0.0, _FOREVER, key=f"engine {stamp}").holder
+    key = f"engine {stamp}"
+    (row,) = metadata.get([key])
+    if row is not None and row.deadline == _FOREVER:
+        return row.owner
+    return claim(metadata, engine, 0.0, _FOREVER, key=key).holder
 
 
 def resign(metadata: MetadataStore, holder: str) -> None:
