@@ -23,6 +23,7 @@ from specforge.modeling.draft.fields import FLAG, SIZE, Fields, by_default, move
 from specforge.modeling.draft.registry import register_draft
 
 KINDS = ("vanilla", "gated", "rnn")
+_PROJECTOR = "dspark"  # other projects' projector_type
 
 
 class MarkovHead(nn.Module):
@@ -121,7 +122,7 @@ class DSpark(DFlash):
     def is_described_by(cls, config: Mapping[str, Any]) -> bool:
         """Other projects use the name of DFlash's architecture and set ``projector_type``."""
         nested = config.get("dflash_config")
-        named = isinstance(nested, Mapping) and nested.get("projector_type") == "dspark"
+        named = isinstance(nested, Mapping) and nested.get("projector_type") == _PROJECTOR
         return named or super().is_described_by(config)
 
     @staticmethod
