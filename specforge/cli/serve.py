@@ -11,11 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from specforge.console import say
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
-from specforge.inference.target_engine import Engine, HFTargetEngine, engine_class, on_device
+from specforge.inference.target_engine import (
+    Engine,
+    HFTargetEngine,
+    engine_class,
+    engine_config,
+    engine_summary,
+    on_device,
+)
 from specforge.inference.target_files import TargetFiles
-from specforge.options import Dtype, NonNegativeInt, Port, PositiveInt
+from specforge.options import Dtype, NonNegativeInt, Port, PositiveFloat, PositiveInt
 from specforge.packages import install_hint
 from specforge.system import end_with_parent, interrupt_on_sigterm
 
@@ -31,6 +39,8 @@ def serve_target(
     max_tokens: PositiveInt = 65536,
     algorithm: str | None = None,
     layer_ids: list[NonNegativeInt] | None = None,
+    plan: bool = False,
+    device_memory: PositiveFloat | None = None,
 ) -> None:
     """Serve a target's features over HTTP until SIGTERM or Ctrl-C; nothing is stored.
 
@@ -47,9 +57,14 @@ def serve_target(
         algorithm: with an engine that captures fixed layers (vllm, sglang): the algorithm that needs them (default:
             eagle3).
         layer_ids: with such an engine: decoder layers to capture instead of the algorithm's default.
+        plan: print estimates of memory and bandwidth, which need no weights but config.json only, and start nothing.
+        device_memory: for the plan: memory of one GPU in GB.
     """
     from specforge.inference.target_server import TargetServer, make_token
 
+    if plan:
+        _say_plan(TargetFiles.find(target), dtype, engine, algorithm, layer_ids, device_memory)
+        return
     open_engine, files = on_device(engine, device), TargetFiles.find(target)
     _check_free(host, port)
     policy = _policy(files, algorithm, layer_ids) if engine_class(engine).independent else None
@@ -74,6 +89,25 @@ def serve_target(
             server.serve_forever()
         except KeyboardInterrupt:
             print("stopped", flush=True)
+
+
+def _say_plan(
+    files: TargetFiles,
+    dtype: str,
+    engine: Engine,
+    algorithm: str | None,
+    layer_ids: list[int] | None,
+    device_memory: float | None,
+) -> None:
+    """Print what serving a target and capturing its states takes."""
+    from specforge.inference.sizing import estimate
+
+    policy = _policy(files, algorithm, layer_ids)
+    devices = int(engine_config(engine)["init_args"].get("tensor_parallel") or 1)
+    sizes = estimate(files, policy, dtype=files.compute_dtype(dtype), devices=devices)
+    captured = f"layers {list(policy.layer_ids)}" + " and the last hidden states" * policy.last_hidden_states
+    say(f"{files.name} by {engine_summary(engine)}, capturing {captured}")
+    say("\n".join(sizes.lines(None if device_memory is None else device_memory * 1e9)))
 
 
 def _policy(files: TargetFiles, algorithm: str | None, layer_ids: list[int] | None) -> CapturePolicy:
