@@ -120,6 +120,11 @@ def test_features_are_transformers_however_their_prompts_are_cut_and_mixed(engin
     assert not stored(engine)
 
 
+def test_it_also_answers_as_transformers_does(engine, files):
+    prompts, how = random_prompts(5, 40, 9), {"max_new_tokens": 12, "end_ids": [7]}
+    assert engine.generate(prompts, **how) == HFTargetEngine(files, "float32").generate(prompts, **how)
+
+
 def test_tickets_that_are_malformed_or_name_other_places(engine):
     plain = generate(engine)["output_ids"]
     for ticket in ({"key": "../../etc/passwd.1"}, [1], "{", {"uri": 3}):

@@ -122,6 +122,11 @@ def test_features_are_transformers_whatever_their_prompts_share_steps_with(engin
     assert_close(longer, reference.capture([prompts[6] + [1, 2, 3]], POLICY)[0])
 
 
+def test_it_also_answers_as_transformers_does(engine, files):
+    prompts, how = random_prompts(5, 40, 9), {"max_new_tokens": 12, "end_ids": [7]}
+    assert engine.generate(prompts, **how) == HFTargetEngine(files, "float32").generate(prompts, **how)
+
+
 def complete(server, params, **more):
     body = {"model": server.target.name, "prompt": [5, 3, 8], "max_tokens": 2, "temperature": 0}
     return httpx.post(

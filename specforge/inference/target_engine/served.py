@@ -7,6 +7,7 @@ attempt that was lost, with its server or its connection, cannot touch the next 
 from __future__ import annotations
 
 import logging
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from specforge.contracts import ENCODINGS, CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
 from specforge.inference.engine_server import EngineServer, ServerOptions
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
+from specforge.inference.openai_server import TokenServer
 from specforge.inference.server_client import ServerClient
 from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
@@ -124,7 +126,9 @@ class ServedTargetEngine(TargetEngine):
         self.concurrency, self._patience, self._key = concurrency, patience, api_key_file
         self._compare, self._compared = compare, False
         self._pool = ThreadPoolExecutor(concurrency, self.name)
+        self._lock = threading.Lock()
         self._own: EngineServer | None = None
+        self._answers: TokenServer | None = None
         self._described: ServerDescription | None = None
         self._store, self._start_options = store, start
         if url is not None:
@@ -225,6 +229,33 @@ class ServedTargetEngine(TargetEngine):
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies."""
         return self._together(lambda ids: self._capture_one(ids, policy, self._handoff), input_ids)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue each prompt on the server, as :meth:`TargetEngine.generate` specifies."""
+        how = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return self._generator().generate(prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, seed=seed, **how)
+
+    def _generator(self) -> TokenServer:
+        """The server as one that answers; started, and checked for target and dtype, once for all threads."""
+        with self._lock:
+            if self._answers is None:
+                if not hasattr(self, "_client"):
+                    self._start(CapturePolicy((0,)))
+                self._prepare()
+                self._described = self._ask([0])
+                self._check_server(self._described, CapturePolicy((), last_hidden_states=False))
+                self._answers = TokenServer(self._client, None, self.concurrency)
+            return self._answers
 
     def delivers_to(self, backend: object) -> bool:
         """Whether :meth:`deliver` stores samples in this store."""
