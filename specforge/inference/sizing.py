@@ -48,9 +48,9 @@ class Sizes:
             tokens_per_second: rate at which the target reads prompts.
         """
         rate = self.features * tokens_per_second
+        share = f", {self.weights / self.devices / 1e9:,.1f} GB on each of {self.devices} devices"
         lines = [
-            f"weights: {self.weights / 1e9:,.1f} GB, {self.weights / self.devices / 1e9:,.1f} GB on each of "
-            f"{self.devices} devices",
+            f"weights: {self.weights / 1e9:,.1f} GB" + share * (self.devices > 1),
             f"key-value cache: {self.cache / 1024:,.1f} KiB per token and device, and {self.captured / 1024:,.1f} KiB "
             "for the captured states",
             f"features: {self.features:,} bytes per token; {tokens_per_second:,.0f} tokens/s write {rate / 1e6:,.0f} "

@@ -88,11 +88,12 @@ def engine_class(engine: Engine) -> type[TargetEngine]:
 
 
 def engine_summary(engine: Engine) -> str:
-    """An engine as messages name it: short name or class, and the options that are set."""
+    """An engine as messages name it: short name or class, and the options that differ from their defaults."""
     cls, options = _parts(engine)
     short = {name: module for module, name in ENGINES.items()}
     name = short.get(cls.__name__, cls.__name__) if cls.__module__.startswith(__name__) else cls.__name__
-    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+    defaults = {key: parameter.default for key, parameter in inspect.signature(cls).parameters.items()}
+    given = ", ".join(f"{key} {value}" for key, value in options.items() if value != defaults.get(key))
     return f"{name} ({given})" if given else name
 
 
