@@ -201,20 +201,22 @@ class Producer:
     def _commit(self, refs: Sequence[SampleRef]) -> None:
         """Commit samples; those that the trainer has dropped since, because it restarted, are deleted."""
         for ref in refs:
-            answers = [self._commit_one(prompt.key, ref) for prompt in self._leased.get(ref.sample_id, [])]
-            if all(new is None for new in answers):
+            new = self._commit_one([prompt.key for prompt in self._leased.get(ref.sample_id, [])], ref)
+            if not new:
                 self.controller.features.discard(ref)
-            self.produced += any(answers)
+            self.produced += any(new)
         self.controller.features.disown(refs)
         for ref in refs:
             self._leased.pop(ref.sample_id, None)
 
-    def _commit_one(self, key: str, ref: SampleRef) -> bool | None:
-        """Whether a sample is new; None if the trainer has dropped it."""
-        try:
-            return self.controller.commit([(key, ref)])[0]
-        except StateError:
-            return None
+    def _commit_one(self, keys: list[str], ref: SampleRef) -> list[bool]:
+        """Commit a sample for every epoch that wants it; whether it is new there, except where it was dropped."""
+        while keys:
+            try:
+                return self.controller.commit([(key, ref) for key in keys])
+            except StateError as error:  # the trainer has dropped this prompt
+                keys.remove(error.key)
+        return []
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:

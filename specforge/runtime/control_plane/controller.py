@@ -272,8 +272,8 @@ class DataFlowController:
     def commit(self, refs: Iterable[tuple[str, SampleRef]]) -> list[bool]:
         """Record samples whose features are flushed, whoever produced them.
 
-        The first commit of a sample stands. Features of a duplicate are deleted, unless those of the first are gone:
-        then the duplicate replaces them.
+        The first commit of a sample stands. Features of a duplicate are deleted, unless another sample of this call has
+        the same, or those of the first are gone: then the duplicate replaces them.
 
         Args:
             refs: key and reference of each.
@@ -286,9 +286,10 @@ class DataFlowController:
         """
         items = [(key, ref, dump_ref(ref)) for key, ref in refs]
         new = self._commit([(key, text) for key, _, text in items])
+        needed = {text for (_, _, text), fresh in zip(items, new, strict=True) if fresh}
         for (key, ref, text), fresh in zip(items, new, strict=True):
             if not fresh:
-                self._settle_duplicate(key, ref, text)
+                self._settle_duplicate(key, ref, text, text in needed)
         return new
 
     def _commit(
@@ -301,13 +302,14 @@ class DataFlowController:
         fresh = self._move(move, "committed", is_done)
         return [fresh.pop(key, None) is not None for key, _ in items]  # a key that comes twice is new once
 
-    def _settle_duplicate(self, key: str, ref: SampleRef, text: str) -> None:
+    def _settle_duplicate(self, key: str, ref: SampleRef, text: str, is_needed: bool) -> None:
         (row,) = self.metadata.get([key], "ref")
         first = None if row is None else _read_ref(row.key, row.text)
         if row is None or first is None or _same_bytes(first, ref):
             return
         if self.features.holds(first) or row.state not in _WAITING:
-            self.features.discard(ref)
+            if not is_needed:
+                self.features.discard(ref)
             return
         try:
             self.metadata.move([Move([key], _WAITING, State.COMMITTED, {"ref": text, "tries": 0})])

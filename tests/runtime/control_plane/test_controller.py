@@ -138,6 +138,19 @@ def test_features_of_a_duplicate_are_deleted(tmp_path, clock):
     assert len(tensors["states"]) == 3
 
 
+def test_features_of_a_duplicate_stay_if_another_epoch_has_the_same(tmp_path, clock):
+    """A producer commits what it produced for two epochs, after another producer was faster in the first."""
+    metadata = MemoryMetadataStore()
+    mine, others = (DataFlowController(metadata, FeatureStore(SharedDirBackend(tmp_path)), clock=clock) for _ in "ab")
+    mine.ingest({"s0": TASKS["s0"], "s1": TASKS["s1"]})
+    first, second = (x.key for x in mine.lease("a", 2))
+    mine.commit([(first, put(mine.features, "s0"))])
+    ref = put(others.features, "s0")
+    assert others.commit([(first, ref), (second, ref)]) == [False, True]
+    assert mine.deliver([second]) == [ref]
+    assert len(mine.features.get(ref)["states"]) == 3
+
+
 def test_a_duplicate_takes_the_place_of_lost_features(control):
     control.ingest({"s0": TASKS["s0"]})
     (leased,) = control.lease("w", 1)
