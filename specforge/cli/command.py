@@ -14,6 +14,7 @@ from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain
 from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError
+from specforge.inference.target_engine import engine_options
 from specforge.system import keep_freed_memory
 
 
@@ -67,7 +68,8 @@ def run(name: str, function: Callable[..., Any], words: list[str]) -> int:
     try:
         options = line.parser.parse_args(_join_lists(expand(name, words), line.hints))
     except (jsonargparse.ArgumentError, KeyError) as error:
-        raise UserError(explain(str(error), list(line.hints))) from error
+        keys = [*line.hints, *(engine_options() if "engine" in line.hints else ())]
+        raise UserError(explain(str(error), keys)) from error
     keep_freed_memory()
     options = line.parser.instantiate(options)
     values = {key: options[key] for key in line.names}

@@ -83,6 +83,8 @@ def _unknown_option(name: str, keys: Sequence[str]) -> str:
     if "recipe" in keys and name.split(".")[0] in ("seed_everything", "trainer", "model", "data"):
         return f"unknown option '{name}'; a training recipe is given with --recipe, not --config"
     last = name.rsplit(".", 1)[-1]
+    if f"engine.{last}" in keys:
+        return f"engine.{last}: this engine has no such option; --engine.help NAME lists those of an engine"
     close = get_close_matches(name, keys, 1, 0.75) or [
         key for key in keys if get_close_matches(last, [key.rsplit(".", 1)[-1]], 1, 0.7)
     ]

@@ -103,6 +103,7 @@ def test_an_engine_is_written_down_and_named():
         (["--engine", "vlm"], "engine vlm: use one of hf, vllm, sglang, http, or the class path of your own engine"),
         (["--engine", "http"], "engine.url: required"),
         (["--engine", "http", "--engine.urk", "x"], "unknown option 'urk'"),
+        (["--engine", "hf", "--engine.url", "x"], "engine.url: this engine has no such option; --engine.help NAME"),
         (["--engine", "http", "--engine.url", "http://h:1", "--device", "cpu"], "does not run in this process"),
         (["--engine.device", "gpu"], "device 'gpu': use auto, cpu, cuda or cuda:N"),
         (["--engine", "no.such.Engine"], "engine: no.such.Engine cannot be imported (No module named 'no')"),

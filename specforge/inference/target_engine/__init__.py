@@ -40,6 +40,7 @@ __all__ = [
     "TargetEngine",
     "engine_class",
     "engine_config",
+    "engine_options",
     "engine_path",
     "engine_summary",
     "on_device",
@@ -85,6 +86,13 @@ def engine_class(engine: Engine) -> type[TargetEngine]:
         UserError: it is neither a class nor ``functools.partial`` of one.
     """
     return _parts(engine)[0]
+
+
+def engine_options() -> list[str]:
+    """Names of the options of all built-in engines, such as ``engine.url``."""
+    classes = [getattr(import_module(f"{__name__}.{module}"), cls) for module, cls in ENGINES.items()]
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return sorted(f"engine.{name}" for name in names - {"target", "dtype"})
 
 
 def engine_summary(engine: Engine) -> str:
