@@ -240,7 +240,7 @@ class World:
             bad_samples=self.bad_samples,
         )
         spec = StrategySpec("any", CapturePolicy(()), ("last_hidden_states",), 1, 1)
-        target = SimpleNamespace(name="tiny", fingerprint="f" * 8, hidden_size=HIDDEN)
+        target = SimpleNamespace(name="tiny", fingerprint="f" * 8, hidden_size=HIDDEN, compute_dtype=str)
         trainer = SimpleNamespace(
             global_rank=0,
             world_size=1,

@@ -14,7 +14,6 @@ from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain
 from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError
-from specforge.inference.target_engine import engine_options
 from specforge.system import keep_freed_memory
 
 
@@ -68,13 +67,21 @@ def run(name: str, function: Callable[..., Any], words: list[str]) -> int:
     try:
         options = line.parser.parse_args(_join_lists(expand(name, words), line.hints))
     except (jsonargparse.ArgumentError, KeyError) as error:
-        keys = [*line.hints, *(engine_options() if "engine" in line.hints else ())]
-        raise UserError(explain(str(error), keys)) from error
+        raise UserError(explain(str(error), [*line.hints, *_engine_options(line)])) from error
     keep_freed_memory()
     options = line.parser.instantiate(options)
     values = {key: options[key] for key in line.names}
     values |= {key: cls(**{field: options[field] for field in fields}) for key, (cls, fields) in line.groups.items()}
     return int(function(**values) or 0)
+
+
+def _engine_options(line: CommandLine) -> list[str]:
+    """Options of engines, where a command has one."""
+    if "engine" not in line.hints:
+        return []
+    from specforge.inference.target_engine import engine_options  # imports torch
+
+    return engine_options()
 
 
 def _join_lists(words: list[str], hints: dict[str, Any]) -> list[str]:

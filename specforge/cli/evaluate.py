@@ -71,14 +71,14 @@ def export(
 ) -> None:
     """Write a trained draft for a server to load, and show the commands that serve it.
 
-    ``sglang`` and ``vllm`` write the same files where both servers can serve the draft, and refuse a draft that the
+    sglang and vllm write the same files where both servers can serve the draft, and refuse a draft that the
     server would run as a different network.
 
     Args:
         draft: SpecForge checkpoint, or a draft's folder.
         output: folder to write; must be new, empty or an earlier export, which is replaced.
-        to: the server that must be able to serve the draft; ``speculators``, the form of that project, which vLLM
-            serves given the folder alone; or ``hf``, the usual form of published drafts, for no server in particular.
+        to: the server that must be able to serve the draft; speculators, the form of that project, which vLLM
+            serves given the folder alone; or hf, the usual form of published drafts, for no server in particular.
         target: folder or hub name; by default the target that the draft was trained on.
         dtype: dtype of the written tensors.
         algorithm: name of the draft's algorithm, or class path of your own module (default: the built-in one).

@@ -210,7 +210,7 @@ def test_layers_are_understood_as_vllm_counts_them():
     assert build_draft({**alone, **above}).layer_ids == (1, 3, 4)
     with pytest.raises(UserError, match="must be one higher"):
         build_draft({**config, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]})
-    with pytest.raises(UserError, match="counted from 0"):
+    with pytest.raises(UserError, match="the inputs of layers from 1 on"):
         build_draft({**alone, "eagle_aux_hidden_state_layer_ids": [0, 3, 4]})
     with pytest.raises(UserError, match="not a list of layers"):
         build_draft({**config, "eagle_aux_hidden_state_layer_ids": "all"})
