@@ -142,7 +142,8 @@ class ServerClient:
             stopping.check()
             try:
                 answer = self._client.request(method, path, json=body() if callable(body) else body)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, OSError) as error:
+                stopping.check()  # the client was closed because of a stop
                 reason = _name(error)
             else:
                 if answer.status_code == httpx.codes.OK:
@@ -168,7 +169,7 @@ class ServerClient:
             raise UserError(f"server {self.url}: the answer of {path} is not JSON") from error
 
 
-def _name(error: httpx.HTTPError) -> str:
+def _name(error: Exception) -> str:
     return printable(str(error)) or type(error).__name__
 
 
