@@ -26,6 +26,7 @@ from specforge.inference.sglang_server import SGLangServer
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.sglang import SGLangTargetEngine
 from specforge.inference.target_files import TargetFiles
+from tests.captured import assert_close, random_prompts, stored
 from tests.sglang_cpu import CAPTURE, LAUNCH, environment
 from tests.tiny import recipe, write_target
 
@@ -33,7 +34,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 POLICY = CapturePolicy((4, 1, 3))
 CHUNK = 16  # tokens of a prompt that the server reads in one pass
-BOUND = 2e-5  # relative distance from transformers' states, in fp32
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +70,6 @@ def engine(server, files):
     with SGLangTargetEngine(files, "float32", url=server.url, store=server.store) as engine:
         engine.check(POLICY)
         yield engine
-
-
-def random_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]
-
-
-def stored(engine):
-    return engine._handoff.backend.stored()
-
-
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].shape == x.shape
-        assert (found[name] - x).norm() <= BOUND * x.norm(), name
 
 
 def generate(engine, ticket=None, **more):

@@ -24,6 +24,7 @@ from specforge.inference.handoff import NotDeliveredError
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
+from tests.captured import assert_close, random_prompts, stored
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places, producers
 from tests.tiny import recipe, write_target
 
@@ -31,7 +32,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 POLICY = CapturePolicy((4, 1, 3))
 STEP = 64  # tokens that the server reads in one step
-BOUND = 2e-5  # relative distance from transformers' states, in fp32
 ARGUMENTS = [
     "--enforce-eager",
     "--max-num-seqs",
@@ -88,22 +88,6 @@ def engine(server, files):
     with VLLMTargetEngine(files, "float32", url=server.url, store=server.store, patience=600) as engine:
         engine.check(POLICY)
         yield engine
-
-
-def random_prompts(*lengths):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]
-
-
-def stored(engine):
-    return engine._handoff.backend.stored()
-
-
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].shape == x.shape
-        assert (found[name] - x).norm() <= BOUND * x.norm(), name
 
 
 def test_features_are_transformers_whatever_their_prompts_share_steps_with(engine, files):

@@ -17,6 +17,7 @@ from specforge.errors import UserError
 from specforge.inference.target_engine import (
     Engine,
     HFTargetEngine,
+    TargetEngine,
     engine_class,
     engine_config,
     engine_summary,
@@ -76,19 +77,24 @@ def serve_target(
     ):
         if policy is not None:
             running.check(policy)
-        print(
-            f"{server.url}: features of {files.name} ({files.fingerprint[:8]}) in {running.dtype}; "
-            f"token in {token_file}\n"
-            f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {server.url} "
-            f"--data.token_file {token_file}",
-            flush=True,
-        )
-        if running.options:
-            print(f"or directly, on a host that shares the store: specforge fit ... {running.options}", flush=True)
+        _announce(server.url, running, token_file)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print("stopped", flush=True)
+
+
+def _announce(url: str, engine: TargetEngine, token_file: Path) -> None:
+    """Print where the features are, and how to train on them."""
+    target = engine.target
+    print(
+        f"{url}: features of {target.name} ({target.fingerprint[:8]}) in {engine.dtype}; token in {token_file}\n"
+        f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {url} "
+        f"--data.token_file {token_file}",
+        flush=True,
+    )
+    if engine.options:
+        print(f"or directly, on a host that shares the store: specforge fit ... {engine.options}", flush=True)
 
 
 def _say_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -204,18 +205,36 @@ def test_a_draft_without_its_weights_is_named(eagle):
     assert "no drafted token is right: missing or random weights" in [trial.fault for trial in result.causes]
 
 
-def test_weights_of_less_precision_are_named(eagle):
-    weights = list(eagle.module.draft.parameters())
-    before = [x.data for x in weights]
-    for x in weights:
-        x.data = x.data.bfloat16().float()
-    answers = {tuple(p): eagle.script()(p) for p in eagle.prompts}
-    for x, data in zip(weights, before, strict=True):
-        x.data = data
+def changed(eagle: Trained, *changes: tuple[Any, str, Any]) -> dict[tuple[int, ...], Any]:
+    """What a server says whose draft has other attributes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in changes:
+            patch.setattr(owner, name, value)
+        return {tuple(prompt): eagle.script()(prompt) for prompt in eagle.prompts}
+
+
+def test_weights_of_less_precision_are_named(eagle, monkeypatch):
+    """All rows of the head share a large number: that changes no answer, but a rounded row holds little else."""
+    monkeypatch.setattr(eagle.module.draft.lm_head.weight, "data", eagle.module.draft.lm_head.weight.data + 64.0)
+    rounded = [(x, "data", x.data.bfloat16().float()) for x in eagle.module.draft.parameters()]
+    answers = changed(eagle, *rounded)
     with serving(lambda prompt: answers[tuple(prompt)]) as fake:
         result = eagle.check(fake)
-    if not result.agrees:  # rounding need not change a round
-        assert result.causes[0].fault.startswith("the draft's weights rounded to bfloat16")
+    assert not result.agrees
+    assert result.causes[0].fault.startswith("the draft's weights rounded to bfloat16")
+
+
+@pytest.mark.parametrize("fault", ["RoPE with the default theta, 10000", "norm_before_residual True"])
+def test_a_network_of_another_config_is_named(eagle, fault):
+    draft = eagle.module.draft
+    config = copy.copy(draft.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    change = (draft.midlayer, "norm_before_residual", True)
+    answers = changed(eagle, (draft, "rotary", type(draft.rotary)(config)) if "RoPE" in fault else change)
+    with serving(lambda prompt: answers[tuple(prompt)]) as fake:
+        result = eagle.check(fake)
+    assert not result.agrees
+    assert fault in [trial.fault for trial in result.causes]
 
 
 def test_an_answer_that_is_not_the_targets_is_named(eagle):

@@ -80,7 +80,7 @@ def test_options_of_a_server(files, monkeypatch):
         files, "float32", tensor_parallel=2, expert_parallel=True, max_model_len=99, arguments=["--x"]
     ) as engine:
         words = engine._start_options.arguments
-    assert words == ("--tp-size", "2", "--ep-size", "2", "--context-length", "99", "--x")
+    assert words == ("--tp-size", "2", "--context-length", "99", "--ep-size", "2", "--x")
     with pytest.raises(
         UserError, match="engine sglang: --tp-size is for starting a server; leave out either it or url"
     ):

@@ -109,7 +109,7 @@ class TargetEngine(ABC):
             UnavailableError: the server does not respond.
             UserError: the server refuses a request. In both cases nothing is stored.
         """
-        raise NotImplementedError
+        raise UserError(f"engine {type(self).__name__}: does not store samples itself")
 
     def generate(
         self,

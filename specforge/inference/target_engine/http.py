@@ -76,7 +76,7 @@ class HTTPTargetEngine(TargetEngine):
     Args:
         target: files of the expected target.
         dtype: its compute dtype.
-        url: address of the server, such as ``http://127.0.0.1:8010``.
+        url: address of the server, such as http://127.0.0.1:8010.
         token_file: file with the server's token.
         patience: seconds to retry while the server does not respond.
         timeout: seconds to wait for one response.

@@ -7,6 +7,7 @@ attempt that was lost, with its server or its connection, cannot touch the next 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from specforge.inference.server_client import ServerClient
 from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
+from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 from specforge.system import available_memory
@@ -83,23 +85,33 @@ class ServerDescription(Record):
 class ServedTargetEngine(TargetEngine):
     """A server that captures hidden states into a feature store: one that runs already, or one of its own.
 
-    Subclasses implement :meth:`_post`. Their options begin with those of this class.
+    Subclasses implement :meth:`_post` and name the server's flags.
 
     Args:
         target: files of the expected target.
         dtype: its compute dtype.
-        url: address of a running server; without it, one is started, and ends with this process.
-        store: address of the server's feature store.
-        api_key_file: file with the server's API key.
+        url: address of a running server, such as http://127.0.0.1:8000; without it, one is started, and ends with
+            this process.
+        store: address of the server's feature store: a folder that both can access, or mooncake://...; for a
+            server of its own by default a temporary folder.
+        api_key_file: file with the server's API key; none by default.
         concurrency: maximum number of requests in flight.
         patience: seconds to retry while the server does not respond, and to wait for features after its answer.
         compare: compare two tokens with transformers before anything is captured, if the target fits into memory.
-        start: how to start a server.
+        python: to start a server: interpreter of the server's environment (default: this one).
+        tensor_parallel: to start a server: number of devices that share each layer.
+        expert_parallel: to start a server: give each device whole experts of a mixture-of-experts target.
+        quantization: to start a server: the server's name of a quantisation (default: that of the target's files).
+        max_model_len: to start a server: maximum length of a prompt, plus one (default: the target's).
+        memory: to start a server: share of each device's memory that it may use (default: the server's own).
+        arguments: to start a server: more arguments of its command line, such as ["--enforce-eager"] for vLLM.
+        log: to start a server: file for its output (default: runs/ENGINE.log).
 
     Attributes:
         name: name of the engine, as ``--engine`` takes it.
         versions: supported versions of the server; one that ends in a dot stands for all that begin with it.
         server: starts a server.
+        flags: the server's flags for ``tensor_parallel``, ``quantization``, ``max_model_len`` and ``memory``.
 
     Raises:
         UserError: the address is malformed, the file cannot be read, or the store cannot be opened.
@@ -109,18 +121,26 @@ class ServedTargetEngine(TargetEngine):
     name: ClassVar[str]
     versions: ClassVar[tuple[str, ...]]
     server: ClassVar[type[EngineServer]]
+    flags: ClassVar[tuple[str, str, str, str]]
 
     def __init__(
         self,
         target: TargetFiles,
         dtype: str,
-        url: str | None,
-        store: str | None,
-        api_key_file: Path | None,
-        concurrency: int,
-        patience: float,
-        compare: bool,
-        start: ServerOptions,
+        url: str | None = None,
+        store: str | None = None,
+        api_key_file: Path | None = None,
+        concurrency: PositiveInt = 32,
+        patience: PositiveSeconds = 300.0,
+        compare: bool = True,
+        python: str | None = None,
+        tensor_parallel: PositiveInt = 1,
+        expert_parallel: bool = False,
+        quantization: str | None = None,
+        max_model_len: PositiveInt | None = None,
+        memory: PositiveShare | None = None,
+        arguments: list[str] | None = None,
+        log: Path | None = None,
     ) -> None:
         super().__init__(target, dtype)
         self.concurrency, self._patience, self._key = concurrency, patience, api_key_file
@@ -130,13 +150,27 @@ class ServedTargetEngine(TargetEngine):
         self._own: EngineServer | None = None
         self._answers: TokenServer | None = None
         self._described: ServerDescription | None = None
-        self._store, self._start_options = store, start
-        if url is not None:
-            if store is None:
-                raise UserError(
-                    f"engine {self.name}: no store; name the feature store that the server was started with"
-                )
-            self._connect(url, store)
+        values = (tensor_parallel if tensor_parallel > 1 else None, quantization, max_model_len, memory)
+        given = zip(self.flags, values, strict=True)
+        words = [word for flag, value in given if value is not None for word in (flag, str(value))]
+        words += self._expert_flags(tensor_parallel) if expert_parallel else []
+        words += arguments or []
+        log = log or Path("runs") / f"{self.name}.log"
+        self._store, self._start_options = store, ServerOptions(python or sys.executable, tuple(words), log)
+        if url is None:
+            return
+        if python or words:
+            raise UserError(
+                f"engine {self.name}: {python or words[0]} is for starting a server; leave out either it or url"
+            )
+        if store is None:
+            raise UserError(f"engine {self.name}: no store; name the feature store that the server was started with")
+        self._connect(url, store)
+
+    @staticmethod
+    @abstractmethod
+    def _expert_flags(devices: int) -> list[str]:
+        """The server's flags for experts that are spread over devices."""
 
     def _connect(self, url: str, store: str) -> None:
         self._client = ServerClient(url, self._key, patience=self._patience, connections=self.concurrency)
