@@ -109,10 +109,7 @@ class DraftFormat:
         Raises:
             UserError: the draft was never trained, is damaged, or does not fit the target.
         """
-        tensors = self.borrowed(draft, target, dtype)
-        if self.hf_embedding and "embed_tokens.weight" not in draft.state_dict():
-            tensors["embed_tokens.weight"] = target.embedding().to(DTYPES[dtype])
-        self._write(draft, folder, dtype, tensors)
+        self._write(draft, folder, dtype, self._published(draft, target, dtype))
 
     def to_sglang(self, draft: Draft, target: TargetFiles, folder: Path, dtype: str = "bfloat16") -> None:
         """Write a folder for SGLang's ``--speculative-draft-model-path``.
@@ -140,10 +137,7 @@ class DraftFormat:
         written = as_speculators(config, target, self.tokens(draft))
         if self.vllm is not None:
             self.vllm.check(self.form(config, target), config, target)
-        tensors = self.borrowed(draft, target, dtype)
-        if self.hf_embedding and "embed_tokens.weight" not in draft.state_dict():
-            tensors["embed_tokens.weight"] = target.embedding().to(DTYPES[dtype])
-        self._write(draft, folder, dtype, tensors, written)
+        self._write(draft, folder, dtype, self._published(draft, target, dtype), written)
 
     def _to_server(self, server: Server | None, draft: Draft, target: TargetFiles, folder: Path, dtype: str) -> None:
         config = config_fields(draft)
@@ -158,6 +152,13 @@ class DraftFormat:
             UserError: a server could not use them.
         """
         return {}
+
+    def _published(self, draft: Draft, target: TargetFiles, dtype: str) -> dict[str, Tensor]:
+        """Tensors of the target in published drafts: those that must be there, and the embedding."""
+        tensors = self.borrowed(draft, target, dtype)
+        if self.hf_embedding and "embed_tokens.weight" not in draft.state_dict():
+            tensors["embed_tokens.weight"] = target.embedding().to(DTYPES[dtype])
+        return tensors
 
     def served(self, draft: Draft, target: TargetFiles, folder: Path) -> list[str]:
         """For each server what is known of the draft, and the command that serves it or the reason why none can."""
