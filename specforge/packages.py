@@ -31,6 +31,7 @@ EXTRAS = {
         "features in other hosts' memory, by TCP or RDMA",
         without_cuda="mooncake-transfer-engine-non-cuda>=0.3.13",
     ),
+    "ray": Extra("ray", "ray[default,train]>=2.50", "producers and trainers on a cluster (specforge launch)"),
     "redis": Extra("redis", "redis>=5.0", "metadata for several hosts"),
 }
 

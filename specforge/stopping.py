@@ -65,6 +65,19 @@ def check() -> None:
         raise Stopped
 
 
+def request() -> None:
+    """Request a stop, in any thread, as SIGTERM does.
+
+    Outside :func:`signals_stop` no wait is interrupted; the stop takes effect at the next :func:`check`.
+    """
+    if _State.active:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        return
+    _State.signal_arrived = _State.stop_requested = True
+    for callback in _State.callbacks:
+        callback()
+
+
 def begin() -> None:
     """From now on there is something to save, so the process is not ended from outside the main thread."""
     _State.began = True

@@ -72,9 +72,27 @@ def test_a_room_imports_only_the_rooms_it_may(module, path):
 
 def test_lightning_is_imported_only_where_training_is():
     for module, path in modules():
-        if module.startswith(("specforge.callbacks", "lightning_modules", "datamodules", "specforge.cli.fit")):
+        if module.startswith(
+            (
+                "specforge.callbacks",
+                "lightning_modules",
+                "datamodules",
+                "specforge.cli.fit",
+                "specforge.cluster.trainers",
+            )
+        ):
             continue
         found = [name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")]
+        assert not found, f"{module} imports {found}"
+
+
+def test_only_the_cluster_knows_ray_and_only_its_command_knows_the_cluster():
+    for module, path in modules():
+        if module.startswith("specforge.cluster"):
+            continue
+        found = [name for name in imports(path) if name.split(".")[0] == "ray"]
+        if module != "specforge.cli.launch":
+            found += [name for name in imports(path) if name.startswith("specforge.cluster")]
         assert not found, f"{module} imports {found}"
 
 

@@ -143,7 +143,8 @@ class FitParser(LightningArgumentParser):
 
     def format_help(self) -> str:
         """The help text."""
-        order = ["help", "seed_everything", "model", "data", "checkpoint", "best_checkpoint", "ckpt_path", "trainer"]
+        order = ["help", "cluster", "seed_everything", "model", "data", "checkpoint", "best_checkpoint", "ckpt_path"]
+        order.append("trainer")
 
         def first_key(group: Any) -> str:
             keys = (action.dest.split(".")[0] for action in group._group_actions)

@@ -129,7 +129,7 @@ class Preemption(pl.Callback):
                     store.set(_KEY, "1")
                     return
                 if store.check([_KEY]):
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    stopping.request()
                     return
             except (RuntimeError, OSError):
                 return  # the rank that hosts the store has exited

@@ -14,7 +14,7 @@ _CONFIG = ("--config", "-c")
 
 def environment_prefix(name: str) -> str:
     """What the environment variables of a command begin with; two underscores where options have dots."""
-    return f"SPECFORGE_{name.upper().replace(' ', '_')}" + ("__" if name in ("fit", "validate") else "_")
+    return f"SPECFORGE_{name.upper().replace(' ', '_')}" + ("__" if name in ("fit", "launch", "validate") else "_")
 
 
 def environment_help(name: str) -> str:

@@ -77,10 +77,12 @@ def script(shell: Literal["bash", "zsh", "fish"]) -> str:
 def option_names(name: str) -> list[str]:
     """The options of a command, without dashes."""
     module, function = COMMANDS[name][0].split(":")
-    if module == "specforge.cli.fit":
-        from specforge.cli.fit import option_names as fit_options
+    if module in ("specforge.cli.fit", "specforge.cli.launch"):
+        from specforge.cli.fit import TrainingCLI
+        from specforge.cli.launch import LaunchCLI
 
-        own = [key.replace(".init_args", "") for key in fit_options()]
+        cli = LaunchCLI if module == "specforge.cli.launch" else TrainingCLI
+        own = [key.replace(".init_args", "") for key in cli.option_names()]
     else:
         from specforge.cli.command import command_line
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_OPTION = re.compile(r"--(data\.(init_args\.)?)?engine(\.class_path|\.help)?")
+_OPTION = re.compile(r"--(data\.(init_args\.)?|cluster\.producers\.)?engine(\.class_path|\.help)?")
 
 
 def resolve_engines(words: Sequence[str]) -> list[str]:
@@ -34,7 +34,9 @@ def engines_in_yaml(loaded: Any) -> Any:
     """
     if isinstance(loaded, dict):
         data = loaded.get("data")
-        for part in (loaded, data, data.get("init_args") if isinstance(data, dict) else None):
+        cluster = loaded.get("cluster")
+        producers = cluster.get("producers") if isinstance(cluster, dict) else None
+        for part in (loaded, data, data.get("init_args") if isinstance(data, dict) else None, producers):
             if isinstance(part, dict) and part.get("engine"):
                 part["engine"] = _resolve(part["engine"])
     return loaded

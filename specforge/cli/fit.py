@@ -98,6 +98,8 @@ _HELP = {
 _TITLES = {"model": "Model", "data": "Data", "ckpt_path": "Start", "trainer": "Trainer"}
 _DESCRIPTIONS = {
     "fit": "Train a draft. Start from a recipe: specforge fit --config eagle3.yaml (see `specforge recipes`).",
+    "launch": "Train a draft on a Ray cluster, or on this machine: a recipe with DisaggregatedDataModule and a section "
+    "`cluster` that says how many producers and trainers to start.",
     "validate": "Compute loss and offline tau of a checkpoint on held-out data.",
 }
 _MORE_HELP = (
@@ -157,7 +159,7 @@ class TrainingCLI(LightningCLI):
     """LightningCLI with our defaults and one-line errors; a checkpoint does not change the configuration.
 
     Args:
-        command: fit or validate.
+        command: fit, launch or validate.
         words: its command line.
         callbacks: always added to the trainer's.
     """
@@ -195,8 +197,9 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         data = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        method = inspect.signature(getattr(pl.Trainer, self.command)).parameters
-        self._arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=data & set(method))
+        name = "validate" if self.command == "validate" else "fit"
+        method = inspect.signature(getattr(pl.Trainer, name)).parameters
+        self._arguments = parser.add_method_arguments(pl.Trainer, name, skip=data & set(method))
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the command line.
@@ -209,7 +212,12 @@ class TrainingCLI(LightningCLI):
         try:
             self.config = parser.parse_args(_with_save_dir(args))
         except (jsonargparse.ArgumentError, KeyError) as error:
-            raise UserError(explain(str(error), option_names(), _class_names())) from error
+            raise UserError(explain(str(error), self.option_names(), _class_names())) from error
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Options of the command, including those of the built-in models and data modules."""
+        return option_names()
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's settings, the run's folder and the checkpoint before anything is built."""
@@ -229,7 +237,7 @@ class TrainingCLI(LightningCLI):
             found = find_checkpoint(given, run)
             given = None if found is None else str(found)
         self._checkpoint = given
-        if self.command == "fit" and not config["fast_dev_run"]:
+        if self.command != "validate" and not config["fast_dev_run"]:
             check_folder(run, resumes=given is not None or requeued)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -332,8 +340,13 @@ def _subclasses(cls: type) -> list[type]:
     return [x for child in children for x in (child, *_subclasses(child))]
 
 
-def main(command: str, words: Sequence[str]) -> int:
+def main(command: str, words: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> int:
     """Run `specforge fit` or `validate`.
+
+    Args:
+        command: fit or validate.
+        words: its command line.
+        cli: parses it and builds the trainer.
 
     Returns:
         The exit status: 143 after a signal, else 0.
@@ -350,7 +363,7 @@ def main(command: str, words: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], command, *words]  # Lightning's launcher starts the other ranks with it
     try:
         with stopping.signals_stop():
-            TrainingCLI(command, words, callbacks).run()
+            cli(command, words, callbacks).run()
             return 0
     except stopping.Stopped:
         return preemption.end()
@@ -373,6 +386,7 @@ def _silence() -> None:
         ".*GPU available but not used.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*LeafSpec.*is deprecated.*",
+        r".*self\.log\('val/.*sync_dist=True.*",  # these metrics are those of all ranks
         ".*exists and is not empty.*",
         ".*is smaller than the logging interval.*",
         r".*add the following callbacks: \[.(?:Last|Best)Checkpoint.*",

@@ -159,7 +159,7 @@ def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = Fal
 
 
 @contextmanager
-def _stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
+def stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
     """Call ``stop`` on SIGTERM and Ctrl-C; a second Ctrl-C interrupts."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -177,8 +177,8 @@ def _stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_producers(options: ProduceOptions) -> None:
-    """Produce until a signal arrives, or for ``idle_seconds`` without work.
+def run_producers(options: ProduceOptions, stop: threading.Event | None = None) -> None:
+    """Produce until a signal arrives or ``stop`` is set, or for ``idle_seconds`` without work.
 
     Raises:
         UserError: a store or the target cannot be used, or a process of several failed.
@@ -210,11 +210,11 @@ def run_producers(options: ProduceOptions) -> None:
         batch_tokens=options.batch_tokens,
         vocab_size=files.vocab_size,
     )
-    stop = threading.Event()
+    stop = stop or threading.Event()
     logging.getLogger("specforge").setLevel(logging.INFO)
     say(f"{owner}: {files.name} by {engine_summary(options.engine)}, waiting for prompts in {shown(options.metadata)}")
     try:
-        with _stopped_by_signals(stop.set):
+        with stopped_by_signals(stop.set):
             producer.run(stop, options.idle_seconds)
     finally:
         for opened in engines.values():
@@ -238,7 +238,7 @@ def _run_processes(options: ProduceOptions) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM)
 
-    with _stopped_by_signals(stop):
+    with stopped_by_signals(stop):
         failed = sum(process.wait() != 0 for process in processes)
     if failed:
         raise UserError(

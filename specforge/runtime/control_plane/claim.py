@@ -83,6 +83,19 @@ def claim_engine(metadata: MetadataStore, stamp: str, engine: str) -> str:
     return claim(metadata, engine, 0.0, _FOREVER, key=key).holder
 
 
+def live_trainer(metadata: MetadataStore, now: float) -> str:
+    """The trainer that holds the claim, in words; empty if there is none, or if it is certainly dead.
+
+    Args:
+        metadata: the store.
+        now: current time in seconds.
+    """
+    (row,) = metadata.get([_KEY])
+    if row is None or row.state is not State.CLAIMED or not row.owner or row.deadline <= now:
+        return ""
+    return "" if _is_gone(_read(row.owner)) else _describe(Claim(row.owner, row.deadline))
+
+
 def resign(metadata: MetadataStore, holder: str) -> None:
     """End the claim of a trainer; does nothing if another one has replaced it."""
     with suppress(Conflict):

@@ -1,0 +1,94 @@
+"""What the processes of a run tell each other: one small actor that the driver owns."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+import ray
+
+from specforge.errors import UserError
+
+NAMESPACE = "specforge"  # of the names of actors in the cluster
+
+
+class Board:
+    """Lines to print, the wanted number of producers, and whether the run is to stop.
+
+    Args:
+        producers: wanted number of producers.
+    """
+
+    def __init__(self, producers: int) -> None:
+        self._lines: list[str] = []
+        self._producers, self._stops, self._refusal = producers, False, ""
+
+    def say(self, lines: list[str]) -> None:
+        """Have the driver print lines."""
+        self._lines += lines
+
+    def stop(self) -> None:
+        """Have the trainers save and stop."""
+        self._stops = True
+
+    def stops(self) -> bool:
+        """Whether the trainers are to stop."""
+        return self._stops
+
+    def refuse(self, reason: str) -> None:
+        """End the run because of the user's mistake: trainers are not started again."""
+        self._refusal, self._stops = self._refusal or reason, True
+
+    def scale(self, producers: int) -> int:
+        """Set the wanted number of producers; returns the previous one."""
+        before, self._producers = self._producers, producers
+        return before
+
+    def read(self) -> tuple[list[str], int, str]:
+        """The lines since the last call, the wanted number of producers, and the reason why the run ended, if any."""
+        lines, self._lines = self._lines, []
+        return lines, self._producers, self._refusal
+
+
+class Lines(io.TextIOBase):
+    """A text stream of an actor; the driver prints each line after the actor's name."""
+
+    def __init__(self, board: Any, name: str) -> None:
+        self._board, self._name, self._rest = board, name, ""
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Send the complete lines."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        if lines:
+            self._board.say.remote([f"{self._name} | {line}" for line in lines])
+        return len(text)
+
+
+def join(board: Any, name: str, folder: str, gpus: int) -> None:
+    """Make this process part of a run: its output goes to the driver, and relative paths are the user's.
+
+    Args:
+        board: the run's board.
+        name: what to print before each line.
+        folder: the folder in which the user started the run.
+        gpus: number of GPUs that the process was given.
+
+    Raises:
+        UserError: this node does not have the folder.
+    """
+    sys.stdout = sys.stderr = Lines(board, name)
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        where = ray.util.get_node_ip_address()
+        raise UserError(
+            f"{folder}: cannot be used on {where} ({error}); launch from a folder that all nodes share"
+        ) from error

@@ -1,0 +1,271 @@
+"""`specforge launch`: starts the processes of a run on a Ray cluster, watches them, and ends them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from specforge.cli.produce import stopped_by_signals
+from specforge.cluster.board import NAMESPACE, Board
+from specforge.cluster.launch import Launch
+from specforge.cluster.metadata import RedisServer
+from specforge.cluster.options import MADE
+from specforge.cluster.plan import Node, describe, place
+from specforge.cluster.producers import Producers
+from specforge.console import say
+from specforge.errors import UserError
+from specforge.files import first_line
+from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
+from specforge.runtime.control_plane.claim import live_trainer
+
+_POLL = 0.25  # seconds between two looks at the processes
+_PATIENCE = 120.0  # seconds in which the trainers save and stop; then they are killed
+_OBJECTS = 100 << 20  # bytes of Ray's object store, which a run hardly uses
+# How Ray is to behave, unless the user has set it.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning; SpecForge hides GPUs itself
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every line twice
+}
+
+
+def plan(launch: Launch) -> list[str]:
+    """What :func:`run` would start where, in lines; starts nothing.
+
+    Raises:
+        UserError: the processes do not fit into the cluster, which does not answer, or the model is rejected.
+    """
+    if launch.cluster.address is None:
+        nodes = [_this_machine()]
+    else:
+        with _connected(launch.cluster.address):
+            nodes = _nodes()
+    recipe = yaml.safe_load(launch.recipe)
+    data = recipe["data"]["init_args"]
+    made = {"store": f"a folder, {_store(launch)}", "metadata": "Redis, started with the run"}
+    if launch.cluster.address is None:
+        made["metadata"] = f"a file, {_metadata_file(launch)}"
+    where = {key: made[key] if data[key] == MADE else shown(data[key]) for key in made}
+    return describe(launch.cluster, nodes, recipe, where)
+
+
+def scale(launch: Launch, producers: int) -> int:
+    """Change the number of producers of a run that is going on.
+
+    Raises:
+        UserError: there is no such run, or so many producers do not fit.
+    """
+    with _connected(launch.cluster.address or "auto"):
+        wanted = replace(launch.cluster, producers=replace(launch.cluster.producers, count=producers))
+        place(_nodes(), wanted)
+        try:
+            board = ray.get_actor(launch.name, namespace=NAMESPACE)
+        except ValueError as error:
+            raise UserError(f"no run {launch.name} in this cluster; set cluster.name, or cluster.address") from error
+        before = ray.get(board.scale.remote(producers))
+    say(f"{launch.name}: {producers} producers instead of {before}")
+    return 0
+
+
+def run(launch: Launch) -> int:
+    """Run producers and trainers until the training ends.
+
+    Returns:
+        The exit status: 143 after a signal, else 0.
+
+    Raises:
+        UserError: the run cannot be started or has failed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_connected(launch.cluster.address))
+        _check(launch)
+        launch, redis = _with_stores(launch)
+        if redis is not None:
+            stack.callback(redis.end)
+        _check_stores(launch)
+        board = _make_board(launch)
+        stack.callback(ray.kill, board)
+        return _Run(launch, board, redis).watch()
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Be a driver in a cluster, or start Ray on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+    try:
+        if address is None:
+            here = _this_machine()
+            ray.init(
+                "local",
+                num_cpus=int(here.cpus),
+                num_gpus=int(here.gpus),
+                include_dashboard=False,
+                object_store_memory=_OBJECTS,
+                **quiet,
+            )
+        else:
+            ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"cluster.address {address}: cannot be used ({first_line(error)})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _this_machine() -> Node:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Node("this machine", len(os.sched_getaffinity(0)), gpus)
+
+
+def _nodes() -> list[Node]:
+    """The nodes of the cluster."""
+    return [
+        Node(
+            f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _check(launch: Launch) -> None:
+    """Refuse a run that does not fit, or has the name of another one."""
+    place(_nodes(), launch.cluster)
+    try:
+        ray.get_actor(launch.name, namespace=NAMESPACE)
+    except ValueError:
+        return
+    raise UserError(f"cluster.name: a run {launch.name} is going on in this cluster; give this one another name")
+
+
+def _with_stores(launch: Launch) -> tuple[Launch, RedisServer | None]:
+    """The run with the addresses of its stores; starts Redis if metadata of several nodes have no place."""
+    recipe = yaml.safe_load(launch.recipe)
+    data, redis = recipe["data"]["init_args"], None
+    if data["store"] == MADE:
+        data["store"] = _store(launch)
+    if data["metadata"] == MADE and launch.cluster.address is None:
+        data["metadata"] = _metadata_file(launch)
+    elif data["metadata"] == MADE:
+        redis = RedisServer(Path(launch.run) / "redis", ray.util.get_node_ip_address())
+        data["metadata"] = redis.address
+    producer = replace(launch.producer, store=data["store"], metadata=data["metadata"])
+    return replace(launch, recipe=yaml.safe_dump(recipe, sort_keys=False), producer=producer), redis
+
+
+def _store(launch: Launch) -> str:
+    return str(Path(launch.run) / "store")
+
+
+def _metadata_file(launch: Launch) -> str:
+    return str(Path(launch.run) / "metadata.db")
+
+
+def _check_stores(launch: Launch) -> None:
+    """Refuse stores that cannot be used, or that another run uses."""
+    open_backend(launch.producer.store)
+    address = launch.producer.metadata
+    if not is_there(address):
+        return
+    metadata = open_metadata(address)
+    other = live_trainer(metadata, time.time())
+    metadata.close()
+    if other:
+        raise UserError(f"metadata {shown(address)}: {other} is using it; give this run its own stores")
+
+
+def _make_board(launch: Launch) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Board).options(name=launch.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
+    return actor.remote(launch.cluster.producers.count)
+
+
+class _Run:
+    """The processes of a run."""
+
+    def __init__(self, launch: Launch, board: Any, redis: RedisServer | None) -> None:
+        from specforge.cluster.trainers import Trainers  # imports Lightning
+
+        self._launch, self._board, self._redis = launch, board, redis
+        self._files = Path(launch.run).absolute() / "ray"
+        self._trainers = Trainers(launch, board, self._files)
+        self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
+        self._refusal = ""
+
+    def watch(self) -> int:
+        """Start everything, keep it running until the training ends, and end it; returns the exit status."""
+        stop = threading.Event()
+        cluster, nodes = self._launch.cluster, len(_nodes())
+        say(
+            f"{self._launch.name}: starting {cluster.producers.count} producers and {cluster.trainers.count} trainers "
+            f"on a cluster of {nodes} node{'s' * (nodes != 1)}; metadata in {shown(self._launch.producer.metadata)}"
+        )
+        try:
+            with stopped_by_signals(stop.set):
+                self._trainers.start()
+                self._keep_until_trained(stop)
+        except RayError as error:
+            raise UserError(f"Ray failed ({first_line(error)}); resume with --ckpt_path last") from error
+        finally:
+            self._end()
+        if self._refusal:
+            raise UserError(self._refusal)
+        if self._trainers.error is not None:
+            raise UserError(
+                f"the trainers failed more than {self._launch.cluster.max_failures} times, the last time because: "
+                f"{first_line(self._trainers.error)}"
+            ) from self._trainers.error
+        return 143 if stop.is_set() else 0
+
+    def _keep_until_trained(self, stop: threading.Event) -> None:
+        while self._trainers.is_alive() and not stop.is_set():
+            count = self._show()
+            if self._redis is not None and self._redis.keep():
+                say("the Redis server died and was started again, with its data")
+            if not self._refusal:
+                self._producers.keep(count)
+            self._trainers.join(_POLL)
+
+    def _show(self) -> int:
+        """Print what the processes say; returns the wanted number of producers."""
+        lines, count, self._refusal = ray.get(self._board.read.remote())
+        for line in lines:
+            say(line)
+        return count
+
+    def _end(self) -> None:
+        """Let the trainers save, then the producers finish."""
+        ray.get(self._board.stop.remote())
+        deadline = time.monotonic() + _PATIENCE
+        while self._trainers.is_alive() and time.monotonic() < deadline:
+            self._show()
+            self._trainers.join(_POLL)
+        if self._trainers.is_alive():
+            say(f"the trainers have not stopped for {_PATIENCE:.0f} s and are killed; resume with --ckpt_path last")
+        self._producers.end()
+        self._show()
+        shutil.rmtree(self._files, ignore_errors=True)

@@ -1,0 +1,31 @@
+"""A run on a cluster, as its processes see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specforge.cli.produce import ProduceOptions
+from specforge.cluster.options import ClusterOptions
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run on a cluster.
+
+    Attributes:
+        name: its name in the cluster.
+        folder: the folder in which the user started it; relative paths refer to it.
+        run: the run's folder.
+        recipe: YAML text for `specforge fit`, the same for every rank.
+        ckpt_path: the checkpoint to start from while the run has none of its own.
+        producer: what every producer does; its stores are the trainers'.
+        cluster: how many processes there are.
+    """
+
+    name: str
+    folder: str
+    run: str
+    recipe: str
+    ckpt_path: str | None
+    producer: ProduceOptions
+    cluster: ClusterOptions

@@ -1,0 +1,69 @@
+"""The section `cluster` of a recipe for `specforge launch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from specforge.inference.target_engine import Engine, HFTargetEngine
+from specforge.options import NonNegativeInt, PositiveInt
+
+MADE = "auto"  # data.store or data.metadata of a recipe that names none: `launch` provides it
+
+
+@dataclass(frozen=True)
+class ProducerOptions:
+    """The producers of a run.
+
+    Args:
+        count: number of producers; `specforge launch --scale N` changes it while the run goes on.
+        gpus: GPUs of each; a vllm or sglang server with tensor parallelism needs as many as its size.
+        cpus: CPU cores of each, also its number of threads.
+        engine: what runs the target; as for `specforge produce`.
+        max_prompts: maximum number of prompts that a producer leases at a time (default: 8, or 64 for a server).
+        batch_tokens: maximum number of tokens of a forward pass; as for `specforge produce`.
+    """
+
+    count: PositiveInt = 1
+    gpus: NonNegativeInt = 0
+    cpus: PositiveInt = 1
+    engine: Engine = HFTargetEngine
+    max_prompts: PositiveInt | None = None
+    batch_tokens: PositiveInt = 1
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """The ranks that train.
+
+    Args:
+        count: number of ranks; replaces trainer.devices and trainer.num_nodes.
+        gpus: GPUs of each rank, 0 or 1; replaces trainer.accelerator.
+        cpus: CPU cores of each rank, also its number of threads.
+    """
+
+    count: PositiveInt = 1
+    gpus: Literal[0, 1] = 0
+    cpus: PositiveInt = 1
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Where a run's processes are started, and how many.
+
+    Args:
+        address: Ray cluster to join: ``auto`` for that of this machine, or ``host:port`` (default: start Ray on this
+            machine).
+        name: name of the run in the cluster (default: name of the run's folder).
+        producers: the processes that run the target.
+        trainers: the processes that train.
+        placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible.
+        max_failures: how often the trainers, and each producer, are started again before the run stops.
+    """
+
+    address: str | None = None
+    name: str | None = None
+    producers: ProducerOptions = field(default_factory=ProducerOptions)
+    trainers: TrainerOptions = field(default_factory=TrainerOptions)
+    placement: Literal["pack", "spread"] = "pack"
+    max_failures: NonNegativeInt = 10

@@ -1,0 +1,117 @@
+"""What a run needs, and where its processes fit: computed before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_modules.loading import captured_by, find_algorithm
+from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
+from specforge.errors import UserError
+from specforge.inference.sizing import Sizes, estimate
+from specforge.inference.target_engine import engine_class, engine_config, engine_summary
+from specforge.inference.target_files import TargetFiles
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster.
+
+    Attributes:
+        name: its address.
+        cpus: number of CPU cores that Ray may use.
+        gpus: number of GPUs that Ray may use.
+    """
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass
+class _Room:
+    """What is left of a node, and what was put there."""
+
+    node: Node
+    cpus: float
+    gpus: float
+    processes: list[str] = field(default_factory=list)
+
+
+def place(nodes: Sequence[Node], cluster: ClusterOptions) -> list[tuple[str, list[str]]]:
+    """One way to put all processes of a run on nodes; Ray may choose another.
+
+    Returns:
+        Nodes, and the processes on each.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    rooms = [_Room(node, node.cpus, node.gpus) for node in nodes]
+    roles: dict[str, ProducerOptions | TrainerOptions] = {"producer": cluster.producers, "trainer": cluster.trainers}
+    wanted = [(f"{role} {i}", each) for role, each in roles.items() for i in range(each.count)]
+    for name, each in sorted(wanted, key=lambda x: -x[1].gpus):  # large ones first
+        fits = [room for room in rooms if room.gpus >= each.gpus and room.cpus >= each.cpus]
+        if not fits:
+            raise UserError(_does_not_fit(nodes, cluster))
+        room = min(fits, key=lambda x: len(x.processes)) if cluster.placement == "spread" else fits[0]
+        room.gpus, room.cpus = room.gpus - each.gpus, room.cpus - each.cpus
+        room.processes.append(name)
+    return [(room.node.name, sorted(room.processes)) for room in rooms if room.processes]
+
+
+def _does_not_fit(nodes: Sequence[Node], cluster: ClusterOptions) -> str:
+    parts: dict[str, ProducerOptions | TrainerOptions] = {"producers": cluster.producers, "trainers": cluster.trainers}
+    wanted = " and ".join(f"{x.count} {name} with {_amount(x.cpus, x.gpus)} each" for name, x in parts.items())
+    there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus)}" for node in nodes) or "no nodes"
+    return f"cluster: {wanted} do not fit into the cluster ({there}); ask for fewer, or add nodes"
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU{'s' * (cpus != 1)}" + (f" and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "")
+
+
+def describe(
+    cluster: ClusterOptions, nodes: Sequence[Node], recipe: Mapping[str, Any], where: Mapping[str, str]
+) -> list[str]:
+    """The plan of a run, in lines.
+
+    Args:
+        cluster: how many processes there are.
+        nodes: the cluster's nodes.
+        recipe: content of the recipe.
+        where: what the store and the metadata are, in words.
+
+    Raises:
+        UserError: the processes do not fit, or the target or the model is rejected.
+    """
+    placed = place(nodes, cluster)
+    data, producers, trainers = recipe["data"]["init_args"], cluster.producers, cluster.trainers
+    captured = captured_by(recipe)
+    files = TargetFiles.find(captured.target)
+    policy = find_algorithm(captured.algorithm).capture_policy(files, captured.layer_ids)
+    sizes = estimate(
+        files,
+        policy,
+        dtype=files.compute_dtype(data["dtype"]),
+        encoding=data["encoding"],
+        devices=int(engine_config(producers.engine)["init_args"].get("tensor_parallel") or 1),
+    )
+    layers = f"layers {list(policy.layer_ids)}" + " and the last hidden states" * policy.last_hidden_states
+    return [
+        f"{producers.count} producers of {files.name} by {engine_summary(producers.engine)}, "
+        f"{_amount(producers.cpus, producers.gpus)} each, capturing {layers}",
+        *(f"  {line}" for line in _producer_lines(cluster, sizes)),
+        f"{trainers.count} trainers of {captured.algorithm}, {_amount(trainers.cpus, trainers.gpus)} each",
+        *(f"{name}: {text}" for name, text in where.items()),
+        f"  at most {data['max_bytes'] / 1e9:,.2f} GB of features at once, about "
+        f"{data['max_bytes'] // sizes.features:,} tokens",
+        *(f"node {name}: {', '.join(processes)}" for name, processes in placed),
+    ]
+
+
+def _producer_lines(cluster: ClusterOptions, sizes: Sizes) -> list[str]:
+    """Memory and bandwidth; the caches matter to servers only."""
+    lines = sizes.lines(None)
+    return lines if engine_class(cluster.producers.engine).independent else [lines[0], lines[-1]]
