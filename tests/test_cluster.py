@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import re
 import signal
 import threading
 import time
@@ -13,6 +16,8 @@ import pytest
 import yaml
 
 from specforge.cli.main import main
+from specforge.runtime.addresses import open_metadata
+from specforge.runtime.control_plane.claim import claim
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places
 from tests.gate import wait_at_gate
 from tests.test_disaggregated import RANKS
@@ -20,6 +25,8 @@ from tests.test_training import assert_same_weights, losses, start
 from tests.tiny import recipe
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
+from specforge.cluster.metadata import RedisServer  # noqa: E402
+
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
 PRODUCERS, TRAINERS = 3, 2
@@ -34,6 +41,8 @@ def cluster() -> Iterator:
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_enable_worker_prestart", "0")  # a process for each CPU, most of which are not needed
     patch.setenv("RAY_prestart_worker_first_driver", "0")
+    patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is noticed sooner
+    patch.setenv("RAY_health_check_failure_threshold", "3")
     patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     patch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the nodes, for tests.gate
@@ -61,50 +70,69 @@ def undisturbed(target, prompts, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def on_cluster(path: Path, gate: Path, address: str) -> Path:
-    """A recipe with the section `cluster`, and a gate before its fourth step."""
+def on_cluster(path: Path, address: str, gate: Path | None = None, step: int = 0, **cluster: object) -> Path:
+    """A recipe with the section `cluster`, and a gate before a step."""
     content = yaml.safe_load(path.read_text())
-    gate.mkdir()
-    callback = {"class_path": "tests.gate.Gate", "init_args": {"folder": str(gate), "step": 3}}
-    content["trainer"]["callbacks"] = [callback]
+    if gate is not None:
+        gate.mkdir()
+        callback = {"class_path": "tests.gate.Gate", "init_args": {"folder": str(gate), "step": step}}
+        content["trainer"]["callbacks"] = [callback]
     content["cluster"] = {
         "address": address,
         "name": "test",
         "placement": "spread",
         "producers": {"count": PRODUCERS},
         "trainers": {"count": TRAINERS},
-    }
+    } | cluster
     path.write_text(yaml.safe_dump(content))
     return path
 
 
-def kill_nothing(cluster, ranks) -> None:
-    pass
-
-
-def kill_a_producer(cluster, ranks) -> None:
-    actor = ray.get_actor("test-producer-1", namespace="specforge")
+def kill_a_producer(draw, cluster, ranks) -> None:
+    actor = ray.get_actor(f"test-producer-{draw.randrange(PRODUCERS)}", namespace="specforge")
     os.kill(ray.get(actor.__ray_call__.remote(lambda self: __import__("os").getpid())), signal.SIGKILL)
 
 
-def kill_a_rank(cluster, ranks) -> None:
-    os.kill(ranks[1]["pid"], signal.SIGKILL)
+def kill_a_rank(draw, cluster, ranks) -> None:
+    os.kill(draw.choice(ranks)["pid"], signal.SIGKILL)
 
 
-def kill_a_node(cluster, ranks) -> None:
-    (node,) = [node for node in cluster.worker_nodes if node.node_id == ranks[0]["node"]]
+def kill_a_node(draw, cluster, ranks) -> None:
+    lost = draw.choice(ranks)["node"]
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == lost]
     cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.mark.parametrize("kill", [kill_nothing, kill_a_producer, kill_a_rank, kill_a_node])
-def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undisturbed, kill, capfd):
-    where, gate = places(tmp_path), tmp_path / "gate"
+def kill_redis(draw, cluster, ranks) -> None:
+    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    (pid,) = [int(pid) for pid in pids if "redis-server" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(pid, signal.SIGKILL)
+
+
+FAULTS = {"processes": [kill_a_producer, kill_a_rank], "node": [kill_a_node], "redis": [kill_redis]}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(max(1, metafunc.config.getoption("--fault-seeds") // 3)))
+
+
+@pytest.mark.parametrize("fault", [pytest.param("redis", marks=pytest.mark.redis), "processes", "node"])
+def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undisturbed, fault, seed, capfd):
+    draw = random.Random(f"{fault} {seed}")
+    where, gate, step = places(tmp_path), tmp_path / "gate", draw.randrange(1, 8)
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
-    on_cluster(path, gate, cluster.address)
+    on_cluster(path, cluster.address, gate, step)
+    if fault == "redis":
+        content = yaml.safe_load(path.read_text())
+        del content["data"]["init_args"]["metadata"]
+        path.write_text(yaml.safe_dump(content))
     done = threading.Event()
 
     def disturb() -> None:
-        kill(cluster, wait_at_gate(gate, TRAINERS, lambda: not done.is_set()))
+        ranks = wait_at_gate(gate, TRAINERS, lambda: not done.is_set())
+        for kill in FAULTS[fault]:
+            kill(draw, cluster, ranks)
         (gate / "open").touch()
 
     thread = threading.Thread(target=disturb)
@@ -114,14 +142,113 @@ def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undis
     finally:
         done.set()
         thread.join()
-        print(out := capfd.readouterr().out)
+        print(f"step {step}", out := capfd.readouterr().out)
         for _ in range(2 - len(cluster.worker_nodes)):
             cluster.add_node(num_cpus=ROOM)
     assert (gate / "open").exists()
-    assert ("is started again" in out) == (kill is kill_a_producer)
+    assert ("it is started again" in out) == (fault in ("processes", "node"))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_ray_is_idle()
+    if fault == "redis":
+        assert "the Redis server died and was started again" in out
+        server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
+        assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
+        server.end()
+    else:
+        assert_nothing_is_left(where, trained=2 * 32)
+
+
+def test_producers_come_and_go_and_a_stopped_run_goes_on(target, prompts, tmp_path, cluster, undisturbed, capfd):
+    where, gate = places(tmp_path), tmp_path / "gate"
+    path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
+    on_cluster(path, cluster.address, gate, step=3)
+    done = threading.Event()
+
+    def scale(count: int) -> None:
+        assert main(["launch", "--config", str(path), "--scale", str(count)]) == 0
+        while producers() != {f"test-producer-{i}" for i in range(count)}:
+            assert not done.wait(0.05)
+
+    def disturb() -> None:
+        wait_at_gate(gate, TRAINERS, lambda: not done.is_set())
+        scale(4)
+        assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 2  # of the same name
+        scale(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not ray.get(ray.get_actor("test", namespace="specforge").stops.remote()):
+            assert not done.wait(0.05)
+        (gate / "open").touch()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        assert main(["launch", "--config", str(path)]) == 143
+    finally:
+        done.set()
+        thread.join()
+        out, err = capfd.readouterr()
+        print(out, err)
+    assert "test: 4 producers instead of 3" in out
+    assert "cluster.name: a run test is going on in this cluster" in err
+    assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)
+    assert_ray_is_idle()
+    assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 0
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     assert_nothing_is_left(where, trained=2 * 32)
+    assert_ray_is_idle()
+
+
+def producers() -> set[str]:
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return {name for name in names if "producer" in name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainers": {"count": 9}}, "3 producers with 1 CPU each and 9 trainers with 1 CPU each do not fit into the"),
+        (
+            {"producers": {"count": 1, "gpus": 1}},
+            "1 producer with 1 CPU and 1 GPU and 2 trainers with 1 CPU each do not",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(target, prompts, tmp_path, cluster, changes, message, capfd):
+    where = places(tmp_path)
+    path = on_cluster(disaggregated(target, prompts, tmp_path, where), cluster.address, **changes)
+    for words in ([], ["--plan", "true"]):
+        assert main(["launch", "--config", str(path), *words]) == 2
+        assert message in capfd.readouterr().err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["recipe.yaml"]
+    assert_ray_is_idle()
+
+
+@pytest.mark.parametrize(
+    ("stores", "message"),
+    [
+        ({"metadata": "redis://127.0.0.1:1/0"}, "metadata in Redis at 127.0.0.1:1/0: Error 111"),
+        (
+            {"metadata": "taken.db"},
+            "the trainer of elsewhere/run (process 1 on other) is using it; give this run its own",
+        ),
+    ],
+)
+def test_stores_that_cannot_be_used_are_refused_before_anything_starts(
+    target, prompts, tmp_path, cluster, stores, message, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    metadata = open_metadata("taken.db")
+    holder = {"run": "elsewhere/run", "pid": 1, "host": "other", "machine": "another"}
+    claim(metadata, json.dumps(holder), time.time(), time.time() + 600)
+    metadata.close()
+    before = sorted(tmp_path.iterdir())
+    path = on_cluster(disaggregated(target, prompts, tmp_path, places(tmp_path) | stores), cluster.address)
+    for words in ([], ["--plan", "true"]):
+        assert main(["launch", "--config", str(path), *words]) == 2
+        assert message in capfd.readouterr().err
+    assert sorted(tmp_path.iterdir()) == sorted([*before, path])
     assert_ray_is_idle()
 
 

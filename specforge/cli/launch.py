@@ -103,7 +103,7 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
     recipe = {key: value for key, value in recipe.items() if key not in (*_OWN, "ckpt_path")}
     accelerator = "gpu" if cluster.trainers.gpus else "cpu"
     recipe["trainer"] |= {"devices": cluster.trainers.count, "num_nodes": 1, "accelerator": accelerator}
-    return Launch(
+    launch = Launch(
         name=cluster.name or Path(run).absolute().name,
         folder=os.getcwd(),
         run=run,
@@ -121,6 +121,11 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
         ),
         cluster=cluster,
     )
+    if options.store == MADE:
+        launch = launch.at(store=str(Path(run) / "store"))
+    if options.metadata == MADE and cluster.address is None:
+        launch = launch.at(metadata=str(Path(run) / "metadata.db"))
+    return launch
 
 
 def _cluster(config: jsonargparse.Namespace) -> ClusterOptions:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from specforge.cluster.board import NAMESPACE, Board
 from specforge.cluster.launch import Launch
 from specforge.cluster.metadata import RedisServer
 from specforge.cluster.options import MADE
-from specforge.cluster.plan import Node, describe, place
+from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
-from specforge.console import say
+from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
@@ -54,13 +55,11 @@ def plan(launch: Launch) -> list[str]:
     else:
         with _connected(launch.cluster.address):
             nodes = _nodes()
-    recipe = yaml.safe_load(launch.recipe)
-    data = recipe["data"]["init_args"]
-    made = {"store": f"a folder, {_store(launch)}", "metadata": "Redis, started with the run"}
-    if launch.cluster.address is None:
-        made["metadata"] = f"a file, {_metadata_file(launch)}"
-    where = {key: made[key] if data[key] == MADE else shown(data[key]) for key in made}
-    return describe(launch.cluster, nodes, recipe, where)
+    _check_stores(launch)
+    metadata = launch.producer.metadata
+    metadata = "Redis, which starts and ends with the run" if metadata == MADE else shown(metadata)
+    where = {"features": shown(launch.producer.store), "metadata": metadata}
+    return describe(launch.cluster, nodes, yaml.safe_load(launch.recipe), where)
 
 
 def scale(launch: Launch, producers: int) -> int:
@@ -77,7 +76,7 @@ def scale(launch: Launch, producers: int) -> int:
         except ValueError as error:
             raise UserError(f"no run {launch.name} in this cluster; set cluster.name, or cluster.address") from error
         before = ray.get(board.scale.remote(producers))
-    say(f"{launch.name}: {producers} producers instead of {before}")
+    say(f"{launch.name}: {count(producers, 'producer')} instead of {before}")
     return 0
 
 
@@ -93,10 +92,8 @@ def run(launch: Launch) -> int:
     with ExitStack() as stack:
         stack.enter_context(_connected(launch.cluster.address))
         _check(launch)
-        launch, redis = _with_stores(launch)
-        if redis is not None:
-            stack.callback(redis.end)
         _check_stores(launch)
+        launch, redis = _with_redis(launch, stack)
         board = _make_board(launch)
         stack.callback(ray.kill, board)
         return _Run(launch, board, redis).watch()
@@ -162,46 +159,46 @@ def _check(launch: Launch) -> None:
     raise UserError(f"cluster.name: a run {launch.name} is going on in this cluster; give this one another name")
 
 
-def _with_stores(launch: Launch) -> tuple[Launch, RedisServer | None]:
-    """The run with the addresses of its stores; starts Redis if metadata of several nodes have no place."""
-    recipe = yaml.safe_load(launch.recipe)
-    data, redis = recipe["data"]["init_args"], None
-    if data["store"] == MADE:
-        data["store"] = _store(launch)
-    if data["metadata"] == MADE and launch.cluster.address is None:
-        data["metadata"] = _metadata_file(launch)
-    elif data["metadata"] == MADE:
-        redis = RedisServer(Path(launch.run) / "redis", ray.util.get_node_ip_address())
-        data["metadata"] = redis.address
-    producer = replace(launch.producer, store=data["store"], metadata=data["metadata"])
-    return replace(launch, recipe=yaml.safe_dump(recipe, sort_keys=False), producer=producer), redis
-
-
-def _store(launch: Launch) -> str:
-    return str(Path(launch.run) / "store")
-
-
-def _metadata_file(launch: Launch) -> str:
-    return str(Path(launch.run) / "metadata.db")
-
-
 def _check_stores(launch: Launch) -> None:
-    """Refuse stores that cannot be used, or that another run uses."""
-    open_backend(launch.producer.store)
-    address = launch.producer.metadata
-    if not is_there(address):
+    """Refuse stores that do not answer, or that another run uses; creates nothing."""
+    store, address = launch.producer.store, launch.producer.metadata
+    if store != MADE and is_there(store):
+        open_backend(store, create=False)
+    if address == MADE or not is_there(address):
         return
-    metadata = open_metadata(address)
+    metadata = open_metadata(address, create=False)
     other = live_trainer(metadata, time.time())
     metadata.close()
     if other:
         raise UserError(f"metadata {shown(address)}: {other} is using it; give this run its own stores")
 
 
+def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisServer | None]:
+    """The run with the address of its metadata; starts Redis if the run names none and may have several nodes."""
+    if launch.producer.metadata != MADE:
+        return launch, None
+    redis = RedisServer(Path(launch.run) / "redis", ray.util.get_node_ip_address())
+    stack.callback(redis.end)
+    return launch.at(metadata=redis.address), redis
+
+
 def _make_board(launch: Launch) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Board).options(name=launch.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
     return actor.remote(launch.cluster.producers.count)
+
+
+@contextmanager
+def _ray_output(path: Path) -> Iterator[None]:
+    """Write what Ray prints in this process, such as the log of a node that died, into a file; ours is printed."""
+    terminal = sys.stdout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file, redirect_stdout(file):
+        console.file = terminal
+        try:
+            yield
+        finally:
+            console.file = None  # type: ignore[assignment]
 
 
 class _Run:
@@ -219,13 +216,14 @@ class _Run:
     def watch(self) -> int:
         """Start everything, keep it running until the training ends, and end it; returns the exit status."""
         stop = threading.Event()
-        cluster, nodes = self._launch.cluster, len(_nodes())
+        cluster = self._launch.cluster
         say(
-            f"{self._launch.name}: starting {cluster.producers.count} producers and {cluster.trainers.count} trainers "
-            f"on a cluster of {nodes} node{'s' * (nodes != 1)}; metadata in {shown(self._launch.producer.metadata)}"
+            f"{self._launch.name}: starting {count(cluster.producers.count, 'producer')} and "
+            f"{count(cluster.trainers.count, 'trainer')} on {count(len(_nodes()), 'node')}; metadata in "
+            f"{shown(self._launch.producer.metadata)}"
         )
         try:
-            with stopped_by_signals(stop.set):
+            with _ray_output(Path(self._launch.run) / "ray.log"), stopped_by_signals(stop.set):
                 self._trainers.start()
                 self._keep_until_trained(stop)
         except RayError as error:
@@ -243,19 +241,21 @@ class _Run:
 
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
-            count = self._show()
+            producers = self._show()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
             if not self._refusal:
-                self._producers.keep(count)
+                self._producers.keep(producers)
             self._trainers.join(_POLL)
+        if stop.is_set():
+            say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
 
     def _show(self) -> int:
         """Print what the processes say; returns the wanted number of producers."""
-        lines, count, self._refusal = ray.get(self._board.read.remote())
+        lines, producers, self._refusal = ray.get(self._board.read.remote())
         for line in lines:
             say(line)
-        return count
+        return producers
 
     def _end(self) -> None:
         """Let the trainers save, then the producers finish."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import yaml
 
 from specforge.cli.produce import ProduceOptions
 from specforge.cluster.options import ClusterOptions
@@ -29,3 +31,10 @@ class Launch:
     ckpt_path: str | None
     producer: ProduceOptions
     cluster: ClusterOptions
+
+    def at(self, **stores: str) -> Launch:
+        """The run with other addresses of its ``store`` or ``metadata``."""
+        recipe = yaml.safe_load(self.recipe)
+        recipe["data"]["init_args"] |= stores
+        text = yaml.safe_dump(recipe, sort_keys=False)
+        return replace(self, recipe=text, producer=replace(self.producer, **stores))  # type: ignore[arg-type]

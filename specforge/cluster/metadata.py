@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from specforge.errors import UserError
 from specforge.files import write_file
 from specforge.packages import install_hint, installed
@@ -36,6 +38,11 @@ class RedisServer:
                 f"(redis-server, and {install_hint('redis')}); or give the address of a server"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{folder}: the Redis server of another run keeps its data here") from error
         self._folder, self._host, self._port = folder.absolute(), host, _free_port()
         self._secret = folder / "password"
         if not self._secret.exists():
@@ -60,10 +67,11 @@ class RedisServer:
         """Stop the server; its data stays."""
         self._process.terminate()
         self._process.wait()
+        self._lock.release()
 
     def _start(self) -> subprocess.Popen[bytes]:
         options = {
-            "bind": f"127.0.0.1 {self._host}",
+            "bind": " ".join(dict.fromkeys(["127.0.0.1", self._host])),
             "port": self._port,
             "dir": self._folder,
             "logfile": self._folder / "log",

@@ -8,7 +8,8 @@ from typing import Literal
 from specforge.inference.target_engine import Engine, HFTargetEngine
 from specforge.options import NonNegativeInt, PositiveInt
 
-MADE = "auto"  # data.store or data.metadata of a recipe that names none: `launch` provides it
+# Instead of data.store or data.metadata: `launch` chooses a folder, a file or, on a cluster, Redis.
+MADE = "auto"
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,19 @@ def place(nodes: Sequence[Node], cluster: ClusterOptions) -> list[tuple[str, lis
 
 
 def _does_not_fit(nodes: Sequence[Node], cluster: ClusterOptions) -> str:
-    parts: dict[str, ProducerOptions | TrainerOptions] = {"producers": cluster.producers, "trainers": cluster.trainers}
-    wanted = " and ".join(f"{x.count} {name} with {_amount(x.cpus, x.gpus)} each" for name, x in parts.items())
+    wanted = f"{_each('producer', cluster.producers)} and {_each('trainer', cluster.trainers)}"
     there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus)}" for node in nodes) or "no nodes"
     return f"cluster: {wanted} do not fit into the cluster ({there}); ask for fewer, or add nodes"
+
+
+def _each(role: str, options: ProducerOptions | TrainerOptions) -> str:
+    """Such as "2 trainers with 1 CPU each"."""
+    return f"{count(options.count, role)} with {_amount(options.cpus, options.gpus)}{' each' * (options.count > 1)}"
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "2 trainers"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _amount(cpus: float, gpus: float) -> str:
@@ -87,7 +96,7 @@ def describe(
         UserError: the processes do not fit, or the target or the model is rejected.
     """
     placed = place(nodes, cluster)
-    data, producers, trainers = recipe["data"]["init_args"], cluster.producers, cluster.trainers
+    data, producers = recipe["data"]["init_args"], cluster.producers
     captured = captured_by(recipe)
     files = TargetFiles.find(captured.target)
     policy = find_algorithm(captured.algorithm).capture_policy(files, captured.layer_ids)
@@ -100,10 +109,9 @@ def describe(
     )
     layers = f"layers {list(policy.layer_ids)}" + " and the last hidden states" * policy.last_hidden_states
     return [
-        f"{producers.count} producers of {files.name} by {engine_summary(producers.engine)}, "
-        f"{_amount(producers.cpus, producers.gpus)} each, capturing {layers}",
+        f"{_each('producer', producers)}: {files.name} by {engine_summary(producers.engine)}, capturing {layers}",
         *(f"  {line}" for line in _producer_lines(cluster, sizes)),
-        f"{trainers.count} trainers of {captured.algorithm}, {_amount(trainers.cpus, trainers.gpus)} each",
+        f"{_each('trainer', cluster.trainers)}: {captured.algorithm}",
         *(f"{name}: {text}" for name, text in where.items()),
         f"  at most {data['max_bytes'] / 1e9:,.2f} GB of features at once, about "
         f"{data['max_bytes'] // sizes.features:,} tokens",

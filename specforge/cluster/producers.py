@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from specforge.cli.produce import ProduceOptions, run_producers
 from specforge.cluster.board import NAMESPACE, join
@@ -139,5 +139,9 @@ def _reason(result: Any) -> str:
     """Why a producer ended."""
     try:
         return ray.get(result) or "it stopped"
+    except ActorUnavailableError:
+        return "its node does not answer"
+    except ActorDiedError:
+        return "its process died"
     except RayError as error:
-        return first_line(error.cause if getattr(error, "cause", None) else error)
+        return first_line(getattr(error, "cause", None) or error)

@@ -11,13 +11,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.lightning import RayDDPStrategy, RayFSDPStrategy, RayLightningEnvironment
 from ray.train.torch import TorchTrainer, get_device
@@ -30,6 +31,7 @@ from specforge.cli.arguments import environment_prefix
 from specforge.cluster.board import join
 from specforge.cluster.launch import Launch
 from specforge.errors import mistake_behind
+from specforge.files import first_line
 from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import live_trainer
 
@@ -84,9 +86,18 @@ def train(config: dict[str, Any]) -> None:
         mistake = mistake_behind(error)
         if mistake is not None:
             ray.get(board.refuse.remote(str(mistake)))
+        else:
+            _report(error, Path(launch.run) / "failures.log", rank)
         raise
     finally:
         sys.stdout.flush()
+
+
+def _report(error: Exception, path: Path, rank: int) -> None:
+    """Print an error in one line, and keep the rest: most often another rank has died, and this says little."""
+    with path.open("a") as file:
+        file.write(f"{time.strftime('%F %T')} trainer {rank}\n{''.join(traceback.format_exception(error))}\n")
+    print(f"failed: {type(error).__name__}: {first_line(error)} (more in {path})")
 
 
 def _start(launch: Launch, board: Any) -> list[str] | None:
@@ -147,6 +158,7 @@ class Trainers(threading.Thread):
                 name=launch.name,
                 storage_path=str(folder),
                 failure_config=FailureConfig(max_failures=launch.cluster.max_failures),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # on the console; its files hold everything
             ),
         )
         self.error: BaseException | None = None
