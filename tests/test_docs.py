@@ -22,7 +22,7 @@ MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
 MARKDOWN += sorted(DOCS.glob("*.md"))
 PAGES = [*MARKDOWN, *recipes().values(), ROOT / "Makefile"]
 # Commands whose `--help` does not list every option.
-LIGHTNING = ("fit", "validate")
+LIGHTNING = ("fit", "launch", "validate")
 FROM_LIBRARIES = ("database or disk is full",)
 INCLUDED = re.compile(r'--8<-- "(.+)"')
 

@@ -12,6 +12,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from specforge.callbacks.checkpoint import find_checkpoint
 from specforge.cli.arguments import expand
 from specforge.cli.fit import TrainingCLI
 from specforge.cli.produce import ProduceOptions
@@ -69,9 +70,9 @@ def main(command: str, words: Sequence[str]) -> int:
     Raises:
         UserError: Ray is not installed, an option is not accepted, or the run cannot be started or has failed.
     """
-    if find_spec("ray") is None and not {"--help", "-h"} & set(words):
-        raise UserError(f"launch needs Ray: {install_hint('ray')}")
     cli = LaunchCLI(expand(command, words))
+    if find_spec("ray") is None:
+        raise UserError(f"launch needs Ray: {install_hint('ray')}")
     launch = read(cli.parser, cli.config)
     from specforge.cluster import driver
 
@@ -100,6 +101,11 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
     run = trainer.default_root_dir
     recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
     ckpt_path = recipe["ckpt_path"]
+    if ckpt_path not in (None, "last") and find_checkpoint("last", Path(run)):
+        raise UserError(
+            f"--ckpt_path {ckpt_path}: trainers that are started again resume from the run's last checkpoint, so "
+            "only last is accepted; to start from another one, choose another trainer.default_root_dir"
+        )
     recipe = {key: value for key, value in recipe.items() if key not in (*_OWN, "ckpt_path")}
     accelerator = "gpu" if cluster.trainers.gpus else "cpu"
     recipe["trainer"] |= {"devices": cluster.trainers.count, "num_nodes": 1, "accelerator": accelerator}

@@ -23,12 +23,14 @@ from specforge.cli.produce import stopped_by_signals
 from specforge.cluster.board import NAMESPACE, Board
 from specforge.cluster.launch import Launch
 from specforge.cluster.metadata import RedisServer
+from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
 from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
+from specforge.inference.target_server import make_token
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import live_trainer
 
@@ -96,7 +98,7 @@ def run(launch: Launch) -> int:
         launch, redis = _with_redis(launch, stack)
         board = _make_board(launch)
         stack.callback(ray.kill, board)
-        return _Run(launch, board, redis).watch()
+        return _Run(launch, board, redis, stack).watch()
 
 
 @contextmanager
@@ -133,7 +135,8 @@ def _this_machine() -> Node:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Node("this machine", len(os.sched_getaffinity(0)), gpus)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Node("this machine", cpus, gpus)
 
 
 def _nodes() -> list[Node]:
@@ -204,7 +207,7 @@ def _ray_output(path: Path) -> Iterator[None]:
 class _Run:
     """The processes of a run."""
 
-    def __init__(self, launch: Launch, board: Any, redis: RedisServer | None) -> None:
+    def __init__(self, launch: Launch, board: Any, redis: RedisServer | None, stack: ExitStack) -> None:
         from specforge.cluster.trainers import Trainers  # imports Lightning
 
         self._launch, self._board, self._redis = launch, board, redis
@@ -212,6 +215,16 @@ class _Run:
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
         self._refusal = ""
+        self._metrics = self._open_metrics()
+        if self._metrics is not None:
+            stack.callback(self._metrics.close)
+
+    def _open_metrics(self) -> MetricsServer | None:
+        port, run = self._launch.cluster.metrics_port, Path(self._launch.run)
+        if port is None:
+            return None
+        metrics = RunMetrics(run, self._launch.producer.metadata, self._producers.counts)
+        return MetricsServer(port, make_token(run / "metrics-token"), metrics)
 
     def watch(self) -> int:
         """Start everything, keep it running until the training ends, and end it; returns the exit status."""
@@ -224,12 +237,13 @@ class _Run:
         )
         try:
             with _ray_output(Path(self._launch.run) / "ray.log"), stopped_by_signals(stop.set):
-                self._trainers.start()
-                self._keep_until_trained(stop)
+                try:
+                    self._trainers.start()
+                    self._keep_until_trained(stop)
+                finally:
+                    self._end()
         except RayError as error:
             raise UserError(f"Ray failed ({first_line(error)}); resume with --ckpt_path last") from error
-        finally:
-            self._end()
         if self._refusal:
             raise UserError(self._refusal)
         if self._trainers.error is not None:
@@ -242,6 +256,8 @@ class _Run:
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
             producers = self._show()
+            if self._metrics is not None:
+                self._metrics.alive()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
             if not self._refusal:

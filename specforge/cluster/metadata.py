@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from specforge.errors import UserError
-from specforge.files import write_file
+from specforge.inference.target_server import make_token
 from specforge.packages import install_hint, installed
 from specforge.system import end_with_parent
 
@@ -45,9 +44,7 @@ class RedisServer:
             raise UserError(f"{folder}: the Redis server of another run keeps its data here") from error
         self._folder, self._host, self._port = folder.absolute(), host, _free_port()
         self._secret = folder / "password"
-        if not self._secret.exists():
-            write_file(self._secret, secrets.token_hex(32))
-        self._secret.chmod(0o600)
+        make_token(self._secret)
         self._process = self._start()
         self._wait()
 

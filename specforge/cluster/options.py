@@ -56,9 +56,10 @@ class ClusterOptions:
         address: Ray cluster to join: ``auto`` for that of this machine, or ``host:port`` (default: start Ray on this
             machine).
         name: name of the run in the cluster (default: name of the run's folder).
-        producers: the processes that run the target.
-        trainers: the processes that train.
+        producers: The processes that run the target.
+        trainers: The processes that train.
         placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible.
+        metrics_port: port of `launch` for Prometheus metrics and health (default: none).
         max_failures: how often the trainers, and each producer, are started again before the run stops.
     """
 
@@ -67,4 +68,5 @@ class ClusterOptions:
     producers: ProducerOptions = field(default_factory=ProducerOptions)
     trainers: TrainerOptions = field(default_factory=TrainerOptions)
     placement: Literal["pack", "spread"] = "pack"
+    metrics_port: PositiveInt | None = None
     max_failures: NonNegativeInt = 10

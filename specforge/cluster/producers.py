@@ -79,6 +79,10 @@ class Producers:
         self._running: dict[int, _Running] = {}
         self._failures: dict[int, int] = {}
 
+    def counts(self) -> tuple[int, int]:
+        """Number of producers, and how often one was started again."""
+        return len(self._running), sum(self._failures.values())
+
     def keep(self, count: int) -> None:
         """Start, stop and replace producers so that this many run.
 

@@ -69,7 +69,7 @@ def test_doctor_prints_packages_hardware_and_recipes(capsys):
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
     titles = [line.split()[0] for line in lines]
-    assert titles[:9] == ["specforge", "python", "packages", "hub", "gguf", "sglang", "mooncake", "redis", "cpu"]
+    assert titles[:9] == ["specforge", "python", "packages", "hub", "gguf", "sglang", "mooncake", "ray", "redis"]
     assert re.search(r"torch \d", lines[2])
     assert any(re.match(r"  quickstart.yaml +runs here", line) for line in lines)
 

@@ -77,3 +77,16 @@ def test_stores_that_a_recipe_does_not_name_are_in_the_runs_folder(path, tmp_pat
     assert alone.producer.metadata == str(tmp_path / "run" / "metadata.db")
     assert yaml.safe_load(alone.recipe)["data"]["init_args"]["metadata"] == alone.producer.metadata
     assert joined.producer.metadata == "auto"  # Redis, once the run starts
+
+
+def test_a_run_resumes_from_its_last_checkpoint_only(path, tmp_path, has_ray, capsys):
+    """Trainers that are started again would go back to it, whatever the first ones started from."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("step-00000004.ckpt", "step-00000008.ckpt"):
+        (folder / name).touch()
+    assert main(["launch", "--config", str(path), "--ckpt_path", str(folder / "step-00000004.ckpt")]) == 2
+    assert "only last is accepted" in capsys.readouterr().err
+    assert read(path, "--ckpt_path", "last").ckpt_path is None
+    elsewhere = read(path, "--ckpt_path", str(folder / "step-00000004.ckpt"), "--trainer.default_root_dir", "new")
+    assert elsewhere.ckpt_path == str(folder / "step-00000004.ckpt")
