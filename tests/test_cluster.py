@@ -30,7 +30,7 @@ from specforge.cluster.metadata import RedisServer  # noqa: E402
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
 PRODUCERS, TRAINERS = 3, 2
-ROOM = 4  # CPUs of each node but the head: one may be lost
+ROOM = PRODUCERS + TRAINERS  # CPUs of each node but the head: one of two nodes may be lost
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,12 @@ def kill_a_rank(draw, cluster, ranks) -> None:
 def kill_a_node(draw, cluster, ranks) -> None:
     lost = draw.choice(ranks)["node"]
     (node,) = [node for node in cluster.worker_nodes if node.node_id == lost]
+    raylet = node.all_processes["raylet"][0].process
     cluster.remove_node(node, allow_graceful=False)
+    raylet.wait()  # its processes end once it is gone, and a zombie is not
+    for rank in ranks:
+        while rank["node"] == lost and Path(f"/proc/{rank['pid']}").exists():
+            time.sleep(0.05)
 
 
 def kill_redis(draw, cluster, ranks) -> None:
@@ -109,7 +114,7 @@ def kill_redis(draw, cluster, ranks) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-FAULTS = {"processes": [kill_a_producer, kill_a_rank], "node": [kill_a_node], "redis": [kill_redis]}
+FAULTS = {"processes": [kill_redis, kill_a_producer, kill_a_rank], "node": [kill_a_node]}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -117,13 +122,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("seed", range(max(1, metafunc.config.getoption("--fault-seeds") // 3)))
 
 
-@pytest.mark.parametrize("fault", [pytest.param("redis", marks=pytest.mark.redis), "processes", "node"])
+@pytest.mark.parametrize("fault", [pytest.param("processes", marks=pytest.mark.redis), "node"])
 def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undisturbed, fault, seed, capfd):
     draw = random.Random(f"{fault} {seed}")
     where, gate, step = places(tmp_path), tmp_path / "gate", draw.randrange(1, 8)
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
     on_cluster(path, cluster.address, gate, step)
-    if fault == "redis":
+    if kill_redis in FAULTS[fault]:  # which `launch` starts if no metadata are named
         content = yaml.safe_load(path.read_text())
         del content["data"]["init_args"]["metadata"]
         path.write_text(yaml.safe_dump(content))
@@ -146,11 +151,11 @@ def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undis
         for _ in range(2 - len(cluster.worker_nodes)):
             cluster.add_node(num_cpus=ROOM)
     assert (gate / "open").exists()
-    assert ("it is started again" in out) == (fault in ("processes", "node"))
+    assert "it is started again" in out
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     assert_ray_is_idle()
-    if fault == "redis":
+    if kill_redis in FAULTS[fault]:
         assert "the Redis server died and was started again" in out
         server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
         assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)

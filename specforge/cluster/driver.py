@@ -91,10 +91,12 @@ def run(launch: Launch) -> int:
     Raises:
         UserError: the run cannot be started or has failed.
     """
+    _check_stores(launch)
+    if launch.cluster.address is None:
+        place([_this_machine()], launch.cluster)
     with ExitStack() as stack:
         stack.enter_context(_connected(launch.cluster.address))
         _check(launch)
-        _check_stores(launch)
         launch, redis = _with_redis(launch, stack)
         board = _make_board(launch)
         stack.callback(ray.kill, board)
