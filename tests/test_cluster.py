@@ -178,7 +178,8 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(target, prompts, tmp_pa
     def disturb() -> None:
         wait_at_gate(gate, TRAINERS, lambda: not done.is_set())
         scale(4)
-        assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 2  # of the same name
+        stores = [f"--data.{name}={tmp_path / 'other' / name}" for name in where]
+        assert main(["launch", "--config", str(path), "--ckpt_path", "last", *stores]) == 2  # of the same name
         scale(1)
         os.kill(os.getpid(), signal.SIGTERM)
         while not ray.get(ray.get_actor("test", namespace="specforge").stops.remote()):

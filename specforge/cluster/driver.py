@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -34,6 +36,7 @@ from specforge.inference.target_server import make_token
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import live_trainer
 
+_ANSWER = 5.0  # seconds in which a cluster has to answer
 _POLL = 0.25  # seconds between two looks at the processes
 _PATIENCE = 120.0  # seconds in which the trainers save and stop; then they are killed
 _OBJECTS = 100 << 20  # bytes of Ray's object store, which a run hardly uses
@@ -124,13 +127,29 @@ def _connected(address: str | None) -> Iterator[None]:
                 **quiet,
             )
         else:
-            ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            ray.init(resolve(address), **quiet)
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cluster.address {address}: cannot be used ({first_line(error)})") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def resolve(address: str) -> str:
+    """The ``host:port`` of a cluster that answers; Ray itself would try for minutes.
+
+    Raises:
+        UserError: no cluster answers.
+    """
+    try:
+        found = canonicalize_bootstrap_address_or_die(address)
+        host, _, port = found.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), _ANSWER):
+            return str(found)
+    except (OSError, ValueError) as error:
+        reason = f"no Ray cluster answers ({first_line(error)}); start one with `ray start --head`"
+        raise UserError(f"cluster.address {address}: {reason}") from error
 
 
 def _this_machine() -> Node:
