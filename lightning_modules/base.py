@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -24,6 +24,7 @@ from specforge.contracts import CapturePolicy, Sample, StrategySpec, TrainBatch,
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
+from specforge.fusion import allow_fusion
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
@@ -89,6 +90,9 @@ class DraftModule(pl.LightningModule):
         spec: features that the algorithm reads.
         has_vocabulary: whether the draft comes with its vocabulary; if not, it is chosen from the training data.
         gamma: tokens drafted per round in validation.
+        checkpoint_activations: what training computes again instead of keeping it in memory: ``none``, ``mlp`` (the
+            widest activations, of the MLP), or ``layer`` (everything inside a layer).
+        fuse: whether element-wise work is compiled to fused kernels on GPUs.
         optimizer: optimizer and learning-rate schedule.
 
     Attributes:
@@ -111,11 +115,15 @@ class DraftModule(pl.LightningModule):
         *,
         has_vocabulary: bool,
         gamma: PositiveInt = 4,
+        checkpoint_activations: Literal["none", "mlp", "layer"] = "mlp",
+        fuse: bool = True,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
     ) -> None:
         super().__init__()
         self.target, self.draft, self.spec = target, draft, spec
         self.optimizer_options, self.gamma = optimizer, gamma
+        draft.checkpoint_activations(checkpoint_activations)
+        self.fuse = fuse
         self._has_vocabulary = has_vocabulary or draft.d2t.shape == draft.t2d.shape
         self._head: TargetHead | None = None
         self._window_supervised = 0
@@ -212,6 +220,7 @@ class DraftModule(pl.LightningModule):
         Raises:
             UserError: the features come from another target, or the token counts from another vocabulary.
         """
+        allow_fusion(self.fuse)
         for ref in self.training_samples()[:1]:
             if ref.provenance.target_fingerprint != self.target.fingerprint:
                 raise UserError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specforge.modeling.draft.plan import ROUND, Plan, borders
-from specforge.modeling.layers.attention import Segment
+from specforge.modeling.layers.packed_attention import Packing, Segment, pack
 
 
 @dataclass
@@ -31,6 +31,7 @@ class UnrollPlan(Plan):
     count: int  # supervised tokens; M and R are padded to a multiple of ROUND
     rows: Tensor  # [R] flat token of each query row
     segments: tuple[Segment, ...]  # the rows as runs of consecutive tokens, without padding
+    packing: Packing | None  # the same for GPUs
     positions: Tensor  # [N] position of each token in its document
     next_tokens: Tensor  # [N] the token whose embedding a row reads at step 0 (clamped to its document)
     row_tokens: Tensor  # [T, R] the token whose embedding a query row reads at step s (clamped)
@@ -86,6 +87,7 @@ def plan_unroll(
         count=count,
         rows=as_tensor(rows),
         segments=segments,
+        packing=pack(segments),
         positions=as_tensor(flat - begin),
         next_tokens=as_tensor(np.minimum(flat + 1, end - 1)),
         row_tokens=as_tensor(row_tokens),
