@@ -80,7 +80,7 @@ def train_step(module: Eagle3Module, batch: TrainBatch, head: TargetHead) -> Ten
         loss = module.training_loss(batch, head).loss
     loss.backward()
     total = loss.detach()
-    if module.context is not None:
+    if module.context_group is not None:
         for x in (total, *(p.grad for p in module.draft.parameters() if p.grad is not None)):
             dist.all_reduce(x)
     return total
@@ -163,7 +163,7 @@ def main() -> None:
         alone = measure_alone(module, batch, head, options.steps)
         report("1 rank:", alone)
     dist.barrier()
-    module.context = dist.new_group()
+    module.context_group = dist.new_group()
     together = measure(module, batch, head, options.steps)
     peak = torch.tensor(together["peak_gib"], device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)

@@ -98,7 +98,7 @@ class DraftModule(pl.LightningModule):
         export_format: layout of exported drafts.
         reads_layers: whether the draft can read captured layers besides the last hidden state.
         shares_batches: whether several ranks can share the rows of a batch (context parallelism).
-        context: the ranks that share the batches of this one; None if each has its own.
+        context_group: the ranks that share the batches of this one; None if each has its own.
     """
 
     algorithm: ClassVar[str]
@@ -106,7 +106,7 @@ class DraftModule(pl.LightningModule):
     export_format: ClassVar[DraftFormat]
     reads_layers: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = False
-    context: ProcessGroup | None = None
+    context_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -218,8 +218,8 @@ class DraftModule(pl.LightningModule):
             UserError: the features come from another target, the token counts from another vocabulary, or the
                 algorithm does not support context parallelism.
         """
-        self.context = getattr(self.trainer.strategy, "context", None)
-        if self.context is not None and not self.shares_batches:
+        self.context_group = getattr(self.trainer.strategy, "context_group", None)
+        if self.context_group is not None and not self.shares_batches:
             raise UserError(
                 f"trainer.strategy: {self.algorithm} does not support context parallelism; use ddp or fsdp2"
             )

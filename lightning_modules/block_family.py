@@ -146,7 +146,7 @@ class BlockFamilyModule(DraftModule):
         keys = [f"{self.anchor_seed}/{self.current_epoch}/{name}" for name in names]
         anchors = sample_anchors(batch.lengths, batch.spans, self.anchors, keys)
         shape = batch.lengths, batch.spans, anchors, self.draft.drafts, batch.num_tokens
-        return plan_blocks(*shape, contiguous=self.contiguous, group=self.context)
+        return plan_blocks(*shape, contiguous=self.contiguous, group=self.context_group)
 
     def full_plan(self, batch: TrainBatch, positions: int) -> BlockPlan:
         """Plan of a block of ``positions`` drafts at every token of the answers."""

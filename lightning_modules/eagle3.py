@@ -61,7 +61,7 @@ class Eagle3Module(EagleFamilyModule):
 
     def training_plan(self, batch: TrainBatch) -> UnrollPlan:
         """Plan of the trained positions, or of this rank's share of them."""
-        return plan_unroll(batch.lengths, batch.spans, self.spec.positions, batch.num_tokens, self.context)
+        return plan_unroll(batch.lengths, batch.spans, self.spec.positions, batch.num_tokens, self.context_group)
 
     def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:
         """Unroll the draft over the batch."""

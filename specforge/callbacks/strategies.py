@@ -31,11 +31,11 @@ class ContextParallel(ParallelStrategy):
 
     Attributes:
         context_size: ranks that share a batch; 0 for all ranks.
-        context: their process group; None if each rank has its own batches.
+        context_group: their process group; None if each rank has its own batches.
     """
 
     context_size: int
-    context: torch.distributed.ProcessGroup | None = None
+    context_group: torch.distributed.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
         """Form the groups.
@@ -52,7 +52,7 @@ class ContextParallel(ParallelStrategy):
             )
         if self.context_size > 1:
             # Never the group of all ranks: its collectives have an order of their own on each rank.
-            self.context, _ = torch.distributed.new_subgroups(self.context_size)
+            self.context_group, _ = torch.distributed.new_subgroups(self.context_size)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

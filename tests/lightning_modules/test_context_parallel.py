@@ -27,7 +27,7 @@ def small_target(tmp_path_factory):
 def step(module, batch: TrainBatch, head: TargetHead, group=None):
     """Output and gradients of a batch, in a copy of the module that shares it with a group."""
     module = copy.deepcopy(module)
-    module.context = group
+    module.context_group = group
     output = module.training_loss(batch, head)
     output.loss.backward()
     return output, {name: p.grad for name, p in module.draft.named_parameters() if p.grad is not None}
@@ -89,7 +89,7 @@ def test_validation_is_not_shared(form, small_target):
 
     def validate(group):
         own = copy.deepcopy(module)
-        own.context = group
+        own.context_group = group
         return own.validation_chains(batch, head, 3) if group.rank() == 0 else None
 
     found, _ = on_ranks(2, validate)
@@ -101,7 +101,7 @@ class Trainer:
     """What a module reads of the trainer before anything else."""
 
     class strategy:
-        context = object()
+        context_group = object()
 
 
 @pytest.mark.parametrize("form", ALONE)

@@ -62,7 +62,7 @@ class Share(Plan):
         """
         shapes = key.shape[1:], value.shape[1:]
         own = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
-        every = _Gather.apply(own, self.group).index_select(0, self.order)  # type: ignore[no-untyped-call]
+        every = _Gather.apply(own, self.order, self.group)  # type: ignore[no-untyped-call]
         parts = every.split([shape.numel() for shape in shapes], dim=1)
         key, value = (part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
         return key, value
@@ -75,14 +75,18 @@ def own(x: Tensor, share: Share | None) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, len(x)
+        ctx.save_for_backward(order)
         every = x.new_empty(group.size() * len(x), *x.shape[1:])
         _all_gather(every, x.contiguous(), group=group)
-        return every
+        return every[order]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        part = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
-        _reduce_scatter(part, grad.contiguous(), group=ctx.group)
-        return part, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        every = grad.new_zeros(ctx.group.size() * ctx.rows, *grad.shape[1:])
+        every[order] = grad
+        part = grad.new_empty(ctx.rows, *grad.shape[1:])
+        _reduce_scatter(part, every, group=ctx.group)
+        return part, None, None
