@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -25,6 +25,7 @@ from specforge.contracts import CapturePolicy, Sample, StrategySpec, TrainBatch,
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
+from specforge.fusion import allow_fusion
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
@@ -90,6 +91,9 @@ class DraftModule(pl.LightningModule):
         spec: features that the algorithm reads.
         has_vocabulary: whether the draft comes with its vocabulary; if not, it is chosen from the training data.
         gamma: tokens drafted per round in validation.
+        checkpoint_activations: what training computes again instead of keeping it in memory: ``none``, ``mlp`` (the
+            widest activations, of the MLP), or ``layer`` (everything inside a layer).
+        fuse: whether element-wise work is compiled to fused kernels on GPUs.
         optimizer: optimizer and learning-rate schedule.
 
     Attributes:
@@ -116,11 +120,15 @@ class DraftModule(pl.LightningModule):
         *,
         has_vocabulary: bool,
         gamma: PositiveInt = 4,
+        checkpoint_activations: Literal["none", "mlp", "layer"] = "mlp",
+        fuse: bool = True,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
     ) -> None:
         super().__init__()
         self.target, self.draft, self.spec = target, draft, spec
         self.optimizer_options, self.gamma = optimizer, gamma
+        draft.checkpoint_activations(checkpoint_activations)
+        self.fuse = fuse
         self._has_vocabulary = has_vocabulary or draft.d2t.shape == draft.t2d.shape
         self._head: TargetHead | None = None
         self._window_supervised = 0
@@ -218,6 +226,7 @@ class DraftModule(pl.LightningModule):
             UserError: the features come from another target, the token counts from another vocabulary, or the
                 algorithm does not support context parallelism.
         """
+        allow_fusion(self.fuse)
         self.context_group = getattr(self.trainer.strategy, "context_group", None)
         if self.context_group is not None and not self.shares_batches:
             raise UserError(

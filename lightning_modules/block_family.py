@@ -171,7 +171,7 @@ class BlockFamilyModule(DraftModule):
         losses, hits = (
             _by_depth(x, plan, drafts) for x in (torch.where(trained, result.losses, 0.0), result.hits.long())
         )
-        rows = plan.depth[: plan.count].bincount(minlength=drafts)
+        rows = _by_depth(torch.ones_like(plan.depth[: plan.count]), plan, drafts)
         return StepOutput(result.loss, plan.count, losses, hits, rows)
 
     def validation_chains(self, batch: TrainBatch, head: TargetHead, positions: int) -> ValidationOutput:
@@ -199,7 +199,7 @@ class BlockFamilyModule(DraftModule):
     def _states(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan) -> Tensor:
         """States of the drafts, ``[M, H]``."""
         rows = self.draft.rows(plan.block, plan.depth)
-        mask = batch.input_ids.new_tensor([self.draft.mask_token_id])
+        mask = batch.input_ids.new_full((1,), self.draft.mask_token_id)
         embeds = head.embed(torch.cat([batch.input_ids[plan.anchors], mask]))
         return self.draft(own(batch.features[AUX_HIDDEN_STATES], plan.share), embeds, plan, rows)  # type: ignore[no-any-return]
 

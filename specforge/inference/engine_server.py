@@ -132,7 +132,9 @@ class EngineServer(ABC):
         lines = self._log.read_text(errors="replace").splitlines()
         ours = [line for line in lines if line.startswith("specforge: ")]
         errors = [
-            line.rpartition("] ")[2].strip() for line in lines if "Error:" in line and "Engine core init" not in line
+            line.rpartition("] ")[2].strip()
+            for line in lines
+            if "Error:" in line and not any(x in line for x in ("Engine core init", " WARNING "))
         ]
         return next(iter([*ours, *errors]), "no error reported")
 

@@ -14,6 +14,7 @@ from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
+from specforge.inference.vllm_server import VLLMServer
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.fake_vllm import fake_vllm
 from tests.tiny import write_target
@@ -126,7 +127,7 @@ def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, 
     with pytest.raises(UserError, match="does not capture; start it with `specforge target serve"):
         engine.check(POLICY)
     server.version = "0.31.9"
-    with pytest.raises(UserError, match=r"vLLM 0\.31\.9 is not supported; use 0\.32"):
+    with pytest.raises(UserError, match=r"vLLM 0\.31\.9 is not supported; use 0\.26, 0\.32"):
         engine.check(POLICY)
 
 
@@ -202,3 +203,14 @@ def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, file
     with pytest.raises(UserError, match="a prompt of 200 tokens"):
         engine.deliver(tasks, ["a", "b", "c"], provenance)
     assert not stored(engine)
+
+
+def test_a_warning_is_not_why_a_server_ended(tmp_path):
+    server = object.__new__(VLLMServer)
+    server._log = tmp_path / "vllm.log"
+    server._log.write_text(
+        "(APIServer pid=1) WARNING 11-29 06:01:00 [system_utils.py:299] This can cause fd limit errors like `OSError: "
+        "[Errno 24] Too many open files`.\n"
+        "(APIServer pid=1) ERROR 11-29 06:01:01 [registry.py:1019] ModuleNotFoundError: No module named 'x'\n"
+    )
+    assert server._last_error() == "ModuleNotFoundError: No module named 'x'"

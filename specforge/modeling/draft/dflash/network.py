@@ -202,7 +202,9 @@ class DFlash(Draft):
         context_angles, angles = (cos[context_positions], sin[context_positions]), (cos[positions], sin[positions])
         mixed = self.layer.mixes_slots
         hidden = self._all_slots(embeds) if mixed else embeds
-        for number, layer in enumerate(self.decoder_layers):
+        last = len(self.layers) - 1
+
+        def run(number: int, layer: BlockLayer, hidden: Tensor) -> Tensor:
             w = layer.weights(embeds.dtype)
             if number == 0 and not mixed:  # all mask tokens are alike until they have positions
                 heads = layer.attention_heads(layer.project(hidden, w), None, w)
@@ -225,9 +227,12 @@ class DFlash(Draft):
                 causal=layer.causal,
                 flex=self.flex,
             )
-            if number == len(self.layers) - 1 and not mixed:
+            if number == last and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
-            hidden = layer.finish(hidden, attention, w)
+            return layer.finish(hidden, attention, w)
+
+        for number, layer in enumerate(self.decoder_layers):
+            hidden = self.run_layer(run, number, layer, hidden)
         return self.norm(hidden.index_select(0, rows) if mixed else hidden)  # type: ignore[no-any-return]
 
     def _all_slots(self, x: Tensor) -> Tensor:

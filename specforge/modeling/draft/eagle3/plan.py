@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specforge.modeling.draft.context_parallel import Share, zigzag
 from specforge.modeling.draft.plan import ROUND, Plan, borders
-from specforge.modeling.layers.attention import Segment
+from specforge.modeling.layers.packed_attention import Packing, Segment, pack
 
 
 @dataclass
@@ -38,10 +38,9 @@ class UnrollPlan(Plan):
     supervised: int  # labels whose student at step 0 is here; of all ranks together, the supervised tokens
     rows: Tensor  # [R] token of each query row, in own
     segments: tuple[Segment, ...]  # the rows as runs of consecutive flat tokens, without padding
+    packing: Packing | None  # the same for GPUs
     positions: Tensor  # [K] position of each own token in its document
-    next_tokens: (
-        Tensor  # [K] the token, in read, whose embedding an own token reads at step 0 (clamped to its document)
-    )
+    next_tokens: Tensor  # [K] the token, in read, whose embedding an own token reads at step 0 (clamped)
     row_tokens: Tensor  # [T, R] the token, in read, whose embedding a query row reads at step s (clamped)
     labels: Tensor  # [M] flat token that the M-th group of students predicts
     students: Tensor  # [M, T] row (0..R-1) that predicts the label at step s; 0 if there is none
@@ -116,6 +115,7 @@ def plan_unroll(
         supervised=int(valid[:, 0].sum()),
         rows=as_tensor(rows),
         segments=segments,
+        packing=pack(segments),
         positions=as_tensor((flat - begin)[own]),
         next_tokens=as_tensor(next_tokens),
         row_tokens=as_tensor(row_tokens),
