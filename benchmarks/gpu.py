@@ -34,6 +34,7 @@ from lightning_modules.optimizers import OptimizerOptions, build_optimizer
 from specforge.contracts import TrainBatch, mask_spans
 from specforge.inference.target_engine.base import feature_widths
 from specforge.inference.target_head import TargetHead
+from specforge.modeling.draft.dflash.plan import BlockPlan
 
 PEAK = 989.4e12
 
@@ -61,7 +62,7 @@ def flops(module: Any, plan: Any, batch: TrainBatch) -> float:
     doubled input, A captured width, and the teacher's logits over the whole vocabulary. Block drafters, L layers:
     n b (6 P L) + 4 M H D + 12 h d keys + N (4 A H + 12 H k d L) for M supervised drafts through a frozen head. Keys is
     the number of pairs of a query and a key that it sees. Heads of Domino and DSpark: 6 M r D more; DSpark's teacher:
-    2 H D per token.
+    2 H D per token. P-EAGLE: as EAGLE-3, with N + E elements in place of T R, all of them in every layer.
     """
     draft, c = module.draft, module.draft.config
     hidden, heads, kv = c.hidden_size, c.num_attention_heads, c.num_key_value_heads
@@ -79,7 +80,15 @@ def flops(module: Any, plan: Any, batch: TrainBatch) -> float:
             + 4 * tokens * features * hidden
             + (12 * width * keys + whole)
         )
-    rows, layers = len(plan.anchors) * draft.block_size, c.num_hidden_layers
+    layers = c.num_hidden_layers
+    if module.algorithm == "peagle":
+        deep = plan.num_elements - plan.count
+        elements, layer = tokens + deep, hidden * (width + 2 * kv_width) + mlp
+        keys = float((plan.positions + 1).sum() + (plan.positions[plan.anchors] + 1 + plan.depths)[:deep].sum())
+        total = 6 * elements * (layer * layers + hidden * (width + 2 * kv_width)) + 12 * width * keys * layers
+        total += 6 * plan.num_elements * hidden * c.draft_vocab_size + 4 * tokens * features * hidden
+        return float(total + 2 * plan.count * hidden * module.target.vocab_size)
+    rows = len(plan.anchors) * draft.block_size
     layer = hidden * (width + 2 * kv_width) + mlp
     seen = plan.positions[plan.anchors].double() + draft.block_size
     total = rows * 6 * layer * layers + 4 * plan.count * hidden * c.draft_vocab_size
@@ -166,7 +175,7 @@ def waits(step: Callable[[], Tensor]) -> list[str]:
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
-    return sorted(f"{Path(x.filename).name}:{x.lineno}" for x in found if "synchroniz" in str(x.message))
+    return sorted(f"{Path(x.filename).name}:{x.lineno}" for x in found if "called a synchronizing" in str(x.message))
 
 
 def measure(
@@ -189,7 +198,7 @@ def measure(
         "first_step_s": round(first, 1),
         "losses": [losses[0], losses[-1]],
     }
-    if hasattr(plan, "anchors"):
+    if isinstance(plan, BlockPlan):
         result["anchors_per_second"] = round(len(plan.anchors) / ms * 1000)
     if device == "cuda":
         result["waits"] = waits(step)

@@ -34,7 +34,7 @@ class DPace:
         at = block, self.depth[rows]
         smooth = probs.new_ones(len(block), self.drafts)  # more blocks than there are: the host need not know how many
         valid = torch.zeros_like(smooth)
-        smooth[at], valid[at] = (1 - self.alpha) * probs + self.alpha, 1.0
+        smooth[at], valid[at] = (1 - self.alpha) * probs + self.alpha, torch.ones_like(probs)
         prefix = smooth.cumprod(1)
         following = (prefix * valid).flip(1).cumsum(1).flip(1)
         weights = {"dpace": following, "prefix": prefix, "continuation": following / prefix}[self.form]

@@ -112,7 +112,7 @@ def runs_packed(query: Tensor) -> bool:
 def _in_fixed_order() -> Iterator[None]:
     """Make the kernel's backward pass add in a fixed order, so that a step can be repeated bit for bit."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with a mere warning, the kernel would keep its own order
     try:
         yield
     finally:

@@ -134,7 +134,7 @@ class PEagleDraft(EagleDraft):
             tokens = len(input_ids)
             position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
             cos, sin = (x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device))
-            embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
+            embeds = self.embed(torch.cat([input_ids, input_ids.new_full((1,), self.mask_token_id)]), embedding)
             hidden, product = self.first_inputs(aux_hidden_states, embeds, plan.next_tokens, weights[0])
             hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
             product = torch.cat([product[:-1], product[-1:].expand(len(plan.anchors), -1)])
