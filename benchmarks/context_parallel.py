@@ -47,12 +47,12 @@ SHAPES = {"llama3.1-8b": LLAMA_8B, "tiny": TINY}
 SAMPLED = 1 << 16  # elements of each gradient that are compared
 
 
-def make_module(config: dict[str, Any], device: torch.device) -> Eagle3Module:
+def make_module(config: dict[str, Any], recompute: str, device: torch.device) -> Eagle3Module:
     """A draft with random weights, the same on every rank."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        module = Eagle3Module(folder)
+        module = Eagle3Module(folder, checkpoint_activations=recompute)
     module.draft.set_vocabulary(torch.arange(len(module.draft.d2t)))
     return module.to(device)
 
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--prompt", type=int, default=2, help="tokens at the start that are not supervised")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--checkpoint_activations", choices=["none", "mlp", "layer"], default="mlp")
     parser.add_argument("--only-shared", action="store_true", help="leave out the run on one rank")
     options = parser.parse_args()
     device = torch.device("cpu")
@@ -156,7 +157,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(timeout=timedelta(hours=1))
     config = SHAPES[options.shape]
-    module = make_module(config, device)
+    module = make_module(config, options.checkpoint_activations, device)
     batch, head = make_data(config, options.tokens, options.prompt, device)
     alone: dict[str, Any] = {}
     if dist.get_rank() == 0 and not options.only_shared:

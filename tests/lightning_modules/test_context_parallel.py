@@ -80,6 +80,15 @@ def test_in_fp32_too(form, small_target):
 
 
 @pytest.mark.parametrize("form", ["eagle3", "dflash"])
+def test_with_layers_computed_again(form, small_target):
+    """Keys and values of a block drafter's layers are then gathered again, in the backward pass."""
+    module = make_module(form, small_target)
+    module.draft.checkpoint_activations("layer")
+    head = TargetHead(*(torch.randn(V, H, dtype=torch.float64) for _ in range(2)), torch.float64)
+    assert_ranks_add_up(module, head, make_batches(form), 3, 1e-12)
+
+
+@pytest.mark.parametrize("form", ["eagle3", "dflash"])
 def test_validation_is_not_shared(form, small_target):
     """Each rank validates documents of its own, without the others."""
     module = make_module(form, small_target)
