@@ -165,7 +165,7 @@ def _blocks(x: Tensor) -> list[slice]:
     """
     least = 256 if x.device.type == "cpu" else 8192
     size = max(least, -(-len(x) // 4))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]  # without rows, gradients of 0
 
 
 class RMSNorm(nn.Module):
