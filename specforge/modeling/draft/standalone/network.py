@@ -70,7 +70,9 @@ class StandaloneDraft(Draft):
         """
         if what == "layer":
             try:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                model = self.model  # the first name is that of newer versions
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
             except ValueError as error:
                 raise UserError(f"model.checkpoint_activations: {first_line(error)}") from error
 
