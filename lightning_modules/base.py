@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
@@ -100,12 +101,16 @@ class DraftModule(pl.LightningModule):
         architectures: ``architectures`` in the config of this algorithm's drafts.
         export_format: layout of exported drafts.
         reads_layers: whether the draft can read captured layers besides the last hidden state.
+        shares_batches: whether several ranks can share the rows of a batch (context parallelism).
+        context_group: the ranks that share the batches of this one; None if each has its own.
     """
 
     algorithm: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     export_format: ClassVar[DraftFormat]
     reads_layers: ClassVar[bool] = True
+    shares_batches: ClassVar[bool] = False
+    context_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -218,9 +223,15 @@ class DraftModule(pl.LightningModule):
         """Check the data against the target, and choose the draft vocabulary of a new run.
 
         Raises:
-            UserError: the features come from another target, or the token counts from another vocabulary.
+            UserError: the features come from another target, the token counts from another vocabulary, or the
+                algorithm does not support context parallelism.
         """
         allow_fusion(self.fuse)
+        self.context_group = getattr(self.trainer.strategy, "context_group", None)
+        if self.context_group is not None and not self.shares_batches:
+            raise UserError(
+                f"trainer.strategy: {self.algorithm} does not support context parallelism; use ddp or fsdp2"
+            )
         for ref in self.training_samples()[:1]:
             if ref.provenance.target_fingerprint != self.target.fingerprint:
                 raise UserError(

@@ -233,4 +233,4 @@ def unrolled(states: Tensor, head: OutputHead | Tensor, plan: UnrollPlan) -> Stu
     head = head if isinstance(head, OutputHead) else OutputHead(head)
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]
-    return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.count, head.bias)
+    return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.supervised, head.bias)

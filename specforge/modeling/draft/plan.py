@@ -35,6 +35,8 @@ class Plan:
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return move(value)
+    if isinstance(value, Plan):
+        return value._map(move)
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(_moved(part, move) for part in value)
     return value

@@ -143,8 +143,7 @@ class _NormMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, rstd, gate_up, down, *kept = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        new = torch.empty_like if len(x) else torch.zeros_like
-        grad_gate_up, grad_down = new(gate_up), new(down)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for number, rows in enumerate(_blocks(x)):
             normed = _scale(x[rows], rstd[rows], weight)
             projected = kept[number] if kept else F.linear(normed, gate_up)
@@ -165,7 +164,7 @@ def _blocks(x: Tensor) -> list[slice]:
     """
     least = 256 if x.device.type == "cpu" else 8192
     size = max(least, -(-len(x) // 4))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]  # without rows, gradients of 0
 
 
 class RMSNorm(nn.Module):

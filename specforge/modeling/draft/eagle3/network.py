@@ -229,8 +229,8 @@ class Eagle3Draft(EagleDraft):
         """Run the training-time test.
 
         Args:
-            aux_hidden_states: ``[N, A]`` captured layers, concatenated.
-            embeds: ``[N, H]`` the target's embedding of every token.
+            aux_hidden_states: ``[K, A]`` captured layers, concatenated, of the plan's own tokens.
+            embeds: ``[E, H]`` the target's embedding of every token that the plan reads.
             plan: the rows to compute, from :func:`~specforge.modeling.draft.eagle3.plan.plan_unroll`.
 
         Returns:
@@ -248,11 +248,13 @@ class Eagle3Draft(EagleDraft):
         cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
         row_positions = plan.positions[plan.rows]
 
-        # Step 0: keys and values of every token, queries of the needed rows only.
+        # Step 0: keys and values of every (own) token, queries of the needed rows only.
         fused = self.fuse(aux_hidden_states, dtype)
         hidden = fused[plan.rows]
         product = layer.hidden_norm.linear(fused, w.hidden[width:]) + take_rows(embed[:, width:], plan.next_tokens)
         key, value = attn.keys_values(product, (cos[plan.positions], sin[plan.positions]), w.more)
+        if plan.share is not None:
+            key, value = plan.share.gather(key, value)
         product = layer.hidden_norm.linear(hidden, w.hidden[:width]) + take_rows(embed[:, :width], plan.row_tokens[0])
 
         def run(step: int, hidden: Tensor, product: Tensor | None, *own: Tensor) -> tuple[Tensor, ...]:
