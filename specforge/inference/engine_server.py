@@ -132,16 +132,20 @@ class EngineServer(ABC):
         Raises:
             UserError: it has; the message has its own last error.
         """
-        if self.process.poll() is not None:
-            raise UserError(
-                f"{self.title} ended with status {self.process.returncode}: {self._last_error()}; see {self._log}"
-            )
+        status = self.process.poll()
+        if status is None:
+            return
+        if status < 0:
+            raise UserError(f"{self.title} was ended by {signal.Signals(-status).name}; see {self._log}")
+        raise UserError(f"{self.title} ended with status {status}: {self._last_error()}; see {self._log}")
 
     def _last_error(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         ours = [line for line in lines if line.startswith("specforge: ")]
         errors = [
-            line.rpartition("] ")[2].strip() for line in lines if "Error:" in line and "Engine core init" not in line
+            line.rpartition("] ")[2].strip()
+            for line in lines
+            if "Error:" in line and "WARNING" not in line and "Engine core init" not in line
         ]
         return next(iter([*ours, *errors]), "no error reported")
 

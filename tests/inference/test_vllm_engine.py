@@ -208,16 +208,20 @@ def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, file
     assert not stored(engine)
 
 
+class Stub(VLLMServer):
+    """A process in place of vLLM."""
+
+    def _check_python(self, python):
+        pass
+
+
 def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, tmp_path, monkeypatch):
-    class Own(VLLMServer):
+    class Own(Stub):
         launch = ("-c", "import time; time.sleep(600)")
 
         def wait(self):
             assert self.url == "http://127.0.0.1:12345"
             self.url = server.url  # the stand-in answers for the process
-
-        def _check_python(self, python):
-            pass
 
     monkeypatch.setattr(VLLMTargetEngine, "server", Own)
     options = {"python": sys.executable, "arguments": ["--port", "12345"], "log": tmp_path / "log"}
@@ -225,8 +229,20 @@ def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, t
         engine.check(POLICY)
         engine._own.process.send_signal(signal.SIGKILL)
         engine._own.process.wait()
-        ended = f"vLLM ended with status -9: no error reported; see {tmp_path / 'log'}"
+        ended = f"vLLM was ended by SIGKILL; see {tmp_path / 'log'}"
         with pytest.raises(UserError, match=ended):
             engine.capture([[1]], POLICY)
         with TargetServer(engine, files, "x" * 20, port=0) as proxy, pytest.raises(UserError, match=ended):
             proxy.serve_forever(poll_interval=0.01)
+
+
+def test_a_server_that_ends_is_reported_with_its_error(files, tmp_path, monkeypatch):
+    class Own(Stub):
+        launch = ("-c", "print('WARNING [a.py:1] may cause `OSError: files`\\nERROR [b.py:2] DeadError: it is dead')")
+
+    monkeypatch.setattr(VLLMTargetEngine, "server", Own)
+    with (
+        VLLMTargetEngine(files, "float32", python=sys.executable, log=tmp_path / "log") as engine,
+        pytest.raises(UserError, match="vLLM ended with status 0: DeadError: it is dead; see"),
+    ):
+        engine.check(POLICY)
