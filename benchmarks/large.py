@@ -154,7 +154,9 @@ def write_target(config: dict[str, Any], folder: Path) -> TargetFiles:
     (folder / "config.json").write_text(json.dumps(config))
     size = (config["vocab_size"], config["hidden_size"])
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    tensors = {name: torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02) for name in names}
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = {name: torch.empty(size, dtype=torch.bfloat16, device=device).normal_(std=0.02).cpu() for name in names}
     save_file(tensors, folder / "model.safetensors")
     return TargetFiles.find(str(folder))
 

@@ -99,27 +99,51 @@ class FeatureDataModule(pl.LightningDataModule):
         return self._batches
 
     def train_dataloader(self) -> FeatureDataLoader:
-        """A new loader of the training samples."""
+        """A new loader of the training samples.
+
+        Raises:
+            UserError: ranks share their batches (context parallelism), but could leave out different samples.
+        """
         part = self.split("train")
         assert part is not None
-        plan = self.module.training_plan
-        return self._loader(self.sample_refs(), part.store, shuffle=True, plan_batch=plan, **self.limits)
+        if self.shares_batches and self.bad_samples == "skip":
+            raise UserError(
+                "data.bad_samples: skip does not work with context parallelism, because ranks that share a batch could "
+                "leave out different samples; set error"
+            )
+        options = {"plan_batch": self.module.training_plan, **self.limits}
+        return self._loader(self.sample_refs(), part.store, self._train_shard(), shuffle=True, **options)
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several ranks train on the same batches (context parallelism)."""
+        _, shards = self._train_shard()
+        return shards < self.trainer.world_size
+
+    def _train_shard(self) -> tuple[int, int]:
+        """Which of how many shards of the training batches this rank reads."""
+        trainer = self.trainer
+        shard = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+        return (shard["rank"], shard["num_replicas"]) if shard else (trainer.global_rank, trainer.world_size)
 
     def val_dataloader(self) -> FeatureDataLoader | list[Any]:
         """A loader of the held-out samples, in order; empty if none are held out."""
         part = self.split("heldout")
         if part is None:
             return []
-        return self._loader(*part, shuffle=False, acknowledged=False, batch_size=self.val_batch_size)
+        shard = self.trainer.global_rank, self.trainer.world_size
+        return self._loader(*part, shard, shuffle=False, acknowledged=False, batch_size=self.val_batch_size)
 
-    def _loader(self, samples: Sequence[Sample], store: SampleStore[Any], **options: Any) -> FeatureDataLoader:
+    def _loader(
+        self, samples: Sequence[Sample], store: SampleStore[Any], shard: tuple[int, int], **options: Any
+    ) -> FeatureDataLoader:
         return FeatureDataLoader(
             samples,
             store,
             self.module.spec,
             seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=shard[0],
+            world_size=shard[1],
             prefetch=self.prefetch,
             bad_samples=self.bad_samples,
             pad_to=self.pad_to,

@@ -71,8 +71,14 @@ class DisaggregatedDataModule(PromptDataModule):
         """Open the stores and read the prompts.
 
         Raises:
-            UserError: a store cannot be used, or another trainer uses it; nothing is queued.
+            UserError: a store cannot be used, another trainer uses it, or ranks share their batches (context
+                parallelism); nothing is queued.
         """
+        if self.shares_batches:
+            raise UserError(
+                "trainer.strategy: context parallelism does not work with DisaggregatedDataModule, which hands every "
+                "sample to one rank; use ddp or fsdp2, or capture the features and use OfflineDataModule"
+            )
         if self._controller is None:
             controller = DataFlowController(
                 open_metadata(self.metadata),

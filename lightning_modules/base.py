@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_modules.optimizers import OptimizerOptions, build_optimizer
@@ -24,6 +25,7 @@ from specforge.contracts import CapturePolicy, Sample, StrategySpec, TrainBatch,
 from specforge.data.vocabulary import coverage, draft_vocabulary
 from specforge.decoding.drafters import Drafter
 from specforge.errors import UserError
+from specforge.fusion import allow_fusion
 from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
@@ -89,6 +91,9 @@ class DraftModule(pl.LightningModule):
         spec: features that the algorithm reads.
         has_vocabulary: whether the draft comes with its vocabulary; if not, it is chosen from the training data.
         gamma: tokens drafted per round in validation.
+        checkpoint_activations: what training computes again instead of keeping it in memory: ``none``, ``mlp`` (the
+            widest activations, of the MLP), or ``layer`` (everything inside a layer).
+        fuse: whether element-wise work is compiled to fused kernels on GPUs.
         optimizer: optimizer and learning-rate schedule.
 
     Attributes:
@@ -96,12 +101,16 @@ class DraftModule(pl.LightningModule):
         architectures: ``architectures`` in the config of this algorithm's drafts.
         export_format: layout of exported drafts.
         reads_layers: whether the draft can read captured layers besides the last hidden state.
+        shares_batches: whether several ranks can share the rows of a batch (context parallelism).
+        context_group: the ranks that share the batches of this one; None if each has its own.
     """
 
     algorithm: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     export_format: ClassVar[DraftFormat]
     reads_layers: ClassVar[bool] = True
+    shares_batches: ClassVar[bool] = False
+    context_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -111,11 +120,15 @@ class DraftModule(pl.LightningModule):
         *,
         has_vocabulary: bool,
         gamma: PositiveInt = 4,
+        checkpoint_activations: Literal["none", "mlp", "layer"] = "mlp",
+        fuse: bool = True,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
     ) -> None:
         super().__init__()
         self.target, self.draft, self.spec = target, draft, spec
         self.optimizer_options, self.gamma = optimizer, gamma
+        draft.checkpoint_activations(checkpoint_activations)
+        self.fuse = fuse
         self._has_vocabulary = has_vocabulary or draft.d2t.shape == draft.t2d.shape
         self._head: TargetHead | None = None
         self._window_supervised = 0
@@ -210,8 +223,15 @@ class DraftModule(pl.LightningModule):
         """Check the data against the target, and choose the draft vocabulary of a new run.
 
         Raises:
-            UserError: the features come from another target, or the token counts from another vocabulary.
+            UserError: the features come from another target, the token counts from another vocabulary, or the
+                algorithm does not support context parallelism.
         """
+        allow_fusion(self.fuse)
+        self.context_group = getattr(self.trainer.strategy, "context_group", None)
+        if self.context_group is not None and not self.shares_batches:
+            raise UserError(
+                f"trainer.strategy: {self.algorithm} does not support context parallelism; use ddp or fsdp2"
+            )
         for ref in self.training_samples()[:1]:
             if ref.provenance.target_fingerprint != self.target.fingerprint:
                 raise UserError(

@@ -24,6 +24,7 @@ from specforge.inference.target_engine.base import check_layers
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_head import TargetHead
 from specforge.losses import Correction, TiledLoss
+from specforge.modeling.draft.context_parallel import own
 from specforge.modeling.draft.dflash.drafter import BlockDrafter, Corrector
 from specforge.modeling.draft.dflash.network import DFlash
 from specforge.modeling.draft.dflash.plan import BlockPlan, plan_blocks, sample_anchors, starts
@@ -66,6 +67,7 @@ class BlockFamilyModule(DraftModule):
         chunk: rows per loss tile; sized to the cache by default. It does not change the result.
     """
 
+    shares_batches: ClassVar[bool] = True
     contiguous: ClassVar[bool] = False  # whether an unsupervised token ends a trained block
     draft: DFlash
 
@@ -143,8 +145,8 @@ class BlockFamilyModule(DraftModule):
         names = batch.sample_ids or [str(number) for number in range(len(batch.lengths))]
         keys = [f"{self.anchor_seed}/{self.current_epoch}/{name}" for name in names]
         anchors = sample_anchors(batch.lengths, batch.spans, self.anchors, keys)
-        lengths, spans, drafts = batch.lengths, batch.spans, self.draft.drafts
-        return plan_blocks(lengths, spans, anchors, drafts, batch.num_tokens, contiguous=self.contiguous)
+        shape = batch.lengths, batch.spans, anchors, self.draft.drafts, batch.num_tokens
+        return plan_blocks(*shape, contiguous=self.contiguous, group=self.context_group)
 
     def full_plan(self, batch: TrainBatch, positions: int) -> BlockPlan:
         """Plan of a block of ``positions`` drafts at every token of the answers."""
@@ -169,7 +171,7 @@ class BlockFamilyModule(DraftModule):
         losses, hits = (
             _by_depth(x, plan, drafts) for x in (torch.where(trained, result.losses, 0.0), result.hits.long())
         )
-        rows = plan.depth[: plan.count].bincount(minlength=drafts)
+        rows = _by_depth(torch.ones_like(plan.depth[: plan.count]), plan, drafts)
         return StepOutput(result.loss, plan.count, losses, hits, rows)
 
     def validation_chains(self, batch: TrainBatch, head: TargetHead, positions: int) -> ValidationOutput:
@@ -197,9 +199,9 @@ class BlockFamilyModule(DraftModule):
     def _states(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan) -> Tensor:
         """States of the drafts, ``[M, H]``."""
         rows = self.draft.rows(plan.block, plan.depth)
-        mask = batch.input_ids.new_tensor([self.draft.mask_token_id])
+        mask = batch.input_ids.new_full((1,), self.draft.mask_token_id)
         embeds = head.embed(torch.cat([batch.input_ids[plan.anchors], mask]))
-        return self.draft(batch.features[AUX_HIDDEN_STATES], embeds, plan, rows)  # type: ignore[no-any-return]
+        return self.draft(own(batch.features[AUX_HIDDEN_STATES], plan.share), embeds, plan, rows)  # type: ignore[no-any-return]
 
     def _labels(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, label: str) -> Tensor:
         if label == "data":

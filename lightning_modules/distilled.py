@@ -141,6 +141,8 @@ class DistilledModule(DraftModule):
     def training_loss(self, batch: TrainBatch, head: TargetHead) -> StepOutput:
         """Loss of a batch under its plan."""
         students, positions = self.students(batch, head, self.batch_plan(batch)), len(self.weights)
+        if self.weights.device != batch.input_ids.device:  # once: a copy makes the host wait for the device
+            self.weights = self.weights.to(batch.input_ids.device)
         if not students.num_labels:
             return self.empty_output(positions, students.states)
         rows = self._losses(batch, head, students, self.label, self.weights)
@@ -158,7 +160,9 @@ class DistilledModule(DraftModule):
         if not count:
             missed = torch.zeros(0, positions, dtype=torch.bool).numpy()
             return ValidationOutput(torch.zeros(()), 0, tuple(chains(missed, [], batch.spans)))
-        rows = self._losses(batch, head, students, "data", torch.ones(students.index.shape[1]))
+        rows = self._losses(
+            batch, head, students, "data", torch.ones(students.index.shape[1], device=students.states.device)
+        )
         hits = rows.hits[:count].expand(-1, positions).cpu().numpy()
         found = tuple(chains(hits, students.labels[:count].tolist(), batch.spans))
         return ValidationOutput(rows.losses[0], count, found)
@@ -168,7 +172,7 @@ class DistilledModule(DraftModule):
     ) -> _Rows:
         last = batch.features[LAST_HIDDEN_STATES][students.labels - 1]
         labels, log_sum = self._labels(batch, head, students.labels, last, label)
-        weights = weights_by_position.to(last.device) * students.valid * (labels >= 0).unsqueeze(1)
+        weights = weights_by_position * students.valid * (labels >= 0).unsqueeze(1)
         teacher = TeacherRows(labels, last, head.sliced(self.draft.target_ids), log_sum)
         columns = students.by_head(students.index), students.by_head(weights)
         results = [
@@ -229,4 +233,4 @@ def unrolled(states: Tensor, head: OutputHead | Tensor, plan: UnrollPlan) -> Stu
     head = head if isinstance(head, OutputHead) else OutputHead(head)
     index = plan.students + torch.arange(plan.steps, device=states.device) * len(plan.rows)
     flat = states.flatten(0, 1)[None]
-    return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.count, head.bias)
+    return Students(flat, [head.weight], plan.labels, index, plan.valid, plan.count, plan.supervised, head.bias)

@@ -81,7 +81,11 @@ class DominoModule(BlockFamilyModule):
         slots = torch.arange(self.draft.drafts, device=states.device)
         # Tokens after the end of a block's document are read too, but no supervised draft depends on them.
         read = (plan.anchors[: plan.blocks].unsqueeze(1) + slots).clamp(max=batch.num_tokens - 1)
-        ids, tokens = batch.input_ids[read].unique(return_inverse=True)
+        # One product per token instead of per slot, because blocks overlap. On a CPU one per distinct token; to count
+        # them, the host would wait for a GPU.
+        ids, tokens = batch.input_ids, read
+        if not ids.is_cuda:
+            ids, tokens = batch.input_ids[read].unique(return_inverse=True)
         real = self.draft.corrections(head.embed(ids), tokens, states[:count], plan.block[:count], plan.depth[:count])
         return Correction(F.pad(real, (0, 0, 0, len(states) - count)), self.draft.matrix)
 

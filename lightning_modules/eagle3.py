@@ -17,9 +17,10 @@ from lightning_modules.eagle_family import EagleFamilyModule
 from specforge.contracts import AUX_HIDDEN_STATES, CapturePolicy, TrainBatch
 from specforge.decoding.drafters import ChainDrafter
 from specforge.inference.target_head import OutputHead, TargetHead
+from specforge.modeling.draft.context_parallel import own
 from specforge.modeling.draft.eagle3.export import Eagle3Format
 from specforge.modeling.draft.eagle3.network import Eagle3Draft
-from specforge.modeling.draft.eagle3.plan import UnrollPlan
+from specforge.modeling.draft.eagle3.plan import UnrollPlan, plan_unroll
 from specforge.modeling.draft.format import DraftFormat
 from specforge.options import NonNegativeFloat, PositiveInt
 
@@ -44,6 +45,7 @@ class Eagle3Module(EagleFamilyModule):
     algorithm: ClassVar[str] = "eagle3"
     architectures: ClassVar[tuple[str, ...]] = ("LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM")
     export_format: ClassVar[DraftFormat] = Eagle3Format()
+    shares_batches: ClassVar[bool] = True
     draft: Eagle3Draft
 
     def __init__(
@@ -57,9 +59,14 @@ class Eagle3Module(EagleFamilyModule):
         super().__init__(*draft, weights=step_decay ** torch.arange(steps), **training)
         self.steps, self.step_decay, self.feature_weight = steps, step_decay, feature_weight
 
+    def training_plan(self, batch: TrainBatch) -> UnrollPlan:
+        """Plan of the trained positions, or of this rank's share of them."""
+        return plan_unroll(batch.lengths, batch.spans, self.spec.positions, batch.num_tokens, self.context_group)
+
     def students(self, batch: TrainBatch, head: TargetHead, plan: UnrollPlan) -> Students:
         """Unroll the draft over the batch."""
-        states = self.draft(batch.features[AUX_HIDDEN_STATES], head.embed(batch.input_ids), plan)
+        read = batch.input_ids if plan.read is None else batch.input_ids[plan.read]
+        states = self.draft(own(batch.features[AUX_HIDDEN_STATES], plan.share), head.embed(read), plan)
         return unrolled(states, OutputHead(self.draft.lm_head.weight), plan)
 
     def drafter(self, head: TargetHead, dtype: torch.dtype) -> ChainDrafter:

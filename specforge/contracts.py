@@ -436,8 +436,10 @@ class TrainBatch:
         return moved if self.plan is None else dataclasses.replace(moved, plan=self.plan.to(device))
 
     def pin_memory(self) -> TrainBatch:
-        """A copy of the batch in page-locked memory."""
-        return self._map(lambda x: x.pin_memory())
+        """A copy of the batch and of its plan in page-locked memory."""
+        pin = getattr(self.plan, "pin_memory", None)
+        plan = self.plan if pin is None else pin()
+        return dataclasses.replace(self._map(lambda x: x.pin_memory()), plan=plan)
 
     def _map(self, move: Any) -> TrainBatch:
         return dataclasses.replace(

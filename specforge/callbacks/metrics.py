@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from specforge.callbacks.strategies import data_shards
 from specforge.contracts import TrainBatch
 from specforge.eval.report import HISTORY, read_history
 from specforge.files import write_file
@@ -101,7 +102,7 @@ class TrainingMetrics(pl.Callback):
             self._log(trainer, pl_module)
         elif not self.latest and step > self._first_step:
             seconds = max(self._clock.seconds, 1e-9)
-            loss, tokens = row[0].sum() / row[2].sum().clamp(min=1), self._tokens * trainer.world_size
+            loss, tokens = row[0].sum() / row[2].sum().clamp(min=1), self._tokens * data_shards(trainer)
             self.latest = {"loss": float(loss), "tokens_per_second": tokens / seconds}
 
     def _log(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -112,6 +113,7 @@ class TrainingMetrics(pl.Callback):
         totals = trainer.strategy.reduce(totals, reduce_op="sum")
         losses, hits, rows = totals[:-2].view(3, -1)
         tokens, supervised = totals[-2:].tolist()
+        tokens *= data_shards(trainer) / trainer.world_size  # ranks that share a batch have all counted its tokens
         rows = rows.clamp(min=1)
         values = {
             "train/loss": float(losses.sum() / rows.sum()),

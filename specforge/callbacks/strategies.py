@@ -1,7 +1,10 @@
-"""`--trainer.strategy fsdp2`: pure FSDP2, gradients reduced once per optimizer step.
+"""`--trainer.strategy fsdp2`: pure FSDP2, gradients reduced once per optimizer step; and context parallelism.
 
 Lightning's ModelParallelStrategy reduces in every micro-step of an accumulated step, its ``auto`` sizes mean tensor
 parallelism within a node, which a draft does not need, and it wants a tied tensor once per name in a checkpoint.
+
+With ``context_size`` C, each C consecutive ranks train on the same batches, of which each computes a part
+(:mod:`specforge.modeling.draft.context_parallel`). Weights and gradients are handled as without it: over all ranks.
 """
 
 from __future__ import annotations
@@ -11,12 +14,64 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import StrategyRegistry
+import lightning.pytorch as pl
+import torch.distributed
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 
 from specforge.callbacks.lightning_internals import DataParallelStrategy
 from specforge.checkpoints import read_checkpoint
+from specforge.errors import UserError
+from specforge.options import PositiveInt
+
+
+class ContextParallel(ParallelStrategy):
+    """Mixin of strategies in which some ranks share their batches.
+
+    Attributes:
+        context_size: ranks that share a batch; 0 for all ranks.
+        context_group: their process group; None if each rank has its own batches.
+    """
+
+    context_size: int
+    context_group: torch.distributed.ProcessGroup | None = None
+
+    def setup_environment(self) -> None:
+        """Form the groups.
+
+        Raises:
+            UserError: the ranks cannot be divided into such groups.
+        """
+        super().setup_environment()
+        self.context_size = self.context_size or self.world_size
+        if self.world_size % self.context_size:
+            raise UserError(
+                f"trainer.strategy.context_size is {self.context_size}, which does not divide the number of ranks, "
+                f"{self.world_size}"
+            )
+        if self.context_size > 1:
+            # Never the group of all ranks: its collectives have an order of their own on each rank.
+            self.context_group, _ = torch.distributed.new_subgroups(self.context_size)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The share of the data that this rank reads, the same for all ranks of its group."""
+        size = self.context_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+
+class ContextDDPStrategy(ContextParallel, DDPStrategy):
+    """``ddp`` in which ranks share batches.
+
+    Args:
+        context_size: ranks that share a batch; divides the number of ranks. By default all.
+        **kwargs: options of DDPStrategy.
+    """
+
+    def __init__(self, context_size: PositiveInt | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.context_size = context_size or 0
 
 
 class FSDP2Strategy(DataParallelStrategy):
@@ -56,7 +111,28 @@ class FSDP2Strategy(DataParallelStrategy):
         return checkpoint
 
 
+class ContextFSDP2Strategy(ContextParallel, FSDP2Strategy):
+    """``fsdp2`` in which ranks share batches.
+
+    Args:
+        context_size: ranks that share a batch; divides the number of ranks. By default all.
+        **kwargs: options of ModelParallelStrategy.
+    """
+
+    def __init__(self, context_size: PositiveInt | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.context_size = context_size or 0
+
+
+def data_shards(trainer: pl.Trainer) -> int:
+    """Number of ranks, or groups of ranks, that read different batches."""
+    strategy = trainer.strategy
+    return int(strategy.distributed_sampler_kwargs["num_replicas"]) if isinstance(strategy, ParallelStrategy) else 1
+
+
 def register_strategies() -> None:
-    """Register ``fsdp2`` with Lightning."""
+    """Register ``fsdp2`` with Lightning, and the classes without options under their names."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 with one reduction per optimizer step")
+        for cls in (ContextDDPStrategy, ContextFSDP2Strategy):
+            StrategyRegistry.register(cls.__name__.lower(), cls, description="all ranks share their batches")

@@ -90,7 +90,8 @@ _HELP = {
     "trainer.accelerator": "cpu, gpu or auto",
     "trainer.devices": "number of devices per node, a list of them, or auto",
     "trainer.num_nodes": "number of nodes",
-    "trainer.strategy": "auto, ddp or fsdp2",
+    "trainer.strategy": "auto, ddp or fsdp2; for documents too long for one device, ContextDDPStrategy or "
+    "ContextFSDP2Strategy, which share each batch among --trainer.strategy.context_size ranks (default: all)",
     "trainer.precision": "32-true, bf16-mixed or bf16-true",
     "trainer.logger": "a logger, such as CSVLogger or WandbLogger (default: TensorBoard in the run's folder)",
     "trainer.callbacks": "callbacks to add, such as LearningRateMonitor",

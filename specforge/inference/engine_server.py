@@ -145,7 +145,7 @@ class EngineServer(ABC):
         errors = [
             line.rpartition("] ")[2].strip()
             for line in lines
-            if "Error:" in line and "WARNING" not in line and "Engine core init" not in line
+            if "Error:" in line and not any(x in line for x in ("Engine core init", " WARNING "))
         ]
         return next(iter([*ours, *errors]), "no error reported")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specforge.fusion import fused
 from specforge.inference.target_files import TargetFiles
 
 
@@ -156,9 +157,15 @@ class TargetHead:
         log_sum = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         best, argmax = log_sum.clone(), log_sum.new_zeros(len(hidden), dtype=torch.int64)
         for start in range(0, len(self.head), chunk):
-            logits = self.head[start : start + chunk].logits(hidden).float()
-            top, index = logits.max(-1)
+            top, index, part = _best(self.head[start : start + chunk].logits(hidden))
             argmax = torch.where(top > best, index + start, argmax)
             best = torch.maximum(best, top)
-            log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+            log_sum = torch.logaddexp(log_sum, part)
         return TargetRows(log_sum, argmax)
+
+
+@fused(logits=(0,))
+def _best(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, its index, and log-sum-exp of each row, ``[M]`` in fp32."""
+    wide = logits.float()
+    return *wide.max(-1), wide.logsumexp(-1)

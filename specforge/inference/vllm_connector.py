@@ -166,7 +166,7 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):
         found = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
         if not found or get_tensor_model_parallel_rank() != 0:
             return
-        cache = kv_caches[found[0]]
+        cache = _by_state(kv_caches[found[0]], len(self._ids))
         norm = None
         if self._target.num_layers in self._ids:
             norm = self._target.norm_module(cache.dtype).to(cache.device)
@@ -291,6 +291,20 @@ def _captured_ids(vllm_config: Any) -> list[int]:
         raise UserError("SpecForgeConnector: with decode context parallelism no worker has all states; set it to 1")
     found = getattr(speculative.draft_model_config.hf_config, "eagle_aux_hidden_state_layer_ids", None)
     return sorted(found) if isinstance(found, list) and all(type(i) is int for i in found) else []
+
+
+def _by_state(cache: Tensor, count: int) -> Tensor:
+    """A cache of captured states as ``[blocks, K, block size, H]``, in which vLLM 0.26 swaps the middle two.
+
+    Raises:
+        UserError: it does not hold ``count`` states of each token.
+    """
+    import vllm
+
+    cache = cache.transpose(1, 2) if vllm.__version__.startswith("0.26.") else cache
+    if cache.shape[1] != count:
+        raise UserError(f"SpecForgeConnector: the cache of vLLM {vllm.__version__} has an unknown form")
+    return cache
 
 
 def _cache_group(kv_cache_config: Any) -> int:

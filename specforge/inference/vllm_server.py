@@ -11,7 +11,7 @@ from specforge.inference.engine_server import EngineServer
 from specforge.inference.target_files import TargetFiles
 
 FIELD = "specforge"  # in the kv_transfer_params of a request and of its answer
-VERSIONS = ("0.32.",)  # that the connector was tested with
+VERSIONS = ("0.26.", "0.32.")  # that the connector was tested with
 _MODULE, _CLASS = "specforge.inference.vllm_connector", "SpecForgeConnector"
 
 

@@ -32,9 +32,9 @@ class DPace:
         """Weights of the rows of some whole blocks, from the draft's probabilities of the labels, ``[C]`` each."""
         block = self.block[rows] - self.block[rows.start]
         at = block, self.depth[rows]
-        smooth = probs.new_ones(int(block[-1]) + 1, self.drafts)
+        smooth = probs.new_ones(len(block), self.drafts)  # more blocks than there are: the host need not know how many
         valid = torch.zeros_like(smooth)
-        smooth[at], valid[at] = (1 - self.alpha) * probs + self.alpha, 1.0
+        smooth[at], valid[at] = (1 - self.alpha) * probs + self.alpha, torch.ones_like(probs)
         prefix = smooth.cumprod(1)
         following = (prefix * valid).flip(1).cumsum(1).flip(1)
         weights = {"dpace": following, "prefix": prefix, "continuation": following / prefix}[self.form]
@@ -60,12 +60,15 @@ class Acceptance(Objective):
         self.ce, self.l1 = ce, l1
         self.accept = like.new_zeros(len(like), dtype=torch.promote_types(like.dtype, torch.float32))
 
-    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
         """∂‖q - p‖₁/∂z is twice that of the total variation."""
         accept, grad = overlap(student, teacher, 2 * self.l1, self.ce, out=student.probs)
-        self.accept[student.rows] = accept.squeeze(1)
         loss = self.ce * (student.log_sum - student.label_logits) + self.l1 * 2 * (1 - accept)
-        return loss, subtract_at_labels(grad, teacher, self.ce)
+        return loss, subtract_at_labels(grad, teacher, self.ce), accept
+
+    def keep(self, rows: slice, *found: Tensor) -> None:
+        """Note the acceptance."""
+        self.accept[rows] = found[0].squeeze(1)
 
 
 @dataclass(eq=False)
@@ -82,6 +85,7 @@ class Candidates(Objective):
     matrix: Tensor  # [D, r]
     top_k: int  # K
     weight: float  # weight of the second term
+    elementwise = False
 
     def __post_init__(self) -> None:
         wide = torch.promote_types(self.context.dtype, torch.float32)

@@ -44,6 +44,8 @@ class Student(NamedTuple):
 
     def cross_entropy(self, teacher: Teacher) -> Tensor:
         """``[C, T]`` -Σ p̃ log q."""
+        if torch.compiler.is_compiling():  # as a reduction, so that it joins the others in one kernel
+            return self.log_sum - (self.logits * teacher.probs).sum(-1)
         return self.log_sum - torch.bmm(self.logits, teacher.probs.transpose(1, 2)).squeeze(-1)
 
 
@@ -52,10 +54,14 @@ class Objective(ABC):
 
     draft_vocabulary: bool = False  # whether it reads Teacher.probs and Teacher.entropy: p̃
     full_vocabulary: bool = False  # whether it reads Teacher.full: p, from logits over the whole vocabulary
+    elementwise: bool = True  # whether it consists of element-wise operations and reductions, which fuse to one kernel
 
     @abstractmethod
-    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
-        """Loss of each row, ``[C, T]``, and its gradient by the logits, ``[C, T, D]``."""
+    def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, ...]:
+        """Loss of each row, ``[C, T]``, its gradient by the logits, ``[C, T, D]``, and what :meth:`keep` receives."""
+
+    def keep(self, rows: slice, *found: Tensor) -> None:  # noqa: B027 - most have nothing to note
+        """Note further results of a tile's rows, a slice of all M."""
 
 
 class ForwardKL(Objective):
@@ -78,6 +84,9 @@ class CrossEntropy(Objective):
 
 def subtract_at_labels(grad: Tensor, teacher: Teacher, weight: float) -> Tensor:
     """Subtract a weight at the labels, in place."""
+    if torch.compiler.is_compiling():  # compared, not scattered, so that it joins the kernel that computes `grad`
+        at = torch.arange(grad.shape[-1], device=grad.device) == teacher.labels.unsqueeze(-1)
+        return torch.where(at, grad - weight, grad)
     index = teacher.labels.expand(grad.shape[:2]).unsqueeze(-1)
     return grad.scatter_add_(-1, index, grad.new_full(index.shape, -weight))
 
@@ -176,6 +185,7 @@ class TopK(Objective):
 
     k: int = 10  # K; capped at the size of the draft vocabulary
     draft_vocabulary = True
+    elementwise = False
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """∂/∂z = q Σ_{TopK} p̃ - p̃ 1[TopK]."""
@@ -194,13 +204,14 @@ class Mix(Objective):
         self.parts = parts
         self.draft_vocabulary = any(objective.draft_vocabulary for _, objective in parts)
         self.full_vocabulary = any(objective.full_vocabulary for _, objective in parts)
+        self.elementwise = all(objective.elementwise for _, objective in parts)
 
     def __call__(self, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """The sum of the losses and of their gradients."""
         loss: Tensor | None = None
         grad: Tensor | None = None
         for weight, objective in self.parts:
-            part, slope = objective(student._replace(probs=student.probs.clone()), teacher)
+            part, slope, *_ = objective(student._replace(probs=student.probs.clone()), teacher)
             loss = part * weight if loss is None else loss.add_(part, alpha=weight)
             grad = slope * weight if grad is None else grad.add_(slope, alpha=weight)
         assert loss is not None

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specforge.fusion import fused, fuses
 from specforge.inference.target_head import OutputHead
 from specforge.losses.objectives import CrossEntropy, Objective, Student, Teacher
 
@@ -74,10 +75,10 @@ class TiledLoss(NamedTuple):
     hits: Tensor
 
 
-def default_chunk(vocabulary: int, students: int, device: torch.device) -> int:
-    """Labels of a tile whose fp32 logits fit the cache of a CPU core, or are enough to fill a GPU."""
+def default_chunk(vocabulary: int, students: int, device: torch.device, itemsize: int = 4) -> int:
+    """Labels of a tile whose logits of ``itemsize`` bytes fit the cache of a CPU core, or are enough to fill a GPU."""
     tile = _TILE_BYTES.get(device.type, _TILE_BYTES_ACCELERATOR)
-    labels = max(1, tile // (4 * vocabulary * students))
+    labels = max(1, tile // (itemsize * vocabulary * students))
     # A power of two, so that few shapes occur (see specforge.modeling.draft.plan.ROUND).
     return 1 << (labels.bit_length() - 1)
 
@@ -114,7 +115,9 @@ def tiled_loss(
     """
     steps = 1 if students is None else students.shape[1]
     count = len(teacher.labels)
-    chunk = chunk or default_chunk(len(head), steps, states.device)
+    objective = objective or CrossEntropy()
+    itemsize = states.itemsize if _is_fused(objective, states) else 4
+    chunk = chunk or default_chunk(len(head), steps, states.device, itemsize)
     if teacher.hidden is not None and teacher.head is not None:
         teacher = teacher._replace(hidden=teacher.hidden.to(states.dtype), head=teacher.head.to(states.dtype))
     tiles = _block_tiles(firsts, chunk) if firsts else [(x, min(x + chunk, count)) for x in range(0, count, chunk)]
@@ -123,7 +126,7 @@ def tiled_loss(
         head.bias,
         teacher,
         weights.reshape(-1, steps),
-        objective or CrossEntropy(),
+        objective,
         students,
         base_share,
         weigh,
@@ -164,16 +167,68 @@ class _Job:
     tiles: Sequence[tuple[int, int, int]]
     train: bool
 
+    @property
+    def most_labels(self) -> int:
+        """Labels of the largest tile."""
+        return max((end - start for start, _, end in self.tiles), default=0)
+
+
+def _is_fused(objective: Objective, states: Tensor) -> bool:
+    """Whether a tile is judged in one compiled piece."""
+    return objective.elementwise and states.dtype in (torch.bfloat16, torch.float16) and fuses(states)
+
+
+class _Verdict(NamedTuple):
+    """What the loss says of a tile; gradients are by the logits, before the rows' weights."""
+
+    losses: Tensor  # [C, T]
+    mixed: Tensor  # [C, T] with the base logits' share
+    hits: Tensor  # [C, T]
+    known: Tensor  # [C, T] log-probabilities of the labels
+    own: Tensor  # [C, T, D] gradient of the losses: that of the correction, but for its share
+    slope: Tensor  # [C, T, D] gradient of the mixed losses: that of the head
+
 
 class _Tile:
     """Scratch memory for one tile, reused by all tiles so that it stays in cache."""
 
-    def __init__(self, labels: int, steps: int, vocabulary: int, like: Tensor, mixed: bool) -> None:
-        self.steps, self.wide = steps, torch.promote_types(like.dtype, torch.float32)
-        new = lambda dtype: torch.empty(labels * steps, vocabulary, dtype=dtype, device=like.device)  # noqa: E731
+    def __init__(self, job: _Job, head: Tensor, matrix: Tensor | None, like: Tensor) -> None:
+        self.job, self.head, self.matrix, self.steps = job, head, matrix, job.weights.shape[1]
+        self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.fused = _is_fused(job.objective, like)
+        if self.fused:
+            return
+        rows = job.most_labels * self.steps
+        new = lambda dtype: torch.empty(rows, len(head), dtype=dtype, device=like.device)  # noqa: E731
         self.logits, self.probs = new(self.wide), new(self.wide)
-        self.base = new(self.wide) if mixed else None
+        self.base = new(self.wide) if job.base_share > 0 else None
         self.product = self.logits if like.dtype == self.wide else new(like.dtype)
+
+    def judge(self, states: Tensor, extra: Tensor | None, teacher: Teacher, part: slice) -> _Verdict:
+        """The verdict on the rows of ``states`` and, if there is a correction, of its states ``extra``."""
+        job = self.job
+        if self.fused:
+            more = None if extra is None or self.matrix is None else extra @ self.matrix.t()
+            share = torch.full((), job.base_share, device=states.device) if job.base_share > 0 else None
+            verdict, found = _judge(states @ self.head.t(), more, job.bias, *teacher, share, job.objective, self.steps)
+            job.objective.keep(part, *found)
+            return verdict
+        logits = self.scores(states, self.head)
+        if job.bias is not None:
+            logits += job.bias
+        base = None
+        if self.base is not None:
+            base = CrossEntropy()(self.student(logits, teacher, part, self.base)[0], teacher)
+        if extra is not None and self.matrix is not None:
+            logits = self.scores(extra, self.matrix, add=True)
+        student, best = self.student(logits, teacher, part, self.probs)
+        known = student.label_logits - student.log_sum
+        losses, grad, *found = job.objective(student, teacher)
+        job.objective.keep(part, *found)
+        if base is None:
+            return _Verdict(losses, losses, best == teacher.labels, known, grad, grad)
+        mixed = torch.lerp(losses, base[0], job.base_share)
+        return _Verdict(losses, mixed, best == teacher.labels, known, grad, base[1].lerp_(grad, 1 - job.base_share))
 
     def scores(self, states: Tensor, matrix: Tensor, add: bool = False) -> Tensor:
         """``states @ matrixᵀ`` in fp32 or wider; with ``add``, added to the logits in the tile."""
@@ -192,10 +247,49 @@ class _Tile:
         labels = teacher.labels.expand_as(best).unsqueeze(-1)
         return Student(probs, logits, log_sum, logits.gather(-1, labels).squeeze(-1), part), best
 
-    def slope(self, grad: Tensor) -> Tensor:
+    def narrow(self, grad: Tensor) -> Tensor:
         """The gradient tile ``[C T, D]`` in the compute dtype."""
         flat = grad.flatten(0, 1)
-        return flat if flat.dtype == self.product.dtype else self.product[: len(flat)].copy_(flat)
+        return flat if flat.dtype == self.head.dtype else self.product[: len(flat)].copy_(flat)
+
+
+@fused(product=(0,), more=(0,), labels=(0,), probs=(0,), entropy=(0,), full=(0,))
+def _judge(
+    product: Tensor,
+    more: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    probs: Tensor,
+    entropy: Tensor,
+    full: Tensor,
+    share: Tensor | None,
+    objective: Objective,
+    steps: int,
+) -> tuple[_Verdict, list[Tensor]]:
+    """:meth:`_Tile.judge` of the products ``[C T, D]``, in one piece; gradients have the products' dtype."""
+    teacher = Teacher(labels, probs, entropy, full)
+    logits = product.float().unflatten(0, (-1, steps))
+    if bias is not None:
+        logits = logits + bias
+    base = None if share is None else CrossEntropy()(_student(logits, labels), teacher)
+    if more is not None:
+        logits = logits + more.float().unflatten(0, (-1, steps))
+    student = _student(logits, labels)
+    losses, grad, *found = objective(student, teacher)
+    hits, known, narrow = logits.argmax(-1) == labels, student.label_logits - student.log_sum, product.dtype
+    own = grad.to(narrow)
+    if base is None or share is None:
+        return _Verdict(losses, losses, hits, known, own, own), found
+    slope = torch.lerp(grad, base[1], share).to(narrow)
+    return _Verdict(losses, torch.lerp(losses, base[0], share), hits, known, own, slope), found
+
+
+def _student(logits: Tensor, labels: Tensor) -> Student:
+    log_sum = logits.logsumexp(-1)
+    at = labels.expand(logits.shape[:2]).unsqueeze(-1)
+    return Student(
+        (logits - log_sum.unsqueeze(-1)).exp(), logits, log_sum, logits.gather(-1, at).squeeze(-1), slice(0, 0)
+    )
 
 
 class _Teachers:
@@ -224,20 +318,24 @@ class _Teachers:
         if rows.hidden_index is not None:
             picked, inverse = torch.unique_consecutive(rows.hidden_index[part], return_inverse=True)
         logits = rows.head.logits(rows.hidden[picked])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probs = logits.softmax(-1)
-        entropy, full = labels, probs
-        if reads.draft_vocabulary or rows.log_sum is not None:
-            top, best = logits.max(-1)
-            log_sum = top - probs.gather(-1, best.unsqueeze(-1)).squeeze(-1).log()
-        if reads.draft_vocabulary:
-            entropy = (log_sum - torch.linalg.vecdot(probs, logits)).unsqueeze(1)
+        probs, log_sum, entropy = _softmax(logits, reads.draft_vocabulary)
+        full = probs
         if reads.full_vocabulary and rows.log_sum is not None:
             full = probs * (log_sum - rows.log_sum[picked]).exp_().clamp_(max=1).unsqueeze(1)
         if inverse is not None:
             full = full[inverse]
             probs = probs[inverse] if reads.draft_vocabulary else full
-        return Teacher(labels, probs.unsqueeze(1), entropy, full.unsqueeze(1))
+        return Teacher(labels, probs.unsqueeze(1), entropy.unsqueeze(1), full.unsqueeze(1))
+
+
+@fused(logits=(0,))
+def _softmax(logits: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities ``[C, D]`` of ``logits``, their log-sum-exp ``[C]``, and their entropy ``[C]`` if it is wanted."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probs = logits.softmax(-1)
+    top, best = logits.max(-1)
+    log_sum = top - probs.gather(-1, best.unsqueeze(-1)).squeeze(-1).log()
+    return probs, log_sum, log_sum - torch.linalg.vecdot(probs, logits) if entropies else log_sum
 
 
 class _Gradients:
@@ -251,22 +349,19 @@ class _Gradients:
             for number, (x, needed) in enumerate(zip(given, needs, strict=True))
         ]
 
-    def add(self, index: slice | Tensor, weights: Tensor, grad: Tensor, base: Tensor | None) -> None:
-        """Add a tile's, given the gradients of its corrected and (if they count) its base logits."""
-        scale = weights.reshape(-1, 1).to(self.tile.product.dtype)
+    def add(self, index: slice | Tensor, weights: Tensor, verdict: _Verdict) -> None:
+        """Add those of a tile."""
+        scale = weights.reshape(-1, 1).to(self.tile.head.dtype)
         if self.given[2] is not None:
-            own = scale * (1 - self.share) if base is not None else scale
-            self._add(2, index, grad, own)
-            if base is not None:
-                grad = base.lerp_(grad, 1 - self.share)
-        self._add(0, index, grad, scale)
+            self._add(2, index, verdict.own, scale * (1 - self.share) if self.share else scale)
+        self._add(0, index, verdict.slope, scale)
 
     def _add(self, which: int, index: slice | Tensor, grad: Tensor, scale: Tensor) -> None:
         """Add to the gradients of states and of the matrix that they are multiplied with."""
         (states, matrix), (of_states, of_matrix) = self.given[which : which + 2], self.sums[which : which + 2]
         if states is None or matrix is None or (of_states is None and of_matrix is None):
             return
-        slope = self.tile.slope(grad)
+        slope = self.tile.narrow(grad)
         if of_states is not None:
             part = (slope @ matrix).mul_(scale)
             if isinstance(index, slice):
@@ -277,6 +372,8 @@ class _Gradients:
             scaled = states[index] * scale
             if slope.dtype == of_matrix.dtype:
                 of_matrix.addmm_(slope.t(), scaled)
+            elif slope.is_cuda:  # the products are summed in fp32 without being stored
+                torch.addmm(of_matrix, slope.t(), scaled, out_dtype=of_matrix.dtype, out=of_matrix)
             else:
                 of_matrix += slope.t() @ scaled
 
@@ -287,42 +384,29 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, head: Tensor, extra: Tensor | None, matrix: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = job.weights.shape
-        most = max((end - start for start, _, end in job.tiles), default=0)
-        tile = _Tile(most, shape[1], len(head), states, mixed=job.base_share > 0)
         needs = [job.train and need for need in ctx.needs_input_grad[:4]]
         narrow_head, narrow_matrix = head.to(states.dtype), None if matrix is None else matrix.to(states.dtype)
+        tile = _Tile(job, narrow_head, narrow_matrix, states)
         grads = _Gradients(tile, (states, narrow_head, extra, narrow_matrix), needs, job.base_share)
-        teachers = _Teachers(job.teacher, job.objective, most)
+        teachers = _Teachers(job.teacher, job.objective, job.most_labels)
         losses = torch.zeros(shape, dtype=tile.wide, device=states.device)
         hits = torch.zeros(shape, dtype=torch.bool, device=states.device)
-        mixed = losses if tile.base is None else torch.zeros_like(losses)
+        mixed = losses if job.base_share == 0 else torch.zeros_like(losses)
         applied = job.weights.to(tile.wide, copy=job.weigh is not None)
         for start, stop, end in job.tiles:
             count, part = stop - start, slice(start, end)
             index = part if job.students is None else job.students[part].flatten()
-            teacher = teachers.tile(part)
-            logits = tile.scores(states[index], narrow_head)
-            if job.bias is not None:
-                logits += job.bias
-            base = None
-            if tile.base is not None:
-                base = CrossEntropy()(tile.student(logits, teacher, part, tile.base)[0], teacher)
-            if extra is not None and narrow_matrix is not None:
-                logits = tile.scores(extra[index], narrow_matrix, add=True)
-            student, best = tile.student(logits, teacher, part, tile.probs)
+            verdict = tile.judge(states[index], None if extra is None else extra[index], teachers.tile(part), part)
             labels = job.teacher.labels[part].unsqueeze(1)
             if job.weigh is not None:
-                known = torch.where(labels >= 0, (student.label_logits - student.log_sum).exp(), 0.0)
+                known = torch.where(labels >= 0, verdict.known.exp(), 0.0)
                 applied[start:stop, 0] *= job.weigh(slice(start, stop), known[:count, 0])
-            hits[start:stop] = (best == labels)[:count]
-            row_losses, grad = job.objective(student, teacher)
-            losses[start:stop] = row_losses[:count]
-            if base is not None:
-                mixed[start:stop] = torch.lerp(row_losses, base[0], job.base_share)[:count]
+            hits[start:stop] = (verdict.hits & (labels >= 0))[:count]
+            losses[start:stop], mixed[start:stop] = verdict.losses[:count], verdict.mixed[:count]
             if any(needs):
                 weights = applied[part] if end == stop else applied[part].clone()
                 weights[count:] = 0.0
-                grads.add(index, weights, grad, None if base is None else base[1])
+                grads.add(index, weights, verdict)
         ctx.save_for_backward(*grads.sums)
         ctx.mark_non_differentiable(losses, hits)
         ctx.set_materialize_grads(False)

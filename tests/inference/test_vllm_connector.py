@@ -141,6 +141,21 @@ def test_the_rows_of_a_prompt_arrive_in_the_order_of_the_request(vllm, target, t
     assert torch.allclose(found[LAST_HIDDEN_STATES], norm(rows[2]), atol=0 if device == "cpu" else 1e-6)
 
 
+def test_the_cache_of_another_version_has_the_same_rows(vllm, target, tmp_path, monkeypatch):
+    server, ids = Server(vllm, target, tmp_path), [5, 6, 7, 8, 9, 10]
+    handoff, ticket, ref = expect(tmp_path, ids)
+    swapped = server.cache.transpose(1, 2).contiguous()
+    with pytest.raises(UserError, match=r"vLLM 0\.32\.0 has an unknown form"):
+        server.workers[0].register_kv_caches({"states": swapped})
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.26.0")
+    server.workers[0].register_kv_caches({"states": swapped})
+    server.finish(ticket.to_json(), ids, [7, 3])
+    server.steps()
+    handoff.wait(ticket)
+    rows = torch.cat([server.cache[7], server.cache[3]], dim=1)[:, : len(ids)]
+    assert torch.equal(handoff.take(ref)[AUX_HIDDEN_STATES], torch.cat([rows[1], rows[0]], dim=-1))
+
+
 def test_requests_that_ask_for_nothing_are_not_touched(vllm, target, tmp_path):
     server = Server(vllm, target, tmp_path)
     assert server.finish(None, [1], [2]) == (False, None)

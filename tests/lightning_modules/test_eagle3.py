@@ -13,7 +13,8 @@ from lightning_modules.eagle3 import Eagle3Module
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, TrainBatch, mask_spans
 from specforge.errors import UserError
 from specforge.inference.target_head import TargetHead
-from specforge.modeling.layers.attention import Segment, ttt_attention
+from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.packed_attention import Segment
 from tests.lightning_modules.eagle3_reference import LatentReference, Reference
 from tests.tiny import write_target
 

@@ -79,14 +79,20 @@ def draw_documents(rng: random.Random) -> list[TrainBatch]:
     documents = []
     for number in range(rng.randrange(1, 9)):
         length = rng.choice([1, 2, 3, 4, 5, 9, 30])
-        mask, seed = (torch.tensor(draw_mask(rng, length)), torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        features = {
-            name: torch.randn(length, width, generator=seed, dtype=torch.float64)
-            for name, width in ((AUX_HIDDEN_STATES, 3 * H), (LAST_HIDDEN_STATES, H))
-        }
-        ids, spans = torch.randint(0, V, (length,), generator=seed), mask_spans(mask, (length,))
-        documents.append(TrainBatch(ids, mask, features, (length,), spans, (f"sample-{number}",)))
+        documents.append(document(rng, draw_mask(rng, length), number))
     return documents
+
+
+def document(rng: random.Random, learnt: list[bool], number: int) -> TrainBatch:
+    """A document of random tokens and features."""
+    mask, seed = torch.tensor(learnt), torch.Generator().manual_seed(rng.randrange(1 << 30))
+    length = len(mask)
+    features = {
+        name: torch.randn(length, width, generator=seed, dtype=torch.float64)
+        for name, width in ((AUX_HIDDEN_STATES, 3 * H), (LAST_HIDDEN_STATES, H))
+    }
+    ids, spans = torch.randint(0, V, (length,), generator=seed), mask_spans(mask, (length,))
+    return TrainBatch(ids, mask, features, (length,), spans, (f"sample-{number}",))
 
 
 def pack(documents: list[TrainBatch], padding: int) -> TrainBatch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +22,24 @@ class Plan:
 
     def to(self, device: torch.device) -> Self:
         """The same plan with its tensors on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return type(self)(**{**vars(self), **moved})
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """A copy of the plan in page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{name: _moved(value, move) for name, value in vars(self).items()})
+
+
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, Plan):
+        return value._map(move)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_moved(part, move) for part in value)
+    return value
 
 
 def borders(lengths: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:

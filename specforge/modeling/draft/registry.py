@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Container, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from specforge.errors import UserError
 from specforge.files import first_line, parse_json, read_json, write_folder
@@ -32,7 +33,10 @@ from specforge.modeling.draft.fields import (
     without_ignored_fields,
 )
 from specforge.modeling.draft.speculators import from_speculators, is_speculators
+from specforge.modeling.layers.decoder_layer import SwiGLUMLP
 from specforge.system import available_memory
+
+T = TypeVar("T")
 
 
 class Draft(nn.Module):
@@ -52,6 +56,7 @@ class Draft(nn.Module):
         other_names: the class's names in other projects.
         trained: whether its weights come from a checkpoint written after at least one optimizer step.
         flex: whether its layers train with FlexAttention instead of PyTorch's fused kernels.
+        recomputes: whether training computes the inside of a layer again in the backward pass.
 
     Raises:
         ValueError: a field describes a network that the class does not implement.
@@ -66,6 +71,7 @@ class Draft(nn.Module):
     t2d: Tensor
     target_ids: Tensor
     trained: bool = False
+    recomputes: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -83,6 +89,19 @@ class Draft(nn.Module):
                 f"attn_implementation is {attention}; the draft has {', '.join(self.attention_implementations)}"
             )
         self.flex = attention == "flex_attention"
+
+    def checkpoint_activations(self, what: Literal["none", "mlp", "layer"]) -> None:
+        """Choose the activations that training computes again instead of keeping them."""
+        self.recomputes = what == "layer"
+        for module in self.modules():
+            if isinstance(module, SwiGLUMLP):
+                module.keeps_projections = what == "none"
+
+    def run_layer(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)``, whose inside is computed again in the backward pass if the draft recomputes layers."""
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:

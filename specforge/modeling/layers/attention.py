@@ -24,15 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specforge.modeling.layers.flex_attention import Visibility, visible_attention
-
-
-class Segment(NamedTuple):
-    """A run of consecutive query rows of one document."""
-
-    row: int  # first row among the R query rows
-    start: int  # flat token of that row; the rows are tokens start .. stop - 1
-    stop: int  # one past the last token
-    document: int  # flat token at which their document begins
+from specforge.modeling.layers.packed_attention import (
+    Packing,
+    Segment,
+    half_attention,
+    half_attention_backward,
+    packed_attention,
+    runs_packed,
+)
 
 
 class Product(NamedTuple):
@@ -74,6 +73,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, product: Product) -> tuple
     """Output ``[B, L, h, d]`` and log-sum-exp ``[B, L, h]`` of one product, from PyTorch's fused kernels."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     causal, mask = product.causal, product.mask
+    if mask is None and runs_packed(query):
+        return half_attention(query, key, value, causal)
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask)
     else:
@@ -89,6 +90,8 @@ def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, product: Product
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value in one product; ``out`` and ``lse`` are those of the whole softmax."""
+    if product.mask is None and runs_packed(query):
+        return half_attention_backward(grad, query, key, value, out, lse, product.causal)
     g, q, k, v, o = (x.transpose(1, 2) for x in (grad, query, key, value, out))
     lse = lse.transpose(1, 2).contiguous()
     causal, mask = product.causal, product.mask
@@ -250,6 +253,7 @@ def ttt_attention(
     segments: Sequence[Segment],
     own: Sequence[tuple[Tensor, Tensor]],
     *,
+    packing: Packing | None = None,
     flex: bool = False,
 ) -> Tensor:
     """Attention of one step of the training-time test.
@@ -260,6 +264,7 @@ def ttt_attention(
         value: step-0 values, ``[N, k, v]``; ``v`` is at most ``d``.
         segments: the tokens that the query rows are; rows in none are padding.
         own: keys ``[R, k, d]`` and values ``[R, k, v]`` of steps 1..s; empty at step 0.
+        packing: the segments laid out for GPUs, on the device of the rows.
         flex: whether to use FlexAttention.
 
     Returns:
@@ -280,6 +285,8 @@ def ttt_attention(
     pad = (0, key.shape[-1] - size)
     if pad[1]:
         value, own = F.pad(value, pad), [(k, F.pad(v, pad)) for k, v in own]
+    if packing is not None and runs_packed(query):
+        return packed_attention(query, key, value, packing, own)[..., :size]
     return merged_attention(query, key, value, products, own)[..., :size]
 
 

@@ -2,8 +2,8 @@
 
 A training-time test runs the same layer T times and keeps every step's activations until the backward pass, so peak
 memory depends on what each operation saves. A normed input is one elementwise pass away from a tensor that is kept
-anyway, so it is not saved. Neither are the MLP's gate and up projections, the widest tensors of the layer: one more
-matrix product recomputes them (5 % of a step's time for a quarter of its activations).
+anyway, so it is not saved. Neither are, unless asked for, the MLP's gate and up projections, the widest tensors of the
+layer: one more matrix product recomputes them.
 
 Names of parameters are those of Llama and Qwen.
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from specforge.modeling.layers.attention import Segment, ttt_attention
+from specforge.fusion import fused
+from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.packed_attention import Segment
 
 # Supported types of rotary positions. The angles of transformers' ``dynamic`` and ``longrope`` change with the length
 # of the text: a document's angles would depend on its batch, and cached keys would become wrong as the text grows.
@@ -38,18 +40,23 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+@fused(x=(0,))
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x²) + eps)``, ``[R, 1]`` in fp32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
 
 
+@fused(x=(0,), rstd=(0,))
 def _scale(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return (x.to(rstd.dtype) * rstd).mul_(weight).to(x.dtype)
 
 
-def _norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-    """Gradients of a norm's input (None unless needed; in the dtype of ``rstd``) and of its weight."""
+@fused(grad=(0,), x=(0,), rstd=(0,), residual=(0,))
+def _norm_backward(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, residual: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of a norm's input (None unless needed; plus ``residual``) and of its weight, in their dtypes."""
     wide = grad.to(rstd.dtype)
     normed = x.to(rstd.dtype) * rstd
     grad_weight = (wide * normed).sum(0).to(weight.dtype)
@@ -57,7 +64,8 @@ def _norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, need_x
         return None, grad_weight
     scaled = wide * weight
     mean = torch.linalg.vecdot(scaled, normed).div_(x.shape[-1]).unsqueeze_(-1)
-    return scaled.addcmul_(normed, mean, value=-1).mul_(rstd), grad_weight
+    grad_x = scaled.addcmul_(normed, mean, value=-1).mul_(rstd)
+    return (grad_x if residual is None else grad_x.add_(residual)).to(x.dtype), grad_weight
 
 
 class _Norm(torch.autograd.Function):
@@ -70,8 +78,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = _norm_backward(grad, x, rstd, weight, ctx.needs_input_grad[0])
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None
+        return *_norm_backward(grad, x, rstd, weight, ctx.needs_input_grad[0]), None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -85,42 +92,69 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, rstd, matrix = ctx.saved_tensors
         grad_matrix = grad.t() @ _scale(x, rstd, weight)
-        grad_x, grad_weight = _norm_backward(grad @ matrix, x, rstd, weight, ctx.needs_input_grad[0])
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None, grad_matrix
+        return *_norm_backward(grad @ matrix, x, rstd, weight, ctx.needs_input_grad[0]), None, grad_matrix
+
+
+@fused(projected=(0,))
+def _swiglu(projected: Tensor) -> Tensor:
+    """``silu(gate) · up`` of the projections ``[R, 2I]``."""
+    gate, up = projected.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+@fused(projected=(0,), grad=(0,))
+def _swiglu_backward(projected: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_swiglu` again, and the gradient of the projections ``[R, 2I]``, given that of the result."""
+    gate, up = projected.chunk(2, dim=-1)
+    activation = F.silu(gate)
+    return activation * up, torch.cat([torch.ops.aten.silu_backward(grad * up, gate), activation * grad], dim=-1)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        return _swiglu(projected)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (projected,) = ctx.saved_tensors
+        return _swiglu_backward(projected, grad)[1]
+
+
+def swiglu(projected: Tensor) -> Tensor:
+    """``silu(gate) · up`` ``[R, I]`` of the projections ``[R, 2I]``, gate first (arXiv 2002.05202)."""
+    return _SwiGLU.apply(projected)  # type: ignore[no-any-return]
 
 
 class _NormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate_up: Tensor, down: Tensor, keep: bool) -> Tensor:
         rstd, out = _rstd(x, eps), torch.empty_like(x)
+        kept = []
         for rows in _blocks(x):
-            gate, up = F.linear(_scale(x[rows], rstd[rows], weight), gate_up).chunk(2, dim=-1)
-            torch.addmm(x[rows], F.silu(gate).mul_(up), down.t(), out=out[rows])
-        ctx.save_for_backward(x, weight, rstd, gate_up, down)
+            projected = F.linear(_scale(x[rows], rstd[rows], weight), gate_up)
+            torch.addmm(x[rows], _swiglu(projected), down.t(), out=out[rows])
+            kept += [projected] if keep else []
+        ctx.save_for_backward(x, weight, rstd, gate_up, down, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, rstd, gate_up, down = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_weight, grad_gate_up, grad_down = (torch.zeros_like(w) for w in (weight, gate_up, down))
-        for rows in _blocks(x):
+        x, weight, rstd, gate_up, down, *kept = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        for number, rows in enumerate(_blocks(x)):
             normed = _scale(x[rows], rstd[rows], weight)
-            projected = F.linear(normed, gate_up)
-            gate, up = projected.chunk(2, dim=-1)
-            activation, grad_product = F.silu(gate), grad[rows] @ down
-            grad_down.addmm_(grad[rows].t(), activation * up)
-            # From here on `projected` becomes its own gradient, half by half.
-            activation.mul_(grad_product)
-            grad_product.mul_(up)
-            up.copy_(activation)
-            torch.ops.aten.silu_backward.grad_input(grad_product, gate, grad_input=gate)
-            grad_gate_up.addmm_(projected.t(), normed)
-            part, part_weight = _norm_backward(projected @ gate_up, x[rows], rstd[rows], weight, need_x=True)
+            projected = kept[number] if kept else F.linear(normed, gate_up)
+            activation, projected = _swiglu_backward(projected, grad[rows] @ down)
+            torch.addmm(grad_down, grad[rows].t(), activation, beta=float(number > 0), out=grad_down)
+            torch.addmm(grad_gate_up, projected.t(), normed, beta=float(number > 0), out=grad_gate_up)
+            part, part_weight = _norm_backward(projected @ gate_up, x[rows], rstd[rows], weight, True, grad[rows])
             assert part is not None
-            torch.add(part, grad[rows], out=grad_x[rows])
+            grad_x[rows] = part
             grad_weight += part_weight
-        return grad_x, grad_weight, None, grad_gate_up, grad_down
+        return grad_x, grad_weight, None, grad_gate_up, grad_down, None
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -128,9 +162,9 @@ def _blocks(x: Tensor) -> list[slice]:
 
     More runs would lose precision: the gradients of the matrices are summed over them in the compute dtype.
     """
-    least = 256 if x.device.type == "cpu" else 4096
+    least = 256 if x.device.type == "cpu" else 8192
     size = max(least, -(-len(x) // 4))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]  # without rows, gradients of 0
 
 
 class RMSNorm(nn.Module):
@@ -149,15 +183,16 @@ class RMSNorm(nn.Module):
         """``norm(x) @ matrixᵀ`` for ``x [R, H]``, ``matrix [O, H]`` of the same dtype, without keeping ``norm(x)``."""
         return _NormLinear.apply(x, self.weight, self.eps, matrix)  # type: ignore[no-any-return]
 
-    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """``x + down(silu(gate) · up)`` of the normed rows (SwiGLU, arXiv 2002.05202), keeping only ``x``.
+    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, keep: bool = False) -> Tensor:
+        """``x + down(silu(gate) · up)`` of the normed rows (SwiGLU, arXiv 2002.05202).
 
         Args:
             x: ``[R, H]``.
             gate_up: ``[2I, H]`` gate and up matrices, gate first.
             down: ``[H, I]``.
+            keep: whether to keep the projections ``[R, 2I]`` for the backward pass instead of computing them again.
         """
-        return _NormMLP.apply(x, self.weight, self.eps, gate_up, down)  # type: ignore[no-any-return]
+        return _NormMLP.apply(x, self.weight, self.eps, gate_up, down, keep)  # type: ignore[no-any-return]
 
 
 def norm_heads(norm: RMSNorm | None, x: Tensor) -> Tensor:
@@ -187,14 +222,16 @@ class RotaryTable:
         """Whether the angles are the same."""
         if not isinstance(other, RotaryTable):
             return NotImplemented
-        return self._factor == other._factor and torch.equal(self._frequencies, other._frequencies)
+        return self._factor == other._factor and torch.equal(self._frequencies.cpu(), other._frequencies.cpu())
 
     __hash__ = None  # type: ignore[assignment]
 
     def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tables for positions ``0 .. length - 1``: cosine and sine, both fp32 ``[P, rotary size / 2]``."""
         positions = torch.arange(length, device=device, dtype=torch.float32)
-        angles = positions[:, None] * self._frequencies.to(device)
+        if self._frequencies.device != device:  # once: a copy from the host makes it wait for the device
+            self._frequencies = self._frequencies.to(device)
+        angles = positions[:, None] * self._frequencies
         return angles.cos() * self._factor, angles.sin() * self._factor
 
 
@@ -224,6 +261,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+@fused(x=(0,), cos=(0,), sin=(0,))
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -242,6 +280,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     the rotary size are passed through. The result has the dtype of ``x``.
     """
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, index, grad), None
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``, for an index that repeats only rows without a gradient.
+
+    On a GPU the ordinary backward pass sorts the index, to add repeated rows in a fixed order.
+    """
+    return _TakeRows.apply(x, index) if x.is_cuda else x[index]  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -323,7 +382,13 @@ class GroupedAttention(Attention):
 
 
 class SwiGLUMLP(nn.Module):
-    """Gated MLP, ``down(silu(gate x) · up x)`` (arXiv 2002.05202)."""
+    """Gated MLP, ``down(silu(gate x) · up x)`` (arXiv 2002.05202).
+
+    Attributes:
+        keeps_projections: whether training keeps the gate and up projections instead of computing them again.
+    """
+
+    keeps_projections: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -338,7 +403,7 @@ class SwiGLUMLP(nn.Module):
 
     def residual(self, x: Tensor, norm: RMSNorm, weights: dict[str, Tensor]) -> Tensor:
         """``x + MLP(norm(x))`` for ``x [R, H]`` and this MLP's :meth:`weights`."""
-        return norm.mlp(x, **weights)
+        return norm.mlp(x, **weights, keep=self.keeps_projections)
 
 
 class LayerWeights(NamedTuple):

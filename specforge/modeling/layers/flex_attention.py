@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from specforge.errors import UserError
 
+_TILE = 128
+
 
 class Visibility(NamedTuple):
-    """The keys that each row sees; all ``[R]`` int64."""
+    """The keys that each row sees; all ``[R]`` int64. The rows of a group follow one another."""
 
     low: Tensor  # first visible token
     high: Tensor  # one past the last visible token; no token is visible if it is not above low
@@ -37,17 +39,40 @@ class Visibility(NamedTuple):
         return torch.where(key < tokens, before, beside)
 
     def block_mask(self, tokens: int, steps: int) -> BlockMask:
-        """The tiles of the scores in which some key is visible, for N tokens and S steps."""
-        size = torch.full((), tokens, device=self.low.device)
+        """The tiles of the scores in which some key may be visible, for N tokens and S steps.
+
+        They follow from the first and last key of a tile's rows; trying every pair of row and key, as PyTorch's
+        ``create_block_mask`` does, takes longer than the attention.
+        """
+        rows, device = len(self.low), self.low.device
+        size = torch.full((), tokens, device=device)
+        some, every = self._tiles(tokens, steps)
 
         def mask(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
             return self.allows(row, key, size)
 
-        rows, device = len(self.low), self.low.device
-        made: BlockMask = _compiled(create_block_mask, device.type)(
-            mask, None, None, rows, tokens + steps * rows, device
+        return BlockMask.from_kv_blocks(
+            *_ordered(some & ~every), *_ordered(every), _TILE, mask, (rows, tokens + steps * rows)
         )
-        return made
+
+    def _tiles(self, tokens: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Whether some, and whether all keys of a tile are visible to its rows; ``[row tiles, key tiles]`` bool."""
+        rows, device = len(self.low), self.low.device
+        each = torch.arange(rows, device=device)
+        changes = self.group[1:] != self.group[:-1]
+        first = torch.cat([each[:1], each[1:] * changes]).cummax(0).values  # row of the group
+        last = torch.cat([each[:-1] + (rows - each[:-1]) * ~changes, each[-1:]]).flip(0).cummin(0).values.flip(0)
+        nothing = self.high <= self.low
+        low, high = self.low.masked_fill(nothing, tokens), self.high.masked_fill(nothing, 0)
+        begin = torch.arange(0, tokens + steps * rows, _TILE, device=device)
+        stop = begin + _TILE
+        least, most = _least(low).unsqueeze(1), -_least(-high).unsqueeze(1)
+        some = (least < stop) & (most > begin) & (begin < tokens)
+        every = (-_least(-low).unsqueeze(1) <= begin) & (_least(high).unsqueeze(1) >= stop) & (stop <= tokens)
+        least, most = _least(first).unsqueeze(1), -_least(-last).unsqueeze(1) + 1
+        for offset in range(tokens, tokens + steps * rows, rows):
+            some |= (least + offset < stop) & (most + offset > begin)
+        return some, every
 
 
 def visible_attention(
@@ -77,6 +102,18 @@ def visible_attention(
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out: Tensor = _compiled(flex_attention, query.device.type)(q, k, v, block_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _least(x: Tensor) -> Tensor:
+    """The least value of ``x [R]`` in each tile of rows."""
+    padded = torch.cat([x, x[-1:].expand(-len(x) % _TILE)])
+    return padded.view(-1, _TILE).amin(1)
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of key tiles for each row tile, and their indices first in each row, as ``BlockMask`` takes them."""
+    order = tiles.int().argsort(dim=1, descending=True, stable=True)
+    return tiles.sum(1, dtype=torch.int32)[None, None], order.int().contiguous()[None, None]
 
 
 @cache

@@ -159,7 +159,8 @@ class FeatureDataLoader(Generic[SampleT]):
         for key, value in self._identity.items():
             known = key in state or key not in _LATER
             if known and state.get(key) != value and ANY_ENGINE not in (value, state.get(key)):
-                what = "the training samples" if key == "samples" else f"{key} ({state.get(key)}, now {value})"
+                name = "world_size, the number of ranks with batches of their own," if key == "world_size" else key
+                what = "the training samples" if key == "samples" else f"{name} ({state.get(key)}, now {value})"
                 raise UserError(
                     f"cannot resume in the middle of the data: {what} changed since the checkpoint; restore it, "
                     "or start a new run from the weights alone (model.init_from)"

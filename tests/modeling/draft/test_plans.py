@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from specforge.modeling.draft.dflash.plan import plan_blocks
@@ -22,6 +24,29 @@ def test_the_unroll():
     assert plan.valid[:3].all()
     assert not plan.valid[3:].any()
     assert plan.row_tokens[:, :4].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+def test_the_unroll_of_each_of_two_ranks():
+    """Rows 0 and 3 are the first rank's, 1 and 2 the second's; so are tokens 4 and 5, which are no rows."""
+    plans = [plan_unroll(LENGTHS, SPANS, 2, None, SimpleNamespace(rank=lambda r=r: r, size=lambda: 2)) for r in (0, 1)]
+    for plan, tokens, rows in zip(plans, ([0, 3, 4], [1, 2, 5]), ([0, 3], [1, 2]), strict=True):
+        assert len(plan.share.tokens) == ROUND
+        assert plan.share.tokens[:3].tolist() == tokens
+        assert plan.share.tokens[plan.rows[:2]].tolist() == rows
+        assert plan.positions[:3].tolist() == tokens
+        assert plan.read[plan.row_tokens[:, :2]].tolist() == [[row + 1 for row in rows], [row + 2 for row in rows]]
+        assert plan.read[plan.next_tokens[:3]].tolist() == [min(token + 1, 5) for token in tokens]
+        assert plan.share.order.tolist() == [0, ROUND, ROUND + 1, 1, 2, ROUND + 2]
+    assert [plan.supervised for plan in plans] == [1, 2]
+    assert [plan.labels[: plan.count].tolist() for plan in plans] == [[3, 5], [3, 4, 5]]
+    assert [plan.valid[: plan.count].tolist() for plan in plans] == [
+        [[False, True], [True, False]],
+        [[True, False], [True, True], [False, True]],
+    ]
+    assert [[(x.row, x.start, x.stop) for x in plan.segments] for plan in plans] == [
+        [(0, 0, 1), (1, 3, 4)],
+        [(0, 1, 3)],
+    ]
 
 
 def test_the_depths_of_peagle():

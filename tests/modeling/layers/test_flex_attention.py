@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from lightning_modules import algorithms
 from specforge.errors import UserError
@@ -114,6 +115,7 @@ def test_a_row_sees_what_its_sight_says():
     low = torch.from_numpy(rng.integers(0, 30, rows))
     high = low + torch.from_numpy(rng.integers(0, 40, rows))
     group, order = (torch.from_numpy(rng.integers(0, 6, rows)) for _ in range(2))
+    group = group.sort().values
     query = torch.randn(rows, 1, 16, dtype=torch.float64)
     key, value = (torch.randn(tokens, 1, 16, dtype=torch.float64) for _ in range(2))
     own = [(torch.randn(rows, 1, 16, dtype=torch.float64),) * 2 for _ in range(steps)]
@@ -125,6 +127,31 @@ def test_a_row_sees_what_its_sight_says():
         seen += [group[r] == group[row] and order[r] <= order[row] for _ in range(steps) for r in range(rows)]
         weights = (keys @ query[row, 0] / 4).masked_fill(~torch.tensor(seen), -torch.inf).softmax(0)
         torch.testing.assert_close(out[row, 0], weights @ values)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_no_tile_with_a_visible_key_is_skipped_and_every_full_tile_is_visible(steps):
+    rng = np.random.default_rng(steps)
+    rows, tokens = 400, 700
+    low = torch.from_numpy(np.sort(rng.integers(0, 500, rows)))
+    high = low + torch.from_numpy(rng.choice([0, 3, 60, 400, 600], rows))
+    group = torch.from_numpy(np.sort(rng.integers(0, 60, rows)))
+    visibility = Visibility(low, high.clamp(max=tokens), group, torch.from_numpy(rng.integers(0, 3, rows)))
+    mask = visibility.block_mask(tokens, steps)
+    row, key = torch.arange(rows)[:, None], torch.arange(tokens + steps * rows)
+    visible = visibility.allows(row, key, torch.tensor(tokens))
+    full = create_block_mask(lambda b, h, r, k: visible[r, k], None, None, rows, len(key), "cpu")
+
+    def tiles(count: torch.Tensor, indices: torch.Tensor) -> set[tuple[int, int]]:
+        return {(i, int(j)) for i in range(count.shape[-1]) for j in indices[0, 0, i, : count[0, 0, i]]}
+
+    some, every = tiles(mask.kv_num_blocks, mask.kv_indices), tiles(mask.full_kv_num_blocks, mask.full_kv_indices)
+    exact = tiles(full.kv_num_blocks, full.kv_indices), tiles(full.full_kv_num_blocks, full.full_kv_indices)
+    assert not some & every
+    assert exact[0] | exact[1] <= some | every
+    assert every <= exact[1]
+    if steps:  # and hardly any tile is computed in vain
+        assert len(some | every) <= 1.2 * len(exact[0] | exact[1])
 
 
 def test_training_by_it_on_a_cpu_is_refused_by_name():

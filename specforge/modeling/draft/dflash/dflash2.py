@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
 
+from specforge.fusion import fused
 from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, block_size
 from specforge.modeling.draft.fields import SIZE, Fields, by_default, only
 from specforge.modeling.draft.registry import register_draft
-from specforge.modeling.layers.decoder_layer import LayerWeights
+from specforge.modeling.layers.decoder_layer import LayerWeights, swiglu
 
 IN, OUT = 0, 1
 
@@ -63,12 +64,17 @@ class DynamicConv(nn.Module):
         matrix = self.kernel_projection.weight.chunk(2)[side].to(x.dtype)
         delta = F.linear(normed, matrix).view(-1, self.block, self.taps, matrix.shape[0] // self.taps, 1)
         base = self.base_kernel[side].to(x.dtype).view(self.taps, -1, self.group)
-        rows = x.view(-1, self.block, *base.shape[1:])
-        out = rows * (base[0] + delta[:, :, 0])
-        for tap in range(1, self.taps):
-            more = rows[:, :-tap] * (base[tap] + delta[:, tap:, tap])
-            out = out + F.pad(more, (0, 0, 0, 0, tap, 0))
-        return out.view(x.shape)
+        return _convolve(x.view(-1, self.block, *base.shape[1:]), delta, base).view(x.shape)
+
+
+@fused(gradient=True, rows=(0,), delta=(0,))
+def _convolve(rows: Tensor, delta: Tensor, base: Tensor) -> Tensor:
+    """Blocks ``[n, b, groups, size]``, coefficients ``[n, b, taps, groups, 1]`` and ``[taps, groups, size]``."""
+    out = rows * (base[0] + delta[:, :, 0])
+    for tap in range(1, len(base)):
+        more = rows[:, :-tap] * (base[tap] + delta[:, tap:, tap])
+        out = out + F.pad(more, (0, 0, 0, 0, tap, 0))
+    return out
 
 
 class DFlash2Layer(BlockLayer):
@@ -93,8 +99,8 @@ class DFlash2Layer(BlockLayer):
         out = F.linear(attention.flatten(1), w.out)
         hidden = hidden + self.attention_conv(out, self.input_layernorm(hidden), OUT)
         normed = self.post_attention_layernorm(hidden)
-        gate, up = F.linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]).chunk(2, -1)
-        return hidden + self.mlp_conv(F.linear(F.silu(gate) * up, w.mlp["down"]), normed, OUT)
+        activation = swiglu(F.linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]))
+        return hidden + self.mlp_conv(F.linear(activation, w.mlp["down"]), normed, OUT)
 
 
 class CandidateSelector(nn.Module):

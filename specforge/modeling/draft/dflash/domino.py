@@ -122,7 +122,7 @@ class Domino(DFlash):
         """The input of W2 for every draft; 0 for drafts that keep their base logits.
 
         Args:
-            embeds: ``[K, H]`` embeddings of the distinct tokens.
+            embeds: ``[K, H]`` embeddings of some tokens.
             tokens: ``[n, T]`` index of each token of the blocks among them: the anchor and the tokens after it.
             states: ``[M, H]`` the drafts' states.
             block: ``[M]`` block of each draft.
@@ -131,14 +131,15 @@ class Domino(DFlash):
         Returns:
             ``[M, r]``.
         """
-        rows = (depth >= self.prefix).nonzero().flatten()
-        # One product per distinct token instead of per slot: blocks overlap, and tokens recur.
         gates = self.prefix_gru.read(embeds.to(states.dtype))
         memory = [gates.new_zeros(len(tokens), self.prefix_gru.hidden)]
         for column in tokens.unbind(1):
             memory.append(self.prefix_gru.step(gates[column], memory[-1]))
-        found = torch.stack(memory[1:])[depth[rows], block[rows]]
-        mixed = self.mix(states[rows], found)
+        found = torch.stack(memory[1:])
+        if states.is_cuda:  # the host does not know the number of rows, and waiting for it takes longer than a few more
+            return self.mix(states, found[depth, block]) * (depth >= self.prefix).unsqueeze(1)
+        rows = (depth >= self.prefix).nonzero().flatten()
+        mixed = self.mix(states[rows], found[depth[rows], block[rows]])
         return mixed.new_zeros(len(states), mixed.shape[1]).index_copy(0, rows, mixed)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config
 
+from specforge.modeling.draft.context_parallel import own
 from specforge.modeling.draft.dflash.attention import block_attention
 from specforge.modeling.draft.dflash.plan import BlockPlan
 from specforge.modeling.draft.fields import (
@@ -178,7 +179,7 @@ class DFlash(Draft):
         """Run all blocks.
 
         Args:
-            aux_hidden_states: ``[N, A]`` captured layers, concatenated.
+            aux_hidden_states: ``[N, A]`` captured layers, concatenated; with a share, of this rank's tokens only.
             embeds: ``[n + 1, H]`` the target's embedding of every anchor and, last, of the mask token.
             plan: the blocks, from :func:`~specforge.modeling.draft.dflash.plan.plan_blocks`.
             rows: ``[M]`` rows to return.
@@ -197,10 +198,13 @@ class DFlash(Draft):
         cos, sin = self.rotary(plan.longest + self.block_size, embeds.device)
         slots = torch.arange(self.block_size, device=embeds.device)
         positions = (plan.positions[plan.anchors].unsqueeze(1) + slots).flatten()
-        context_angles, angles = (cos[plan.positions], sin[plan.positions]), (cos[positions], sin[positions])
+        context_positions = own(plan.positions, plan.share)
+        context_angles, angles = (cos[context_positions], sin[context_positions]), (cos[positions], sin[positions])
         mixed = self.layer.mixes_slots
         hidden = self._all_slots(embeds) if mixed else embeds
-        for number, layer in enumerate(self.decoder_layers):
+        last = len(self.layers) - 1
+
+        def run(number: int, layer: BlockLayer, hidden: Tensor) -> Tensor:
             w = layer.weights(embeds.dtype)
             if number == 0 and not mixed:  # all mask tokens are alike until they have positions
                 heads = layer.attention_heads(layer.project(hidden, w), None, w)
@@ -209,6 +213,8 @@ class DFlash(Draft):
             else:
                 query, own_key, own_value = layer.attention_heads(layer.project(hidden, w), angles, w)
             key, value = layer.inject(context, context_angles, w)
+            if plan.share is not None:
+                key, value = plan.share.gather(key, value)
             attention = block_attention(
                 query,
                 key,
@@ -221,9 +227,12 @@ class DFlash(Draft):
                 causal=layer.causal,
                 flex=self.flex,
             )
-            if number == len(self.layers) - 1 and not mixed:
+            if number == last and not mixed:
                 hidden, attention = (x.index_select(0, rows) for x in (hidden, attention))
-            hidden = layer.finish(hidden, attention, w)
+            return layer.finish(hidden, attention, w)
+
+        for number, layer in enumerate(self.decoder_layers):
+            hidden = self.run_layer(run, number, layer, hidden)
         return self.norm(hidden.index_select(0, rows) if mixed else hidden)  # type: ignore[no-any-return]
 
     def _all_slots(self, x: Tensor) -> Tensor:

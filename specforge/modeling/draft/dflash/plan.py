@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from specforge.modeling.draft.context_parallel import Share, zigzag
 from specforge.modeling.draft.dflash.attention import BlockGroup
 from specforge.modeling.draft.plan import ROUND, Plan, borders
 
@@ -28,7 +30,7 @@ _BLOCK_ROUND = 4
 
 @dataclass
 class BlockPlan(Plan):
-    """Index tensors of the blocks of one packed batch."""
+    """Index tensors of the blocks of one packed batch, or of those of one rank that shares it with others."""
 
     count: int  # supervised drafts; M is padded to a multiple of ROUND, n to a multiple of four
     blocks: int  # number of blocks without padding
@@ -40,6 +42,7 @@ class BlockPlan(Plan):
     labels: Tensor  # [M] flat token that it predicts
     firsts: tuple[int, ...]  # index of every block's first draft, without padding; last, the number of drafts
     longest: int  # number of tokens of the longest document
+    share: Share | None = None  # None: all tokens are this rank's
 
 
 def starts(spans: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -84,6 +87,7 @@ def plan_blocks(
     tokens: int | None = None,
     *,
     contiguous: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> BlockPlan:
     """Plan the blocks at the given anchors.
 
@@ -106,9 +110,14 @@ def plan_blocks(
         depths: drafts per block.
         tokens: N if the batch is padded; by default the sum of ``lengths``.
         contiguous: whether an unsupervised token ends the block instead of leaving a gap in it.
+        group: ranks that share the blocks; each plans its own.
     """
     tokens = sum(lengths) if tokens is None else tokens
     begin, end = borders(lengths, tokens)
+    share = None
+    if group is not None and len(anchors):
+        anchors = zigzag(anchors, group.size())[group.rank()]
+        share = Share.of(np.array_split(np.arange(tokens), group.size()), group)
     labels = anchors[:, None] + 1 + np.arange(depths)
     valid = _supervised(labels, anchors, end, spans)
     if contiguous:
@@ -120,6 +129,8 @@ def plan_blocks(
     flat = np.stack([block, depth, labels[block, depth]])
     flat = np.pad(flat, ((0, 0), (0, -count % ROUND)), mode=edge)  # type: ignore[call-overload]
     padded = np.pad(anchors, (0, -len(anchors) % _BLOCK_ROUND), mode="edge") if len(anchors) else anchors
+    if share is not None and not len(anchors):
+        padded = np.zeros(_BLOCK_ROUND, dtype=np.int64)  # a rank without blocks has to take part in the collectives
     as_tensor = torch.from_numpy
     return BlockPlan(
         count=count,
@@ -132,6 +143,7 @@ def plan_blocks(
         labels=as_tensor(flat[2]),
         firsts=tuple(firsts.tolist()),
         longest=max(lengths, default=0),
+        share=share,
     )
 
 

@@ -53,6 +53,7 @@ from specforge.modeling.layers.decoder_layer import (
     RMSNorm,
     RotaryTable,
     compute_dtype,
+    take_rows,
 )
 from specforge.modeling.layers.latent_attention import LatentAttention
 
@@ -228,8 +229,8 @@ class Eagle3Draft(EagleDraft):
         """Run the training-time test.
 
         Args:
-            aux_hidden_states: ``[N, A]`` captured layers, concatenated.
-            embeds: ``[N, H]`` the target's embedding of every token.
+            aux_hidden_states: ``[K, A]`` captured layers, concatenated, of the plan's own tokens.
+            embeds: ``[E, H]`` the target's embedding of every token that the plan reads.
             plan: the rows to compute, from :func:`~specforge.modeling.draft.eagle3.plan.plan_unroll`.
 
         Returns:
@@ -247,27 +248,36 @@ class Eagle3Draft(EagleDraft):
         cos, sin = self.rotary(plan.longest + plan.steps, embeds.device)
         row_positions = plan.positions[plan.rows]
 
-        # Step 0: keys and values of every token, queries of the needed rows only.
+        # Step 0: keys and values of every (own) token, queries of the needed rows only.
         fused = self.fuse(aux_hidden_states, dtype)
         hidden = fused[plan.rows]
-        product = layer.hidden_norm.linear(fused, w.hidden[width:]) + embed[plan.next_tokens, width:]
+        product = layer.hidden_norm.linear(fused, w.hidden[width:]) + take_rows(embed[:, width:], plan.next_tokens)
         key, value = attn.keys_values(product, (cos[plan.positions], sin[plan.positions]), w.more)
-        product = layer.hidden_norm.linear(hidden, w.hidden[:width]) + embed[plan.row_tokens[0], :width]
+        if plan.share is not None:
+            key, value = plan.share.gather(key, value)
+        product = layer.hidden_norm.linear(hidden, w.hidden[:width]) + take_rows(embed[:, :width], plan.row_tokens[0])
 
-        states: list[Tensor] = []
-        own: list[tuple[Tensor, Tensor]] = []
-        for step in range(plan.steps):
+        def run(step: int, hidden: Tensor, product: Tensor | None, *own: Tensor) -> tuple[Tensor, ...]:
+            """Fed-back state and normed state of a step, and from step 1 on its rows' own key and value."""
             angles = cos[row_positions + step], sin[row_positions + step]
-            if step > 0:
-                product = layer.hidden_norm.linear(hidden, w.hidden) + embed[plan.row_tokens[step]]
-                own.append(attn.keys_values(product[:, width:], angles, w.more))
+            more: tuple[Tensor, ...] = ()
+            if product is None:
+                product = layer.hidden_norm.linear(hidden, w.hidden) + take_rows(embed, plan.row_tokens[step])
+                more = attn.keys_values(product[:, width:], angles, w.more)
             query = attn.queries(product[:, :width], angles, w.more)
-            attention = ttt_attention(query, key, value, plan.segments, own, flex=self.flex)
+            own = (*own, *more)
+            pairs = list(zip(own[0::2], own[1::2], strict=True))
+            attention = ttt_attention(query, key, value, plan.segments, pairs, packing=plan.packing, flex=self.flex)
             hidden = layer.finish(hidden, attention, w)
             normed = self.norm(hidden)
+            return normed if self.norm_output else hidden, normed, *more
+
+        states: list[Tensor] = []
+        own: list[Tensor] = []
+        for step in range(plan.steps):
+            hidden, normed, *more = self.run_layer(run, step, hidden, None if step else product, *own)
             states.append(normed)
-            if self.norm_output:
-                hidden = normed
+            own += more
         return torch.stack(states)
 
     def decoder(self, dtype: torch.dtype) -> Eagle3Decoder:

@@ -167,18 +167,27 @@ class MTPDraft(Draft):
         x = self.hidden_norm.linear(last_hidden_states, hidden_weight) + following
         query, key, value = layer.attention_heads(layer.project(x, w), (cos[plan.positions], sin[plan.positions]), w)
         x, query = x[plan.rows], query[plan.rows]
+
+        def run(step: int, x: Tensor, query: Tensor | None, *own: Tensor) -> tuple[Tensor, ...]:
+            """Normed and fed-back state of a step, and from step 1 on its rows' own key and value."""
+            more: tuple[Tensor, ...] = ()
+            if query is None:
+                x = self.hidden_norm.linear(x, hidden_weight) + embedded[plan.row_tokens[step]]
+                angles = cos[row_positions + step], sin[row_positions + step]
+                query, *new = layer.attention_heads(layer.project(x, w), angles, w)
+                more = tuple(new)
+            own = (*own, *more)
+            pairs = list(zip(own[0::2], own[1::2], strict=True))
+            attention = ttt_attention(query, key, value, plan.segments, pairs, packing=plan.packing, flex=self.flex)
+            return *self.finish(x, attention, w), *more
+
         states: list[Tensor] = []
-        own: list[tuple[Tensor, Tensor]] = []
+        own: list[Tensor] = []
         hidden = x
         for step in range(plan.steps):
-            if step > 0:
-                x = self.hidden_norm.linear(hidden, hidden_weight) + embedded[plan.row_tokens[step]]
-                angles = cos[row_positions + step], sin[row_positions + step]
-                query, own_key, own_value = layer.attention_heads(layer.project(x, w), angles, w)
-                own.append((own_key, own_value))
-            attention = ttt_attention(query, key, value, plan.segments, own, flex=self.flex)
-            normed, hidden = self.finish(x, attention, w)
+            normed, hidden, *more = self.run_layer(run, step, hidden, None if step else query, *own)
             states.append(normed)
+            own += more
         return torch.stack(states)
 
     def decoder(self, head: OutputHead, dtype: torch.dtype) -> MTPDecoder:

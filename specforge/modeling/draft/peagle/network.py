@@ -134,19 +134,22 @@ class PEagleDraft(EagleDraft):
             tokens = len(input_ids)
             position = torch.cat([plan.positions, plan.positions[plan.anchors] + plan.depths])
             cos, sin = (x[position] for x in self.rotary(plan.longest + plan.students.shape[1], position.device))
-            embeds = self.embed(torch.cat([input_ids, input_ids.new_tensor([self.mask_token_id])]), embedding)
+            embeds = self.embed(torch.cat([input_ids, input_ids.new_full((1,), self.mask_token_id)]), embedding)
             hidden, product = self.first_inputs(aux_hidden_states, embeds, plan.next_tokens, weights[0])
             hidden = torch.cat([hidden[:-1], hidden[-1:].expand(len(plan.anchors), -1)])
             product = torch.cat([product[:-1], product[-1:].expand(len(plan.anchors), -1)])
             last = len(weights) - 1
-            for i, (layer, w) in enumerate(zip(self.decoder_layers, weights, strict=True)):
-                if i > 0:
-                    product = layer.project(hidden, w)
-                heads = layer.attention_heads(product, (cos, sin), w)
+
+            def run(i: int, layer: DecoderLayer, hidden: Tensor, product: Tensor | None) -> Tensor:
+                product = layer.project(hidden, weights[i]) if product is None else product
+                heads = layer.attention_heads(product, (cos, sin), weights[i])
                 attention = _all_attention(heads, tokens, plan, plan.rows if i == last else None, flex=self.flex)
                 if i == last:
                     hidden = torch.cat([hidden[plan.rows], hidden[tokens:]])
-                hidden = layer.finish(hidden, attention, w)
+                return layer.finish(hidden, attention, weights[i])
+
+            for i, layer in enumerate(self.decoder_layers):
+                hidden = self.run_layer(run, i, layer, hidden, None if i else product)
             return self.norm(hidden)
 
     def first_inputs(
@@ -182,13 +185,13 @@ def _all_attention(
 ) -> Tensor:
     """Attention of all elements, or of the tokens ``rows`` and the deep elements."""
     query, key, value = heads
-    segments = plan.documents if rows is None else plan.segments
+    segments, packing = (plan.documents, plan.document_packing) if rows is None else (plan.segments, plan.row_packing)
     shallow = query[:tokens] if rows is None else query[rows]
     key, own_key = key[:tokens], key[tokens:]
     value, own_value = value[:tokens], value[tokens:]
     return torch.cat(
         [
-            ttt_attention(shallow, key, value, segments, [], flex=flex),
+            ttt_attention(shallow, key, value, segments, [], packing=packing, flex=flex),
             deep_attention(
                 query[tokens:], key, value, (own_key, own_value), plan.anchors, plan.depths, plan.chunks, flex=flex
             ),

@@ -21,7 +21,7 @@ from torch import Tensor
 from specforge.modeling.draft.eagle3.plan import plan_unroll
 from specforge.modeling.draft.peagle.attention import Chunk
 from specforge.modeling.draft.plan import ROUND, Plan
-from specforge.modeling.layers.attention import Segment
+from specforge.modeling.layers.packed_attention import Packing, Segment, pack
 
 # Deep elements per attention product: enough to fill a fused kernel. A mask is as wide as its document.
 _CHUNK = 512
@@ -47,6 +47,8 @@ class PEaglePlan(Plan):
     rows: Tensor  # [R] flat token of each depth-0 element that predicts a label
     segments: tuple[Segment, ...]  # those rows as runs of consecutive tokens
     documents: tuple[Segment, ...]  # the documents, as runs of tokens as well
+    row_packing: Packing | None  # segments and documents for GPUs
+    document_packing: Packing | None
     positions: Tensor  # [N] position of each token in its document
     next_tokens: Tensor  # [N] the token whose embedding a depth-0 element reads (clamped to its document)
     anchors: Tensor  # [E] flat token of each deep element's anchor, ascending except for padding
@@ -112,6 +114,8 @@ def plan_peagle(
         rows=first.rows,
         segments=first.segments,
         documents=tuple(documents),
+        row_packing=first.packing,
+        document_packing=pack(documents),
         positions=first.positions,
         next_tokens=first.next_tokens,
         anchors=torch.from_numpy(np.pad(flat_anchors, pad)),
