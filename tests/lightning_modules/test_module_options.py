@@ -19,6 +19,7 @@ OPTIMIZER = {
     "optimizer.decay_ratio": 0.2,
     "optimizer.min_lr_ratio": 0.0,
 }
+ADDED_TO_ALL = {"checkpoint_activations": "mlp", "fuse": True}
 OPTIONS = {
     "dflash": {
         "target": None,
@@ -161,7 +162,7 @@ ADDED = {name: {"topk": 10} for name in ("hydra", "medusa", "mtp", "standalone")
 def test_options_and_defaults_are_the_recorded_ones(name):
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(algorithms()[name])
-    expected = {**OPTIONS[name], **ADDED.get(name, {}), **OPTIMIZER}
+    expected = {**OPTIONS[name], **ADDED.get(name, {}), **ADDED_TO_ALL, **OPTIMIZER}
     assert parser.get_defaults().as_flat().__dict__ == expected
     described = {action.dest: action.help for action in parser._actions}
     for option in expected:

@@ -11,13 +11,14 @@ Shape legend: R rows, T positions, H hidden size, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.fields import (
     ANYTHING,
@@ -101,6 +102,15 @@ class HeadsDraft(Draft):
             DraftHead(config.hidden_size, config.draft_vocab_size, blocks, (k + 1) * self.sequential)
             for k in range(count)
         )
+
+    def checkpoint_activations(self, what: Literal["none", "mlp", "layer"]) -> None:
+        """As in :class:`Draft`.
+
+        Raises:
+            UserError: layers are to be computed again, but the draft has none.
+        """
+        if what == "layer":
+            raise UserError("model.checkpoint_activations is layer, but a draft of heads has no layers; leave it out")
 
     @property
     def each(self) -> list[DraftHead]:

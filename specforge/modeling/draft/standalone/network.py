@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,20 @@ class StandaloneDraft(Draft):
         self._check_logits(where)
         self._keep_tied_tensors_once()
         self._cast: tuple[Any, Any] | None = None
+
+    def checkpoint_activations(self, what: Literal["none", "mlp", "layer"]) -> None:
+        """As in :class:`Draft`, by transformers' own means: of a layer everything is computed again, or nothing.
+
+        Raises:
+            UserError: the model cannot.
+        """
+        if what == "layer":
+            try:
+                model = self.model  # the first name is that of newer versions
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
+            except ValueError as error:
+                raise UserError(f"model.checkpoint_activations: {first_line(error)}") from error
 
     @property
     def head_weight(self) -> Tensor:
