@@ -224,7 +224,9 @@ def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, State.QUEUED: 3}, 0.0)
     assert "producers are the bottleneck: 2 prompts leased" in bottleneck({**empty, State.LEASED: 2}, 1.0)
-    assert "the store is the bottleneck, writing 1 sample" in bottleneck({**empty, State.LEASED: 2}, 1.0, 1)
+    assert "the store, or a server that writes to it, is the bottleneck, with 1 sample" in bottleneck(
+        {**empty, State.LEASED: 2}, 1.0, 1
+    )
     assert "a producer has stopped responding (2 prompts leased)" in bottleneck({**empty, State.LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, State.COMMITTED: 3}, 0.0)
     assert "no trainer is running, or it has finished" in bottleneck({**empty, State.DURABLE: 3}, 0.0)

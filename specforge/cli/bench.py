@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -75,18 +76,21 @@ def bench(
         bar = stack.enter_context(progress_bar("measurements"))
         task = bar.add_task("bench", total=None, rate="")
         run = Bench(served, plain, sorted(template.end_ids), options, salt=str(time.time_ns()))
-        levels = list(run.run(sets, lambda done, total: bar.update(task, completed=done, total=total)))
-    settings = {
-        "server": str(served),
-        "baseline": plain and str(plain),
-        "model": served.model,
-        "prompts": {name: len(found) for name, found in sets.items()},
-        **asdict(options),
-        "tau": "(tokens - 1) / rounds, bonus token included",
-    }
-    _print(levels)
-    for path in write_bench(output, settings, levels):
-        say(f"wrote {path}")
+        settings = {
+            "server": str(served),
+            "baseline": plain and str(plain),
+            "model": served.model,
+            "prompts": {name: len(found) for name, found in sets.items()},
+            **asdict(options),
+            "tau": "(tokens - 1) / rounds, bonus token included",
+        }
+        levels: list[Level] = []
+        try:
+            for level in run.run(sets, lambda done, total: bar.update(task, completed=done, total=total)):
+                levels.append(level)
+        finally:  # an interrupted run keeps what it has measured
+            if levels:
+                _report(output, settings, levels)
 
 
 def parity(
@@ -148,7 +152,7 @@ def _target(server: Server, name: str | None) -> TargetFiles:
     return TargetFiles.find(name or server.folder)
 
 
-def _print(levels: Sequence[Level]) -> None:
+def _report(output: Path, settings: dict[str, Any], levels: Sequence[Level]) -> None:
     for content in tables(levels):
         table = Table(title=content["title"], box=box.SIMPLE)
         for column in content["columns"]:
@@ -158,3 +162,5 @@ def _print(levels: Sequence[Level]) -> None:
         console.print(table)
         for note in content["notes"]:
             say(note)
+    for path in write_bench(output, settings, levels):
+        say(f"wrote {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -44,7 +45,7 @@ class ServerOptions:
 
 
 class EngineServer(ABC):
-    """A server on a free port of the loopback, which ends with this process.
+    """A server on the loopback, which ends with this process; its port is a free one, or that of its arguments.
 
     Args:
         target: the target to serve.
@@ -74,7 +75,7 @@ class EngineServer(ABC):
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="specforge-server-"))
         self.store = _absolute(store or str(self._folder / "store"))
-        self.url, self._log = f"http://127.0.0.1:{_free_port()}", options.log
+        self.url, self._log = f"http://127.0.0.1:{_port(options.arguments)}", options.log
         try:
             arguments = self._arguments(target, dtype, policy)
             self._check_python(options.python)
@@ -117,16 +118,26 @@ class EngineServer(ABC):
 
         logger.info("starting %s at %s; its output is in %s", self.title, self.url, self._log)
         while True:
-            if self.process.poll() is not None:
-                raise UserError(
-                    f"{self.title} ended with status {self.process.returncode}: {self._last_error()}; see {self._log}"
-                )
+            self.check_running()
             try:
                 if httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == httpx.codes.OK:
                     return
             except httpx.HTTPError:
                 pass
             stopping.pause(_POLL)
+
+    def check_running(self) -> None:
+        """Check that the server has not ended.
+
+        Raises:
+            UserError: it has; the message has its own last error.
+        """
+        status = self.process.poll()
+        if status is None:
+            return
+        if status < 0:
+            raise UserError(f"{self.title} was ended by {signal.Signals(-status).name}; see {self._log}")
+        raise UserError(f"{self.title} ended with status {status}: {self._last_error()}; see {self._log}")
 
     def _last_error(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
@@ -170,6 +181,13 @@ class EngineServer(ABC):
 
 def _absolute(store: str) -> str:
     return store if "://" in store else str(Path(store).expanduser().resolve())
+
+
+def _port(arguments: Sequence[str]) -> str:
+    """The port that the user's arguments name, or a free one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", default="")
+    return parser.parse_known_args(list(arguments))[0].port or str(_free_port())
 
 
 def _free_port() -> int:

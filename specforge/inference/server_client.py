@@ -24,6 +24,7 @@ _FAILURES = (
     3  # attempts at a request that the server fails with status 500: it may be restarting, or the request is bad
 )
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_BETWEEN_WARNINGS = 30.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class ServerClient:
             if time.monotonic() + pause > deadline:
                 raise UnavailableError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
             if self._next_warning <= time.monotonic():
-                self._next_warning = time.monotonic() + pause
+                self._next_warning = time.monotonic() + _BETWEEN_WARNINGS
                 left = deadline - time.monotonic()
                 logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
             stopping.pause(pause)

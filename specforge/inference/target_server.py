@@ -177,6 +177,10 @@ class TargetServer(ThreadingHTTPServer):
             )
         return found
 
+    def service_actions(self) -> None:
+        """End the loop of requests with an error if the engine's own server has ended."""
+        self.engine.check_running()
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Accept a connection; closes the oldest one without the token if there are too many of those."""
         with self._lock:

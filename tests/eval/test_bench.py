@@ -213,6 +213,22 @@ def test_the_command_writes_json_a_page_and_plots(target, prompts, tmp_path, cap
     assert "8/8" in page
 
 
+def test_what_is_measured_before_a_server_breaks_off_is_kept(target, prompts, tmp_path, capsys):
+    requests = 0
+
+    def answer(prompt):
+        nonlocal requests
+        requests += 1  # a level is a warm-up and eight answers
+        return ([7, 8, 9], [2]) if requests <= 9 else ([], [])
+
+    with serving(answer, folder=str(target)) as fake:
+        words = ["bench", fake.url, "--prompts", str(prompts), "--output", str(tmp_path / "out")]
+        assert main([*words, "--concurrency", "1", "2", "--temperature", "0"]) == 2
+    assert "an answer has no tokens" in capsys.readouterr().err
+    (level,) = json.loads((tmp_path / "out" / "bench.json").read_text())["levels"]
+    assert level["case"]["concurrency"] == 1
+
+
 def test_a_target_elsewhere_must_be_named(prompts, tmp_path, capsys):
     with serving(script) as fake:
         assert main(["bench", fake.url, "--prompts", str(prompts), "--output", str(tmp_path / "out")]) == 2

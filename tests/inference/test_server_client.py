@@ -85,6 +85,13 @@ def test_a_server_that_is_busy_or_restarts_is_asked_again(server, status):
         assert made.post("/x", {}) == [7]
 
 
+def test_a_server_that_stays_busy_is_not_reported_at_every_attempt(server, caplog):
+    server.answers = [(503, b"busy"), (503, b"busy"), (503, b"busy"), (200, b"[7]")]
+    with client(server) as made:
+        assert made.post("/x", {}) == [7]
+    assert caplog.text.count("busy (HTTP 503); trying for another 300 s") == 1
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "reason"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
+from specforge.inference.target_server import TargetServer
 from specforge.inference.vllm_server import VLLMServer
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.fake_vllm import fake_vllm
@@ -203,6 +206,30 @@ def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, file
     with pytest.raises(UserError, match="a prompt of 200 tokens"):
         engine.deliver(tasks, ["a", "b", "c"], provenance)
     assert not stored(engine)
+
+
+def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, tmp_path, monkeypatch):
+    class Own(VLLMServer):
+        launch = ("-c", "import time; time.sleep(600)")
+
+        def wait(self):
+            assert self.url == "http://127.0.0.1:12345"
+            self.url = server.url  # the stand-in answers for the process
+
+        def _check_python(self, python):
+            pass
+
+    monkeypatch.setattr(VLLMTargetEngine, "server", Own)
+    options = {"python": sys.executable, "arguments": ["--port", "12345"], "log": tmp_path / "log"}
+    with VLLMTargetEngine(files, "float32", store=str(tmp_path / "store"), **options) as engine:
+        engine.check(POLICY)
+        engine._own.process.send_signal(signal.SIGKILL)
+        engine._own.process.wait()
+        ended = f"vLLM was ended by SIGKILL; see {tmp_path / 'log'}"
+        with pytest.raises(UserError, match=ended):
+            engine.capture([[1]], POLICY)
+        with TargetServer(engine, files, "x" * 20, port=0) as proxy, pytest.raises(UserError, match=ended):
+            proxy.serve_forever(poll_interval=0.01)
 
 
 def test_a_warning_is_not_why_a_server_ended(tmp_path):

@@ -62,6 +62,13 @@ class TargetEngine(ABC):
         """Options of `specforge fit` that use the same server as this engine; empty if there is none."""
         return ""
 
+    def check_running(self) -> None:  # noqa: B027 - few engines start a server
+        """Check a server that this engine has started.
+
+        Raises:
+            UserError: the server has ended.
+        """
+
     @abstractmethod
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens.

@@ -203,6 +203,11 @@ class ServedTargetEngine(TargetEngine):
         quantization = f" {found.quantization}" if found.quantization else ""
         return f"{self.name} {found.version} tp{found.tensor_parallel}{expert}{quantization}"
 
+    def check_running(self) -> None:
+        """Check a server of its own, as :meth:`TargetEngine.check_running` specifies."""
+        if self._own is not None:
+            self._own.check_running()
+
     def close(self) -> None:
         """Close all connections, and end a server of its own."""
         if hasattr(self, "_client"):
@@ -356,6 +361,7 @@ class ServedTargetEngine(TargetEngine):
         sent: list[tuple[Ticket, SampleRef]] = []
 
         def ticket() -> dict[str, Any]:
+            self.check_running()  # no patience with a server that nobody restarts
             sent.append(expect())
             return sent[-1][0].to_json()
 

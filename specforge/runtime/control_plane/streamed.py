@@ -440,7 +440,8 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
     if leased:
         cause, remedy = "the producers are the bottleneck", "start more of them"
         if unfinished:
-            cause, remedy = f"the store is the bottleneck, writing {unfinished} samples", "use a faster disk"
+            cause = f"the store, or a server that writes to it, is the bottleneck, with {unfinished} samples unfinished"
+            remedy = "see what the producers report, or use a faster disk"
         return (
             f"{cause}: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; {remedy} (prompts of a "
             "dead producer are taken over when their leases expire)"

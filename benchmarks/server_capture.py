@@ -1,10 +1,11 @@
-"""Tokens per second of a capturing vLLM server: bare prefill, and with the features stored.
+"""Tokens per second of a capturing vLLM or SGLang server: bare prefill, and with the features stored.
 
     specforge target serve --target T --engine vllm --engine.store S
-    python -m benchmarks.vllm_capture --target T --url URL --store S [--plain URL]
+    python -m benchmarks.server_capture --target T --engine vllm --url URL --store S [--plain URL]
 
 Both kinds of requests take turns, on prompts that no earlier request has had, so the prefix cache helps neither. With
-``--plain``, the address of a vLLM server of the same target that does not capture, its bare prefill takes turns too.
+``--plain``, the address of a server of the same engine and target that does not capture, its bare prefill takes turns
+too.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ import torch
 
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.inference.server_client import ServerClient
+from specforge.inference.target_engine.served import ServedTargetEngine
+from specforge.inference.target_engine.sglang import SGLangTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
 
 Prompts = list[list[int]]
+ENGINES: dict[str, type[ServedTargetEngine]] = {"vllm": VLLMTargetEngine, "sglang": SGLangTargetEngine}
 
 
-def bare(url: str, concurrency: int) -> Callable[[Prompts], None]:
+def bare(engine: str, url: str, concurrency: int) -> Callable[[Prompts], None]:
     """Prefill prompts and ask for nothing."""
     client = ServerClient(url, connections=concurrency)
     model = client.get("/v1/models")["data"][0]["id"]
     pool = ThreadPoolExecutor(concurrency)
 
     def one(ids: list[int]) -> None:
-        client.post("/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0})
+        if engine == "vllm":
+            client.post("/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0})
+        else:
+            client.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
 
     return lambda prompts: list(pool.map(one, prompts)) and None
 
 
-def capture(engine: VLLMTargetEngine, policy: CapturePolicy) -> Callable[[Prompts], None]:
+def capture(engine: ServedTargetEngine, policy: CapturePolicy) -> Callable[[Prompts], None]:
     """Prefill prompts and wait until their features are stored; then delete them."""
     target = engine.target
     provenance = Provenance(target.name, target.fingerprint, "", policy, engine.dtype)
@@ -58,6 +65,7 @@ def main() -> None:
     """Run in turns, print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
+    parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--url", required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--plain")
@@ -73,11 +81,11 @@ def main() -> None:
     options = {"url": args.url, "store": args.store, "concurrency": args.concurrency, "compare": False}
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {}
-    with VLLMTargetEngine(files, args.dtype, **options) as engine:
+    with ENGINES[args.engine](files, args.dtype, **options) as engine:
         engine.check(policy)
-        kinds = {"bare": bare(args.url, args.concurrency), "capture": capture(engine, policy)}
+        kinds = {"bare": bare(args.engine, args.url, args.concurrency), "capture": capture(engine, policy)}
         if args.plain:
-            kinds["bare, plain server"] = bare(args.plain, args.concurrency)
+            kinds["bare, plain server"] = bare(args.engine, args.plain, args.concurrency)
         for number in range(args.rounds + 1):  # the first round warms up
             names = list(kinds)
             for name in names[number % len(names) :] + names[: number % len(names)]:
