@@ -144,11 +144,12 @@ class EngineServer(ABC):
         try:
             self.process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            pass
+        finally:  # also after another Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it, or what it has left behind
             self.process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it has left behind
-        shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check_python(self, python: str) -> None:
         """Check that an interpreter has what the server and our part of it import."""

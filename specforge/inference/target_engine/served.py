@@ -256,8 +256,8 @@ class ServedTargetEngine(TargetEngine):
             what = f"layer {missing[0]}" if missing else "the last hidden states"
             raise UserError(
                 f"{where}: does not capture {what}, only layers {list(found.layers)}"
-                f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with these layers "
-                f"(`specforge target serve --engine {self.name}`)"
+                f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with "
+                f"`specforge target serve --engine {self.name} --layer_ids '{list(policy.layer_ids)}'`"
             )
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
