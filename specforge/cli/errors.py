@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import product
 from types import FrameType
 
 # jsonargparse's messages.
@@ -21,6 +22,8 @@ _UNKNOWN_OPTION = (
     r"[Uu]nrecognized arguments: --?([\w.]+)",
     r"No action for key \"?'?([\w.]+)",
 )
+# An unknown option of an engine: the message gives its name without the prefix.
+_OF_ENGINE = r'Parser key "((?:\w+\.)*engine)":\s+(?:Type .*: )?Option '
 _UNKNOWN_CLASS = r"Expected a dot import path string: (\w+)"
 _REQUIRED = r"the following arguments are required: (\w+(?:\.\w+)*)"
 _KEY = r'Parser key "([\w.]+)"'
@@ -64,9 +67,10 @@ def explain(message: str, keys: Sequence[str], classes: Sequence[str] = ()) -> s
     message = re.sub(_CALLABLE, "", message)
     message = re.sub(r"\.* Got value: Namespace\(.*", "", message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    unknown = next((m[1] for line in lines for pattern in _UNKNOWN_OPTION if (m := re.search(pattern, line))), None)
-    if unknown is not None:
-        return _unknown_option(unknown, keys)
+    for line, pattern in product(lines, _UNKNOWN_OPTION):
+        if unknown := re.search(pattern, line):
+            engine = re.search(_OF_ENGINE, message)
+            return _unknown_engine_option(engine[1], unknown[1], keys) if engine else _unknown_option(unknown[1], keys)
     if found := re.search(_UNKNOWN_CLASS, message):
         close = get_close_matches(found[1], classes, 1, 0.5)
         return f"no class '{found[1]}'" + (f"; did you mean '{close[0]}'?" if close else "")
@@ -83,13 +87,22 @@ def _unknown_option(name: str, keys: Sequence[str]) -> str:
     if "recipe" in keys and name.split(".")[0] in ("seed_everything", "trainer", "model", "data"):
         return f"unknown option '{name}'; a training recipe is given with --recipe, not --config"
     last = name.rsplit(".", 1)[-1]
-    if f"engine.{last}" in keys:
-        return f"engine.{last}: this engine has no such option; --engine.help NAME lists those of an engine"
     close = get_close_matches(name, keys, 1, 0.75) or [
         key for key in keys if get_close_matches(last, [key.rsplit(".", 1)[-1]], 1, 0.7)
     ]
     hint = f"; did you mean '{close[0].replace('.init_args', '')}'?" if close else ""
     return f"unknown option '{name}'{hint}"
+
+
+def _unknown_engine_option(engine: str, name: str, keys: Sequence[str]) -> str:
+    """An option of an engine, whose message gives the option's name without the engine's."""
+    names = {key.rsplit("engine.", 1)[1]: f"{engine}." for key in keys if "engine." in key}
+    if name in names:
+        return f"{engine}.{name}: this engine has no such option; --{engine}.help NAME lists those of an engine"
+    names = {key: "" for key in keys if "." not in key} | names
+    close = [name] if name in names else get_close_matches(name, names, 1, 0.65)
+    hint = f"did you mean '{names[close[0]]}{close[0]}'?" if close else f"--{engine}.help NAME lists those of an engine"
+    return f"unknown option '{engine}.{name}'; {hint}"
 
 
 def _bad_value(key: str, lines: Sequence[str]) -> str:

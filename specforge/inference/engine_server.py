@@ -24,7 +24,8 @@ from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
 from specforge.system import end_with_parent
 
-_POLL, _SHUTDOWN_SECONDS = 0.25, 60.0
+_POLL = 0.25
+_SHUTDOWN_SECONDS = 35.0  # a little longer than a server writes what it has captured
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,12 @@ class EngineServer(ABC):
         try:
             self.process.wait(_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            pass
+        finally:  # also after another Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it, or what it has left behind
             self.process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it has left behind
-        shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check_python(self, python: str) -> None:
         """Check that an interpreter has what the server and our part of it import."""

@@ -180,7 +180,7 @@ class Regeneration:
                 )
             self.questions[record.id] = _Question.of(record)
         if not records:
-            raise UserError("no conversations to answer")
+            raise UserError("--data holds no conversations to answer")
         done = self._finished()
         self.todo = [question for id_, question in self.questions.items() if id_ not in done]
         # Render every first prompt now, so that a record that the template rejects is reported at once.

@@ -20,6 +20,7 @@ from specforge.inference.target_engine.http import printable
 from specforge.runtime.addresses import shown
 
 _BUSY = (429, 502, 503, 504, *range(520, 528))  # worth another attempt for as long as patience lasts
+_ABSENT = (404, 405, 501)  # no such endpoint
 _FAILURES = (
     3  # attempts at a request that the server fails with status 500: it may be restarting, or the request is bad
 )
@@ -35,6 +36,10 @@ class RefusedError(UserError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status  # of HTTP
+
+    def if_absent(self, hint: str) -> RefusedError:
+        """The same, with a hint if the server has no such endpoint."""
+        return RefusedError(f"{self}; {hint}", self.status) if self.status in _ABSENT else self
 
 
 class ServerClient:
@@ -95,7 +100,7 @@ class ServerClient:
         Raises:
             UserError: as in :meth:`post`.
         """
-        return self._json(self._send("GET", path, None), path)
+        return self._json(self._find(path), path)
 
     def text(self, path: str) -> str:
         """Text at a path.
@@ -103,7 +108,7 @@ class ServerClient:
         Raises:
             UserError: as in :meth:`post`.
         """
-        return self._send("GET", path, None).text
+        return self._find(path).text
 
     def post(self, path: str, body: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Any:
         """JSON answer to a JSON body.
@@ -163,6 +168,12 @@ class ServerClient:
             stopping.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    def _find(self, path: str) -> httpx.Response:
+        try:
+            return self._send("GET", path, None)
+        except RefusedError as error:
+            raise error.if_absent(f"is it a vLLM or SGLang server? It has no {path}") from error
+
     def _json(self, answer: httpx.Response, path: str) -> Any:
         try:
             return answer.json() if answer.content else None
@@ -181,5 +192,5 @@ def _reason(answer: httpx.Response) -> str:
         found = found.get("error", found) if isinstance(found, dict) else found
         found = found.get("message") or found.get("detail") if isinstance(found, dict) else found
     except (ValueError, RecursionError):
-        found = answer.text
+        found = "" if answer.text.lstrip().startswith("<") else answer.text  # no web page
     return printable(str(found or answer.reason_phrase or "refused"))

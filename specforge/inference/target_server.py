@@ -296,6 +296,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.OK, "application/octet-stream", answer)
 
+    def do_GET(self) -> None:
+        self._refuse(HTTPStatus.NOT_FOUND, "this is `specforge target serve`, which only `--engine http` can use")
+
     def _body(self) -> bytes:
         if not self.server.is_authorized(self.headers.get("Authorization")):
             self.server.note_refusal(self.client_address[0])

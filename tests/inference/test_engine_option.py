@@ -102,7 +102,9 @@ def test_an_engine_is_written_down_and_named():
     [
         (["--engine", "vlm"], "engine vlm: use one of hf, vllm, sglang, http, or the class path of your own engine"),
         (["--engine", "http"], "engine.url: required"),
-        (["--engine", "http", "--engine.urk", "x"], "unknown option 'urk'"),
+        (["--engine", "http", "--engine.urk", "x"], "unknown option 'engine.urk'; did you mean 'engine.url'?"),
+        (["--engine", "vllm", "--engine.dtype", "x"], "unknown option 'engine.dtype'; did you mean 'dtype'?"),
+        (["--engine", "vllm", "--engine.xyz", "1"], "'engine.xyz'; --engine.help NAME lists those of an engine"),
         (["--engine", "hf", "--engine.url", "x"], "engine.url: this engine has no such option; --engine.help NAME"),
         (["--engine", "http", "--engine.url", "http://h:1", "--device", "cpu"], "does not run in this process"),
         (["--engine.device", "gpu"], "device 'gpu': use auto, cpu, cuda or cuda:N"),

@@ -12,20 +12,22 @@ import pytest
 
 from specforge.errors import UserError
 from specforge.inference import server_client
-from specforge.inference.server_client import ServerClient
+from specforge.inference.server_client import RefusedError, ServerClient
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"])) if self.command == "POST" else b"{}"
         self.server.seen.append((self.path, json.loads(body), self.headers.get("Authorization")))
         status, answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
+
+    do_GET = do_POST
 
     def log_message(self, *args: object) -> None:
         pass
@@ -100,6 +102,7 @@ def test_a_server_that_stays_busy_is_not_reported_at_every_attempt(server, caplo
         (422, b'{"detail": "too long"}', "too long"),
         (401, b'{"error": "Unauthorized"}', "Unauthorized"),
         (404, b"", "Not Found"),
+        (404, b"<!DOCTYPE HTML>\n<html>File not found", "Not Found"),
         (400, b"\x1b[31m red", " [31m red"),
         (500, b"the engine is dead", "the engine is dead"),
     ],
@@ -110,6 +113,15 @@ def test_a_refusal_is_one_line_with_its_reason(server, status, answer, reason):
         made.post("/x", {})
     assert str(error.value) == f"server {made.url}: {reason} (HTTP {status})"
     assert len(server.seen) == (3 if status == 500 else 1)
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_without_the_endpoint_is_perhaps_another_one(server, status):
+    server.answers = [(status, b"<html>no")]
+    with client(server) as made, pytest.raises(RefusedError) as error:
+        made.get("/v1/models")
+    assert str(error.value).endswith(f"(HTTP {status}); is it a vLLM or SGLang server? It has no /v1/models")
+    assert error.value.status == status
 
 
 def test_an_answer_that_is_not_json_is_refused(server):

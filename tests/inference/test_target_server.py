@@ -23,6 +23,7 @@ import torch
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference import target_server
+from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
 from specforge.inference.target_files import TargetFiles
@@ -148,6 +149,11 @@ def test_a_wrong_request_is_refused_with_the_reason(server, token_file, changes,
     assert found == status
     assert words in json.loads(body)["error"]
     assert request(server, token, json.dumps(good(server)).encode())[0] == 200
+
+
+def test_whoever_takes_it_for_an_openai_server_learns_what_it_is(server):
+    with ServerClient(server.url) as client, pytest.raises(RefusedError, match="this is `specforge target serve`"):
+        client.get("/v1/models")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 3000, b"\xff", b"null"])

@@ -114,7 +114,10 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
     [
         ({"target_fingerprint": "0" * 32}, "serves another target than .*fingerprints 00000000 and"),
         ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16"),
-        ({"layers": [1, 2]}, r"does not capture layer 4, only layers \[1, 2\] and the last hidden states; restart it"),
+        (
+            {"layers": [1, 2]},
+            r"does not capture layer 4, only layers \[1, 2\] and the last .*; restart it with .*--layer_ids '",
+        ),
         ({"last_hidden_states": False}, "does not capture the last hidden states, only layers"),
         ({"error": "malformed"}, "malformed"),
     ],

@@ -24,7 +24,7 @@ from specforge.errors import UserError
 from specforge.inference.engine_server import EngineServer, ServerOptions
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.openai_server import TokenServer
-from specforge.inference.server_client import ServerClient
+from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
@@ -261,8 +261,8 @@ class ServedTargetEngine(TargetEngine):
             what = f"layer {missing[0]}" if missing else "the last hidden states"
             raise UserError(
                 f"{where}: does not capture {what}, only layers {list(found.layers)}"
-                f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with these layers "
-                f"(`specforge target serve --engine {self.name}`)"
+                f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with "
+                f"`specforge target serve --engine {self.name} --layer_ids '{list(policy.layer_ids)}'`"
             )
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
@@ -388,7 +388,10 @@ class ServedTargetEngine(TargetEngine):
 
     def _ask(self, ids: Sequence[int], ticket: Callable[[], dict[str, Any]] = dict) -> ServerDescription:
         """Send a prompt; returns the server's description of itself."""
-        found = self._post(ids, ticket)
+        try:
+            found = self._post(ids, ticket)
+        except RefusedError as error:
+            raise error.if_absent(f"is it a server of {self.server.title}?") from error
         if found is None:
             raise UserError(
                 f"server {self.url}: does not capture; start it with `specforge target serve --engine {self.name}`"
