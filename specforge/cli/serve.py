@@ -81,7 +81,8 @@ def serve_target(
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("stopped", flush=True)
+            print("stopping", flush=True)  # a server of its own writes what it has captured
+    print("stopped", flush=True)
 
 
 def _announce(url: str, engine: TargetEngine, token_file: Path) -> None:
