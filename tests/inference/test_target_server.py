@@ -166,7 +166,7 @@ def test_without_the_token_nothing_is_answered(server):
     for token in ("", "x" * 43, "ä" * 20):
         assert request(server, token.encode().decode("latin-1"), body)[0] == 401
     assert request(server, "x" * 43, body, "/")[0] == 401
-    assert request(server, "x" * 43, b"", method="GET")[0] == 501
+    assert request(server, "x" * 43, b"", method="GET")[0] == 404
 
 
 def test_other_paths_and_lengths_are_refused(server, token_file):
