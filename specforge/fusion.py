@@ -2,7 +2,7 @@
 
 A training step spends half of its time outside matrix products if every operation is a kernel of its own. Functions
 marked with :func:`fused` are compiled by ``torch.compile`` when they are given tensors on a GPU, one graph for any
-number of rows; on a CPU, and for a single row, they run as they are written. The compiled code is kept on disk by
+number of rows; on a CPU, and for a few rows, they run as they are written. The compiled code is kept on disk by
 PyTorch (``TORCHINDUCTOR_CACHE_DIR``), so that only the first run on a machine waits for the compiler.
 """
 

@@ -34,8 +34,11 @@ class ContextParallel(ParallelStrategy):
         context_group: their process group; None if each rank has its own batches.
     """
 
-    context_size: int
     context_group: torch.distributed.ProcessGroup | None = None
+
+    def __init__(self, context_size: PositiveInt | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.context_size = context_size or 0
 
     def setup_environment(self) -> None:
         """Form the groups.
@@ -68,10 +71,6 @@ class ContextDDPStrategy(ContextParallel, DDPStrategy):
         context_size: ranks that share a batch; divides the number of ranks. By default all.
         **kwargs: options of DDPStrategy.
     """
-
-    def __init__(self, context_size: PositiveInt | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.context_size = context_size or 0
 
 
 class FSDP2Strategy(DataParallelStrategy):
@@ -118,10 +117,6 @@ class ContextFSDP2Strategy(ContextParallel, FSDP2Strategy):
         context_size: ranks that share a batch; divides the number of ranks. By default all.
         **kwargs: options of ModelParallelStrategy.
     """
-
-    def __init__(self, context_size: PositiveInt | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.context_size = context_size or 0
 
 
 def data_shards(trainer: pl.Trainer) -> int:

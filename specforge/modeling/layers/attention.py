@@ -29,6 +29,7 @@ from specforge.modeling.layers.packed_attention import (
     Segment,
     half_attention,
     half_attention_backward,
+    merge,
     packed_attention,
     runs_packed,
 )
@@ -124,13 +125,6 @@ def _sum_heads(x: Tensor, kv_heads: int) -> Tensor:
     return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the union of two key sets, from each set's output ``[.., d]`` and log-sum-exp ``[..]``."""
-    total = torch.logaddexp(lse, other_lse)
-    merged = out * (lse - total).exp().unsqueeze(-1) + other * (other_lse - total).exp().unsqueeze(-1)
-    return merged, total
-
-
 # The products of an attention, given the dtype of their masks. It is called again in the backward pass, so that masks
 # are not kept.
 Products = Callable[[torch.dtype], Iterable[Product]]
@@ -147,7 +141,7 @@ class _MergedAttention(torch.autograd.Function):
             parts = _flash(product.of_rows(query), product.of_keys(key), product.of_keys(value), product)
             part, part_lse = (x.flatten(0, 1) for x in parts)
             if product.merge:
-                part, part_lse = _merge(out[rows], lse[rows], part, part_lse)
+                part, part_lse = merge(out[rows], lse[rows], part, part_lse)
             out[rows], lse[rows] = part, part_lse
         if own:
             lse = _add_own(out, lse, query, own)

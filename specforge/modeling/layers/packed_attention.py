@@ -173,11 +173,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> tupl
         return out, lse.t()
     outs, lses = [], []
     for q, k, v, before in _by_document(packing, query, key, value):
-        out, lse = half_attention(q, k[:, before:], v[:, before:], causal=True)
+        out, lse = (x[0] for x in half_attention(q, k[:, before:], v[:, before:], causal=True))
         if before:
-            out, lse = _merge(out, lse, *half_attention(q, k[:, :before], v[:, :before], causal=False))
-        outs.append(out[0])
-        lses.append(lse[0])
+            other, other_lse = half_attention(q, k[:, :before], v[:, :before], causal=False)
+            out, lse = merge(out, lse, other[0], other_lse[0])
+        outs.append(out)
+        lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -216,12 +217,12 @@ def _by_document(
         yield q[None], k[None], v[None], len(k) - len(q)
 
 
-@fused(out=(1,), lse=(1,), other=(1,), other_lse=(1,))
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the union of two key sets, from each set's output ``[1, L, h, d]`` and log-sum-exp ``[1, L, h]``."""
+@fused(out=(0,), lse=(0,), other=(0,), other_lse=(0,))
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the union of two key sets, from each set's output ``[R, h, d]`` and log-sum-exp ``[R, h]``."""
     total = torch.logaddexp(lse, other_lse)
-    share, other_share = ((x - total).exp().unsqueeze(-1) for x in (lse, other_lse))
-    return (out.float() * share + other.float() * other_share).to(out.dtype), total
+    merged = out * (lse - total).exp().unsqueeze(-1) + other * (other_lse - total).exp().unsqueeze(-1)
+    return merged.to(out.dtype), total
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -284,12 +285,12 @@ def _from_places(x: Tensor, packing: Packing, rows: int) -> Tensor:
 @fused(out=(0,), lse=(0,), query=(0,), keys=(0, 1), values=(0, 1))
 def _join_own(out: Tensor, lse: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Add each row's own keys and values ``[R, S, k, d]`` to its softmax: new ``out [R, h, d]`` and ``lse [R, h]``."""
-    scores = _own_scores(query, keys)
+    scores = _own_scores(query, keys, lse.dtype)
     total = torch.logaddexp(_grouped(lse, keys), scores.logsumexp(1))
     weights = (scores - total.unsqueeze(1)).exp()
-    more = (weights.unsqueeze(-1) * values.float().unsqueeze(3)).sum(1)
+    more = (weights.unsqueeze(-1) * values.to(lse.dtype).unsqueeze(3)).sum(1)
     kept = (_grouped(lse, keys) - total).exp().unsqueeze(-1)
-    return (_grouped(out, keys).float() * kept + more).to(out.dtype).flatten(1, 2), total.flatten(1)
+    return (_grouped(out, keys) * kept + more).to(out.dtype).flatten(1, 2), total.flatten(1)
 
 
 @fused(grad=(0,), query=(0,), out=(0,), lse=(0,), keys=(0, 1), values=(0, 1), grad_query=(0,))
@@ -298,21 +299,22 @@ def _own_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the queries (their other part is given) and of the rows' own keys and values."""
     scale = query.shape[-1] ** -0.5
-    wide, q = (_grouped(x, keys).float() for x in (grad, query))
-    weights = (_own_scores(query, keys) - _grouped(lse, keys).unsqueeze(1)).exp()
-    delta = (wide * _grouped(out, keys).float()).sum(-1)
-    dots = (wide.unsqueeze(1) * values.float().unsqueeze(3)).sum(-1)
+    wide, q, o = (_grouped(x, keys).to(lse.dtype) for x in (grad, query, out))
+    k, v = (x.to(lse.dtype).unsqueeze(3) for x in (keys, values))
+    weights = (_own_scores(query, keys, lse.dtype) - _grouped(lse, keys).unsqueeze(1)).exp()
+    delta = (wide * o).sum(-1)
+    dots = (wide.unsqueeze(1) * v).sum(-1)
     slopes = ((dots - delta.unsqueeze(1)) * weights * scale).unsqueeze(-1)
-    more = (slopes * keys.float().unsqueeze(3)).sum(1).flatten(1, 2)
+    more = (slopes * k).sum(1).flatten(1, 2)
     grad_keys = (slopes * q.unsqueeze(1)).sum(3).to(keys.dtype)
     grad_values = (weights.unsqueeze(-1) * wide.unsqueeze(1)).sum(3).to(values.dtype)
-    return (grad_query.float() + more).to(grad_query.dtype), grad_keys, grad_values
+    return (grad_query + more).to(grad_query.dtype), grad_keys, grad_values
 
 
-def _own_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores of each row's own keys, ``[R, S, k, h / k]`` in fp32."""
-    q = _grouped(query, keys).float().unsqueeze(1)
-    return (q * keys.float().unsqueeze(3)).sum(-1) * query.shape[-1] ** -0.5
+def _own_scores(query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores of each row's own keys, ``[R, S, k, h / k]`` in ``dtype``."""
+    q = _grouped(query, keys).to(dtype).unsqueeze(1)
+    return (q * keys.to(dtype).unsqueeze(3)).sum(-1) * query.shape[-1] ** -0.5
 
 
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:

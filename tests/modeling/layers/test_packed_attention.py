@@ -106,7 +106,7 @@ def test_products_by_document_are_merged_exactly(name, monkeypatch):
         out = form()[:real]
         results.append([out, *torch.autograd.grad((out * weight).sum(), given)])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # own keys join in fp32
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -116,8 +116,7 @@ def plan_blocks(
     begin, end = borders(lengths, tokens)
     share = None
     if group is not None and len(anchors):
-        anchors = zigzag(anchors, group.size())[group.rank()]
-        share = Share.of(np.array_split(np.arange(tokens), group.size()), group)
+        anchors, share = _share(anchors, tokens, group)
     labels = anchors[:, None] + 1 + np.arange(depths)
     valid = _supervised(labels, anchors, end, spans)
     if contiguous:
@@ -128,14 +127,11 @@ def plan_blocks(
     edge = "edge" if count else "constant"
     flat = np.stack([block, depth, labels[block, depth]])
     flat = np.pad(flat, ((0, 0), (0, -count % ROUND)), mode=edge)  # type: ignore[call-overload]
-    padded = np.pad(anchors, (0, -len(anchors) % _BLOCK_ROUND), mode="edge") if len(anchors) else anchors
-    if share is not None and not len(anchors):
-        padded = np.zeros(_BLOCK_ROUND, dtype=np.int64)  # a rank without blocks has to take part in the collectives
     as_tensor = torch.from_numpy
     return BlockPlan(
         count=count,
         blocks=len(anchors),
-        anchors=as_tensor(padded),
+        anchors=as_tensor(_padded(anchors, share)),
         positions=as_tensor(np.arange(tokens, dtype=np.int64) - begin),
         groups=_groups(anchors, begin),
         block=as_tensor(flat[0]),
@@ -145,6 +141,19 @@ def plan_blocks(
         longest=max(lengths, default=0),
         share=share,
     )
+
+
+def _share(anchors: np.ndarray, tokens: int, group: dist.ProcessGroup) -> tuple[np.ndarray, Share]:
+    """This rank's anchors, and its part of the tokens."""
+    own = zigzag(anchors, group.size())[group.rank()]
+    return own, Share.of(np.array_split(np.arange(tokens), group.size()), group)
+
+
+def _padded(anchors: np.ndarray, share: Share | None) -> np.ndarray:
+    """The anchors, the last one repeated; a rank without blocks gets some, to take part in the collectives."""
+    if not len(anchors):
+        return anchors if share is None else np.zeros(_BLOCK_ROUND, dtype=np.int64)
+    return np.pad(anchors, (0, -len(anchors) % _BLOCK_ROUND), mode="edge")
 
 
 def _supervised(

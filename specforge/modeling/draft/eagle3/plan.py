@@ -81,17 +81,11 @@ def plan_unroll(
     begin, end = borders(lengths, tokens)
     flat = np.arange(tokens, dtype=np.int64)
 
-    labels = np.concatenate([flat[start:stop] for start, stop in spans] or [flat[:0]])
-    labels = labels[labels - 2 >= begin[labels]]
-    predictors = labels[:, None] - 2 - np.arange(steps)
-    valid = predictors >= begin[labels][:, None]
+    labels, predictors, valid = _students(spans, begin, steps)
     rows, share = _marked(predictors[valid], tokens), None
-    predictors = np.where(valid, predictors, 0)
     if group is not None and tokens:
         rows, share = _share(rows, flat, group)
-        here = np.zeros(tokens, dtype=bool)
-        here[rows] = True
-        valid &= here[predictors]
+        valid &= np.isin(predictors, rows)
         kept = valid.any(axis=1)
         labels, predictors, valid = labels[kept], predictors[kept], valid[kept]
     rank = np.zeros(tokens, dtype=np.int64)
@@ -126,6 +120,18 @@ def plan_unroll(
         read=None if read is None else as_tensor(read),
         share=share,
     )
+
+
+def _students(
+    spans: Sequence[tuple[int, int]], begin: np.ndarray, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels ``[M]``, the token that predicts each at each step ``[M, T]``, and whether it exists; 0 if it does not."""
+    flat = np.arange(len(begin), dtype=np.int64)
+    labels = np.concatenate([flat[start:stop] for start, stop in spans] or [flat[:0]])
+    labels = labels[labels - 2 >= begin[labels]]
+    predictors = labels[:, None] - 2 - np.arange(steps)
+    valid = predictors >= begin[labels][:, None]
+    return labels, np.where(valid, predictors, 0), valid
 
 
 def _marked(indices: np.ndarray, tokens: int) -> np.ndarray:

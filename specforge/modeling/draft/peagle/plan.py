@@ -97,10 +97,8 @@ def plan_peagle(
     first = plan_unroll(lengths, spans, 1, tokens)
     labels = first.labels[: first.count].numpy()
     ends = np.cumsum(lengths, dtype=np.int64)
-    documents = [
-        Segment(row=int(end - n), start=int(end - n), stop=int(end), document=int(end - n))
-        for n, end in zip(lengths, ends, strict=True)
-    ]
+    begins = (ends - np.asarray(lengths, dtype=np.int64)).tolist()
+    documents = [Segment(begin, begin, end, begin) for begin, end in zip(begins, ends.tolist(), strict=True)]
     flat_anchors, flat_depths, chunks = _deep_elements(documents, labels, depths, sampling, seeds)
     students = np.zeros((len(first.labels), depths), dtype=np.int64)
     valid = np.zeros((len(first.labels), depths), dtype=bool)
