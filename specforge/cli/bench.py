@@ -72,15 +72,15 @@ def bench(
         )
         assert served is not None
         template = ChatTemplate.load(_target(served, connection.target))
-        sets = {name: read_prompts(Path(name), template)[: connection.num_prompts] for name in prompts}
+        sets = {name: read_prompts(Path(name), template) for name in prompts}
         bar = stack.enter_context(progress_bar("measurements"))
         task = bar.add_task("bench", total=None, rate="")
-        run = Bench(served, plain, sorted(template.end_ids), options, salt=str(time.time_ns()))
+        run = Bench(served, plain, sorted(template.end_ids), options, str(time.time_ns()), connection.num_prompts)
         settings = {
             "server": str(served),
             "baseline": plain and str(plain),
             "model": served.model,
-            "prompts": {name: len(found) for name, found in sets.items()},
+            "prompts": {name: len(found[: connection.num_prompts]) for name, found in sets.items()},
             **asdict(options),
             "tau": "(tokens - 1) / rounds, bonus token included",
         }
@@ -154,7 +154,7 @@ def _target(server: Server, name: str | None) -> TargetFiles:
 
 def _report(output: Path, settings: dict[str, Any], levels: Sequence[Level]) -> None:
     for content in tables(levels):
-        table = Table(title=content["title"], box=box.SIMPLE)
+        table = Table(title=content["title"], box=box.SIMPLE, pad_edge=False, collapse_padding=True)
         for column in content["columns"]:
             table.add_column(column, justify="right", no_wrap=True)
         for row in content["rows"]:

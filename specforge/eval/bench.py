@@ -196,17 +196,17 @@ def _bounds(value: Tau) -> list[float] | None:
     return [value.low, value.high] if value.low == value.low else None
 
 
-def at_length(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Prompts of ``length`` tokens that end as the given ones do.
+def at_length(prompts: Sequence[Sequence[int]], length: int, count: int | None = None) -> list[list[int]]:
+    """Prompts of ``length`` tokens that end as the given ones do, or as the first ``count`` of them.
 
     Raises:
         UserError: all prompts together are shorter.
     """
     total = sum(map(len, prompts))
     if total < length:
-        raise UserError(f"--lengths {length}: all prompts together have {total} tokens")
+        raise UserError(f"--lengths {length}: all prompts together have {total} tokens; name a file with more")
     made = []
-    for i in range(len(prompts)):
+    for i in range(len(prompts))[:count]:
         ids: list[int] = []
         for before in range(len(prompts)):
             if len(ids) < length:
@@ -224,6 +224,7 @@ class Bench:
     end_ids: Sequence[int]  # tokens that end an answer
     options: BenchOptions
     salt: str  # differs from run to run, so that no answer profits from prefixes that an earlier run left in a cache
+    num_prompts: int | None = None  # only the first ones of each set; all may be used to reach a length
 
     def run(
         self,
@@ -236,14 +237,18 @@ class Bench:
         many requests as are in flight.
 
         Raises:
-            UserError: a server refuses a prompt or breaks off, or the prompts are too short for a length.
+            UserError: a server refuses a prompt or breaks off, or the prompts are too short for a length, or too long
+                for a server.
         """
         lengths: Sequence[int | None] = self.options.lengths or [None]
         texts = {
-            (name, length): prompts if length is None else at_length(prompts, length)
+            (name, length): prompts[: self.num_prompts]
+            if length is None
+            else at_length(prompts, length, self.num_prompts)
             for name, prompts in sets.items()
             for length in lengths
         }
+        self._check_lengths(max(len(prompt) for prompts in texts.values() for prompt in prompts))
         cases = [
             Case(name, length, temperature, concurrency)
             for name, length in texts
@@ -254,6 +259,15 @@ class Bench:
             progress(done, len(cases))
             yield self._measure(case, texts[case.prompts, case.length])
         progress(len(cases), len(cases))
+
+    def _check_lengths(self, longest: int) -> None:
+        tokens = longest + self.options.max_new_tokens
+        for server in filter(None, (self.server, self.baseline)):
+            if server.max_length is not None and tokens > server.max_length:
+                raise UserError(
+                    f"{server}: reads and writes at most {server.max_length} tokens; the longest prompt and "
+                    f"--max_new_tokens are {longest} + {self.options.max_new_tokens}"
+                )
 
     def _measure(self, case: Case, prompts: Sequence[Sequence[int]]) -> Level:
         passes = max(1, -(-2 * case.concurrency // len(prompts)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,44 @@ from specforge.files import write_file
 
 RESULTS, PAGE = "bench.json", "bench.html"
 COLUMNS = ("load", "tok/s", "TTFT", "TPOT", "tau", "speed-up", "same")
-_LEGEND = (
+LEGEND = (
     "load: requests in flight; tok/s: output tokens of all requests; TTFT: time to the first token, TPOT: time per "
     "further token, medians in ms; same: greedy answers identical to the baseline's; in parentheses: 95 % interval "
     "over prompts"
 )
+_NO_TAU = (
+    "no tau: the server drafts nothing or does not count; start vLLM with --per-request-spec-decode-metrics detailed"
+)
+_NO_INTERVAL = (
+    "tau without interval: from the server's counter over all requests, those of other clients included; for tau per "
+    "prompt start vLLM with --per-request-spec-decode-metrics detailed"
+)
 
 
-def tables(levels: Sequence[Level]) -> Iterator[dict[str, Any]]:
-    """Title, columns, rows and notes of each table: one per prompt set, length and temperature."""
-    for _, part in groupby(levels, lambda level: level.case[:3]):
-        group = list(part)
-        yield {
-            "title": _name(group[0].case),
-            "columns": COLUMNS,
-            "rows": [_cells(level) for level in group],
-            "notes": [*_notes(group)],
-        }
+def tables(levels: Sequence[Level]) -> list[dict[str, Any]]:
+    """Title, columns, rows and notes of each table: one per prompt set and temperature; the last one has the notes."""
+    made: list[dict[str, Any]] = []
+    for group in _groups(levels, "length", "concurrency"):
+        case, has_lengths = group[0].case, group[0].case.length is not None
+        made.append(
+            {
+                "title": f"{case.prompts}, temperature {case.temperature:g}",
+                "columns": ("prompt", *COLUMNS) if has_lengths else COLUMNS,
+                "rows": [(*[str(x.case.length)] * has_lengths, *_cells(x)) for x in group],
+                "notes": [],
+            }
+        )
+    made[-1]["notes"] = list(_notes(levels))
+    return made
 
 
-def _name(case: Case) -> str:
-    length = "" if case.length is None else f", {case.length} tokens long"
-    return f"{case.prompts}{length}, temperature {case.temperature:g}"
+def _groups(levels: Sequence[Level], *free: str) -> list[list[Level]]:
+    """Levels whose cases differ in nothing but the ``free`` fields, in their order."""
+    found: dict[tuple[object, ...], list[Level]] = {}
+    for level in levels:
+        fixed = tuple(value for name, value in level.case._asdict().items() if name not in free)
+        found.setdefault(fixed, []).append(level)
+    return list(found.values())
 
 
 def _cells(level: Level) -> tuple[str, ...]:
@@ -56,50 +71,66 @@ def _with_interval(value: float, bounds: Sequence[float] | None) -> str:
     return f"{value:.2f}" + (" ({:.2f}-{:.2f})".format(*bounds) if bounds else "")
 
 
-def _notes(group: Sequence[Level]) -> Iterator[str]:
-    yield _LEGEND
-    found = [level.acceptance for level in group]
+def _notes(levels: Sequence[Level]) -> Iterator[str]:
+    if any(level.case.length is not None for level in levels):
+        yield f"prompt: tokens of a prompt; {LEGEND}"
+    else:
+        yield LEGEND
+    found = [level.acceptance for level in levels]
     if not any(found):
-        yield (
-            "no tau: the server drafts nothing or does not count; start vLLM with --per-request-spec-decode-metrics "
-            "detailed"
-        )
+        yield _NO_TAU
     elif any(acceptance and acceptance.per_prompt is None for acceptance in found):
-        yield (
-            "tau without interval: from the server's counter over all requests, those of other clients included; for "
-            "tau per prompt start vLLM with --per-request-spec-decode-metrics detailed"
-        )
+        yield _NO_INTERVAL
 
 
 def write_bench(folder: Path, run: Mapping[str, Any], levels: Sequence[Level]) -> list[Path]:
     """Write ``bench.json``, ``bench.html`` and the plots; returns the paths of the first two."""
     content = {"run": run, "levels": [level.to_json() for level in levels]}
     write_file(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+    plots = [plot._replace(x=_X[_x(levels)]) if plot.x == _LOAD else plot for plot in PLOTS]
     facts = [(name, str(value)) for name, value in run.items() if value is not None]
     html = page(
         title=f"{run['model']} on {run['server']}",
         summary=f"{sum(level.speed.requests for level in levels):,} answers in {len(levels)} measurements",
         facts=facts,
-        tables=list(tables(levels)),
+        tables=tables(levels),
         plots_title="Plots",
-        plots=draw(PLOTS, list(levels), folder / "plots"),
+        plots=draw(plots, list(levels), folder / "plots"),
         files=[],
     )
     write_file(folder / PAGE, html)
     return [folder / RESULTS, folder / PAGE]
 
 
+def _x(levels: Sequence[Level]) -> str:
+    """Field of a case that is drawn over: the load, or the length if only that one varies."""
+    loads, lengths = {level.case.concurrency for level in levels}, {level.case.length for level in levels}
+    return "length" if len(loads) == 1 and len(lengths) > 1 else "concurrency"
+
+
+def _label(case: Case, levels: Sequence[Level], x: str = "") -> str:
+    """What tells a line from the others: the fields that vary, except for the one that is drawn over."""
+    parts = {
+        "prompts": case.prompts,
+        "length": f"{case.length} tokens long",
+        "temperature": f"temperature {case.temperature:g}",
+    }
+    varying = {name for name in parts if len({getattr(level.case, name) for level in levels}) > 1}
+    return ", ".join(parts[name] for name in parts if name in (varying - {x} or {"prompts"}))
+
+
 def _draw(axes: Any, levels: Sequence[Level], value: Any, interval: Any = None) -> bool:
-    """One line per table over the load; ``value`` of a level is None if it has none."""
-    for _, part in groupby(levels, lambda level: level.case[:3]):
-        group = [level for level in part if value(level) is not None]
+    """One line per series of measurements; ``value`` of a level is None if it has none."""
+    x = _x(levels)
+    for series in _groups(levels, x):
+        group = [level for level in series if value(level) is not None]
         if not group:
             continue
-        loads, values = [level.case.concurrency for level in group], [value(level) for level in group]
-        (line,) = axes.plot(loads, values, ".-", label=_name(group[0].case))
+        places, values = [getattr(level.case, x) for level in group], [value(level) for level in group]
+        (line,) = axes.plot(places, values, ".-", label=_label(group[0].case, levels, x))
         bounds = [interval(level) for level in group] if interval else [None]
         if None not in bounds:
-            axes.fill_between(loads, *zip(*bounds, strict=True), alpha=0.15, color=line.get_color())
+            axes.fill_between(places, *zip(*bounds, strict=True), alpha=0.15, color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     return bool(axes.lines)
@@ -149,21 +180,21 @@ def _draw_per_token(axes: Any, levels: list[Level]) -> bool:
 
 
 def _draw_prompts(axes: Any, levels: list[Level]) -> bool:
-    """Per table, the distribution at the lowest load that has one."""
+    """Per prompt set, length and temperature, the distribution at the lowest load that has one."""
     from matplotlib.ticker import AutoLocator
 
     axes.xaxis.set_major_locator(AutoLocator())
-    for _, part in groupby(levels, lambda level: level.case[:3]):
-        group = list(part)
+    for group in _groups(levels, "concurrency"):
         counts = next((x.acceptance.per_prompt for x in group if x.acceptance and x.acceptance.per_prompt), [])
         taus = sorted(p.tokens / p.rounds for p in counts if p.rounds)
         if taus:
-            axes.ecdf(taus, label=_name(group[0].case))
+            axes.ecdf(taus, label=_label(group[0].case, levels))
     axes.set_ylabel("share of prompts with at most this tau")
     return bool(axes.lines)
 
 
 _LOAD = "requests in flight"
+_X = {"concurrency": _LOAD, "length": "tokens of a prompt"}
 PLOTS = (
     Plot("throughput", "Throughput", "Output tokens per second of all requests.", _draw_throughput, _LOAD),
     Plot("speedup", "Speed-up", "Interval clustered by prompt.", _draw_speedup, _LOAD),

@@ -102,6 +102,7 @@ class Server(ABC):
 
     engine: ClassVar[str]
     path: ClassVar[str]  # of a request
+    max_length: int | None = None  # tokens of a prompt and its answer; None if the server does not say
 
     def __init__(self, client: ServerClient, model: str, folder: str) -> None:
         self.client, self.model, self.folder = client, model, folder
@@ -274,4 +275,6 @@ def find_server(client: ServerClient) -> Server:
             f"server {client.url}: is neither vLLM nor SGLang but {printable(str(model['owned_by']), 60)!r}, which has "
             "no counters of accepted tokens"
         )
-    return kind(client, name, str(model.get("root") or name))
+    server, length = kind(client, name, str(model.get("root") or name)), model.get("max_model_len")
+    server.max_length = length if isinstance(length, int) else None
+    return server

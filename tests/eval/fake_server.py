@@ -25,6 +25,7 @@ class Fake:
         per_request: whether vLLM reports the rounds of each request.
         folder: where the model is said to be.
         gamma: tokens drafted per round.
+        max_model_len: longest prompt with its answer.
     """
 
     script: Script
@@ -32,6 +33,7 @@ class Fake:
     per_request: bool = True
     folder: str = "/nowhere"
     gamma: int = 3
+    max_model_len: int = 1024
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     drafts: int = 0  # rounds of all requests
@@ -45,8 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         fake = self.server.fake
+        model = {"id": "tiny", "owned_by": fake.engine, "root": fake.folder, "max_model_len": fake.max_model_len}
         pages: dict[str, Any] = {
-            "/v1/models": {"data": [{"id": "tiny", "owned_by": fake.engine, "root": fake.folder}]},
+            "/v1/models": {"data": [model]},
             "/version": {"version": "1.2"},
             "/server_info": {
                 "version": "1.2",

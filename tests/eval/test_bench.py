@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from specforge.cli.main import main
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
-from specforge.eval.bench import Acceptance, Bench, BenchOptions, Case, Comparison, Speed, Spread, at_length
+from specforge.eval.bench import Acceptance, Bench, BenchOptions, Case, Comparison, Level, Speed, Spread, at_length
+from specforge.eval.bench_report import _draw_tau, tables
 from specforge.eval.held_out import read_prompts
 from specforge.eval.served import Answer, find_server
 from specforge.eval.tau import Rounds
@@ -118,6 +120,10 @@ def test_prompts_are_brought_to_one_length_and_end_as_they_did(length):
     assert made == [[text[(end - length + i) % 6] for i in range(length)] for end in ends]
 
 
+def test_all_prompts_bring_the_first_ones_to_their_length():
+    assert at_length([[1, 2], [3], [4, 5, 6]], 6, 1) == [[3, 4, 5, 6, 1, 2]]
+
+
 def test_a_length_beyond_all_prompts_is_refused():
     with pytest.raises(UserError, match="--lengths 7: all prompts together have 6 tokens"):
         at_length([[1, 2], [3], [4, 5, 6]], 7)
@@ -211,6 +217,32 @@ def test_the_command_writes_json_a_page_and_plots(target, prompts, tmp_path, cap
     page = (tmp_path / "out" / "bench.html").read_text()
     assert page.count("<img") == len(list((tmp_path / "out" / "plots").glob("*.png"))) == 6
     assert "8/8" in page
+
+
+def test_lengths_at_one_load_are_rows_of_one_table_and_the_axis_of_the_plots():
+    levels = [
+        Level(Case("a", length, temperature, 2), Speed.of(answers(0)), Acceptance.of(PROMPTS, answers(0), None))
+        for length in (8, 64)
+        for temperature in (0.0, 1.0)
+    ]
+    greedy, sampled = tables(levels)
+    assert [greedy["title"], sampled["title"]] == ["a, temperature 0", "a, temperature 1"]
+    assert [row[:2] for row in greedy["rows"]] == [("8", "2"), ("64", "2")] == [row[:2] for row in sampled["rows"]]
+    assert (greedy["columns"][:2], greedy["notes"]) == (("prompt", "load"), [])
+    assert len(sampled["notes"]) == 1
+    axes = Figure().add_subplot()
+    assert _draw_tau(axes, levels)
+    assert [(line.get_label(), [*line.get_xdata()]) for line in axes.lines] == [
+        ("temperature 0", [8, 64]),
+        ("temperature 1", [8, 64]),
+    ]
+
+
+def test_prompts_longer_than_a_server_reads_are_refused_before_anything_is_asked():
+    with serving(script, max_model_len=10) as fake:
+        with pytest.raises(UserError, match=r"at most 10 tokens; the longest prompt and --max_new_tokens are 4 \+ 7$"):
+            run(fake, None)
+        assert not fake.asked
 
 
 def test_what_is_measured_before_a_server_breaks_off_is_kept(target, prompts, tmp_path, capsys):
