@@ -114,20 +114,36 @@ def load_module(draft: Path, target: str | None, algorithm: str | None = None) -
         config, _ = read_draft(draft)
         if target is None:
             raise UserError(f"{draft}: a draft's folder does not name its target; give it with --target")
-        cls, fingerprint = requested or _algorithm_of_folder(config, draft), None
+        cls = requested or _algorithm_of_folder(config, draft)
         matches = _has_architecture(cls, config)
     else:
         saved = read_checkpoint(draft)["specforge"]
-        config, fingerprint = saved_config(saved, str(draft)), saved["target_fingerprint"]
-        target = target or saved["target"]
+        config = saved_config(saved, str(draft))
+        target = _trained_on(saved, draft, target)
         cls = requested or _algorithm_of_checkpoint(saved, draft)
         matches = cls.algorithm == saved["algorithm"]
     if not matches:
         raise UserError(f"{draft}: is not a draft of {cls.algorithm}, the algorithm given by --algorithm")
-    module = cls(target=target, draft_config=dict(config), init_from=str(draft))
-    if fingerprint is not None and module.target.fingerprint != fingerprint:
-        raise UserError(f"{draft}: was trained on another target than {target} ({module.target.fingerprint[:8]})")
-    return module
+    try:
+        return cls(target=target, draft_config=dict(config), init_from=str(draft))
+    except UserError as error:
+        if str(draft) in str(error):  # it is about the draft's own files
+            raise
+        raise UserError(f"{draft}: is not a draft of the target {target} ({error})") from error
+
+
+def _trained_on(saved: Mapping[str, Any], draft: Path, target: str | None) -> str:
+    """The target to use: the one of a checkpoint, or the given one, which must be the same."""
+    name, fingerprint = saved["target"], saved["target_fingerprint"]
+    try:
+        found = TargetFiles.find(target or name).fingerprint
+    except UserError as error:
+        if target:
+            raise
+        raise UserError(f"{draft}: was trained on {name}, which is not found; name its folder with --target") from error
+    if found != fingerprint:
+        raise UserError(f"{draft}: was trained on {name} ({fingerprint[:8]}), not on {target or name} ({found[:8]})")
+    return str(target or name)
 
 
 def _has_architecture(cls: type[DraftModule], config: Mapping[str, Any]) -> bool:
