@@ -10,6 +10,7 @@ This module is imported by vLLM's and SGLang's processes too; it needs torch and
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import threading
@@ -54,6 +55,7 @@ from specforge.runtime.data_plane.store import (
 _ERROR, _ERROR_BYTES = "error", 512
 _KINDS: dict[str, type[Exception]] = {"full": StoreFullError, "bad": BadSampleError}  # first word of an error text
 _FAILED = "failed"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_POLL, _LONGEST_POLL = 0.002, 0.05  # seconds between two looks into the store
 
 logger = logging.getLogger(__name__)
@@ -208,8 +210,7 @@ class FeatureSink:
         except Exception as error:
             reason = error.reason if isinstance(error, BadSampleError) else first_line(error)
             logger.warning("sample %s: cannot be stored: %s", ticket.key, reason)
-            kind = next((name for name, cls in _KINDS.items() if isinstance(error, cls)), _FAILED)
-            self._put(ticket, {_ERROR: _padded(f"{kind} {reason}")}, ticket.error_uri)
+            self._put(ticket, {_ERROR: _padded(f"{_kind(error)} {reason}")}, ticket.error_uri)
 
     def _put(self, ticket: Ticket, group: dict[str, Tensor], uri: str) -> None:
         try:
@@ -237,6 +238,13 @@ def _features(
     if ticket.loss_mask:
         tensors[LOSS_MASK] = torch.tensor([int(x) for x in ticket.loss_mask], dtype=torch.uint8)
     return tensors
+
+
+def _kind(error: Exception) -> str:
+    """First word of an error text; a disk without space is a full store."""
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE:
+        return "full"
+    return next((name for name, cls in _KINDS.items() if isinstance(error, cls)), _FAILED)
 
 
 def _padded(reason: str) -> Tensor:

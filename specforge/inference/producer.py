@@ -22,6 +22,7 @@ from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 logger = logging.getLogger(__name__)
 
 _POLL = 0.05  # seconds between two polls of an empty queue
+_LONGEST_PAUSE = 5.0  # seconds between two attempts while the store is full
 
 Batch = list[tuple[str, PromptTask]]  # names of samples, and their prompts
 
@@ -60,7 +61,7 @@ class Producer:
                 of its run, or the engine's server does not respond; nothing stays leased.
         """
         self.controller.release(self.owner)
-        idle, last = 0.0, False
+        idle, last, told, pause = 0.0, False, -1, _POLL
         with self._renewing():
             try:
                 while not last:
@@ -70,11 +71,15 @@ class Producer:
                         if not busy:
                             self._flush()
                     except StoreFullError as error:
-                        logger.warning("the store is full (%s); waiting for space", error)
+                        if told != self.produced:  # once, until something fits again
+                            logger.warning("the store is full (%s); waiting for space", error)
+                            told, pause = self.produced, _POLL
+                        pause = min(2 * pause, _LONGEST_PAUSE)
+                        stop.wait(pause)
                         for worker in self._workers.values():
                             worker.drop()
                         self._release()
-                        busy = False
+                        busy = True  # prompts are queued
                     idle = 0.0 if busy else idle + _POLL
                     if not busy:
                         stop.wait(_POLL)
@@ -151,7 +156,7 @@ class Producer:
             engine = self.engine(provenance.dtype)
             try:
                 engine.check(provenance.capture)
-            except UnavailableError:
+            except (UnavailableError, StoreFullError):
                 raise
             except UserError as error:
                 raise _CannotCaptureError(str(error)) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +15,7 @@ from specforge.contracts import AUX_HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATES
 from specforge.errors import UserError
 from specforge.inference.handoff import FeatureSink, Handoff, Ticket
 from specforge.runtime.addresses import open_backend
+from specforge.runtime.data_plane import shared_dir
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.runtime.data_plane.mooncake_store import absent, mooncake_store
 
@@ -133,6 +136,26 @@ def test_a_store_that_fails_or_is_full_never_stops_the_server(tmp_path):
     ticket, _ = handoff.expect(IDS, FEATURES, provenance())
     with pytest.raises(UserError, match="the features are not in the store"):
         handoff.wait(ticket)
+    sink.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_space_is_a_full_store(tmp_path, monkeypatch, number):
+    backend = open_backend(str(tmp_path))
+    handoff, sink, write = Handoff(backend, "http://s"), FeatureSink(backend), shared_dir.write_flat
+
+    def full(path, tensors, *, sync):
+        if AUX_HIDDEN_STATES not in tensors:
+            return write(path, tensors, sync=sync)
+        path.write_bytes(b"what still fitted")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shared_dir, "write_flat", full)
+    ticket, _ = handoff.expect(IDS, FEATURES, provenance())
+    sink.submit(ticket, IDS, states(), lambda: states()[0])
+    with pytest.raises(StoreFullError, match=os.strerror(number)):
+        handoff.wait(ticket)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     sink.close()
 
 

@@ -225,6 +225,25 @@ def test_a_full_store_is_waited_for():
     counts(producer, **{State.COMMITTED: 4})
 
 
+def test_a_store_that_stays_full_is_reported_once_and_costs_no_try(caplog):
+    class Full(Engine):
+        refused = 0
+
+        def capture(self, input_ids, policy):
+            if self.refused < 3:
+                self.refused += 1
+                raise StoreFullError("server http://s: no space left on device")
+            return super().capture(input_ids, policy)
+
+    producer = made(Full())
+    producer.run(threading.Event(), idle_seconds=0.1)
+    counts(producer, **{State.COMMITTED: 4})
+    assert [row.tries for row in producer.controller.metadata.find((State.COMMITTED,))] == [1] * 4
+    assert [x.getMessage() for x in caplog.records if "full" in x.getMessage()] == [
+        "the store is full (server http://s: no space left on device); waiting for space"
+    ]
+
+
 def test_another_target_is_refused_and_nothing_stays_leased():
     producer = made(Engine())
     producer.fingerprint = "g" * 8

@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from specforge.contracts import SAMPLE_ID, FeatureSpec, Provenance, SampleRef, SampleT
+from specforge.errors import UserError
 from specforge.runtime.data_plane.encoding import decode, encode
 from specforge.runtime.data_plane.safetensors_io import bytes_of
 
@@ -35,7 +36,7 @@ class BadSampleError(Exception):
         self.sample_id, self.reason = sample_id, reason
 
 
-class StoreFullError(Exception):
+class StoreFullError(UserError):
     """The store is full at the moment; its contents are unchanged."""
 
 
