@@ -42,7 +42,8 @@ class FeatureDataModule(pl.LightningDataModule):
     Args:
         batch_size: documents per micro-batch; give either this or max_tokens.
         max_tokens: maximum number of tokens per micro-batch; give either this or batch_size.
-        limit_samples: train on this many samples, chosen by the seed (default: all).
+        limit_samples: train on this many samples, chosen by the seed (default: all); validation always takes all of
+            its samples.
         seed: random seed for the order of each epoch.
         prefetch: maximum number of batches to prefetch.
         bad_samples: what to do with a sample that is damaged or cannot be produced: ``error`` stops, ``skip`` leaves it

@@ -80,9 +80,10 @@ class DisaggregatedDataModule(PromptDataModule):
                 "sample to one rank; use ddp or fsdp2, or capture the features and use OfflineDataModule"
             )
         if self._controller is None:
+            features = FeatureStore(open_backend(self.store))  # first, as producers expect
             controller = DataFlowController(
                 open_metadata(self.metadata),
-                FeatureStore(open_backend(self.store)),
+                features,
                 retain=self.retain,
                 lease_seconds=self.lease_seconds,
                 max_tries=self.max_tries,

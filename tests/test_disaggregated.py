@@ -253,6 +253,20 @@ def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
     assert controller.counts()[State.QUEUED] == 1
 
 
+@pytest.mark.parametrize("wrong", ["misspelt", "a file"])
+def test_a_producer_with_another_store_creates_nothing(target, tmp_path, capsys, wrong):
+    where, store = places(tmp_path), tmp_path / "stor"
+    if wrong == "misspelt":
+        control(where).metadata.close()
+    else:
+        store.write_text("x")
+    before = sorted(tmp_path.iterdir())
+    words = ["--target", str(target), "--store", str(store), "--metadata", where["metadata"], "--idle_seconds", "0.1"]
+    assert main(["produce", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"specforge: store {store}: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

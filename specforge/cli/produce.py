@@ -187,12 +187,11 @@ def run_producers(options: ProduceOptions, stop: threading.Event | None = None) 
         _run_processes(options)
         return
     files = TargetFiles.find(options.target)
+    _check_places(options)
     owner = options.name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    features = FeatureStore(open_backend(options.store))
     controller = DataFlowController(
-        open_metadata(options.metadata),
-        FeatureStore(open_backend(options.store)),
-        lease_seconds=options.lease_seconds,
-        max_tries=options.max_tries,
+        open_metadata(options.metadata), features, lease_seconds=options.lease_seconds, max_tries=options.max_tries
     )
     engines: dict[str, TargetEngine] = {}
 
@@ -221,6 +220,17 @@ def run_producers(options: ProduceOptions, stop: threading.Event | None = None) 
             opened.close()
     controller.metadata.close()
     say(f"{owner}: {producer.produced:,} samples produced")
+
+
+def _check_places(options: ProduceOptions) -> None:
+    """Check the store before anything is created; a run creates it before its metadata file."""
+    begun = "://" not in options.metadata and is_there(options.metadata)  # asked first: another producer may begin now
+    if is_there(options.store):
+        open_backend(options.store, create=False)
+    elif begun:
+        raise UserError(
+            f"store {options.store}: no such folder, but metadata {options.metadata} exists; name the trainer's store"
+        )
 
 
 def _run_processes(options: ProduceOptions) -> None:

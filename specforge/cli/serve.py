@@ -77,7 +77,7 @@ def serve_target(
     ):
         if policy is not None:
             running.check(policy)
-        _announce(server.url, running, token_file)
+        _announce(server.url, running, token_file, policy)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -85,11 +85,12 @@ def serve_target(
     print("stopped", flush=True)
 
 
-def _announce(url: str, engine: TargetEngine, token_file: Path) -> None:
+def _announce(url: str, engine: TargetEngine, token_file: Path, policy: CapturePolicy | None) -> None:
     """Print where the features are, and how to train on them."""
-    target = engine.target
+    target, captured = engine.target, "" if policy is None else f", {_captured(policy)}"
     print(
-        f"{url}: features of {target.name} ({target.fingerprint[:8]}) in {engine.dtype}; token in {token_file}\n"
+        f"{url}: features of {target.name} ({target.fingerprint[:8]}) in {engine.dtype}{captured}; token in "
+        f"{token_file}\n"
         f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {url} "
         f"--data.token_file {token_file}",
         flush=True,
@@ -112,9 +113,12 @@ def _say_plan(
     policy = _policy(files, algorithm, layer_ids)
     devices = int(engine_config(engine)["init_args"].get("tensor_parallel") or 1)
     sizes = estimate(files, policy, dtype=files.compute_dtype(dtype), devices=devices)
-    captured = f"layers {list(policy.layer_ids)}" + " and the last hidden states" * policy.last_hidden_states
-    say(f"{files.name} by {engine_summary(engine)}, capturing {captured}")
+    say(f"{files.name} by {engine_summary(engine)}, capturing {_captured(policy)}")
     say("\n".join(sizes.lines(None if device_memory is None else device_memory * 1e9)))
+
+
+def _captured(policy: CapturePolicy) -> str:
+    return f"layers {list(policy.layer_ids)}" + " and the last hidden states" * policy.last_hidden_states
 
 
 def _policy(files: TargetFiles, algorithm: str | None, layer_ids: list[int] | None) -> CapturePolicy:

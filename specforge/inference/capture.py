@@ -30,7 +30,7 @@ class CaptureOptions:
         mix_engines: add to features that another engine has computed; they differ in their last bits.
         batch_tokens: maximum number of tokens of a forward pass, padding included (default: depends on the engine).
         encoding: store features as computed (raw), or in 8 bits.
-        limit_samples: capture only the first N training samples.
+        limit_samples: capture only the first N training samples; held-out ones are always captured in full.
     """
 
     dtype: Dtype = "bfloat16"

@@ -150,6 +150,8 @@ class TargetServer(ThreadingHTTPServer):
         try:
             with self._one_at_a_time:
                 features = self.engine.capture(input_ids, policy)
+        except UserError as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
         except Exception as error:
             logger.exception("the target failed")
             raise _RefusedError(

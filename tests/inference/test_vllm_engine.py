@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from specforge.errors import UserError
 from specforge.inference.handoff import NotDeliveredError
 from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.hf import HFTargetEngine
+from specforge.inference.target_engine.http import HTTPTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
-from specforge.inference.target_server import TargetServer
+from specforge.inference.target_server import TargetServer, make_token
 from specforge.inference.vllm_server import VLLMServer
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.fake_vllm import fake_vllm
@@ -116,7 +118,8 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
         ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16"),
         (
             {"layers": [1, 2]},
-            r"does not capture layer 4, only layers \[1, 2\] and the last .*; restart it with .*--layer_ids '",
+            r"does not capture layer 4, only layers \[1, 2\] and the last .*; restart it with `specforge target serve "
+            r"--target .* --dtype float32 --engine vllm --engine.store .* --layer_ids '\[4, 1\]'`$",
         ),
         ({"last_hidden_states": False}, "does not capture the last hidden states, only layers"),
         ({"error": "malformed"}, "malformed"),
@@ -124,8 +127,36 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
 )
 def test_a_server_that_does_not_fit_is_refused(engine, server, changes, reason):
     server.description |= changes
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as refused:
         engine.check(POLICY)
+    # A producer ends then, and gives up no prompt.
+    assert isinstance(refused.value, UnavailableError) == ("error" not in changes)
+
+
+def test_layers_that_the_server_behind_target_serve_lacks_are_refused_with_the_command(engine, files, tmp_path):
+    engine.check(POLICY)
+    make_token(tmp_path / "token")
+    with TargetServer(engine, files, (tmp_path / "token").read_text().strip()) as front:
+        thread = threading.Thread(target=front.serve_forever, args=[0.01])
+        thread.start()
+        with (
+            HTTPTargetEngine(files, "float32", front.url, tmp_path / "token") as client,
+            pytest.raises(
+                UserError, match=r"restart it with `specforge target serve .* --layer_ids '\[5\]'` .HTTP 400.$"
+            ),
+        ):
+            client.check(CapturePolicy((5,)))
+        front.shutdown()
+        thread.join()
+
+
+def test_a_misspelt_store_of_a_running_server_is_refused_and_not_created(server, files, tmp_path):
+    store = tmp_path / "stor"
+    with pytest.raises(
+        UserError, match=f"no such folder.*name the store that the server {server.url} was started with"
+    ):
+        VLLMTargetEngine(files, "float32", url=server.url, store=str(store))
+    assert not store.exists()
 
 
 def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, server):

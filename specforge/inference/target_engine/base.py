@@ -15,7 +15,7 @@ from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
 
 
 class UnavailableError(UserError):
-    """The server of an engine does not respond, whatever it is asked; the same request may succeed later."""
+    """The server of an engine does not respond, or is another one; the same request may succeed later."""
 
 
 class TargetEngine(ABC):

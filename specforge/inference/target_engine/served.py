@@ -25,7 +25,7 @@ from specforge.inference.engine_server import EngineServer, ServerOptions
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.openai_server import TokenServer
 from specforge.inference.server_client import RefusedError, ServerClient
-from specforge.inference.target_engine.base import TargetEngine, check_layers, feature_widths
+from specforge.inference.target_engine.base import TargetEngine, UnavailableError, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
 from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
@@ -175,7 +175,11 @@ class ServedTargetEngine(TargetEngine):
     def _connect(self, url: str, store: str) -> None:
         self._client = ServerClient(url, self._key, patience=self._patience, connections=self.concurrency)
         self.url, self.store = self._client.url, store
-        self._handoff = Handoff(open_backend(store), self.url, min(self._patience, 120.0))
+        try:
+            backend = open_backend(store, create=False)  # the server has created it
+        except UserError as error:
+            raise UserError(f"{error}; name the store that the server {url} was started with") from error
+        self._handoff = Handoff(backend, self.url, min(self._patience, 120.0))
 
     def _start(self, policy: CapturePolicy) -> None:
         """Start a server that captures what a policy asks for."""
@@ -223,7 +227,10 @@ class ServedTargetEngine(TargetEngine):
             self._start(policy)
         self._prepare()
         self._described = found = self._ask([0])
-        self._check_server(found, policy)
+        try:
+            self._check_server(found, policy)
+        except UserError as error:  # it is about the server: no prompt is to be given up for it
+            raise UnavailableError(str(error)) from error
         ids = [0, self.target.vocab_size // 2]
         handoff = replace(self._handoff, patience=min(_CHECK_SECONDS, self._handoff.patience))
         try:
@@ -256,17 +263,23 @@ class ServedTargetEngine(TargetEngine):
             )
         if found.dtype != self.dtype:
             raise UserError(f"{where}: computes in {found.dtype}, not {self.dtype}; set --dtype {found.dtype}")
+        self._check_layers(found, policy)
+
+    def _check_layers(self, found: ServerDescription, policy: CapturePolicy) -> None:
         missing = sorted(set(policy.layer_ids) - set(found.layers))
         if missing or (policy.last_hidden_states and not found.last_hidden_states):
             what = f"layer {missing[0]}" if missing else "the last hidden states"
+            layers = f" --layer_ids '{list(policy.layer_ids)}'" if policy.layer_ids else ""
             raise UserError(
-                f"{where}: does not capture {what}, only layers {list(found.layers)}"
+                f"server {self.url}: does not capture {what}, only layers {list(found.layers)}"
                 f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with "
-                f"`specforge target serve --engine {self.name} --layer_ids '{list(policy.layer_ids)}'`"
+                f"`specforge target serve --target {self.target.name} --dtype {self.dtype} --engine {self.name} "
+                f"--engine.store {found.store}{layers}`"
             )
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies."""
+        self._check_layers(self._known, policy)  # a `target serve` in between passes on what others ask for
         return self._together(lambda ids: self._capture_one(ids, policy, self._handoff), input_ids)
 
     def generate(
