@@ -235,6 +235,6 @@ class HTTPTargetEngine(TargetEngine):
 def _reason(body: bytes) -> str:
     """The reason in an error response; empty if the response is not from a SpecForge server."""
     try:
-        return printable(str(json.loads(body)["error"]), 1000)
+        return printable(str(json.loads(body)["error"]), 440)
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
