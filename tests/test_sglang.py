@@ -21,6 +21,7 @@ from lightning_modules import algorithms
 from lightning_modules.base import DraftModule
 from specforge.decoding.decoder import decode
 from specforge.inference.target_engine import HFTargetEngine
+from tests import sglang_cpu as cpu
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
 from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise
 from tests.modeling.draft.eagle3.test_export import LATENT
@@ -187,6 +188,8 @@ SERVED: dict[str, tuple[str, dict[str, object]]] = {
     "eagle3.1": ("eagle3", {"draft_vocab_size": 200, "fc_norm": True, "norm_output": True}),
     "standalone": ("standalone", {"num_hidden_layers": 2}),
     "mtp": ("mtp", {}),
+    "dflash": ("dflash", {**BLOCKS, "block_size": 4}),
+    "dspark": ("dspark", {**BLOCKS, "block_size": 3}),
 }
 
 
@@ -199,6 +202,9 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, 
         target, options = mimo(tmp_path / "target"), {"init_from": "target_mtp"}
     if algorithm == "eagle3":
         options |= {"layer_ids": [1, 3, 4], "init_from": "target"}
+    is_block = algorithm in ("dflash", "dspark")
+    if is_block:
+        options |= {"layer_ids": [1, 3, 4]}
     module = algorithms()[algorithm](str(target), **options)
     if len(module.draft.d2t) < 264:
         module.draft.set_vocabulary(torch.randperm(264)[: len(module.draft.d2t)].sort().values)
@@ -215,7 +221,7 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, 
     folder = tmp_path / "draft"
     module.export_format.to_sglang(module.draft, module.target, folder, "float32")
     command = module.export_format.sglang.command(str(target), folder, 3).split()[3:]
-    with serve(python, tmp_path / "log", *command) as server:
+    with serve(python, tmp_path / "log", *command, launch=cpu.BLOCKS if is_block else cpu.LAUNCH) as server:
         theirs = [server.answer(prompt, 24, [256]) for prompt in prompts]
     assert [reply["output_ids"] for reply in theirs] == answers == [d.tokens for d in mine]
     assert [reply["meta_info"]["spec_verify_ct"] for reply in theirs] == [d.rounds for d in mine]

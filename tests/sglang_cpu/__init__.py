@@ -15,6 +15,7 @@ from typing import Any
 
 READY = "Uvicorn running on"  # SGLang's own "fired up" comes before it listens
 LAUNCH = (str(Path(__file__).parent / "launch.py"),)  # instead of ``-m sglang.launch_server``
+BLOCKS = (str(Path(__file__).parent / "launch_blocks.py"),)  # for block drafts
 CAPTURE = [  # for servers that only read prompts
     "--device",
     "cpu",
@@ -61,12 +62,12 @@ class Server:
 
 
 @contextmanager
-def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
+def serve(python: str, log: Path, *options: object, launch: Sequence[str] = LAUNCH) -> Iterator[Server]:
     """Start a server and wait until it is ready; ``log`` keeps what it says."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, *LAUNCH, *OPTIONS, "--port", port, *options]
+    command = [python, *launch, *OPTIONS, "--port", port, *options]
     process = subprocess.Popen(
         [str(word) for word in command],
         env=environment(),

@@ -61,7 +61,7 @@ class DFlashFormat(DraftFormat):
     )
     not_the_drafts = ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
     vllm = VLLM("dflash", {DFlash.architecture: Proof.SERVED}, _check_for_vllm)
-    sglang = SGLang("DFLASH", {DFlash.architecture: Proof.LOADED}, _check_for_sglang)
+    sglang = SGLang("DFLASH", {DFlash.architecture: Proof.SERVED}, _check_for_sglang)
 
     def tokens(self, draft: Draft) -> int:
         """As many as a block drafts."""
@@ -102,7 +102,7 @@ class DSparkFormat(DFlashFormat):
         ("confidence_proj.", "confidence_head.proj."),
     )
     vllm = VLLM("dspark", {DSpark.architecture: Proof.SERVED}, _check_for_vllm)
-    sglang = SGLang("DSPARK", {DSpark.architecture: Proof.LOADED}, _check_for_sglang)
+    sglang = SGLang("DSPARK", {DSpark.architecture: Proof.SERVED}, _check_for_sglang)
 
 
 class DominoFormat(DFlashFormat):
