@@ -13,6 +13,7 @@ import torch
 
 from specforge.callbacks.lightning_internals import callback_states
 from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log, log_row
+from specforge.callbacks.strategies import settle_buckets
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
 from specforge.runtime.data_plane.loader import RunLength
@@ -45,6 +46,7 @@ class ExactResume(pl.Callback):
             int(trainer.num_training_batches), trainer.accumulate_grad_batches, trainer.max_steps, trainer.max_epochs
         )
         trainer.train_dataloader.start(self._step, length)
+        settle_buckets(trainer.strategy.model)
         if self._saved is not None:
             state = self._saved[trainer.global_rank]
             restore_rng(state)
