@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,7 @@ class Pools:
         features, options = self.folder / "features", self.options
         self._write_recipe("OfflineDataModule", {"features": str(features)})
         words = ["--recipe", self.recipe, "--target", self.target, "--prompts", self.folder / "prompts"]
+        words += ["--dtype", options.dtype]
         words += ["--device", options.devices[0], "--batch_tokens", options.batch_tokens, "--output", features]
         self.attempts.specforge("capture", *words)
         try:
@@ -89,6 +91,7 @@ class Pools:
             "prompts": str(self.folder / "prompts"),
             "metadata": str(metadata),
             "max_bytes": options.max_bytes,
+            "dtype": options.dtype,
             "retain": "until_trained",
             "wait_seconds": 240,
         }
@@ -116,7 +119,7 @@ class Pools:
                 if options.engine == "hf":
                     where = ["--device", device]
                 else:  # a server of its own takes the first device that it sees
-                    where = ["--engine", options.engine, "--engine.store", store, *options.engine_options.split()]
+                    where = ["--engine", options.engine, "--engine.store", store, *shlex.split(options.engine_options)]
                     where += ["--engine.log", self.folder / f"server-{i}.log"]
                     environment |= {"CUDA_VISIBLE_DEVICES": device.split(":")[1]} if ":" in device else {}
                 command = [sys.executable, "-m", "specforge.cli.main", *map(str, [*words, *where])]
@@ -207,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     tiny = options.shape == "tiny"
+    options.dtype = "float32" if tiny else "bfloat16"
     options.max_tokens = options.max_tokens or (128 if tiny else 16384)
     options.max_bytes = options.max_bytes or (64 << 20 if tiny else 8 << 30)
     options.producers = options.producers or [len(options.devices)]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -144,7 +145,7 @@ def train(options: argparse.Namespace, attempts: Attempts, folder: Path) -> Sequ
             "--trainer.callbacks.warmup": options.warmup,
             "--trainer.callbacks.timed": options.steps,
         }
-        attempts.specforge(*words, *(word for pair in given.items() for word in pair), *options.options.split())
+        attempts.specforge(*words, *(word for pair in given.items() for word in pair), *shlex.split(options.options))
         found: dict[str, Any] = json.loads(path.read_text())
         path.unlink()
         if alone is not None and "losses" in alone:
@@ -307,7 +308,7 @@ def resume(options: argparse.Namespace, attempts: Attempts, folder: Path) -> Seq
     shape = SHAPES[options.shape]
     for algorithm in options.algorithms:
         documents = shape.documents * max(options.ranks) * 2 * options.half
-        words = [*prepare(algorithm, shape, documents, folder / algorithm), *options.options.split()]
+        words = [*prepare(algorithm, shape, documents, folder / algorithm), *shlex.split(options.options)]
         for ranks in options.ranks:
             for strategy in options.strategies if ranks > 1 else ():
                 runs = folder / "runs"
@@ -324,7 +325,7 @@ def resume(options: argparse.Namespace, attempts: Attempts, folder: Path) -> Seq
 
 def open_engine(options: argparse.Namespace, files: TargetFiles, size: int, log: Path) -> TargetEngine:
     """A server of the target on ``size`` devices."""
-    given = {"python": options.python, "arguments": options.arguments.split(), "log": log, "compare": False}
+    given = {"python": options.python, "arguments": shlex.split(options.arguments), "log": log, "compare": False}
     cls = getattr(target_engine, target_engine.ENGINES[options.engine])
     engine: TargetEngine = cls(files, options.dtype, tensor_parallel=size, **given)
     return engine
