@@ -20,6 +20,7 @@ from benchmarks.results import ROOT
 from specforge.errors import UserError
 
 SHOWN = 3  # lines of a failed command's output
+WIDTH = 120  # characters of a reason in a table
 
 
 class Failed(Exception):
@@ -117,10 +118,10 @@ class Attempts:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as a table in Markdown; a failed one has its reason in the last column."""
+    """Rows as a table in Markdown; a failed one has the beginning of its reason in the last column."""
 
     def cell(row: Mapping[str, Any], name: str) -> str:
-        value = row.get(name, row.get("failed", "") if name == columns[-1] else "")
+        value = row.get(name, row.get("failed", "")[:WIDTH] if name == columns[-1] else "")
         return f"{value:.5g}" if isinstance(value, float) else str(value)
 
     lines = [[cell(row, name) for name in columns] for row in rows]

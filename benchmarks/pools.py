@@ -93,7 +93,7 @@ class Pools:
             "max_bytes": options.max_bytes,
             "dtype": options.dtype,
             "retain": "until_trained",
-            "wait_seconds": 240,
+            "wait_seconds": options.limit,  # a server may take minutes to start
         }
         size = options.max_bytes + max(options.max_bytes // 4, 64 << 20)
         folder = str(self.folder / "store")
