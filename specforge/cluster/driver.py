@@ -244,7 +244,9 @@ class _Run:
         port, run = self._launch.cluster.metrics_port, Path(self._launch.run)
         if port is None:
             return None
-        metrics = RunMetrics(run, self._launch.producer.metadata, self._producers.counts)
+        where = self._launch.producer
+        limit = yaml.safe_load(self._launch.recipe)["data"]["init_args"]["max_bytes"]
+        metrics = RunMetrics(run, where.store, where.metadata, limit, self._producers.counts)
         return MetricsServer(port, make_token(run / "metrics-token"), metrics)
 
     def watch(self) -> int:
