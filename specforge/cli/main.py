@@ -13,6 +13,7 @@ from importlib import import_module
 
 from specforge.cli.shadowing import check
 from specforge.errors import UserError, escaped, mistake_behind
+from specforge.logs import check_form, structured
 from specforge.packages import VERSION
 
 # Name: ("module:function", description). A function's parameters are the command's options, except in
@@ -60,8 +61,9 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is reported in one line on stderr, with status 2."""
-    with _output_may_close():
-        return _main(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    with _output_may_close(), structured(words[0] if words else ""):
+        return _main(words)
 
 
 @contextmanager
@@ -93,6 +95,7 @@ def _main(argv: list[str]) -> int:
         logging.lastResort.setFormatter(_Escaping())
     try:
         check()
+        check_form()
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)

@@ -33,6 +33,7 @@ from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_server import make_token
+from specforge.logs import identify, is_structured, write
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import live_trainer
 
@@ -94,6 +95,7 @@ def run(launch: Launch) -> int:
     Raises:
         UserError: the run cannot be started or has failed.
     """
+    identify(launch.name)
     _check_stores(launch)
     if launch.cluster.address is None:
         place([_this_machine()], launch.cluster)
@@ -292,8 +294,12 @@ class _Run:
     def _show(self) -> int:
         """Print what the processes say; returns the wanted number of producers."""
         lines, producers, self._refusal = ray.get(self._board.read.remote())
-        for line in lines:
-            say(line)
+        for name, level, text in lines:
+            if is_structured():
+                role, _, rank = name.rpartition(" ")
+                write(level, text, role=role, rank=int(rank))
+            else:
+                say("\n".join(f"{name} | {line}" for line in text.split("\n")))
         return producers
 
     def _end(self) -> None:
