@@ -26,7 +26,7 @@ COMMANDS = {
     "regenerate": ("specforge.cli.data:regenerate", "Replace the answers in conversations with the target's own."),
     "capture": ("specforge.cli.produce:capture", "Run the target over prompts and keep its hidden states."),
     "produce": ("specforge.cli.produce:produce", "Produce features for a trainer in another process."),
-    "status": ("specforge.cli.produce:status", "Show the state of a disaggregated run."),
+    "status": ("specforge.cli.status:status", "Show the state of a disaggregated run."),
     "fit": ("specforge.cli.fit:main", "Train a draft."),
     "launch": ("specforge.cli.launch:main", "Train a draft on a Ray cluster: producers and trainers together."),
     "validate": ("specforge.cli.fit:main", "Compute loss and offline tau of a checkpoint on held-out data."),

@@ -26,10 +26,19 @@ class Board:
     def __init__(self, producers: int) -> None:
         self._lines: list[Line] = []
         self._producers, self._stops, self._refusal = producers, False, ""
+        self._nodes: dict[str, str] = {}
 
     def say(self, line: Line) -> None:
         """Have the driver print a line."""
         self._lines.append(line)
+
+    def joined(self, name: str, node: str) -> None:
+        """Note the node on which a process has begun."""
+        self._nodes[name] = node
+
+    def nodes(self) -> dict[str, str]:
+        """The node of each process that has begun."""
+        return self._nodes
 
     def stop(self) -> None:
         """Have the trainers save and stop."""
@@ -67,6 +76,7 @@ def join(board: Any, name: str, folder: str, gpus: int) -> None:
         UserError: this node does not have the folder.
     """
     _say_to(board, name)
+    board.joined.remote(name, ray.util.get_node_ip_address())
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:

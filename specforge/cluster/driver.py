@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from specforge.cli.produce import stopped_by_signals
+from specforge.cli.status import ClusterRun
 from specforge.cluster.board import NAMESPACE, Board
 from specforge.cluster.launch import Launch
 from specforge.cluster.metadata import RedisServer
@@ -39,6 +40,7 @@ from specforge.runtime.control_plane.claim import live_trainer
 
 _ANSWER = 5.0  # seconds in which a cluster has to answer
 _POLL = 0.25  # seconds between two looks at the processes
+_NEWS = 5.0  # seconds between two notes for `specforge status`
 _PATIENCE = 120.0  # seconds in which the trainers save and stop; then they are killed
 _OBJECTS = 100 << 20  # bytes of Ray's object store, which a run hardly uses
 # How Ray is to behave, unless the user has set it.
@@ -237,7 +239,7 @@ class _Run:
         self._files = Path(launch.run).absolute() / "ray"
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
-        self._refusal = ""
+        self._refusal, self._noted = "", 0.0
         self._metrics = self._open_metrics()
         if self._metrics is not None:
             stack.callback(self._metrics.close)
@@ -281,6 +283,7 @@ class _Run:
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
             producers = self._show()
+            self._note()
             if self._metrics is not None:
                 self._metrics.alive()
             if self._redis is not None and self._redis.keep():
@@ -290,6 +293,20 @@ class _Run:
             self._trainers.join(_POLL)
         if stop.is_set():
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
+
+    def _note(self, ended: bool = False) -> None:
+        """Tell `specforge status` what runs where, every few seconds."""
+        now = time.time()
+        if now - self._noted < _NEWS and not ended:
+            return
+        self._noted, launch, processes = now, self._launch, []
+        if not ended:
+            nodes = ray.get(self._board.nodes.remote())
+            states = self._producers.states()
+            states |= {f"trainer {rank}": "running" for rank in range(launch.cluster.trainers.count)}
+            processes = [[x, nodes.get(x, ""), states[x] if x in nodes else "starting"] for x in states]
+        store, metadata = (_absolute(launch, x) for x in (launch.producer.store, launch.producer.metadata))
+        ClusterRun(launch.name, store, metadata, processes, now).save(Path(launch.run))
 
     def _show(self) -> int:
         """Print what the processes say; returns the wanted number of producers."""
@@ -313,4 +330,10 @@ class _Run:
             say(f"the trainers have not stopped for {_PATIENCE:.0f} s and are killed; resume with --ckpt_path last")
         self._producers.end()
         self._show()
+        self._note(ended=True)
         shutil.rmtree(self._files, ignore_errors=True)
+
+
+def _absolute(launch: Launch, address: str) -> str:
+    """An address that does not depend on the current folder."""
+    return address if "://" in address else str(Path(launch.folder) / Path(address).expanduser())

@@ -83,6 +83,10 @@ class Producers:
         """Number of producers, and how often one was started again."""
         return len(self._running), sum(self._failures.values())
 
+    def states(self) -> dict[str, str]:
+        """Whether each producer goes on or stops, by name."""
+        return {f"producer {n}": "stopping" if x.stops else "running" for n, x in sorted(self._running.items())}
+
     def keep(self, count: int) -> None:
         """Start, stop and replace producers so that this many run.
 
