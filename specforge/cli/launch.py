@@ -127,7 +127,9 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
         ),
         cluster=cluster,
     )
-    if options.store == MADE:
+    if options.store != MADE and cluster.store_bytes:
+        raise UserError("cluster.store_bytes: the features are in data.store; leave one of them out")
+    if options.store == MADE and not cluster.store_bytes:
         launch = launch.at(store=str(Path(run) / "store"))
     if options.metadata == MADE and cluster.address is None:
         launch = launch.at(metadata=str(Path(run) / "metadata.db"))

@@ -135,7 +135,7 @@ def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> 
         for states in ((State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE), (State.TRAINED, State.DURABLE))
     )
     held = controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED))
-    held = [ref for ref in held if controller.features.holds(ref)]
+    held = list({ref.uri: ref for ref in held if controller.features.holds(ref)}.values())  # epochs may share them
     given_up = controller.given_up()
     lines = [
         "samples: " + ", ".join(f"{counts[state]:,} {_STATE_NAMES.get(state, state)}" for state in STATES),

@@ -30,6 +30,7 @@ from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
+from specforge.cluster.store import MooncakeStore
 from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
@@ -66,7 +67,9 @@ def plan(launch: Launch) -> list[str]:
     _check_stores(launch)
     metadata = launch.producer.metadata
     metadata = "Redis, which starts and ends with the run" if metadata == MADE else shown(metadata)
-    where = {"features": shown(launch.producer.store), "metadata": metadata}
+    store = launch.cluster.store_bytes
+    features = f"a Mooncake store in {store:,} bytes of each node's memory" if store else shown(launch.producer.store)
+    where = {"features": features, "metadata": metadata}
     return describe(launch.cluster, nodes, yaml.safe_load(launch.recipe), where)
 
 
@@ -104,10 +107,11 @@ def run(launch: Launch) -> int:
     with ExitStack() as stack:
         stack.enter_context(_connected(launch.cluster.address))
         _check(launch)
+        launch, store = _with_store(launch, stack)
         launch, redis = _with_redis(launch, stack)
         board = _make_board(launch)
         stack.callback(ray.kill, board)
-        return _Run(launch, board, redis, stack).watch()
+        return _Run(launch, board, redis, store, stack).watch()
 
 
 @contextmanager
@@ -210,6 +214,16 @@ def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisServer |
     return launch.at(metadata=redis.address), redis
 
 
+def _with_store(launch: Launch, stack: ExitStack) -> tuple[Launch, MooncakeStore | None]:
+    """The run with the address of its store; starts a Mooncake store if the run asks for one."""
+    if launch.cluster.store_bytes is None:
+        return launch, None
+    here, nbytes = ray.util.get_node_ip_address(), launch.cluster.store_bytes
+    store = MooncakeStore(launch.name, here, nbytes, launch.max_bytes)
+    stack.callback(store.end)
+    return launch.at(store=store.address), store
+
+
 def _make_board(launch: Launch) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Board).options(name=launch.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
@@ -232,10 +246,12 @@ def _ray_output(path: Path) -> Iterator[None]:
 class _Run:
     """The processes of a run."""
 
-    def __init__(self, launch: Launch, board: Any, redis: RedisServer | None, stack: ExitStack) -> None:
+    def __init__(
+        self, launch: Launch, board: Any, redis: RedisServer | None, store: MooncakeStore | None, stack: ExitStack
+    ) -> None:
         from specforge.cluster.trainers import Trainers  # imports Lightning
 
-        self._launch, self._board, self._redis = launch, board, redis
+        self._launch, self._board, self._redis, self._store = launch, board, redis, store
         self._files = Path(launch.run).absolute() / "ray"
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
@@ -249,8 +265,7 @@ class _Run:
         if port is None:
             return None
         where = self._launch.producer
-        limit = yaml.safe_load(self._launch.recipe)["data"]["init_args"]["max_bytes"]
-        metrics = RunMetrics(run, where.store, where.metadata, limit, self._producers.counts)
+        metrics = RunMetrics(run, where.store, where.metadata, self._launch.max_bytes, self._producers.counts)
         return MetricsServer(port, make_token(run / "metrics-token"), metrics)
 
     def watch(self) -> int:
@@ -288,6 +303,8 @@ class _Run:
                 self._metrics.alive()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
+            if self._store is not None:
+                self._store.keep()
             if not self._refusal:
                 self._producers.keep(producers)
             self._trainers.join(_POLL)

@@ -59,6 +59,8 @@ class ClusterOptions:
         producers: The processes that run the target.
         trainers: The processes that train.
         placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible.
+        store_bytes: memory that each node lends to a Mooncake store, which starts and ends with the run (default:
+            features are in a folder).
         metrics_port: port of `launch` for Prometheus metrics and health (default: none).
         max_failures: how often the trainers, and each producer, are started again before the run stops.
     """
@@ -68,5 +70,6 @@ class ClusterOptions:
     producers: ProducerOptions = field(default_factory=ProducerOptions)
     trainers: TrainerOptions = field(default_factory=TrainerOptions)
     placement: Literal["pack", "spread"] = "pack"
+    store_bytes: PositiveInt | None = None
     metrics_port: PositiveInt | None = None
     max_failures: NonNegativeInt = 10
