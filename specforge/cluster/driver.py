@@ -29,6 +29,8 @@ from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
+from specforge.cluster.room import Room
+from specforge.cluster.scaling import Scaling
 from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
@@ -235,6 +237,10 @@ class _Run:
         self._files = Path(launch.run).absolute() / "ray"
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
+        self._room = Room(launch.cluster, self._producers)
+        produced, each = launch.producer, launch.cluster.producers
+        self._scaling = Scaling(produced.store, produced.metadata, each.count, each.max_count or each.count)
+        stack.callback(self._scaling.close)
         self._refusal = ""
         self._metrics = self._open_metrics()
         if self._metrics is not None:
@@ -276,13 +282,14 @@ class _Run:
 
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
-            producers = self._show()
+            least = self._show()
             if self._metrics is not None:
                 self._metrics.alive()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
             if not self._refusal:
-                self._producers.keep(producers)
+                wanted = self._scaling.wanted(least, self._room.fits_another)
+                self._producers.keep(self._room.allow(wanted))
             self._trainers.join(_POLL)
         if stop.is_set():
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")

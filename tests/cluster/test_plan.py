@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
-from specforge.cluster.plan import Node, describe, place
+from specforge.cluster.plan import Node, capacity, describe, give_up, place
 from specforge.errors import UserError
 from tests.disaggregated import disaggregated, places
 
@@ -51,6 +51,29 @@ def test_gpus_decide_first():
 def test_what_does_not_fit_is_refused(wanted, message):
     with pytest.raises(UserError, match=message):
         place(NODES, wanted)
+
+
+@pytest.mark.parametrize(
+    ("free", "producers", "stopped"),
+    [
+        ([4], {0: "a"}, []),
+        ([3], {0: "a", 1: "a", 2: "a"}, [2]),
+        ([1, 1], {0: "a", 1: "b", 2: "a"}, [1, 2]),
+        ([2, 1, 0], {0: "b", 1: "c"}, [0]),  # one CPU of node c is of no use to a trainer
+        ([2, 0], {0: "b"}, None),
+        ([3], {0: "lost"}, None),
+    ],
+)
+def test_the_last_producers_whose_room_helps_give_it_to_two_trainers(free, producers, stopped):
+    """Trainers with two CPUs each, producers with one; ``free`` are the CPUs of nodes a, b and c."""
+    nodes = [Node(name, cpus, 0) for name, cpus in zip("abc", free, strict=False)]
+    assert give_up(nodes, producers, ClusterOptions(trainers=TrainerOptions(2, cpus=2))) == stopped
+
+
+def test_capacity_counts_whole_processes_on_each_node():
+    nodes = [Node("a", 3, 1), Node("b", 1.5, 4), Node("c", 4, 0)]
+    assert capacity(nodes, ProducerOptions(cpus=2)) == 3
+    assert capacity(nodes, ProducerOptions(cpus=1, gpus=1)) == 2
 
 
 def test_a_plan_tells_sizes_and_places(target, prompts, tmp_path):
