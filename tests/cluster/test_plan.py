@@ -45,6 +45,7 @@ def test_gpus_decide_first():
     ("wanted", "message"),
     [
         (cluster(1, 1, gpus=3), "1 producer with 1 CPU and 3 GPUs and 1 trainer with 1 CPU do not fit"),
+        (cluster(8, 1, max_count=9), r"^cluster: 8 to 9 producers with 1 CPU each and 1 trainer with 1 CPU do not fit"),
         (cluster(8, 1), r"8 producers with 1 CPU each .* \(a: 4 CPUs and 2 GPUs; b: 4 CPUs and 2 GPUs\)"),
     ],
 )
