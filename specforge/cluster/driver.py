@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from specforge.cli.produce import stopped_by_signals
 from specforge.cli.status import ClusterRun
 from specforge.cluster.board import NAMESPACE, Board
+from specforge.cluster.head import Head
 from specforge.cluster.launch import Launch
 from specforge.cluster.metadata import RedisServer
 from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
+from specforge.cluster.room import Room
+from specforge.cluster.scaling import Scaling
 from specforge.cluster.store import MooncakeStore
 from specforge.console import console, say
 from specforge.errors import UserError
@@ -255,6 +258,12 @@ class _Run:
         self._files = Path(launch.run).absolute() / "ray"
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
+        self._room = Room(launch.cluster, self._producers)
+        produced, each = launch.producer, launch.cluster.producers
+        self._scaling = Scaling(produced.store, produced.metadata, each.count, each.max_count or each.count)
+        stack.callback(self._scaling.close)
+        self._head = Head(ray.get_runtime_context().gcs_address, self._save)
+        stack.callback(self._head.close)
         self._refusal, self._noted = "", 0.0
         self._metrics = self._open_metrics()
         if self._metrics is not None:
@@ -277,6 +286,7 @@ class _Run:
             f"{count(cluster.trainers.count, 'trainer')} on {count(len(_nodes()), 'node')}; metadata in "
             f"{shown(self._launch.producer.metadata)}"
         )
+        self._head.start()
         try:
             with _ray_output(Path(self._launch.run) / "ray.log"), stopped_by_signals(stop.set):
                 try:
@@ -285,10 +295,12 @@ class _Run:
                 finally:
                     self._end()
         except RayError as error:
+            self._head.join_if_lost()
             raise UserError(f"Ray failed ({first_line(error)}); resume with --ckpt_path last") from error
         if self._refusal:
             raise UserError(self._refusal)
         if self._trainers.error is not None:
+            self._head.join_if_lost()
             raise UserError(
                 f"the trainers failed more than {self._launch.cluster.max_failures} times, the last time because: "
                 f"{first_line(self._trainers.error)}"
@@ -297,16 +309,17 @@ class _Run:
 
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
-            producers = self._show()
+            least = self._show()
             self._note()
             if self._metrics is not None:
                 self._metrics.alive()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
-            if self._store is not None:
+            if self._store is not None and self._head.answers:
                 self._store.keep()
-            if not self._refusal:
-                self._producers.keep(producers)
+            if not self._refusal and self._head.answers:
+                wanted = self._scaling.wanted(least, self._room.fits_another)
+                self._producers.keep(self._room.allow(wanted))
             self._trainers.join(_POLL)
         if stop.is_set():
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
@@ -335,6 +348,16 @@ class _Run:
             else:
                 say("\n".join(f"{name} | {line}" for line in text.split("\n")))
         return producers
+
+    def _save(self, seconds: float) -> None:
+        """Have the trainers save and the producers return their prompts; works without the head of the cluster."""
+        deadline = time.monotonic() + seconds
+        self._board.stop.remote()
+        with suppress(UserError):
+            metadata = open_metadata(self._launch.producer.metadata, create=False)
+            while live_trainer(metadata, time.time()) and time.monotonic() < deadline:
+                time.sleep(_POLL)
+        self._producers.stop(max(0.0, deadline - time.monotonic()))
 
     def _end(self) -> None:
         """Let the trainers save, then the producers finish."""

@@ -18,6 +18,8 @@ class ProducerOptions:
 
     Args:
         count: number of producers; `specforge launch --scale N` changes it while the run goes on.
+        max_count: up to so many are added while training waits for samples, and removed while they wait for training
+            (default: count).
         gpus: GPUs of each; a vllm or sglang server with tensor parallelism needs as many as its size.
         cpus: CPU cores of each, also its number of threads.
         engine: what runs the target; as for `specforge produce`.
@@ -26,6 +28,7 @@ class ProducerOptions:
     """
 
     count: PositiveInt = 1
+    max_count: PositiveInt | None = None
     gpus: NonNegativeInt = 0
     cpus: PositiveInt = 1
     engine: Engine = HFTargetEngine
