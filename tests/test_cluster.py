@@ -37,7 +37,7 @@ PRODUCERS, TRAINERS = 3, 2
 ROOM = 3  # CPUs of each of two nodes; the head has none
 MARK = "SPECFORGE_TEST_CLUSTER"  # variable of the environment
 # What `launch` starts, and what Ray Train starts for it.
-PROCESSES = ("redis-server", "ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
+PROCESSES = ("ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,16 @@ def pids(*names: str) -> list[int]:
     return sorted(found)
 
 
+def servers(run: Path) -> list[int]:
+    """Redis servers of a run, which overwrite their environment with their title."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(path / "cwd") == str(run / "redis"):
+                found.append(int(path.name))
+    return found
+
+
 def kill_producers(draw, count: int) -> None:
     wait_for(lambda: len(pids("ray::Producer")) >= count)
     for pid in draw.sample(pids("ray::Producer"), count):
@@ -192,7 +202,7 @@ def test_weights_are_those_without_ray_whatever_process_dies(
     on_cluster(path, cluster.address, gates)
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
-        (redis,) = pids("redis-server")
+        (redis,) = servers(tmp_path / "run")
         os.kill(redis, signal.SIGKILL)
         kill_producers(draw, PRODUCERS)
         kill_a_rank(draw, ranks)
@@ -234,7 +244,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
         kill_a_rank(draw, ranks)
         run.kill()
         print(*run.communicate())
-        wait_for(lambda: pids(*PROCESSES) == [])
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
         (tmp_path / "driver" / "open").touch()
         run = resume()
         wait_at_gate(tmp_path / "head", TRAINERS, lambda: run.poll() is None)
@@ -248,7 +258,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
             r"specforge: the head of the Ray cluster \(.*\) has not answered for 8 s; .* --ckpt_path last", lines[0]
         )
         assert len(err.splitlines()) == 1
-        wait_for(lambda: pids(*PROCESSES) == [])
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
         made.shutdown()
         (tmp_path / "head" / "open").touch()
         made = start_cluster(PRODUCERS + TRAINERS)
@@ -256,7 +266,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
         out, err = run.communicate(timeout=600)
         print(out, err)
         assert run.returncode == 0
-        wait_for(lambda: pids(*PROCESSES) == [])
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
     finally:
         run.kill()
         made.shutdown()
