@@ -62,8 +62,10 @@ class ExactResume(pl.Callback):
         self._step = trainer.global_step
         trainer.train_dataloader.acknowledge(batch, self._step if stepped else self._step + 1)
         if stepped and is_time_to_log(trainer):
-            flow = trainer.train_dataloader.flow()
-            log_row(trainer, pl_module, {f"data/{name}": value for name, value in flow.items()}, bar="data/wait")
+            flow = {f"data/{name}": value for name, value in trainer.train_dataloader.flow().items()}
+            log_row(trainer, pl_module, flow, bar="data/wait")
+            for callback in _metrics(trainer):
+                callback.flow = flow
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
