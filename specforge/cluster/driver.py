@@ -139,8 +139,12 @@ def _connected(address: str | None) -> Iterator[None]:
             )
         else:
             ray.init(resolve(address), **quiet)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cluster.address {address}: cannot be used ({first_line(error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # Ray raises no class of its own, such as when its processes start too slowly
+        ray.shutdown()
+        which = "Ray cannot be started here" if address is None else f"cluster.address {address}: cannot be used"
+        raise UserError(f"{which} ({first_line(error)})") from error
     try:
         yield
     finally:
