@@ -135,10 +135,12 @@ def compare(alone: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:
     return {"loss": loss, "gradient": apart[worst], "of": worst, "speed_up": alone["ms"] / together["ms"]}
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    """Print a line on the first rank."""
+def report(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Print a result on the first rank, and return it, without gradients."""
+    shown = {key: x for key, x in result.items() if key != "gradients"}
     if dist.get_rank() == 0:
-        print(name, json.dumps({key: x for key, x in result.items() if key != "gradients"}), flush=True)
+        print(name, json.dumps(shown), flush=True)
+    return shown
 
 
 def main() -> None:
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--checkpoint_activations", choices=["none", "mlp", "layer"], default="mlp")
     parser.add_argument("--only-shared", action="store_true", help="leave out the run on one rank")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -159,18 +162,21 @@ def main() -> None:
     config = SHAPES[options.shape]
     module = make_module(config, options.checkpoint_activations, device)
     batch, head = make_data(config, options.tokens, options.prompt, device)
+    found: dict[str, Any] = {}
     alone: dict[str, Any] = {}
     if dist.get_rank() == 0 and not options.only_shared:
         alone = measure_alone(module, batch, head, options.steps)
-        report("1 rank:", alone)
+        found["alone"] = report("1 rank:", alone)
     dist.barrier()
     module.context_group = dist.new_group()
     together = measure(module, batch, head, options.steps)
     peak = torch.tensor(together["peak_gib"], device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    report(f"{dist.get_world_size()} ranks:", {**together, "peak_gib": float(peak)})
+    found["together"] = report(f"{dist.get_world_size()} ranks:", {**together, "peak_gib": float(peak)})
     if "loss" in alone:
-        report("difference:", compare(alone, together))
+        found["difference"] = report("difference:", compare(alone, together))
+    if dist.get_rank() == 0 and options.json:
+        options.json.write_text(json.dumps(found) + "\n")
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -23,8 +24,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,7 @@ def mooncake(
 
 
 def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
+    """A Mooncake store on this host, and its address."""
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     port, metrics = (probe.getsockname()[1] for probe in probes)
     for probe in probes:
@@ -134,6 +137,33 @@ def start_store(size: int) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen([sys.executable, "-m", "specforge.cli.main", *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, process.stdout.readline().split(": ")[0]
+
+
+@contextmanager
+def store_of_owners(size: int, owners: int) -> Iterator[str]:
+    """The address of a Mooncake store whose memory several processes lend in equal parts."""
+    server, address = start_store(size // owners)
+    context = multiprocessing.get_context("spawn")
+    barrier, over = context.Barrier(owners), context.Event()
+    lenders = [context.Process(target=_lend, args=(address, size // owners, barrier, over)) for _ in range(owners - 1)]
+    try:
+        for process in lenders:
+            process.start()
+        barrier.wait(60)
+        yield address
+    finally:
+        over.set()
+        for process in lenders:
+            process.join()
+        server.terminate()
+        server.wait()
+
+
+def _lend(address: str, size: int, barrier: Any, over: Any) -> None:
+    client = connect(MooncakeAddress.parse(address), size)
+    barrier.wait(60)
+    over.wait()
+    client.close()
 
 
 def mooncake_round(samples: list[dict[str, Tensor]], total: int, repeat: int, times: Times) -> None:

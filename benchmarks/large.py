@@ -87,7 +87,7 @@ def synchronize() -> None:
 
 
 class StepTimes(pl.Callback):
-    """Writes the median step time, the median wait before a step, and the peak memory of the device.
+    """Writes step times, waits before a step, and the peak memory of the device.
 
     Args:
         path: JSON file.
@@ -119,8 +119,11 @@ class StepTimes(pl.Callback):
         low, _, high = statistics.quantiles(steps)
         result = {
             "step_ms": 1000 * statistics.median(steps),
+            "mean_step_ms": 1000 * statistics.mean(steps),
             "quartiles_ms": [1000 * low, 1000 * high],
             "wait_ms": 1000 * statistics.median(waits),
+            "mean_wait_ms": 1000 * statistics.mean(waits),
+            "p99_wait_ms": 1000 * float(torch.tensor(waits).quantile(0.99)),
             "longest_wait_ms": 1000 * max(waits),
             "tokens_per_second": sum(tokens) / sum(steps),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -161,12 +164,12 @@ def write_target(config: dict[str, Any], folder: Path) -> TargetFiles:
     return TargetFiles.find(str(folder))
 
 
-def random_tasks(vocab_size: int, tokens: int) -> list[PromptTask]:
-    """Documents of 256 to 2,048 tokens, the second half of each supervised."""
+def random_tasks(vocab_size: int, tokens: int, shortest: int = 256, longest: int = 2048) -> list[PromptTask]:
+    """Documents of random lengths and tokens, the second half of each supervised."""
     rng = random.Random(0)
     tasks: list[PromptTask] = []
     while tokens > 0:
-        length = rng.randint(256, 2048)
+        length = rng.randint(shortest, longest)
         ids = tuple(rng.randrange(vocab_size) for _ in range(length))
         mask = tuple(int(i >= length // 2) for i in range(length))
         tasks.append(PromptTask(f"{len(tasks):032x}", ids, mask))
@@ -174,9 +177,8 @@ def random_tasks(vocab_size: int, tokens: int) -> list[PromptTask]:
     return tasks
 
 
-def write_features(files: TargetFiles, policy: CapturePolicy, tokens: int, folder: Path) -> None:
-    """Write the features of random documents."""
-    tasks = random_tasks(files.vocab_size, tokens)
+def write_features(files: TargetFiles, policy: CapturePolicy, tasks: Sequence[PromptTask], folder: Path) -> None:
+    """Write random features of documents of at most 2,048 tokens."""
     counts = TokenCounts(*(torch.ones(files.vocab_size, dtype=torch.int64) for _ in range(2)))
     provenance = Provenance(files.name, files.fingerprint, "none", policy, "bfloat16")
     features = FeatureFolder.create(folder / "train", provenance, counts)
@@ -248,7 +250,7 @@ class Bench:
         if self._features.get(policy, 0) < tokens:
             shutil.rmtree(folder, ignore_errors=True)
             start = time.perf_counter()
-            write_features(files, policy, tokens, folder)
+            write_features(files, policy, random_tasks(files.vocab_size, tokens), folder)
             size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
             print(f"{size / 1e9:.1f} GB of features at {size / (time.perf_counter() - start) / 1e9:.2f} GB/s")
             self._features[policy] = tokens

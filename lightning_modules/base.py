@@ -216,7 +216,7 @@ class DraftModule(pl.LightningModule):
         mesh = self.device_mesh
         if mesh is None or isinstance(self.draft, FSDPModule):
             return
-        # The draft is one layer and a head, so a single FSDP group, gathered once per step, suffices.
+        # The draft is one layer and a head, so a single FSDP group, gathered once per micro-batch, suffices.
         fully_shard(self.draft, mesh=mesh["data_parallel"], reshard_after_forward=False)
 
     def setup(self, stage: str) -> None:

@@ -7,10 +7,14 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +22,7 @@ import yaml
 from specforge.cli.main import main
 from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import claim
-from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places
+from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, stored_bytes
 from tests.gate import wait_at_gate
 from tests.test_disaggregated import RANKS
 from tests.test_training import assert_same_weights, losses, start
@@ -30,31 +34,53 @@ from specforge.cluster.metadata import RedisServer  # noqa: E402
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
 PRODUCERS, TRAINERS = 3, 2
-ROOM = PRODUCERS + TRAINERS  # CPUs of each node but the head: one of two nodes may be lost
+ROOM = 3  # CPUs of each of two nodes; the head has none
+MARK = "SPECFORGE_TEST_CLUSTER"  # variable of the environment
+# What `launch` starts, and what Ray Train starts for it.
+PROCESSES = ("ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator:
-    """A head without CPUs, where the driver is, and nodes of their own; this process is connected to it."""
-    from ray.cluster_utils import Cluster
-
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    """Of the clusters and what runs on them."""
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_enable_worker_prestart", "0")  # a process for each CPU, most of which are not needed
     patch.setenv("RAY_prestart_worker_first_driver", "0")
+    patch.setenv("RAY_worker_niceness", "0")
+    patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # another process
     patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is noticed sooner
     patch.setenv("RAY_health_check_failure_threshold", "3")
     patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     patch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the nodes, for tests.gate
     patch.setenv("OMP_NUM_THREADS", "1")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield patch
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def cluster(environment) -> Iterator:
+    """A head without CPUs, where the driver is, and nodes of their own; this process is connected to it."""
+    environment.setenv(MARK, "cluster")
+    made = start_cluster(0)
     for _ in range(2):
-        made.add_node(num_cpus=ROOM)
+        add_node(made)
     ray.init(made.address, log_to_driver=False, logging_level="error")
     yield made
     ray.shutdown()
     made.shutdown()
-    patch.undo()
+
+
+def start_cluster(cpus: int) -> Any:
+    from ray.cluster_utils import Cluster
+
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+
+
+def add_node(cluster) -> None:
+    """Works in any thread, unlike with a handler of signals that ends the node."""
+    cluster._shutdown_at_exit = False
+    cluster.add_node(num_cpus=ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +91,18 @@ def undisturbed(target, prompts, tmp_path_factory) -> Path:
     assert main(["capture", *map(str, [*words, "--batch_tokens", 1])]) == 0
     data = {"features": str(folder / "features"), "batch_size": 5}
     process = start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return folder / "run"
 
 
-def on_cluster(path: Path, address: str, gate: Path | None = None, step: int = 0, **cluster: object) -> Path:
-    """A recipe with the section `cluster`, and a gate before a step."""
+def on_cluster(path: Path, address: str, gates: dict[Path, int] | None = None, **cluster: object) -> Path:
+    """A recipe with the section `cluster`, and gates before steps."""
     content = yaml.safe_load(path.read_text())
-    if gate is not None:
+    for gate, step in (gates or {}).items():
         gate.mkdir()
         callback = {"class_path": "tests.gate.Gate", "init_args": {"folder": str(gate), "step": step}}
-        content["trainer"]["callbacks"] = [callback]
+        content["trainer"].setdefault("callbacks", []).append(callback)
     content["cluster"] = {
         "address": address,
         "name": "test",
@@ -88,12 +114,36 @@ def on_cluster(path: Path, address: str, gate: Path | None = None, step: int = 0
     return path
 
 
-def kill_a_producer(draw, cluster, ranks) -> None:
-    actor = ray.get_actor(f"test-producer-{draw.randrange(PRODUCERS)}", namespace="specforge")
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: __import__("os").getpid())), signal.SIGKILL)
+def pids(*names: str) -> list[int]:
+    """Processes with one of these names whose cluster, or the command that started it, has the mark of this one."""
+    mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (path / "cmdline").read_bytes()
+            if command.startswith(tuple(name.encode() for name in names)) and mark in (
+                path / "environ"
+            ).read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    return sorted(found)
 
 
-def kill_a_rank(draw, cluster, ranks) -> None:
+def servers(run: Path) -> list[int]:
+    """Redis servers of a run, which overwrite their environment with their title."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(path / "cwd") == str(run / "redis"):
+                found.append(int(path.name))
+    return found
+
+
+def kill_producers(draw, count: int) -> None:
+    wait_for(lambda: len(pids("ray::Producer")) >= count)
+    for pid in draw.sample(pids("ray::Producer"), count):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_a_rank(draw, ranks) -> None:
     os.kill(draw.choice(ranks)["pid"], signal.SIGKILL)
 
 
@@ -108,94 +158,201 @@ def kill_a_node(draw, cluster, ranks) -> None:
             time.sleep(0.05)
 
 
-def kill_redis(draw, cluster, ranks) -> None:
-    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    (pid,) = [int(pid) for pid in pids if "redis-server" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(pid, signal.SIGKILL)
-
-
-FAULTS = {"processes": [kill_redis, kill_a_producer, kill_a_rank], "node": [kill_a_node]}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(max(1, metafunc.config.getoption("--fault-seeds") // 3)))
 
 
-@pytest.mark.parametrize("fault", [pytest.param("processes", marks=pytest.mark.redis), "node"])
-def test_weights_are_those_without_ray(target, prompts, tmp_path, cluster, undisturbed, fault, seed, capfd):
-    draw = random.Random(f"{fault} {seed}")
-    where, gate, step = places(tmp_path), tmp_path / "gate", draw.randrange(1, 8)
-    path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
-    on_cluster(path, cluster.address, gate, step)
-    if kill_redis in FAULTS[fault]:  # which `launch` starts if no metadata are named
-        content = yaml.safe_load(path.read_text())
-        del content["data"]["init_args"]["metadata"]
-        path.write_text(yaml.safe_dump(content))
-    done = threading.Event()
+def launch(path: Path, gates: dict[Path, int], disturb: Callable[[Path, list[dict]], None], *words: str) -> int:
+    """Launch a run; ``disturb`` is called when all ranks are at a gate, which opens afterwards."""
+    done, errors = threading.Event(), []
 
-    def disturb() -> None:
-        ranks = wait_at_gate(gate, TRAINERS, lambda: not done.is_set())
-        for kill in FAULTS[fault]:
-            kill(draw, cluster, ranks)
-        (gate / "open").touch()
+    def work() -> None:
+        try:
+            for gate in gates:
+                disturb(gate, wait_at_gate(gate, TRAINERS, lambda: not done.is_set()))
+                (gate / "open").touch()
+        except BaseException as error:
+            errors.append(error)
+            if not done.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+            for gate in gates:
+                (gate / "open").touch()
 
-    thread = threading.Thread(target=disturb)
+    thread = threading.Thread(target=work)
     thread.start()
     try:
-        assert main(["launch", "--config", str(path)]) == 0
+        return main(["launch", "--config", str(path), *words])
     finally:
         done.set()
         thread.join()
-        print(f"step {step}", out := capfd.readouterr().out)
-        for _ in range(2 - len(cluster.worker_nodes)):
-            cluster.add_node(num_cpus=ROOM)
-    assert (gate / "open").exists()
-    assert "it is started again" in out
+        assert not errors, errors
+
+
+@pytest.mark.redis
+def test_weights_are_those_without_ray_whatever_process_dies(
+    target, prompts, tmp_path, cluster, undisturbed, seed, capfd
+):
+    """Fifteen kills."""
+    draw = random.Random(f"processes {seed}")
+    steps = sorted(draw.sample(range(1, 8), 3))
+    where, gates = places(tmp_path), {tmp_path / str(step): step for step in steps}
+    own = where | {"metadata": "auto"}  # then `launch` starts Redis
+    path = disaggregated(target, prompts, tmp_path, own, RANKS, batch_size=5, max_samples=40)
+    on_cluster(path, cluster.address, gates)
+
+    def disturb(gate: Path, ranks: list[dict]) -> None:
+        (redis,) = servers(tmp_path / "run")
+        os.kill(redis, signal.SIGKILL)
+        kill_producers(draw, PRODUCERS)
+        kill_a_rank(draw, ranks)
+
+    assert launch(path, gates, disturb) == 0
+    print(gates, out := capfd.readouterr().out)
+    assert out.count("the Redis server died and was started again") == 3
+    assert out.count("it is started again") >= 3 * PRODUCERS
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     assert_ray_is_idle()
-    if kill_redis in FAULTS[fault]:
-        assert "the Redis server died and was started again" in out
-        server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
-        assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
-        server.end()
-    else:
-        assert_nothing_is_left(where, trained=2 * 32)
+    server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
+    assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
+    server.end()
 
 
-def test_producers_come_and_go_and_a_stopped_run_goes_on(target, prompts, tmp_path, cluster, undisturbed, capfd):
-    where, gate = places(tmp_path), tmp_path / "gate"
+@pytest.mark.redis
+@pytest.mark.usefixtures("environment")
+def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path, undisturbed, seed, monkeypatch):
+    """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one."""
+    draw = random.Random(f"driver {seed}")
+    monkeypatch.setenv(MARK, f"driver {seed}")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "16")
+    first, second = sorted(draw.sample(range(1, 8), 2))
+    where, gates = places(tmp_path), {tmp_path / "driver": first, tmp_path / "head": second}
+    path = disaggregated(target, prompts, tmp_path, where | {"metadata": "auto"}, RANKS, batch_size=5, max_samples=40)
+    made = start_cluster(PRODUCERS + TRAINERS)
+    on_cluster(path, made.address, gates)
+
+    def resume() -> subprocess.Popen[str]:
+        words = ["launch", "--config", path, "--cluster.address", made.address, "--ckpt_path", "last"]
+        command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    run = resume()
+    try:
+        ranks = wait_at_gate(tmp_path / "driver", TRAINERS, lambda: run.poll() is None)
+        kill_producers(draw, 2)
+        kill_a_rank(draw, ranks)
+        run.kill()
+        print(*run.communicate())
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
+        (tmp_path / "driver" / "open").touch()
+        run = resume()
+        wait_at_gate(tmp_path / "head", TRAINERS, lambda: run.poll() is None)
+        kill_producers(draw, 2)
+        made.head_node.all_processes["gcs_server"][0].process.kill()
+        out, err = run.communicate(timeout=120)
+        print(out, err)
+        lines = [line for line in err.splitlines() if line.startswith("specforge: ")]
+        assert run.returncode == 2
+        assert re.fullmatch(
+            r"specforge: the head of the Ray cluster \(.*\) has not answered for 8 s; .* --ckpt_path last", lines[0]
+        )
+        assert len(err.splitlines()) == 1
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
+        made.shutdown()
+        (tmp_path / "head" / "open").touch()
+        made = start_cluster(PRODUCERS + TRAINERS)
+        run = resume()
+        out, err = run.communicate(timeout=600)
+        print(out, err)
+        assert run.returncode == 0
+        wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])
+    finally:
+        run.kill()
+        made.shutdown()
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed)
+    server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
+    assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
+    server.end()
+
+
+def test_producers_give_their_room_to_trainers_when_nodes_are_lost(
+    target, prompts, tmp_path, cluster, undisturbed, seed, capfd
+):
+    """Two kills; the cluster is full, so that either node holds more producers than can stay without the other."""
+    draw = random.Random(f"node {seed}")
+    first, second = sorted(draw.sample(range(1, 9), 2))
+    where, gates = places(tmp_path), {tmp_path / "first": first, tmp_path / "second": second}
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
-    on_cluster(path, cluster.address, gate, step=3)
-    done = threading.Event()
+    on_cluster(path, cluster.address, gates, producers={"count": 4})
 
-    def scale(count: int) -> None:
-        assert main(["launch", "--config", str(path), "--scale", str(count)]) == 0
-        while producers() != {f"test-producer-{i}" for i in range(count)}:
-            assert not done.wait(0.05)
+    def disturb(gate: Path, ranks: list[dict]) -> None:
+        if gate.name == "second":
+            assert len(producers()) < 4
+            add_node(cluster)
+        wait_for(lambda: len(producers()) == 4)
+        for name in producers():
+            ray.get(ray.get_actor(name, namespace="specforge").node.remote())
+        kill_a_node(draw, cluster, ranks)
 
-    def disturb() -> None:
-        wait_at_gate(gate, TRAINERS, lambda: not done.is_set())
-        scale(4)
+    try:
+        assert launch(path, gates, disturb) == 0
+    finally:
+        print(gates, out := capfd.readouterr().out)
+        for _ in range(2 - len(cluster.worker_nodes)):
+            add_node(cluster)
+    assert len(re.findall(r"waiting for .* for . trainers?: producers? .* stopped meanwhile", out)) == 2
+    assert "there is room again for producer" in out
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_nothing_is_left(where, trained=2 * 32)
+    assert_ray_is_idle()
+
+
+def test_producers_come_and_go_and_a_stopped_run_goes_on(
+    target, prompts, tmp_path, cluster, undisturbed, capfd, monkeypatch
+):
+    """By themselves between one and three, and as `--scale` wants; the store holds no more than `max_bytes`."""
+    for name in ("_LOOK", "_GROW", "_SHRINK"):
+        monkeypatch.setattr(f"specforge.cluster.scaling.{name}", 0.3)
+    where, gates, limit = places(tmp_path), {tmp_path / "gate": 3}, 1_300_000
+    engine = {"class_path": "tests.gate.GatedEngine", "init_args": {"gate": str(tmp_path / "gate" / "read")}}
+    path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_bytes=limit)
+    on_cluster(path, cluster.address, gates, producers={"count": 1, "max_count": 3, "engine": engine})
+    peaks = [0]
+
+    def wait_until(count: int) -> None:
+        def reached() -> bool:
+            peaks.append(stored_bytes(tmp_path / "store"))
+            return producers() == {f"test-producer-{i}" for i in range(count)}
+
+        wait_for(reached)
+
+    def disturb(gate: Path, ranks: list[dict]) -> None:
+        wait_until(1)
+        for least, count in ((4, 4), (1, 1)):
+            assert main(["launch", "--config", str(path), "--scale", str(least)]) == 0
+            wait_until(count)
         stores = [f"--data.{name}={tmp_path / 'other' / name}" for name in where]
         assert main(["launch", "--config", str(path), "--ckpt_path", "last", *stores]) == 2  # of the same name
-        scale(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        while not ray.get(ray.get_actor("test", namespace="specforge").stops.remote()):
-            assert not done.wait(0.05)
-        (gate / "open").touch()
+        wait_for(lambda: ray.get(ray.get_actor("test", namespace="specforge").stops.remote()))
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
-        assert main(["launch", "--config", str(path)]) == 143
-    finally:
-        done.set()
-        thread.join()
-        out, err = capfd.readouterr()
-        print(out, err)
-    assert "test: 4 producers instead of 3" in out
+    def starve() -> None:
+        wait_until(3)
+        (tmp_path / "gate" / "read").touch()
+
+    starving = threading.Thread(target=starve)
+    starving.start()
+    assert launch(path, gates, disturb) == 143
+    starving.join()
+    out, err = capfd.readouterr()
+    print(peaks, out, err)
+    assert "training waits for samples: producer 2 is added" in out
+    assert "producers wait for training: producer 1 is removed" in out
+    assert "test: 4 producers instead of 1" in out
+    assert 0.5 * limit < max(peaks) <= limit
     assert "cluster.name: a run test is going on in this cluster" in err
     assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)
     assert_ray_is_idle()
@@ -204,6 +361,13 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(target, prompts, tmp_pa
     assert_same_weights(tmp_path / "run", undisturbed)
     assert_nothing_is_left(where, trained=2 * 32)
     assert_ray_is_idle()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def producers() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -109,6 +110,9 @@ def test_a_killed_producer_is_taken_over(target, prompts, tmp_path, undisturbed,
         output, _ = rescue[0].communicate(timeout=60)
     assert rescue[0].returncode == 0, output
     assert "samples produced" in output
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])  # before the validation
+    flow = ("wait", "ready", "queued", "bytes", "read_per_second", "produced_per_second")
+    assert {f"data/{name}" for name in flow} <= last.keys()
     assert losses(run) == losses(undisturbed)
     assert_same_weights(run, undisturbed)
     controller = control(where)

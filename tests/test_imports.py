@@ -11,7 +11,19 @@ import pytest
 import lightning_modules
 
 ROOT = Path(__file__).parents[1]
-BASE = {"checkpoints", "console", "contracts", "errors", "files", "fusion", "options", "packages", "stopping", "system"}
+BASE = {
+    "checkpoints",
+    "console",
+    "contracts",
+    "errors",
+    "files",
+    "fusion",
+    "logs",
+    "options",
+    "packages",
+    "stopping",
+    "system",
+}
 BASE.add("__init__")
 TARGET = {f"specforge.inference.{name}" for name in ("target_files", "target_head", "target_layers", "float8_blocks")}
 # Package -> what it may import, besides itself and the basic modules.

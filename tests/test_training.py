@@ -231,14 +231,14 @@ def test_trap_checkpoints_hold_no_frozen_target(undisturbed, target):
 
 
 def test_trap_one_reduction_per_optimizer_step(target, features, tmp_path):
-    """Two ranks, accumulation of 2: the gradient buckets are reduced once a window."""
+    """Two ranks, accumulation of 2: the gradient buckets are reduced once a window, and once as zeros before them."""
     code = (
         "import sys, torch.distributed as d\n"
         "from torch.nn.parallel import DistributedDataParallel as D\n"
         "import specforge.cli.fit\n"
         "count = 0\n"
         "def hook(state, bucket):\n"
-        "    global count; count += bucket.is_last()\n"
+        "    global count; count += bucket.is_last() and bool(bucket.buffer().any())\n"
         "    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
         "    return allreduce_hook(state, bucket)\n"
         "original = D.__init__\n"

@@ -32,6 +32,7 @@ class TrainingMetrics(pl.Callback):
     Attributes:
         validated_step: optimizer step of the last complete validation; -1 before the first.
         latest: ``loss`` and ``tokens_per_second`` of the last row, or of a run's first step.
+        flow: what :class:`ExactResume` measured of the data of the next row.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class TrainingMetrics(pl.Callback):
         self._path: Path | None = None
         self.validated_step = -1
         self.latest: dict[str, float] = {}
+        self.flow: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of training so far."""
@@ -128,7 +130,7 @@ class TrainingMetrics(pl.Callback):
         self.latest = {name: values[f"train/{name}"] for name in ("loss", "tokens_per_second")}
         shown = {"loss": self.latest["loss"], "tok/s": self.latest["tokens_per_second"]}  # in other progress bars
         pl_module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
-        self._append(trainer, values)
+        self._append(trainer, values | self.flow)
         self._sums, self._tokens, self._supervised = None, 0, 0
 
     def validated(self, trainer: pl.Trainer) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from specforge.callbacks.lightning_internals import callback_states
 from specforge.callbacks.metrics import TrainingMetrics, is_time_to_log, log_row
+from specforge.callbacks.strategies import settle_buckets
 from specforge.contracts import TrainBatch
 from specforge.errors import UserError
 from specforge.runtime.data_plane.loader import RunLength
@@ -45,6 +46,7 @@ class ExactResume(pl.Callback):
             int(trainer.num_training_batches), trainer.accumulate_grad_batches, trainer.max_steps, trainer.max_epochs
         )
         trainer.train_dataloader.start(self._step, length)
+        settle_buckets(trainer.strategy.model)
         if self._saved is not None:
             state = self._saved[trainer.global_rank]
             restore_rng(state)
@@ -60,8 +62,10 @@ class ExactResume(pl.Callback):
         self._step = trainer.global_step
         trainer.train_dataloader.acknowledge(batch, self._step if stepped else self._step + 1)
         if stepped and is_time_to_log(trainer):
-            flow = trainer.train_dataloader.flow()
-            log_row(trainer, pl_module, {f"data/{name}": value for name, value in flow.items()}, bar="data/wait")
+            flow = {f"data/{name}": value for name, value in trainer.train_dataloader.flow().items()}
+            log_row(trainer, pl_module, flow, bar="data/wait")
+            for callback in _metrics(trainer):
+                callback.flow = flow
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

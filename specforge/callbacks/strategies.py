@@ -16,9 +16,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
+from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
+from torch.nn.parallel import DistributedDataParallel
 
 from specforge.callbacks.lightning_internals import DataParallelStrategy
 from specforge.checkpoints import read_checkpoint
@@ -123,6 +125,24 @@ def data_shards(trainer: pl.Trainer) -> int:
     """Number of ranks, or groups of ranks, that read different batches."""
     strategy = trainer.strategy
     return int(strategy.distributed_sampler_kwargs["num_replicas"]) if isinstance(strategy, ParallelStrategy) else 1
+
+
+def settle_buckets(model: object) -> None:
+    """Make DDP choose the layout of its gradient buckets before the first step, the same in every run.
+
+    DDP lays its buckets out anew after the first backward pass, in the order in which the gradients arrived. Where a
+    gradient lies decides in which order more than two ranks add it, so a resumed run's first step would differ from the
+    undisturbed run's in its last bits. Here that pass has a zero loss whose gradients arrive in the reverse order of
+    the parameters.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
+        return
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    loss = sum((p.sum() * 0.0 for p in parameters), torch.zeros((), device=parameters[0].device))
+    prepare_for_backward(model, loss)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for p in parameters:
+        p.grad = None
 
 
 def register_strategies() -> None:

@@ -47,6 +47,7 @@ from specforge.cli.errors import explain, lightning_refusal
 from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
+from specforge.logs import identify
 from specforge.system import keep_freed_memory
 
 _MODE = "specforge"  # jsonargparse's name for :func:`_load_yaml`
@@ -229,6 +230,7 @@ class TrainingCLI(LightningCLI):
         if config["val_check_interval"] == 0:
             raise UserError("trainer.val_check_interval: must be above 0; to skip validation, set limit_val_batches: 0")
         config["default_root_dir"] = os.path.expanduser(config["default_root_dir"] or ".")
+        identify(Path(config["default_root_dir"]).absolute().name)
         for logger in config["logger"] if isinstance(config["logger"], list) else [config["logger"]]:
             if isinstance(logger, jsonargparse.Namespace) and logger.get("init_args.save_dir") == "":
                 logger["init_args.save_dir"] = config["default_root_dir"]

@@ -96,6 +96,9 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
     if trainer.strategy not in _STRATEGIES:
         raise UserError(f"trainer.strategy: must be one of {', '.join(_STRATEGIES)}")
     cluster = _cluster(config)
+    producers = cluster.producers
+    if producers.max_count is not None and producers.max_count < producers.count:
+        raise UserError(f"cluster.producers.max_count {producers.max_count}: must be at least count {producers.count}")
     options, target = data.init_args, config.model.init_args.target
     TargetFiles.find(target)
     run = trainer.default_root_dir
@@ -119,15 +122,17 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
             target=target,
             store=options.store,
             metadata=options.metadata,
-            engine=cluster.producers.engine,
-            max_prompts=cluster.producers.max_prompts,
-            batch_tokens=cluster.producers.batch_tokens,
+            engine=producers.engine,
+            max_prompts=producers.max_prompts,
+            batch_tokens=producers.batch_tokens,
             lease_seconds=options.lease_seconds,
             max_tries=options.max_tries,
         ),
         cluster=cluster,
     )
-    if options.store == MADE:
+    if options.store != MADE and cluster.store_bytes:
+        raise UserError("cluster.store_bytes: the features are in data.store; leave one of them out")
+    if options.store == MADE and not cluster.store_bytes:
         launch = launch.at(store=str(Path(run) / "store"))
     if options.metadata == MADE and cluster.address is None:
         launch = launch.at(metadata=str(Path(run) / "metadata.db"))

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from specforge.cli.shadowing import check
 from specforge.errors import UserError, escaped, mistake_behind
+from specforge.logs import check_form, structured
 from specforge.packages import VERSION
 
 # Name: ("module:function", description). A function's parameters are the command's options, except in
@@ -25,7 +26,7 @@ COMMANDS = {
     "regenerate": ("specforge.cli.data:regenerate", "Replace the answers in conversations with the target's own."),
     "capture": ("specforge.cli.produce:capture", "Run the target over prompts and keep its hidden states."),
     "produce": ("specforge.cli.produce:produce", "Produce features for a trainer in another process."),
-    "status": ("specforge.cli.produce:status", "Show the state of a disaggregated run."),
+    "status": ("specforge.cli.status:status", "Show the state of a disaggregated run."),
     "fit": ("specforge.cli.fit:main", "Train a draft."),
     "launch": ("specforge.cli.launch:main", "Train a draft on a Ray cluster: producers and trainers together."),
     "validate": ("specforge.cli.fit:main", "Compute loss and offline tau of a checkpoint on held-out data."),
@@ -60,8 +61,9 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is reported in one line on stderr, with status 2."""
-    with _output_may_close():
-        return _main(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    with _output_may_close(), structured(words[0] if words else ""):
+        return _main(words)
 
 
 @contextmanager
@@ -93,6 +95,7 @@ def _main(argv: list[str]) -> int:
         logging.lastResort.setFormatter(_Escaping())
     try:
         check()
+        check_form()
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("specforge: interrupted", file=sys.stderr)

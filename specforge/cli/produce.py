@@ -1,4 +1,4 @@
-"""`specforge capture`, `produce` and `status`: a target's features, in a folder or for a running trainer."""
+"""`specforge capture` and `produce`: a target's features, in a folder or for a running trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,19 +31,16 @@ from specforge.inference.target_engine import (
     engine_summary,
     on_device,
 )
-from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
 from specforge.options import NonNegativeInt, PositiveInt, PositiveSeconds, Seconds
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.controller import DataFlowController
-from specforge.runtime.control_plane.metadata import STATES, MetadataStore, State
-from specforge.runtime.control_plane.streamed import bottleneck
+from specforge.runtime.control_plane.metadata import MetadataStore, State
 from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import FeatureStore
 from specforge.system import end_with_parent
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-_STATE_NAMES = {State.DEAD: "given up"}  # where the stored name is not the user's term
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def capture(
         recipe: training recipe (file or shipped name) that sets target, output, algorithm and layers unless they are
             given.
     """
-    from specforge import api  # imports Lightning, which `produce` and `status` do not need
+    from specforge import api  # imports Lightning, which `produce` does not need
 
     if recipe is not None:
         from lightning_modules.loading import captured_by
@@ -144,18 +140,6 @@ def produce(options: ProduceOptions, plan: bool = False) -> None:
         say("\n".join(describe_plan(options)))
     else:
         run_producers(options)
-
-
-def status(store: str, metadata: str, seconds: Seconds = 2.0, revive: bool = False) -> None:
-    """Show the state of a disaggregated run: samples by state, rates, bytes, given-up prompts and the bottleneck.
-
-    Args:
-        store: the trainer's data.store.
-        metadata: the trainer's data.metadata.
-        seconds: how long to measure the rates.
-        revive: queue the given-up prompts again.
-    """
-    say("\n".join(describe_status(store, metadata, seconds, revive)))
 
 
 @contextmanager
@@ -295,32 +279,3 @@ def _free_space(store: str) -> str:
     while not path.exists() and path != path.parent:
         path = path.parent
     return f" ({shutil.disk_usage(path).free / 1e9:,.0f} GB free)" if "://" not in store else ""
-
-
-def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> list[str]:
-    """Lines about a disaggregated run; see :func:`status`."""
-    controller = DataFlowController(
-        open_metadata(metadata, create=False), FeatureStore(open_backend(store, create=False))
-    )
-    before, since = controller.counts(), time.monotonic()
-    time.sleep(seconds)  # the rates are measured over this time
-    counts, elapsed = controller.counts(), time.monotonic() - since
-    produced, trained = (
-        (sum(counts[s] for s in states) - sum(before[s] for s in states)) / max(elapsed, 1e-9)
-        for states in ((State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE), (State.TRAINED, State.DURABLE))
-    )
-    held = controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED))
-    held = [ref for ref in held if controller.features.holds(ref)]
-    given_up = controller.given_up()
-    lines = [
-        "samples: " + ", ".join(f"{counts[state]:,} {_STATE_NAMES.get(state, state)}" for state in STATES),
-        f"features: {sum(ref.nbytes for ref in held) / 1e6:,.1f} MB of {len(held):,} samples in the store",
-        f"rates: {produced:.1f} samples/s produced, {trained:.1f} trained",
-        bottleneck(counts, produced, controller.unfinished(), controller.stalled()),
-        *(printable(f"given up: {x.key} after {x.tries} tries: {x.reason}", 2000) for x in given_up),
-    ]
-    if given_up and revive:
-        controller.revive([prompt.key for prompt in given_up])
-        lines.append(f"queued again: {len(given_up)} given-up prompts")
-    controller.metadata.close()
-    return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import logging
 import os
 import sys
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import ray
 
 from specforge.errors import UserError
+from specforge.logs import Lines, Records
 
 NAMESPACE = "specforge"  # of the names of actors in the cluster
+Line = tuple[str, str, str]  # the process that says it, its level, and the text
 
 
 class Board:
@@ -22,12 +24,21 @@ class Board:
     """
 
     def __init__(self, producers: int) -> None:
-        self._lines: list[str] = []
+        self._lines: list[Line] = []
         self._producers, self._stops, self._refusal = producers, False, ""
+        self._nodes: dict[str, str] = {}
 
-    def say(self, lines: list[str]) -> None:
-        """Have the driver print lines."""
-        self._lines += lines
+    def say(self, line: Line) -> None:
+        """Have the driver print a line."""
+        self._lines.append(line)
+
+    def joined(self, name: str, node: str) -> None:
+        """Note the node on which a process has begun."""
+        self._nodes[name] = node
+
+    def nodes(self) -> dict[str, str]:
+        """The node of each process that has begun."""
+        return self._nodes
 
     def stop(self) -> None:
         """Have the trainers save and stop."""
@@ -46,28 +57,10 @@ class Board:
         before, self._producers = self._producers, producers
         return before
 
-    def read(self) -> tuple[list[str], int, str]:
+    def read(self) -> tuple[list[Line], int, str]:
         """The lines since the last call, the wanted number of producers, and the reason why the run ended, if any."""
         lines, self._lines = self._lines, []
         return lines, self._producers, self._refusal
-
-
-class Lines(io.TextIOBase):
-    """A text stream of an actor; the driver prints each line after the actor's name."""
-
-    def __init__(self, board: Any, name: str) -> None:
-        self._board, self._name, self._rest = board, name, ""
-
-    def writable(self) -> bool:
-        """Yes."""
-        return True
-
-    def write(self, text: str) -> int:
-        """Send the complete lines."""
-        *lines, self._rest = (self._rest + text).split("\n")
-        if lines:
-            self._board.say.remote([f"{self._name} | {line}" for line in lines])
-        return len(text)
 
 
 def join(board: Any, name: str, folder: str, gpus: int) -> None:
@@ -82,7 +75,8 @@ def join(board: Any, name: str, folder: str, gpus: int) -> None:
     Raises:
         UserError: this node does not have the folder.
     """
-    sys.stdout = sys.stderr = Lines(board, name)
+    _say_to(board, name)
+    board.joined.remote(name, ray.util.get_node_ip_address())
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -92,3 +86,16 @@ def join(board: Any, name: str, folder: str, gpus: int) -> None:
         raise UserError(
             f"{folder}: cannot be used on {where} ({error}); launch from a folder that all nodes share"
         ) from error
+
+
+def _say_to(board: Any, name: str) -> None:
+    """Send what this process prints and logs to the driver."""
+
+    def send(level: str, text: str) -> None:
+        board.say.remote((name, level, text))
+
+    sys.stdout, sys.stderr = Lines(send, "info"), Lines(send, "error")
+    for handler in list(logging.root.handlers):  # Ray's print on stderr; its files stay
+        if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
+            logging.root.removeHandler(handler)
+    logging.root.addHandler(Records(send))

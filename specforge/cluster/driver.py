@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,29 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from specforge.cli.produce import stopped_by_signals
+from specforge.cli.status import ClusterRun
 from specforge.cluster.board import NAMESPACE, Board
+from specforge.cluster.head import Head
 from specforge.cluster.launch import Launch
 from specforge.cluster.metadata import RedisServer
 from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
 from specforge.cluster.producers import Producers
+from specforge.cluster.room import Room
+from specforge.cluster.scaling import Scaling
+from specforge.cluster.store import MooncakeStore
 from specforge.console import console, say
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_server import make_token
+from specforge.logs import identify, is_structured, write
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import live_trainer
 
 _ANSWER = 5.0  # seconds in which a cluster has to answer
 _POLL = 0.25  # seconds between two looks at the processes
+_NEWS = 5.0  # seconds between two notes for `specforge status`
 _PATIENCE = 120.0  # seconds in which the trainers save and stop; then they are killed
 _OBJECTS = 100 << 20  # bytes of Ray's object store, which a run hardly uses
 # How Ray is to behave, unless the user has set it.
@@ -63,7 +70,9 @@ def plan(launch: Launch) -> list[str]:
     _check_stores(launch)
     metadata = launch.producer.metadata
     metadata = "Redis, which starts and ends with the run" if metadata == MADE else shown(metadata)
-    where = {"features": shown(launch.producer.store), "metadata": metadata}
+    store = launch.cluster.store_bytes
+    features = f"a Mooncake store in {store:,} bytes of each node's memory" if store else shown(launch.producer.store)
+    where = {"features": features, "metadata": metadata}
     return describe(launch.cluster, nodes, yaml.safe_load(launch.recipe), where)
 
 
@@ -94,16 +103,18 @@ def run(launch: Launch) -> int:
     Raises:
         UserError: the run cannot be started or has failed.
     """
+    identify(launch.name)
     _check_stores(launch)
     if launch.cluster.address is None:
         place([_this_machine()], launch.cluster)
     with ExitStack() as stack:
         stack.enter_context(_connected(launch.cluster.address))
         _check(launch)
+        launch, store = _with_store(launch, stack)
         launch, redis = _with_redis(launch, stack)
         board = _make_board(launch)
         stack.callback(ray.kill, board)
-        return _Run(launch, board, redis, stack).watch()
+        return _Run(launch, board, redis, store, stack).watch()
 
 
 @contextmanager
@@ -128,8 +139,12 @@ def _connected(address: str | None) -> Iterator[None]:
             )
         else:
             ray.init(resolve(address), **quiet)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cluster.address {address}: cannot be used ({first_line(error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # Ray raises no class of its own, such as when its processes start too slowly
+        ray.shutdown()
+        which = "Ray cannot be started here" if address is None else f"cluster.address {address}: cannot be used"
+        raise UserError(f"{which} ({first_line(error)})") from error
     try:
         yield
     finally:
@@ -206,6 +221,16 @@ def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisServer |
     return launch.at(metadata=redis.address), redis
 
 
+def _with_store(launch: Launch, stack: ExitStack) -> tuple[Launch, MooncakeStore | None]:
+    """The run with the address of its store; starts a Mooncake store if the run asks for one."""
+    if launch.cluster.store_bytes is None:
+        return launch, None
+    here, nbytes = ray.util.get_node_ip_address(), launch.cluster.store_bytes
+    store = MooncakeStore(launch.name, here, nbytes, launch.max_bytes)
+    stack.callback(store.end)
+    return launch.at(store=store.address), store
+
+
 def _make_board(launch: Launch) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Board).options(name=launch.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
@@ -228,14 +253,22 @@ def _ray_output(path: Path) -> Iterator[None]:
 class _Run:
     """The processes of a run."""
 
-    def __init__(self, launch: Launch, board: Any, redis: RedisServer | None, stack: ExitStack) -> None:
+    def __init__(
+        self, launch: Launch, board: Any, redis: RedisServer | None, store: MooncakeStore | None, stack: ExitStack
+    ) -> None:
         from specforge.cluster.trainers import Trainers  # imports Lightning
 
-        self._launch, self._board, self._redis = launch, board, redis
+        self._launch, self._board, self._redis, self._store = launch, board, redis, store
         self._files = Path(launch.run).absolute() / "ray"
         self._trainers = Trainers(launch, board, self._files)
         self._producers = Producers(launch.name, launch.cluster, launch.producer, board, launch.folder)
-        self._refusal = ""
+        self._room = Room(launch.cluster, self._producers)
+        produced, each = launch.producer, launch.cluster.producers
+        self._scaling = Scaling(produced.store, produced.metadata, each.count, each.max_count or each.count)
+        stack.callback(self._scaling.close)
+        self._head = Head(ray.get_runtime_context().gcs_address, self._save)
+        stack.callback(self._head.close)
+        self._refusal, self._noted = "", 0.0
         self._metrics = self._open_metrics()
         if self._metrics is not None:
             stack.callback(self._metrics.close)
@@ -244,7 +277,8 @@ class _Run:
         port, run = self._launch.cluster.metrics_port, Path(self._launch.run)
         if port is None:
             return None
-        metrics = RunMetrics(run, self._launch.producer.metadata, self._producers.counts)
+        where = self._launch.producer
+        metrics = RunMetrics(run, where.store, where.metadata, self._launch.max_bytes, self._producers.counts)
         return MetricsServer(port, make_token(run / "metrics-token"), metrics)
 
     def watch(self) -> int:
@@ -256,6 +290,7 @@ class _Run:
             f"{count(cluster.trainers.count, 'trainer')} on {count(len(_nodes()), 'node')}; metadata in "
             f"{shown(self._launch.producer.metadata)}"
         )
+        self._head.start()
         try:
             with _ray_output(Path(self._launch.run) / "ray.log"), stopped_by_signals(stop.set):
                 try:
@@ -264,10 +299,12 @@ class _Run:
                 finally:
                     self._end()
         except RayError as error:
+            self._head.join_if_lost()
             raise UserError(f"Ray failed ({first_line(error)}); resume with --ckpt_path last") from error
         if self._refusal:
             raise UserError(self._refusal)
         if self._trainers.error is not None:
+            self._head.join_if_lost()
             raise UserError(
                 f"the trainers failed more than {self._launch.cluster.max_failures} times, the last time because: "
                 f"{first_line(self._trainers.error)}"
@@ -276,23 +313,55 @@ class _Run:
 
     def _keep_until_trained(self, stop: threading.Event) -> None:
         while self._trainers.is_alive() and not stop.is_set():
-            producers = self._show()
+            least = self._show()
+            self._note()
             if self._metrics is not None:
                 self._metrics.alive()
             if self._redis is not None and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
-            if not self._refusal:
-                self._producers.keep(producers)
+            if self._store is not None and self._head.answers:
+                self._store.keep()
+            if not self._refusal and self._head.answers:
+                wanted = self._scaling.wanted(least, self._room.fits_another)
+                self._producers.keep(self._room.allow(wanted))
             self._trainers.join(_POLL)
         if stop.is_set():
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
 
+    def _note(self, ended: bool = False) -> None:
+        """Tell `specforge status` what runs where, every few seconds."""
+        now = time.time()
+        if now - self._noted < _NEWS and not ended:
+            return
+        self._noted, launch, processes = now, self._launch, []
+        if not ended:
+            nodes = ray.get(self._board.nodes.remote())
+            states = self._producers.states()
+            states |= {f"trainer {rank}": "running" for rank in range(launch.cluster.trainers.count)}
+            processes = [[x, nodes.get(x, ""), states[x] if x in nodes else "starting"] for x in states]
+        store, metadata = (_absolute(launch, x) for x in (launch.producer.store, launch.producer.metadata))
+        ClusterRun(launch.name, store, metadata, processes, now).save(Path(launch.run))
+
     def _show(self) -> int:
         """Print what the processes say; returns the wanted number of producers."""
         lines, producers, self._refusal = ray.get(self._board.read.remote())
-        for line in lines:
-            say(line)
+        for name, level, text in lines:
+            if is_structured():
+                role, _, rank = name.rpartition(" ")
+                write(level, text, role=role, rank=int(rank))
+            else:
+                say("\n".join(f"{name} | {line}" for line in text.split("\n")))
         return producers
+
+    def _save(self, seconds: float) -> None:
+        """Have the trainers save and the producers return their prompts; works without the head of the cluster."""
+        deadline = time.monotonic() + seconds
+        self._board.stop.remote()
+        with suppress(UserError):
+            metadata = open_metadata(self._launch.producer.metadata, create=False)
+            while live_trainer(metadata, time.time()) and time.monotonic() < deadline:
+                time.sleep(_POLL)
+        self._producers.stop(max(0.0, deadline - time.monotonic()))
 
     def _end(self) -> None:
         """Let the trainers save, then the producers finish."""
@@ -305,4 +374,10 @@ class _Run:
             say(f"the trainers have not stopped for {_PATIENCE:.0f} s and are killed; resume with --ckpt_path last")
         self._producers.end()
         self._show()
+        self._note(ended=True)
         shutil.rmtree(self._files, ignore_errors=True)
+
+
+def _absolute(launch: Launch, address: str) -> str:
+    """An address that does not depend on the current folder."""
+    return address if "://" in address else str(Path(launch.folder) / Path(address).expanduser())

@@ -32,6 +32,11 @@ class Launch:
     producer: ProduceOptions
     cluster: ClusterOptions
 
+    @property
+    def max_bytes(self) -> int:
+        """Upper limit of what is in the store."""
+        return int(yaml.safe_load(self.recipe)["data"]["init_args"]["max_bytes"])
+
     def at(self, **stores: str) -> Launch:
         """The run with other addresses of its ``store`` or ``metadata``."""
         recipe = yaml.safe_load(self.recipe)

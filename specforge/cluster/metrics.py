@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from specforge.errors import UserError
-from specforge.runtime.addresses import is_there, open_metadata
+from specforge.eval.report import HISTORY
+from specforge.runtime.addresses import is_there, open_backend, open_metadata
+from specforge.runtime.control_plane.controller import DataFlowController
+from specforge.runtime.control_plane.metadata import State
+from specforge.runtime.data_plane.store import FeatureStore
 
 _LATE = 30.0  # seconds without a sign of life after which the driver is unhealthy
 _TAIL = 64 << 10  # bytes of metrics.jsonl that are read
@@ -29,53 +34,90 @@ class RunMetrics(Collector):
 
     Args:
         run: the run's folder, with ``metrics.jsonl``.
+        store: address of the feature store.
         metadata: address of the metadata store.
+        max_bytes: upper limit of what is in the store.
         producers: returns the number of running producers, and how often producers were started again.
     """
 
-    def __init__(self, run: Path, metadata: str, producers: Callable[[], tuple[int, int]]) -> None:
-        self._file, self._metadata, self._producers = run / "metrics.jsonl", metadata, producers
+    def __init__(
+        self, run: Path, store: str, metadata: str, max_bytes: int, producers: Callable[[], tuple[int, int]]
+    ) -> None:
+        self._file, self._store, self._metadata = run / HISTORY, store, metadata
+        self._max_bytes, self._producers = max_bytes, producers
+        self._features: FeatureStore | None = None
+        self._totals: dict[str, int] = {}
 
     def describe(self) -> list[Metric]:
         """Nothing: measuring before the run has begun would fail."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Producers, samples by state, and the trainers' latest metrics."""
+        """Producers, samples, the store, and the trainers' latest metrics."""
         running, restarts = self._producers()
         yield GaugeMetricFamily("specforge_producers", "producers that run", value=running)
         yield CounterMetricFamily("specforge_producer_restarts", "producers that were started again", value=restarts)
-        samples = GaugeMetricFamily("specforge_samples", "samples by state; dead ones were given up", labels=["state"])
-        for state, number in self._samples().items():
-            samples.add_metric([state], number)
-        yield samples
-        for name, value in self._latest().items():
+        yield GaugeMetricFamily("specforge_store_limit_bytes", "data.max_bytes", value=self._max_bytes)
+        if is_there(self._metadata) and is_there(self._store):
+            self._features = self._features or FeatureStore(open_backend(self._store, create=False))
+            controller = DataFlowController(open_metadata(self._metadata, create=False), self._features)
+            try:
+                yield from self._samples(controller)
+            finally:
+                controller.metadata.close()
+        for name, value in latest(self._file).items():
             yield GaugeMetricFamily(f"specforge_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}", name, value=value)
 
-    def _samples(self) -> dict[str, int]:
-        if not is_there(self._metadata):
-            return {}
-        store = open_metadata(self._metadata, create=False)
-        try:
-            return store.counts()
-        finally:
-            store.close()
+    def _samples(self, controller: DataFlowController) -> Iterator[Metric]:
+        """Samples, leases and bytes; a total never falls, though a run that returns to a checkpoint has fewer."""
+        counts = controller.counts()
+        samples = GaugeMetricFamily("specforge_samples", "samples by state; dead ones were given up", labels=["state"])
+        for state, number in counts.items():
+            samples.add_metric([state], number)
+        yield samples
+        trained = counts[State.TRAINED] + counts[State.DURABLE]
+        produced = trained + counts[State.COMMITTED] + counts[State.DELIVERED]
+        for what, number in (("produced", produced), ("trained", trained)):
+            self._totals[what] = total = max(number, self._totals.get(what, 0))
+            yield CounterMetricFamily(f"specforge_samples_{what}", f"samples that were {what}", value=total)
+        leases = GaugeMetricFamily("specforge_leases", "prompts that a producer holds", labels=["producer"])
+        held = controller.metadata.find((State.LEASED,))
+        for owner, number in Counter(row.owner for row in held).items():
+            leases.add_metric([owner], number)
+        yield leases
+        expired = sum(row.deadline <= controller.clock() for row in held)
+        yield GaugeMetricFamily("specforge_leases_expired", "prompts of producers that do not respond", value=expired)
+        yield GaugeMetricFamily("specforge_store_bytes", "bytes of features in the store", value=stored(controller))
 
-    def _latest(self) -> dict[str, float]:
-        """The last value of each of the trainers' metrics."""
+
+def stored(controller: DataFlowController) -> int:
+    """Bytes of all samples whose features are in the store."""
+    names = {uri for _, uri in controller.features.backend.stored()}
+    refs = controller.references((State.COMMITTED, State.DELIVERED, State.TRAINED))
+    return sum({ref.uri: ref.nbytes for ref in refs if ref.uri in names}.values())
+
+
+def latest(path: Path) -> dict[str, float]:
+    """The last value of each of the trainers' metrics, and ``step_seconds`` between the last two rows of training."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    found: dict[str, Any] = {}
+    steps: list[tuple[float, float]] = []
+    for line in lines:
         try:
-            with self._file.open("rb") as file:
-                file.seek(max(0, self._file.stat().st_size - _TAIL))
-                lines = file.read().splitlines()
-        except OSError:
-            return {}
-        found: dict[str, float] = {}
-        for line in lines:
-            try:
-                found |= json.loads(line)
-            except ValueError:  # cut off at the beginning of the part that was read, or still being written
-                continue
-        return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+            row = json.loads(line)
+            found |= row
+            if "train/loss" in row:
+                steps.append((row["step"], row["seconds"]))
+        except (ValueError, TypeError, KeyError):  # cut off at the beginning of the part, or still being written
+            continue
+    if len(steps) > 1 and steps[-1][0] > steps[-2][0]:
+        found["step_seconds"] = (steps[-1][1] - steps[-2][1]) / (steps[-1][0] - steps[-2][0])
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 class MetricsServer(ThreadingHTTPServer):

@@ -18,6 +18,8 @@ class ProducerOptions:
 
     Args:
         count: number of producers; `specforge launch --scale N` changes it while the run goes on.
+        max_count: up to so many are added while training waits for samples, and removed while they wait for training
+            (default: count).
         gpus: GPUs of each; a vllm or sglang server with tensor parallelism needs as many as its size.
         cpus: CPU cores of each, also its number of threads.
         engine: what runs the target; as for `specforge produce`.
@@ -26,6 +28,7 @@ class ProducerOptions:
     """
 
     count: PositiveInt = 1
+    max_count: PositiveInt | None = None
     gpus: NonNegativeInt = 0
     cpus: PositiveInt = 1
     engine: Engine = HFTargetEngine
@@ -59,6 +62,8 @@ class ClusterOptions:
         producers: The processes that run the target.
         trainers: The processes that train.
         placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible.
+        store_bytes: memory that each node lends to a Mooncake store, which starts and ends with the run (default:
+            features are in a folder).
         metrics_port: port of `launch` for Prometheus metrics and health (default: none).
         max_failures: how often the trainers, and each producer, are started again before the run stops.
     """
@@ -68,5 +73,6 @@ class ClusterOptions:
     producers: ProducerOptions = field(default_factory=ProducerOptions)
     trainers: TrainerOptions = field(default_factory=TrainerOptions)
     placement: Literal["pack", "spread"] = "pack"
+    store_bytes: PositiveInt | None = None
     metrics_port: PositiveInt | None = None
     max_failures: NonNegativeInt = 10

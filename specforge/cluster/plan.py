@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,15 +61,59 @@ def place(nodes: Sequence[Node], cluster: ClusterOptions) -> list[tuple[str, lis
     return [(room.node.name, sorted(room.processes)) for room in rooms if room.processes]
 
 
+def capacity(nodes: Iterable[Node], each: ProducerOptions | TrainerOptions) -> int:
+    """How many processes of one kind fit on nodes on which this much is free."""
+    return sum(int(min(x.cpus // each.cpus, x.gpus // each.gpus if each.gpus else x.cpus // each.cpus)) for x in nodes)
+
+
+def give_up(nodes: Sequence[Node], producers: Mapping[int, str], cluster: ClusterOptions) -> list[int] | None:
+    """The producers that have to stop so that all trainers fit: few of them, and rather the last ones.
+
+    Args:
+        nodes: what is free on each node.
+        producers: the node of each producer that runs.
+        cluster: what each process needs.
+
+    Returns:
+        Their numbers; None if the trainers would not fit without any producer.
+    """
+
+    def fits(stopped: Collection[int]) -> bool:
+        there = freed(nodes, [producers[number] for number in stopped], cluster.producers)
+        return capacity(there, cluster.trainers) >= cluster.trainers.count
+
+    stopped: list[int] = []
+    for number in sorted(producers, reverse=True):
+        if not fits(stopped):
+            stopped.append(number)
+    if not fits(stopped):
+        return None
+    for number in sorted(stopped):  # its node may have no use for what it frees
+        rest = [other for other in stopped if other != number]
+        stopped = rest if fits(rest) else stopped
+    return sorted(stopped)
+
+
+def freed(nodes: Sequence[Node], places: Sequence[str], each: ProducerOptions) -> list[Node]:
+    """What is free once a producer on each of these nodes has ended."""
+    ended = [places.count(node.name) for node in nodes]
+    return [
+        Node(node.name, node.cpus + number * each.cpus, node.gpus + number * each.gpus)
+        for node, number in zip(nodes, ended, strict=True)
+    ]
+
+
 def _does_not_fit(nodes: Sequence[Node], cluster: ClusterOptions) -> str:
     wanted = f"{_each('producer', cluster.producers)} and {_each('trainer', cluster.trainers)}"
-    there = "; ".join(f"{node.name}: {_amount(node.cpus, node.gpus)}" for node in nodes) or "no nodes"
+    there = "; ".join(f"{node.name}: {amount(node.cpus, node.gpus)}" for node in nodes) or "no nodes"
     return f"cluster: {wanted} do not fit into the cluster ({there}); ask for fewer, or add nodes"
 
 
 def _each(role: str, options: ProducerOptions | TrainerOptions) -> str:
     """Such as "2 trainers with 1 CPU each"."""
-    return f"{count(options.count, role)} with {_amount(options.cpus, options.gpus)}{' each' * (options.count > 1)}"
+    most = options.count if isinstance(options, TrainerOptions) else options.max_count or options.count
+    number = f"{options.count} to " * (most > options.count) + count(most, role)
+    return f"{number} with {amount(options.cpus, options.gpus)}{' each' * (most > 1)}"
 
 
 def count(number: int, noun: str) -> str:
@@ -77,7 +121,8 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _amount(cpus: float, gpus: float) -> str:
+def amount(cpus: float, gpus: float) -> str:
+    """Such as "1 CPU and 2 GPUs"."""
     return f"{cpus:g} CPU{'s' * (cpus != 1)}" + (f" and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "")
 
 

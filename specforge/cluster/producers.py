@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,10 @@ class ProducerActor:
         self._place = board, name, folder, gpus
         self._stop = threading.Event()
 
+    def node(self) -> str:
+        """Identity of the node on which it runs."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def run(self, options: ProduceOptions) -> str:
         """Produce until :meth:`stop`; returns the user's mistake that ended it, if any."""
         try:
@@ -46,6 +51,8 @@ class ProducerActor:
             if mistake is None:
                 raise
             return str(mistake)
+        finally:
+            ray.get(self._place[0].stops.remote())  # the board has all lines by then
         return ""
 
     def stop(self) -> None:
@@ -58,8 +65,10 @@ class _Running:
     """A producer."""
 
     actor: Any
+    place: Any  # reference of what `node` returns
     result: Any  # reference of what `run` returns
-    stops: bool = False
+    node: str = ""  # once it has one
+    stops: float | None = None  # when it was told to stop
 
 
 class Producers:
@@ -83,21 +92,43 @@ class Producers:
         """Number of producers, and how often one was started again."""
         return len(self._running), sum(self._failures.values())
 
-    def keep(self, count: int) -> None:
-        """Start, stop and replace producers so that this many run.
+    def states(self) -> dict[str, str]:
+        """Whether each producer goes on or stops, by name."""
+        return {
+            f"producer {n}": "stopping" if x.stops is not None else "running" for n, x in sorted(self._running.items())
+        }
+
+    def placed(self) -> dict[int, str]:
+        """The node of each producer that has one and is to go on, by number."""
+        return {number: x.node for number, x in self._running.items() if x.node and x.stops is None}
+
+    def stopping(self) -> bool:
+        """Whether a producer was told to stop and has not ended yet."""
+        return any(running.stops is not None for running in self._running.values())
+
+    def keep(self, wanted: Collection[int]) -> None:
+        """Start, stop and replace producers so that those with these numbers run.
 
         Raises:
             UserError: one of them failed too often.
         """
         for number, running in list(self._running.items()):
-            if number >= count and not running.stops:
-                running.stops = True
-                running.actor.stop.remote()
+            if not running.node and ray.wait([running.place], timeout=0)[0]:
+                running.node = _node(running.place)
+            if number not in wanted and running.stops is None:
+                self._stop(running)
+            late = running.stops is not None and time.monotonic() - running.stops > _END
+            if late or (running.stops is not None and not running.node):
+                ray.kill(running.actor)  # it has leased nothing, or its leases expire
             if ray.wait([running.result], timeout=0)[0]:
                 self._ended(number, running)
-        for number in range(count):
+        for number in wanted:
             if number not in self._running:
                 self._start(number)
+
+    def _stop(self, running: _Running) -> None:
+        running.stops = time.monotonic()
+        running.actor.stop.remote()
 
     def _start(self, number: int) -> None:
         each = self._cluster.producers
@@ -114,29 +145,42 @@ class Producers:
             )
             .remote(self._board, f"producer {number}", self._folder, each.gpus)
         )
-        self._running[number] = _Running(actor, actor.run.remote(replace(self._options, name=name)))
+        place = actor.node.remote()
+        self._running[number] = _Running(actor, place, actor.run.remote(replace(self._options, name=name)))
 
     def _ended(self, number: int, running: _Running) -> None:
         del self._running[number]
         reason = _reason(running.result)
         ray.kill(running.actor)
-        if running.stops:
+        if running.stops is not None:
             return
         self._failures[number] = failures = self._failures.get(number, 0) + 1
         if failures > self._cluster.max_failures:
             raise UserError(f"producer {number} failed {failures} times, the last time because: {reason}")
         say(f"producer {number} ended ({reason}); it is started again")
 
+    def stop(self, seconds: float) -> None:
+        """Have all producers finish their prompts and return the others, and wait for them for this long."""
+        running = list(self._running.values())
+        for each in running:
+            self._stop(each)
+        if running:
+            ray.wait([each.result for each in running], num_returns=len(running), timeout=seconds)
+
     def end(self) -> None:
-        """Have all producers finish their prompts and return the others; kill those that do not."""
+        """Stop all producers; kill those that do not."""
+        self.stop(_END)
         for running in self._running.values():
-            running.stops = True
-            running.actor.stop.remote()
-        deadline = time.monotonic() + _END
-        for running in self._running.values():
-            ray.wait([running.result], timeout=max(0.0, deadline - time.monotonic()))
             ray.kill(running.actor)
         self._running = {}
+
+
+def _node(place: Any) -> str:
+    """The node of a producer; empty if it has died."""
+    try:
+        return str(ray.get(place))
+    except RayError:
+        return ""
 
 
 def _reason(result: Any) -> str:

@@ -91,6 +91,7 @@ def train(config: dict[str, Any]) -> None:
         raise
     finally:
         sys.stdout.flush()
+        ray.get(board.stops.remote())  # the board has all lines by then; the process is killed soon
 
 
 def _report(error: Exception, path: Path, rank: int) -> None:

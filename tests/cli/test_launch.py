@@ -36,6 +36,10 @@ def test_without_ray_one_line_says_what_to_install(path, monkeypatch, capsys):
         (["--cluster.producers.engine", "tpu"], "engine tpu: use one of hf, vllm, sglang, http"),
         (["--cluster.producers.cuont", "1"], "unknown option 'cluster.producers.cuont'; did you mean"),
         (["--cluster.trainers.count", "0"], "cluster.trainers.count: must be a whole number of at least 1"),
+        (
+            ["--cluster.producers.count", "2", "--cluster.producers.max_count", "1"],
+            "cluster.producers.max_count 1: must be at least count 2",
+        ),
         (["--cluster.placement", "near"], "cluster.placement: must be one of 'pack', 'spread'"),
         (["--trainer.strategy", "deepspeed"], "trainer.strategy: must be one of auto, ddp, fsdp, fsdp2"),
         (["--model.target", "nowhere"], "nowhere"),

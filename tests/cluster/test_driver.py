@@ -8,6 +8,7 @@ from specforge.errors import UserError
 
 pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
 
+from specforge.cluster import driver
 from specforge.cluster.driver import resolve
 
 
@@ -22,3 +23,20 @@ from specforge.cluster.driver import resolve
 def test_a_cluster_that_does_not_answer_is_named(address, reason):
     with pytest.raises(UserError, match=rf"^cluster\.address {address}: no Ray cluster answers \(.*{reason}"):
         resolve(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, r"^Ray cannot be started here \(The current node timed out during startup\.\)$"),
+        ("127.0.0.1:1", r"^cluster\.address 127\.0\.0\.1:1: cannot be used \(The current node timed out"),
+    ],
+)
+def test_a_failure_of_ray_itself_is_one_line(address, message, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr(driver.ray, "init", fail)
+    monkeypatch.setattr(driver, "resolve", str)
+    with pytest.raises(UserError, match=message), driver._connected(address):
+        pass

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
-from specforge.cluster.plan import Node, describe, place
+from specforge.cluster.plan import Node, capacity, describe, give_up, place
 from specforge.errors import UserError
 from tests.disaggregated import disaggregated, places
 
@@ -45,12 +45,36 @@ def test_gpus_decide_first():
     ("wanted", "message"),
     [
         (cluster(1, 1, gpus=3), "1 producer with 1 CPU and 3 GPUs and 1 trainer with 1 CPU do not fit"),
+        (cluster(8, 1, max_count=9), r"^cluster: 8 to 9 producers with 1 CPU each and 1 trainer with 1 CPU do not fit"),
         (cluster(8, 1), r"8 producers with 1 CPU each .* \(a: 4 CPUs and 2 GPUs; b: 4 CPUs and 2 GPUs\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(wanted, message):
     with pytest.raises(UserError, match=message):
         place(NODES, wanted)
+
+
+@pytest.mark.parametrize(
+    ("free", "producers", "stopped"),
+    [
+        ([4], {0: "a"}, []),
+        ([3], {0: "a", 1: "a", 2: "a"}, [2]),
+        ([1, 1], {0: "a", 1: "b", 2: "a"}, [1, 2]),
+        ([2, 1, 0], {0: "b", 1: "c"}, [0]),  # one CPU of node c is of no use to a trainer
+        ([2, 0], {0: "b"}, None),
+        ([3], {0: "lost"}, None),
+    ],
+)
+def test_the_last_producers_whose_room_helps_give_it_to_two_trainers(free, producers, stopped):
+    """Trainers with two CPUs each, producers with one; ``free`` are the CPUs of nodes a, b and c."""
+    nodes = [Node(name, cpus, 0) for name, cpus in zip("abc", free, strict=False)]
+    assert give_up(nodes, producers, ClusterOptions(trainers=TrainerOptions(2, cpus=2))) == stopped
+
+
+def test_capacity_counts_whole_processes_on_each_node():
+    nodes = [Node("a", 3, 1), Node("b", 1.5, 4), Node("c", 4, 0)]
+    assert capacity(nodes, ProducerOptions(cpus=2)) == 3
+    assert capacity(nodes, ProducerOptions(cpus=1, gpus=1)) == 2
 
 
 def test_a_plan_tells_sizes_and_places(target, prompts, tmp_path):

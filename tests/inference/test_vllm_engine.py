@@ -262,6 +262,8 @@ def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, t
         ended = f"vLLM was ended by SIGKILL; see {tmp_path / 'log'}"
         with pytest.raises(UserError, match=ended):
             engine.capture([[1]], POLICY)
+        with pytest.raises(UserError, match=ended):
+            engine._ask([0])  # the first request of a check, which asks for the server's description only
         with TargetServer(engine, files, "x" * 20, port=0) as proxy, pytest.raises(UserError, match=ended):
             proxy.serve_forever(poll_interval=0.01)
 

@@ -374,7 +374,6 @@ class ServedTargetEngine(TargetEngine):
         sent: list[tuple[Ticket, SampleRef]] = []
 
         def ticket() -> dict[str, Any]:
-            self.check_running()  # no patience with a server that nobody restarts
             sent.append(expect())
             return sent[-1][0].to_json()
 
@@ -401,8 +400,13 @@ class ServedTargetEngine(TargetEngine):
 
     def _ask(self, ids: Sequence[int], ticket: Callable[[], dict[str, Any]] = dict) -> ServerDescription:
         """Send a prompt; returns the server's description of itself."""
+
+        def ticket_if_running() -> dict[str, Any]:
+            self.check_running()  # no patience with a server that nobody restarts
+            return ticket()
+
         try:
-            found = self._post(ids, ticket)
+            found = self._post(ids, ticket_if_running)
         except RefusedError as error:
             raise error.if_absent(f"is it a server of {self.server.title}?") from error
         if found is None:

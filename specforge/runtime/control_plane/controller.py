@@ -164,34 +164,15 @@ class DataFlowController:
 
     def _lease(self, owner: str, count: int) -> tuple[list[Row], list[SampleRef | None]]:
         """Lease queued prompts; returns their rows as they were, and references of the previous epoch."""
-        now = self.clock()
-        lease = {"owner": owner, "deadline": now + self.lease_seconds}
-
-        def attempt() -> tuple[list[Row], list[SampleRef | None]]:
-            rows = self._find_queued(count, now)
-            keys: dict[int, list[str]] = {}
-            for row in rows:
-                keys.setdefault(row.tries, []).append(row.key)
-            moves = [
-                Move(keys[tries], (State.QUEUED,), State.LEASED, lease | {"tries": tries + 1}, {"tries": tries})
-                for tries in keys
-            ]
-            previous = [_shift(row.key, -1) for row in rows]
-            return rows, _read_refs(previous, self.metadata.move(moves, "ref", previous))
-
-        return _until_undisturbed(attempt)
-
-    def _find_queued(self, count: int, now: float) -> list[Row]:
-        """Queued prompts, after expired leases have ended."""
-        states, limit = (State.QUEUED, State.LEASED), max(count, 0)
-        rows = self.metadata.find(states, until=now, limit=limit, text="task")  # one request for both
-        if any(row.state is State.LEASED for row in rows):
+        now, states = self.clock(), (State.QUEUED, State.LEASED)
+        found = self.metadata.find(states, until=now, limit=1)  # one request for both, which waits for no other
+        if any(row.state is State.LEASED for row in found):
             self._end_leases(
                 lambda: self.metadata.find((State.LEASED,), until=now),
                 lambda row: (self._after_failure(row.tries), {"reason": f"the lease of {row.owner} expired"}),
             )
-            rows = self.metadata.find((State.QUEUED,), limit=limit, text="task")
-        return rows
+        rows = self.metadata.lease(owner, now + self.lease_seconds, max(count, 0)) if found else []
+        return rows, self._refs([_shift(row.key, -1) for row in rows])
 
     def _after_failure(self, tries: int) -> State:
         return State.DEAD if tries >= self.max_tries else State.QUEUED

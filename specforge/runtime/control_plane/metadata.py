@@ -163,6 +163,21 @@ class MetadataStore(Protocol):
         """
         ...
 
+    def lease(self, owner: str, deadline: float, limit: int) -> list[Row]:
+        """Lease the first queued rows, and count one more try of each; two callers never get the same row.
+
+        Producers that look for the first rows and then move them would get into each other's way.
+
+        Args:
+            owner: the producer.
+            deadline: when the leases expire.
+            limit: maximum number of rows.
+
+        Returns:
+            The rows as they were, with their prompts, in the order in which they were added.
+        """
+        ...
+
     def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """Change rows: all of them, or none. All keys must differ.
 

@@ -26,7 +26,7 @@ _LUA = """
 local space, strays, reply = KEYS[1], {}, {''}
 local prefix = space .. ':sample:'
 local known, ranks = {STATES}, {RANKS}
-local SEQ, STATE = 1, 3  -- in a row
+local SEQ, KEY, STATE, TRIES = 1, 2, 3, 6  -- in a row
 local call, pcall, find = redis.call, redis.pcall, string.find
 local function hash(key) return prefix .. key end
 local function set(state) return space .. ':' .. state end
@@ -45,6 +45,24 @@ local function repair(key, row)  -- a damaged row is deleted, a missing member o
   elseif not call('ZSCORE', set(row[STATE]), key) then
     call('ZADD', set(row[STATE]), ranks[row[STATE]] == 'deadline' and 0 or row[SEQ], key)
   end
+end
+local function list(found, state, low, high, limit, text)  -- append the rows of a state, and their texts to the reply
+  local before, clean = #found
+  repeat  -- until there are no stray keys among the first
+    local n = before
+    clean = true
+    for _, key in ipairs(call('ZRANGEBYSCORE', set(state), low, high, 'LIMIT', 0, limit)) do
+      local row, long = read(key, text)
+      if row and row[STATE] == state then
+        n = n + 1
+        found[n] = row
+        if text ~= '' then reply[n + 1] = long end
+      else
+        clean = call('ZREM', set(state), key) == 0 and clean
+        strays[#strays + 1] = key
+      end
+    end
+  until clean or limit == '-1'
 end
 local function batched(command, lists)  -- Lua passes a call some thousands of arguments at most
   for state, words in pairs(lists) do
@@ -87,23 +105,20 @@ return rows
     "find": """
 local found, text, after, upto, limit = {}, ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 for _, state in ipairs(cjson.decode(ARGV[1])) do
-  local before, low, high, clean = #found, ranks[state] and after or '-inf', ranks[state] and upto or '+inf'
-  repeat  -- until there are no stray keys among the first
-    local n = before
-    clean = true
-    for _, key in ipairs(call('ZRANGEBYSCORE', set(state), low, high, 'LIMIT', 0, limit)) do
-      local row, long = read(key, text)
-      if row and row[STATE] == state then
-        n = n + 1
-        found[n] = row
-        if text ~= '' then reply[n + 1] = long end
-      else
-        clean = call('ZREM', set(state), key) == 0 and clean
-        strays[#strays + 1] = key
-      end
-    end
-  until clean or limit == '-1'
+  list(found, state, ranks[state] and after or '-inf', ranks[state] and upto or '+inf', limit, text)
 end
+return found
+""",
+    "lease": """
+local found, owner, deadline, limit, leavers, joiners = {}, ARGV[1], ARGV[2], ARGV[3], {}, {}
+list(found, 'queued', '-inf', '+inf', limit, 'task')
+for i, row in ipairs(found) do
+  local key = row[KEY]
+  call('HSET', hash(key), 'state', 'leased', 'owner', owner, 'tries', row[TRIES] + 1)
+  leavers[i], joiners[2 * i - 1], joiners[2 * i] = key, deadline, key
+end
+batched('ZREM', {queued = leavers})
+batched('ZADD', {leased = joiners})
 return found
 """,
     "move": """
@@ -304,6 +319,10 @@ class RedisMetadataStore:
         order = sorted(range(len(rows)), key=lambda i: int(rows[i][0]))  # the order of insertion
         found = _rows(rows, texts)
         return [row for i in order if (row := found[i]) is not None]
+
+    def lease(self, owner: str, deadline: float, limit: int) -> list[Row]:
+        """See :class:`MetadataStore`."""
+        return [row for row in _rows(*self._run("lease", owner, repr(deadline), limit)) if row is not None]
 
     def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """See :class:`MetadataStore`."""

@@ -152,6 +152,15 @@ class SQLiteMetadataStore:
         with self._reading() as db:
             return _rows(sorted(db.execute(" UNION ALL ".join(selects), parameters))) if selects else []
 
+    def lease(self, owner: str, deadline: float, limit: int) -> list[Row]:
+        """See :class:`MetadataStore`."""
+        first = _select("state = 'queued'", "task") + " ORDER BY seq LIMIT ?"
+        with self._transaction() as db:
+            found = db.execute(first, (limit,)).fetchall()
+            change = "UPDATE samples SET state = 'leased', owner = ?, deadline = ?, tries = tries + 1 WHERE seq = ?"
+            db.executemany(change, ((owner, deadline, seq) for seq, *_ in found))
+        return _rows(found)
+
     def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         """See :class:`MetadataStore`."""
         keys = [key for move in moves for key in move.keys]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
+from enum import Enum, auto
 
 from torch import Tensor
 
@@ -422,6 +423,31 @@ def _count_produced(counts: Mapping[str, int]) -> int:
     return sum(counts[state] for state in (State.COMMITTED, State.DELIVERED, State.TRAINED, State.DURABLE))
 
 
+class Limit(Enum):
+    """What limits the speed of a run."""
+
+    DEAD_PRODUCER = auto()
+    STORE = auto()
+    PRODUCERS = auto()
+    NO_PRODUCER = auto()
+    TRAINER = auto()
+    NO_TRAINER = auto()
+    FULL_STORE = auto()
+
+
+def limit(counts: Mapping[str, int], unfinished: int = 0, stalled: int = 0) -> Limit:
+    """What limits the speed of a run; the arguments are those of :func:`bottleneck`."""
+    if stalled:
+        return Limit.DEAD_PRODUCER
+    if counts[State.LEASED]:
+        return Limit.STORE if unfinished else Limit.PRODUCERS
+    if counts[State.QUEUED]:
+        return Limit.NO_PRODUCER
+    if counts[State.COMMITTED]:
+        return Limit.TRAINER
+    return Limit.FULL_STORE if counts[State.DELIVERED] + counts[State.TRAINED] else Limit.NO_TRAINER
+
+
 def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stalled: int = 0) -> str:
     """The part of the run that limits its speed, and what to do about it.
 
@@ -432,24 +458,26 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
         stalled: leased prompts whose leases have expired.
     """
     queued, leased = counts[State.QUEUED], counts[State.LEASED]
-    if stalled:
-        return (
-            f"a producer has stopped responding ({stalled} prompts leased): it died or cannot reach the metadata "
-            f"store; another producer will take them over; {queued} are queued, {rate:.1f} samples/s produced"
-        )
-    if leased:
-        cause, remedy = "the producers are the bottleneck", "start more of them"
-        if unfinished:
+    match limit(counts, unfinished, stalled):
+        case Limit.DEAD_PRODUCER:
+            return (
+                f"a producer has stopped responding ({stalled} prompts leased): it died or cannot reach the metadata "
+                f"store; another producer will take them over; {queued} are queued, {rate:.1f} samples/s produced"
+            )
+        case Limit.STORE:
             cause = f"the store, or a server that writes to it, is the bottleneck, with {unfinished} samples unfinished"
             remedy = "see what the producers report, or use a faster disk"
-        return (
-            f"{cause}: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; {remedy} (prompts of a "
-            "dead producer are taken over when their leases expire)"
-        )
-    if queued:
-        return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"
-    if counts[State.COMMITTED]:
-        return f"the trainer is the bottleneck: {counts[State.COMMITTED]} samples are ready and nothing is queued"
-    if not counts[State.DELIVERED] + counts[State.TRAINED]:
-        return "nothing is queued and nothing is being trained: no trainer is running, or it has finished"
-    return "the store is full of samples that wait to be trained or for a checkpoint; raise max_bytes"
+        case Limit.PRODUCERS:
+            cause, remedy = "the producers are the bottleneck", "start more of them"
+        case Limit.NO_PRODUCER:
+            return f"no producer takes the {queued} queued prompts; start one with `specforge produce`"
+        case Limit.TRAINER:
+            return f"the trainer is the bottleneck: {counts[State.COMMITTED]} samples are ready and nothing is queued"
+        case Limit.NO_TRAINER:
+            return "nothing is queued and nothing is being trained: no trainer is running, or it has finished"
+        case Limit.FULL_STORE:
+            return "the store is full of samples that wait to be trained or for a checkpoint; raise max_bytes"
+    return (
+        f"{cause}: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; {remedy} (prompts of a "
+        "dead producer are taken over when their leases expire)"
+    )

@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 import weakref
@@ -33,10 +34,12 @@ from specforge.runtime.data_plane.safetensors_io import SAMPLE_HEADER, FlatTenso
 from specforge.runtime.data_plane.store import StoreFullError
 
 _URI = re.compile(r"([0-9A-Za-z][0-9A-Za-z_.-]*\.\d+)-[0-9a-f]{16}-(\d{1,12})", re.ASCII)
-_FULL, _UNFINISHED, _MISSING, _UNREACHABLE = -200, -703, -704, -900
+_FULL, _UNFINISHED, _MISSING, _TRANSFER, _UNREACHABLE = -200, -703, -704, -800, -900
 _MIN_SEGMENT, _MIN_BUFFER = 16 << 20, 1 << 16
 _TRUSTED = 64 << 20  # up to this many bytes, the size in a value's name is trusted without asking the master
 _TIMEOUT = 5.0  # seconds; a running master answers at once
+_FORGOTTEN = 20.0  # seconds in which a master notices that an owner has died; `store up` sets 10
+_PAUSE = 0.5  # seconds between two attempts to put
 
 
 @dataclass(frozen=True)
@@ -241,9 +244,15 @@ class MooncakeBackend:
             return
         client, _, transfers = self._join()
         _drain(transfers)
-        # The second attempt reconnects to a restarted master.
-        codes = transfers.submit(self._put, client, deque(self._waiting)).result()
-        failed = {name: code for name, code in codes.items() if code != 0}
+        # The second attempt reconnects to a restarted master. Until the master notices that an owner has died, it may
+        # choose its memory again.
+        deadline = time.monotonic() + _FORGOTTEN
+        while True:
+            codes = transfers.submit(self._put, client, deque(self._waiting)).result()
+            failed = {name: code for name, code in codes.items() if code != 0}
+            if _TRANSFER not in failed.values() or time.monotonic() > deadline:
+                break
+            time.sleep(_PAUSE)
         for name, code in failed.items():
             if code != _FULL:
                 raise UserError(f"store {self.address}: {name} could not be put (Mooncake error {code})")

@@ -41,6 +41,14 @@ class MemoryMetadataStore:
         kept = {row.key for of_a_state in found.values() for row in of_a_state[:limit]}
         return [row for row in rows if row.key in kept]
 
+    def lease(self, owner: str, deadline: float, limit: int) -> list[Row]:
+        with self._lock:
+            found = self.find([State.QUEUED], limit=limit, text="task")
+            changes = {"state": State.LEASED, "owner": owner, "deadline": deadline}
+            for row in found:
+                self._rows[row.key].update(changes, tries=row.tries + 1)
+            return found
+
     def move(self, moves: Sequence[Move], text: Text = "", texts_of: Sequence[str] | None = None) -> dict[str, str]:
         with self._lock:
             rows = {key: self._row(key, text) for move in moves for key in move.keys}

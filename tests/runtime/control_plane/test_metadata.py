@@ -188,6 +188,21 @@ def test_rows_move_together_or_not_at_all(store):
     assert conflict.value.rows == {"k0": Row("k0", COMMITTED, "a", 0.0, 1, text="r")}
 
 
+def test_the_first_queued_rows_are_leased_as_they_were_found(store):
+    store.add([(f"k{i}", f"task {i}") for i in range(4)])
+    store.move([Move(["k1"], (QUEUED,), QUEUED, {"tries": 2, "reason": "why"}), Move(["k0"], (QUEUED,), DEAD)])
+    assert store.lease("a", 1.0, 0) == []
+    first = Row("k1", QUEUED, tries=2, reason="why", text="task 1")
+    assert store.lease("a", 0.1 + 0.2, 2) == [first, Row("k2", QUEUED, text="task 2")]
+    assert store.get(["k1", "k2"]) == [
+        Row("k1", LEASED, "a", 0.1 + 0.2, 3, reason="why"),
+        Row("k2", LEASED, "a", 0.1 + 0.2, 1),
+    ]
+    assert store.find((LEASED,), until=0.3) == []
+    assert [row.key for row in store.lease("b", 1.0, 2)] == ["k3"]
+    assert store.lease("b", 1.0, 2) == []
+
+
 def test_leases_are_found_by_their_deadline_and_trained_samples_by_their_step(store):
     store.add([(key, "") for key in "edcba"])
     for key, deadline in zip("abc", (30.0, 10.0, 20.0), strict=True):
@@ -465,6 +480,23 @@ def test_many_workers_at_once_never_share_a_prompt(store, control):
         parts = list(pool.map(work, ["a", "b", "c", "d"]))
     assert sorted(key for part in parts for key in part) == sorted(keys)
     assert control.counts()[COMMITTED] == 200
+
+
+def test_a_producer_that_comes_second_gets_the_next_prompts_at_once(store, control, monkeypatch):
+    """Looking for the first prompts again after each of the others has taken them takes 64 producers seconds."""
+    keys, other = filled(control), Control(store)
+    find, looks = store.find, []
+
+    def found_by_two(states, **options):
+        rows = find(states, **options)
+        looks.append(set(states) == {QUEUED, LEASED})
+        if len(looks) == 1:
+            assert [prompt.key for prompt in other.lease("b", 2)] == keys[:2]
+        return rows
+
+    monkeypatch.setattr(store, "find", found_by_two)
+    assert [prompt.key for prompt in control.lease("a", 2)] == keys[2:]
+    assert sum(looks) == 2  # one of each producer
 
 
 def test_a_lease_renewed_while_it_is_taken_for_dead_stays(store, control):

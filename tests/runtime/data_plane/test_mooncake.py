@@ -20,6 +20,7 @@ import torch
 
 from specforge.cli.serve import mooncake_master
 from specforge.errors import UserError
+from specforge.runtime.data_plane import mooncake
 from specforge.runtime.data_plane.mooncake import MooncakeAddress, MooncakeBackend, connect
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.runtime.data_plane.mooncake_store import free_ports, mooncake_store, needs_mooncake, store_up
@@ -126,12 +127,13 @@ def test_a_full_store_refuses_and_evicts_nothing(together):
 
 
 class Gate:
-    """A client of which puts wait, or break off."""
+    """A client of which puts wait, break off, or go to a dead owner."""
 
     def __init__(self, backend: MooncakeBackend) -> None:
         self._client = backend._join()[0]
         backend._joined = (os.getpid(), self, *backend._join()[1:])
         self.started, self.opened, self.broken = Event(), Event(), False
+        self.lost = 0  # puts whose owner is dead
         self.puts: list[int] = []
 
     def __getattr__(self, name):
@@ -143,6 +145,9 @@ class Gate:
         assert self.opened.wait(60)
         if self.broken:
             raise ConnectionError
+        if self.lost:
+            self.lost -= 1
+            return [mooncake._TRANSFER] * len(names)
         return self._client.batch_put_from_multi_buffers(names, *rest)
 
 
@@ -186,6 +191,25 @@ def test_a_flush_that_breaks_off_is_done_again(address):
     store.flush()
     tensors = store.get(ref)
     assert torch.equal(tensors["states"], sample(0, 300_000)["states"])
+    close(store)
+
+
+@needs_mooncake
+def test_a_flush_waits_until_a_dead_owner_is_known_to_be_dead(address, monkeypatch):
+    monkeypatch.setattr(mooncake, "_PAUSE", 0.0)
+    store = FeatureStore(backend := MooncakeBackend(address))
+    gate = Gate(backend)
+    gate.opened.set()
+    gate.lost = 3
+    ref = put_only(store, "a")
+    store.flush()
+    assert store.holds(ref)
+    gate.lost = 2
+    monkeypatch.setattr(mooncake, "_FORGOTTEN", 0.0)
+    put_only(store, "b")
+    with pytest.raises(UserError, match=r"could not be put \(Mooncake error -800\)"):
+        store.flush()
+    store.flush()
     close(store)
 
 

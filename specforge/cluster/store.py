@@ -1,0 +1,115 @@
+"""A Mooncake store for a run: its master next to the driver, and owners, which lend memory, on the nodes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from specforge.cli.serve import mooncake_master
+from specforge.cluster.board import NAMESPACE
+from specforge.console import say
+from specforge.errors import UserError, mistake_behind
+from specforge.files import first_line
+from specforge.runtime.data_plane.mooncake import MooncakeAddress, connect
+
+_START = 120.0  # seconds in which the first owners start
+
+
+class Owner:
+    """Lends memory of its node until it dies; with it, what it holds is lost.
+
+    Args:
+        address: address of the master.
+        nbytes: how much memory.
+    """
+
+    def __init__(self, address: MooncakeAddress, nbytes: int) -> None:
+        self._client = connect(address, nbytes)
+
+    def ready(self) -> None:
+        """Return once the memory is there."""
+
+    def stay(self) -> None:
+        """Never return."""
+        threading.Event().wait()
+
+
+class MooncakeStore:
+    """Starts a master, and an owner on each node that runs processes; starts owners again, on new nodes too.
+
+    Args:
+        run: name of the run; the owners' names begin with it.
+        host: address of this host in the cluster.
+        nbytes: memory that each node lends.
+        max_bytes: what the run stores at once; it must fit.
+
+    Raises:
+        UserError: Mooncake is not installed on a node, or the nodes do not lend enough.
+    """
+
+    def __init__(self, run: str, host: str, nbytes: int, max_bytes: int) -> None:
+        nodes = _nodes()
+        if len(nodes) * nbytes < max_bytes:
+            raise UserError(
+                f"cluster.store_bytes: {len(nodes)} x {nbytes:,} bytes are less than data.max_bytes ({max_bytes:,}); "
+                "raise one or lower the other"
+            )
+        self._run, self._nbytes, self._stack = run, nbytes, ExitStack()
+        self._owners: dict[str, tuple[Any, Any]] = {}  # by node: the actor, and the reference of what `stay` returns
+        with socket.create_server((host, 0)) as port, socket.create_server((host, 0)) as metrics:
+            self._address = MooncakeAddress(host, port.getsockname()[1], metrics.getsockname()[1])
+        self._stack.enter_context(mooncake_master(host, self._address.port, self._address.metrics))
+        self._stack.callback(self._end_owners)
+        try:
+            self.keep()
+            ray.get([owner.ready.remote() for owner, _ in self._owners.values()], timeout=_START)
+        except RayError as error:
+            self.end()
+            mistake = mistake_behind(getattr(error, "cause", None) or error)
+            raise mistake or UserError(f"store: its memory cannot be had ({first_line(error)})") from error
+
+    @property
+    def address(self) -> str:
+        """What data.store takes."""
+        return str(self._address)
+
+    def keep(self) -> None:
+        """Replace owners that have died, and start one on each new node."""
+        nodes = _nodes()
+        for node, (owner, stays) in list(self._owners.items()):
+            if ray.wait([stays], timeout=0)[0]:
+                say(f"the memory of node {nodes.get(node, node[:8])} is lost, with the features in it")
+                ray.kill(owner)
+                del self._owners[node]
+        for node in nodes.keys() - self._owners.keys():
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            name = f"{self._run}-memory-{node}"
+            owner = (
+                ray.remote(Owner)
+                .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=2, scheduling_strategy=there)
+                .remote(self._address, self._nbytes)
+            )
+            self._owners[node] = owner, owner.stay.remote()
+
+    def end(self) -> None:
+        """End the owners, then the master."""
+        self._stack.close()
+
+    def _end_owners(self) -> None:
+        for owner, _ in self._owners.values():
+            ray.kill(owner)
+
+
+def _nodes() -> dict[str, str]:
+    """Addresses of the nodes that run processes, by identity."""
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    }
