@@ -206,8 +206,7 @@ class BlockFamilyModule(DraftModule):
     def _labels(self, batch: TrainBatch, head: TargetHead, plan: BlockPlan, label: str) -> Tensor:
         if label == "data":
             return batch.input_ids[plan.labels]
-        tokens, inverse = plan.labels.unique(return_inverse=True)
-        return head.rows(batch.features[LAST_HIDDEN_STATES][tokens - 1]).argmax[inverse]
+        return head.rows(batch.features[LAST_HIDDEN_STATES][plan.tokens - 1]).argmax[plan.token]
 
     # Defined by each algorithm of the family.
 

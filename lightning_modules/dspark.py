@@ -91,12 +91,11 @@ class DSparkModule(BlockFamilyModule):
     def _loss(self, batch: TrainBatch, head: TargetHead, drafts: Supervised) -> TiledLoss:
         plan, states, labels, _ = drafts
         output = head.sliced(self.draft.target_ids).to(states.dtype)
-        last = batch.features[LAST_HIDDEN_STATES].to(states.dtype)
-        partial = len(output) < len(head.head)
-        # Rows of one label follow one another, so that they share a teacher row.
-        order = plan.labels.argsort(stable=True)
-        log_sum = head.rows(last).log_sum if partial else None
-        teacher = TeacherRows(labels[order], last, output, log_sum, hidden_index=plan.labels[order] - 1)
+        last = batch.features[LAST_HIDDEN_STATES][plan.tokens - 1].to(states.dtype)
+        log_sum = head.rows(last).log_sum if len(output) < len(head.head) else None
+        # Drafts of one token follow one another and share a teacher row.
+        order = plan.token.argsort(stable=True)
+        teacher = TeacherRows(labels[order], last, output, log_sum, plan.token[order], plan.drafts)
         objective = Acceptance(self.ce, self.l1, states)
         before, weights = self._before(batch, plan, states), self._weights(drafts)
         result = tiled_loss(

@@ -12,8 +12,10 @@ D draft vocabulary.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,8 @@ class TeacherRows(NamedTuple):
         head: the target's, for the draft vocabulary.
         log_sum: ``[M]`` or ``[N]`` fp32 log-sum-exp of the full-vocabulary logits; None if the draft vocabulary is the
             whole one, or is taken for it.
-        hidden_index: ``[M]`` row of ``hidden`` of each label, equal ones in a run; None if it is the label's own.
+        hidden_index: ``[M]`` row of ``hidden`` of each label, ascending; None if every label has its own.
+        repeats: how often each row of ``hidden`` is in ``hidden_index``; on the host, which need not ask the device.
     """
 
     labels: Tensor
@@ -52,6 +55,7 @@ class TeacherRows(NamedTuple):
     head: OutputHead | None = None
     log_sum: Tensor | None = None
     hidden_index: Tensor | None = None
+    repeats: Sequence[int] = ()
 
 
 class Correction(NamedTuple):
@@ -298,6 +302,7 @@ class _Teachers:
     def __init__(self, rows: TeacherRows, objective: Objective, labels: int) -> None:
         self.rows, self.objective = rows, objective
         self.ahead = labels * _TEACHER_TILES if rows.hidden_index is None else labels
+        self.ends = list(accumulate(rows.repeats))
         self.part, self.teacher = slice(0, 0), Teacher(*[rows.labels[:0]] * 4)
 
     def tile(self, part: slice) -> Teacher:
@@ -316,7 +321,8 @@ class _Teachers:
             return Teacher(labels, labels, labels, labels)
         picked, inverse = part, None
         if rows.hidden_index is not None:
-            picked, inverse = torch.unique_consecutive(rows.hidden_index[part], return_inverse=True)
+            picked = slice(bisect_right(self.ends, part.start), bisect_left(self.ends, part.stop) + 1)
+            inverse = rows.hidden_index[part] - picked.start
         logits = rows.head.logits(rows.hidden[picked])
         probs, log_sum, entropy = _softmax(logits, reads.draft_vocabulary)
         full = probs

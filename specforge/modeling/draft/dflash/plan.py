@@ -4,7 +4,8 @@ A block starts at its anchor, a known token; its slot k has the anchor's positio
 the token d + 1 after the anchor, whichever slot predicts it. A draft is trained if that token is supervised and in the
 anchor's document.
 
-Shape legend: N tokens of the packed batch, n blocks, b slots of a block, M supervised drafts.
+Shape legend: N tokens of the packed batch, n blocks, b slots of a block, M supervised drafts,
+U distinct tokens that they predict.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class BlockPlan(Plan):
     block: Tensor  # [M] block of each draft, ascending
     depth: Tensor  # [M] index d of the draft in its block
     labels: Tensor  # [M] flat token that it predicts
+    tokens: Tensor  # [U] the distinct labels, ascending
+    token: Tensor  # [M] index of each draft's label in them
+    drafts: tuple[int, ...]  # number of drafts of each of them, padding included
     firsts: tuple[int, ...]  # index of every block's first draft, without padding; last, the number of drafts
     longest: int  # number of tokens of the longest document
     share: Share | None = None  # None: all tokens are this rank's
@@ -127,6 +131,7 @@ def plan_blocks(
     edge = "edge" if count else "constant"
     flat = np.stack([block, depth, labels[block, depth]])
     flat = np.pad(flat, ((0, 0), (0, -count % ROUND)), mode=edge)  # type: ignore[call-overload]
+    distinct, token, drafts = np.unique(flat[2], return_inverse=True, return_counts=True)
     as_tensor = torch.from_numpy
     return BlockPlan(
         count=count,
@@ -137,6 +142,9 @@ def plan_blocks(
         block=as_tensor(flat[0]),
         depth=as_tensor(flat[1]),
         labels=as_tensor(flat[2]),
+        tokens=as_tensor(distinct),
+        token=as_tensor(token),
+        drafts=tuple(drafts.tolist()),
         firsts=tuple(firsts.tolist()),
         longest=max(lengths, default=0),
         share=share,
