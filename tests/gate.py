@@ -1,4 +1,4 @@
-"""Gates at which all ranks of a run, or its producers, wait, so that a test can do something at a known step."""
+"""A Lightning callback at which all ranks of a run wait, so that a test can do something at a known step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-
-from specforge.inference.target_engine import HFTargetEngine
-from specforge.inference.target_files import TargetFiles
 
 
 class Gate(pl.Callback):
@@ -31,19 +28,6 @@ class Gate(pl.Callback):
         part.rename(self.folder / f"rank-{trainer.global_rank}")
         while not (self.folder / "open").exists():
             time.sleep(0.02)
-
-
-class GatedEngine(HFTargetEngine):
-    """Reads prompts once there is the file ``gate``."""
-
-    def __init__(self, target: TargetFiles, dtype: str = "bfloat16", gate: str = "") -> None:
-        super().__init__(target, dtype)
-        self.gate = Path(gate)
-
-    def capture(self, *args: Any) -> Any:
-        while not self.gate.exists():
-            time.sleep(0.02)
-        return super().capture(*args)
 
 
 def wait_at_gate(folder: Path, ranks: int, alive: Any) -> list[dict[str, Any]]:

@@ -317,7 +317,7 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
     for name in ("_LOOK", "_GROW", "_SHRINK"):
         monkeypatch.setattr(f"specforge.cluster.scaling.{name}", 0.3)
     where, gates, limit = places(tmp_path), {tmp_path / "gate": 3}, 1_300_000
-    engine = {"class_path": "tests.gate.GatedEngine", "init_args": {"gate": str(tmp_path / "gate" / "read")}}
+    engine = {"class_path": "tests.gated_engine.GatedEngine", "init_args": {"gate": str(tmp_path / "gate" / "read")}}
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_bytes=limit)
     on_cluster(path, cluster.address, gates, producers={"count": 1, "max_count": 3, "engine": engine})
     peaks = [0]
@@ -354,7 +354,7 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
     assert "test: 4 producers instead of 1" in out
     assert 0.5 * limit < max(peaks) <= limit
     assert "cluster.name: a run test is going on in this cluster" in err
-    assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)
+    assert max(losses(tmp_path / "run")) in (3, 4)
     assert_ray_is_idle()
     assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 0
     assert losses(tmp_path / "run") == losses(undisturbed)
