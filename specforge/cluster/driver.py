@@ -305,10 +305,7 @@ class _Run:
             raise UserError(self._refusal)
         if self._trainers.error is not None:
             self._head.join_if_lost()
-            raise UserError(
-                f"the trainers failed more than {self._launch.cluster.max_failures} times, the last time because: "
-                f"{first_line(self._trainers.error)}"
-            ) from self._trainers.error
+            raise UserError(self._trainers.failure()) from self._trainers.error
         return 143 if stop.is_set() else 0
 
     def _keep_until_trained(self, stop: threading.Event) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import ray
 import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.lightning import RayDDPStrategy, RayFSDPStrategy, RayLightningEnvironment
 from ray.train.torch import TorchTrainer, get_device
@@ -144,6 +144,7 @@ class Trainers(threading.Thread):
 
     def __init__(self, launch: Launch, board: Any, folder: Path) -> None:
         super().__init__(name="trainers", daemon=True)
+        self._most = launch.cluster.max_failures
         each = launch.cluster.trainers
         resources = {"CPU": float(each.cpus)} | ({"GPU": 1.0} if each.gpus else {})
         self._group = TorchTrainer(
@@ -170,3 +171,11 @@ class Trainers(threading.Thread):
             self._group.fit()
         except BaseException as error:
             self.error = error
+
+    def failure(self) -> str:
+        """Why it failed, in one line."""
+        assert self.error is not None
+        if not isinstance(self.error, ControllerError):
+            return f"the trainers failed more than {self._most} times, the last time because: {first_line(self.error)}"
+        failure = self.error.controller_failure  # such as that the ranks do not reach each other
+        return f"the trainers cannot work together: {first_line(getattr(failure, 'cause', None) or failure)}"
