@@ -98,13 +98,11 @@ def test_lightning_is_imported_only_where_training_is():
         assert not found, f"{module} imports {found}"
 
 
-def test_only_the_cluster_knows_ray_and_only_its_command_knows_the_cluster():
+def test_only_the_cluster_knows_ray_and_nothing_knows_the_cluster():
     for module, path in modules():
         if module.startswith("specforge.cluster"):
             continue
-        found = [name for name in imports(path) if name.split(".")[0] == "ray"]
-        if module != "specforge.cli.launch":
-            found += [name for name in imports(path) if name.startswith("specforge.cluster")]
+        found = [name for name in imports(path) if name.split(".")[0] == "ray" or name.startswith("specforge.cluster")]
         assert not found, f"{module} imports {found}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Literal
 
-from specforge.cli.main import COMMANDS
+from specforge.cli.main import COMMANDS, LIGHTNING
 from specforge.cli.recipes import recipes
 
 _BASH = """_specforge() {
@@ -77,11 +77,8 @@ def script(shell: Literal["bash", "zsh", "fish"]) -> str:
 def option_names(name: str) -> list[str]:
     """The options of a command, without dashes."""
     module, function = COMMANDS[name][0].split(":")
-    if module in ("specforge.cli.fit", "specforge.cli.launch"):
-        from specforge.cli.fit import TrainingCLI
-        from specforge.cli.launch import LaunchCLI
-
-        cli = LaunchCLI if module == "specforge.cli.launch" else TrainingCLI
+    if module in LIGHTNING:
+        cli = getattr(import_module(module), LIGHTNING[module])
         own = [key.replace(".init_args", "") for key in cli.option_names()]
     else:
         from specforge.cli.command import command_line

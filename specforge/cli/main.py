@@ -16,8 +16,7 @@ from specforge.errors import UserError, escaped, mistake_behind
 from specforge.logs import check_form, structured
 from specforge.packages import VERSION
 
-# Name: ("module:function", description). A function's parameters are the command's options, except in
-# specforge.cli.fit and launch, which pass their words to LightningCLI.
+# Name: ("module:function", description). A function's parameters are the command's options, except in LIGHTNING.
 COMMANDS = {
     "target fetch": ("specforge.cli.data:fetch_target", "Download a target model."),
     "target serve": ("specforge.cli.serve:serve_target", "Serve a target's features over HTTP."),
@@ -28,7 +27,7 @@ COMMANDS = {
     "produce": ("specforge.cli.produce:produce", "Produce features for a trainer in another process."),
     "status": ("specforge.cli.status:status", "Show the state of a disaggregated run."),
     "fit": ("specforge.cli.fit:main", "Train a draft."),
-    "launch": ("specforge.cli.launch:main", "Train a draft on a Ray cluster: producers and trainers together."),
+    "launch": ("specforge.cluster.command:main", "Train a draft on a Ray cluster: producers and trainers together."),
     "validate": ("specforge.cli.fit:main", "Compute loss and offline tau of a checkpoint on held-out data."),
     "evaluate": ("specforge.cli.evaluate:evaluate", "Decode speculatively: tau, speed, and lossless or not."),
     "export": ("specforge.cli.evaluate:export", "Write a draft for SGLang, vLLM or transformers."),
@@ -38,6 +37,8 @@ COMMANDS = {
     "recipes": ("specforge.cli.recipes:main", "List, show or copy the shipped recipes."),
     "completion": ("specforge.cli.completion:completion", "Print a completion script for bash, zsh or fish."),
 }
+# Modules that pass their words to LightningCLI, and their subclass of it.
+LIGHTNING = {"specforge.cli.fit": "TrainingCLI", "specforge.cluster.command": "LaunchCLI"}
 _REMOVED = {"test": "use `specforge validate`, which evaluates the same held-out data"}
 
 
@@ -126,7 +127,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"no command '{name}'{'; ' * bool(hint)}{hint} (see `specforge --help`)")
     module, function = COMMANDS[name][0].split(":")
     command = getattr(import_module(module), function)
-    if module in ("specforge.cli.fit", "specforge.cli.launch"):
+    if module in LIGHTNING:
         return int(command(name, words))
     from specforge.cli.command import run
 

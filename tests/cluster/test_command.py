@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specforge.cli import launch
 from specforge.cli.arguments import expand
 from specforge.cli.main import main
+from specforge.cluster import command
 from tests.disaggregated import disaggregated, places
 from tests.tiny import recipe
 
@@ -21,11 +21,11 @@ def path(target, prompts, tmp_path) -> Path:
 
 @pytest.fixture
 def has_ray(monkeypatch) -> None:
-    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    monkeypatch.setattr(command, "find_spec", lambda name: name)
 
 
 def test_without_ray_one_line_says_what_to_install(path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert main(["launch", "--config", str(path)]) == 2
     assert capsys.readouterr().err.startswith("specforge: launch needs Ray: pip install 'ray[default,train]")
 
@@ -56,9 +56,9 @@ def test_only_disaggregated_runs_are_launched(target, features, tmp_path, has_ra
     assert "launch trains with DisaggregatedDataModule" in capsys.readouterr().err
 
 
-def read(path: Path, *words: str) -> launch.Launch:
-    cli = launch.LaunchCLI(expand("launch", ["--config", str(path), *words]))
-    return launch.read(cli.parser, cli.config)
+def read(path: Path, *words: str) -> command.Launch:
+    cli = command.LaunchCLI(expand("launch", ["--config", str(path), *words]))
+    return command.read(cli.parser, cli.config)
 
 
 def test_ranks_get_the_recipe_without_the_cluster(path, tmp_path):
