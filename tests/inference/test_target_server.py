@@ -25,6 +25,7 @@ from specforge.errors import UserError
 from specforge.inference import target_server
 from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine
+from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
@@ -88,6 +89,17 @@ def test_it_listens_on_the_loopback_and_its_token_is_for_its_owner_alone(server,
     assert server.server_address[0] == "127.0.0.1"
     assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
     assert make_token(token_file) == make_token(token_file)
+
+
+def test_what_a_server_refuses_at_the_check_is_no_fault_of_a_prompt(server, token_file, tmp_path):
+    """So a producer ends and returns its prompts, instead of giving them up; a missing layer is the trainer's fault."""
+    other = write_token(tmp_path / "other", "x" * 20)
+    for options in ({"dtype": "bfloat16"}, {"token_file": other}):
+        with pytest.raises(UnavailableError, match=r"is float32 here, not bfloat16|the token is not this server's"):
+            client(server, **{"token_file": token_file} | options).check(POLICY)
+    with pytest.raises(UserError, match="layer 99: ") as found:
+        client(server, token_file).check(CapturePolicy((99,)))
+    assert not isinstance(found.value, UnavailableError)
 
 
 def write_token(path: Path, text: str) -> Path:

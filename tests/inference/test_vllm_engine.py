@@ -170,8 +170,9 @@ def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, 
 
 def test_a_store_that_is_not_the_servers_is_named(server, files, tmp_path):
     own, other = str(tmp_path / "store"), str(tmp_path / "other")
+    (tmp_path / "other").mkdir()  # a store that does not exist is refused before
     engine = VLLMTargetEngine(files, "float32", url=server.url, store=other, patience=0.2)
-    with engine, pytest.raises(UserError, match=f"do not arrive in {other}; it writes to {own}, which must"):
+    with engine, pytest.raises(UnavailableError, match=f"do not arrive in {other}; it writes to {own}, which must"):
         engine.check(POLICY)
 
 

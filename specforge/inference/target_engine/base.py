@@ -74,9 +74,8 @@ class TargetEngine(ABC):
         """Test the policy on two tokens.
 
         Raises:
-            UnavailableError: the engine's server does not respond.
-            UserError: a layer does not exist, or a feature has the wrong width or dtype; or the server does not run
-                this target in this dtype.
+            UnavailableError: the engine's server does not respond, or refuses the request: no prompt is to blame.
+            UserError: a layer does not exist, or a feature has the wrong width or dtype.
         """
 
     @abstractmethod

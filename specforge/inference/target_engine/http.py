@@ -124,7 +124,12 @@ class HTTPTargetEngine(TargetEngine):
     def check(self, policy: CapturePolicy) -> None:
         """Test the policy on two tokens."""
         check_layers(policy, self.target.num_layers, self.target.name)
-        self.capture([[0, 0]], policy)
+        try:
+            self.capture([[0, 0]], policy)
+        except UnavailableError:
+            raise
+        except UserError as error:  # no prompt is to blame
+            raise UnavailableError(str(error)) from error
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies.

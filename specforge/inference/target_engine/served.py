@@ -236,7 +236,7 @@ class ServedTargetEngine(TargetEngine):
         try:
             features = self._capture_one(ids, policy, handoff)
         except NotDeliveredError as error:
-            raise UserError(
+            raise UnavailableError(
                 f"server {self.url}: its features do not arrive in {self.store}; it writes to {found.store}, which "
                 "must be the same store"
             ) from error
