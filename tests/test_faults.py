@@ -252,7 +252,7 @@ class World:
             log_every_n_steps=10**9,
             datamodule=data,
             lightning_module=SimpleNamespace(spec=spec, target=target, training_plan=lambda batch: None),
-            strategy=SimpleNamespace(barrier=lambda name: None, root_device=torch.device("cpu")),
+            strategy=SimpleNamespace(barrier=lambda name: None, root_device=torch.device("cpu"), model=None),
         )
         data.trainer = trainer
         data.setup("fit")
