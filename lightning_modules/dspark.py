@@ -95,7 +95,7 @@ class DSparkModule(BlockFamilyModule):
         log_sum = head.rows(last).log_sum if len(output) < len(head.head) else None
         # Drafts of one token follow one another and share a teacher row.
         order = plan.token.argsort(stable=True)
-        teacher = TeacherRows(labels[order], last, output, log_sum, plan.token[order], plan.drafts)
+        teacher = TeacherRows(labels[order], last, output, log_sum, plan.token[order], plan.repeats)
         objective = Acceptance(self.ce, self.l1, states)
         before, weights = self._before(batch, plan, states), self._weights(drafts)
         result = tiled_loss(

@@ -1,4 +1,4 @@
-"""An engine that waits, so that a test can starve trainers; imports no Lightning, whose log would go elsewhere."""
+"""An engine that waits, so that a test can starve trainers."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
     assert "test: 4 producers instead of 1" in out
     assert 0.5 * limit < max(peaks) <= limit
     assert "cluster.name: a run test is going on in this cluster" in err
-    assert max(losses(tmp_path / "run")) in (3, 4)
+    assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)
     assert_ray_is_idle()
     assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 0
     assert losses(tmp_path / "run") == losses(undisturbed)

@@ -43,7 +43,7 @@ class BlockPlan(Plan):
     labels: Tensor  # [M] flat token that it predicts
     tokens: Tensor  # [U] the distinct labels, ascending
     token: Tensor  # [M] index of each draft's label in them
-    drafts: tuple[int, ...]  # number of drafts of each of them, padding included
+    repeats: tuple[int, ...]  # number of drafts that predict each of them, padding included
     firsts: tuple[int, ...]  # index of every block's first draft, without padding; last, the number of drafts
     longest: int  # number of tokens of the longest document
     share: Share | None = None  # None: all tokens are this rank's
@@ -125,26 +125,22 @@ def plan_blocks(
     valid = _supervised(labels, anchors, end, spans)
     if contiguous:
         valid = np.logical_and.accumulate(valid, axis=1)
-    block, depth = np.nonzero(valid)
-    count = len(block)
+    block, depth, label = _drafts(labels, valid)
     firsts = np.concatenate([[0], np.cumsum(valid.sum(1))])
-    edge = "edge" if count else "constant"
-    flat = np.stack([block, depth, labels[block, depth]])
-    flat = np.pad(flat, ((0, 0), (0, -count % ROUND)), mode=edge)  # type: ignore[call-overload]
-    distinct, token, drafts = np.unique(flat[2], return_inverse=True, return_counts=True)
+    distinct, token, repeats = np.unique(label, return_inverse=True, return_counts=True)
     as_tensor = torch.from_numpy
     return BlockPlan(
-        count=count,
+        count=int(firsts[-1]),
         blocks=len(anchors),
         anchors=as_tensor(_padded(anchors, share)),
         positions=as_tensor(np.arange(tokens, dtype=np.int64) - begin),
         groups=_groups(anchors, begin),
-        block=as_tensor(flat[0]),
-        depth=as_tensor(flat[1]),
-        labels=as_tensor(flat[2]),
+        block=as_tensor(block),
+        depth=as_tensor(depth),
+        labels=as_tensor(label),
         tokens=as_tensor(distinct),
         token=as_tensor(token),
-        drafts=tuple(drafts.tolist()),
+        repeats=tuple(repeats.tolist()),
         firsts=tuple(firsts.tolist()),
         longest=max(lengths, default=0),
         share=share,
@@ -155,6 +151,14 @@ def _share(anchors: np.ndarray, tokens: int, group: dist.ProcessGroup) -> tuple[
     """This rank's anchors, and its part of the tokens."""
     own = zigzag(anchors, group.size())[group.rank()]
     return own, Share.of(np.array_split(np.arange(tokens), group.size()), group)
+
+
+def _drafts(labels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Block, depth and label of each valid draft, ``[3, M]``; the last one is repeated."""
+    block, depth = np.nonzero(valid)
+    found = np.stack([block, depth, labels[block, depth]])
+    edge = "edge" if len(block) else "constant"
+    return np.pad(found, ((0, 0), (0, -len(block) % ROUND)), mode=edge)  # type: ignore[call-overload, no-any-return]
 
 
 def _padded(anchors: np.ndarray, share: Share | None) -> np.ndarray:
