@@ -103,9 +103,9 @@ class Attempts:
             raise Failed(": ".join([how, " | ".join(lines[-SHOWN:])]))
         return text
 
-    def specforge(self, *words: object) -> str:
-        """Run a SpecForge command."""
-        return self.command("specforge.cli.main", *words)
+    def specforge(self, *words: object, **env: str) -> str:
+        """Run a SpecForge command; ``env`` changes the environment."""
+        return self.command("specforge.cli.main", *words, env=env)
 
     def finish(self, columns: Sequence[str], path: Path | None) -> int:
         """Print the results as a table, write them, and return the exit status: 1 if something failed."""

@@ -10,8 +10,8 @@ micro-batches, by default as many as the largest run has ranks, of which fewer r
 tokens/s per rank, relative to one rank. The losses of all steps are compared with those of one rank. One step's
 collectives are counted.
 `context`: `benchmarks.context_parallel`, one long document.
-`resume`: a run is resumed from a checkpoint of its middle and compared with itself bit for bit (weights, optimizer,
-losses); the checkpoint is refused by one rank, which then starts from its weights.
+`resume`: a run is resumed from a checkpoint of its middle, by processes that compile anew, and compared with itself bit
+for bit (weights, optimizer, losses). One rank must refuse a checkpoint of several, and start from its weights.
 `target`: a server of the target whose layers several devices share; its features are compared with those of one device
 and with transformers' in fp32.
 
@@ -251,8 +251,8 @@ class Resuming:
     ranks: int
     half: int
 
-    def fit(self, name: str, ranks: int, steps: int, *more: object) -> None:
-        """Train, or resume."""
+    def fit(self, name: str, ranks: int, steps: int, *more: object, **env: str) -> None:
+        """Train, or resume; ``env`` changes the environment."""
         given = {
             "--trainer.devices": ranks,
             "--trainer.strategy": self.strategy if ranks > 1 else "auto",
@@ -263,7 +263,7 @@ class Resuming:
             "--checkpoint.every_n_train_steps": self.half,
             "--checkpoint.keep": -1,
         }
-        self.attempts.specforge(*self.words, *(word for pair in given.items() for word in pair), *more)
+        self.attempts.specforge(*self.words, *(word for pair in given.items() for word in pair), *more, **env)
 
     def checkpoint(self, name: str, step: int) -> Path:
         """A checkpoint of a run."""
@@ -278,7 +278,8 @@ class Resuming:
         """Differences of a resumed run from the undisturbed one, and of one rank's weights from the checkpoint's."""
         end, middle = 2 * self.half, self.checkpoint("whole", self.half)
         self.fit("whole", self.ranks, end)
-        self.fit("resumed", self.ranks, end, "--ckpt_path", middle)
+        compiled = str(self.folder / "compiled")
+        self.fit("resumed", self.ranks, end, "--ckpt_path", middle, TORCHINDUCTOR_CACHE_DIR=compiled)
         whole, resumed = (read_checkpoint(self.checkpoint(name, end)) for name in ("whole", "resumed"))
         found: dict[str, Any] = {
             "weights": difference(resumed["state_dict"], whole["state_dict"]),
@@ -287,6 +288,8 @@ class Resuming:
         }
         found["bit_for_bit"] = not any(found.values())
         del whole, resumed
+        if self.ranks == 1:
+            return found
         found["on_one_rank"] = self._refusal(middle)
         self.fit("one", 1, 1, "--model.init_from", middle, "--model.optimizer.lr", 0.0)
         start, weights = read_checkpoint(self.checkpoint("one", 1)), read_checkpoint(middle)
@@ -310,7 +313,7 @@ def resume(options: argparse.Namespace, attempts: Attempts, folder: Path) -> Seq
         documents = shape.documents * max(options.ranks) * 2 * options.half
         words = [*prepare(algorithm, shape, documents, folder / algorithm), *shlex.split(options.options)]
         for ranks in options.ranks:
-            for strategy in options.strategies if ranks > 1 else ():
+            for strategy in options.strategies if ranks > 1 else ["auto"]:
                 runs = folder / "runs"
                 case = Resuming(attempts, runs, words, strategy, ranks, options.half)
                 attempts.attempt({"algorithm": algorithm, "strategy": strategy, "ranks": ranks}, case.compare)

@@ -53,7 +53,7 @@ def fused(*, gradient: bool = False, **varying: tuple[int, ...]) -> Callable[[Ca
                     for dim in dims:
                         torch._dynamo.maybe_mark_dynamic(x, dim)
             try:
-                return _compiled(function)(*given, **kwargs)  # type: ignore[no-any-return]
+                return _compiled(function, **compile_options())(*given, **kwargs)  # type: ignore[no-any-return]
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 reason = " ".join(str(error.inner_exception).split())
                 warnings.warn(f"training goes on without fused kernels, as the compiler failed: {reason}", stacklevel=2)
@@ -65,11 +65,20 @@ def fused(*, gradient: bool = False, **varying: tuple[int, ...]) -> Callable[[Ca
     return mark
 
 
+def compile_options() -> dict[str, bool]:
+    """Options of ``torch.compile``.
+
+    The compiler times several forms of a sum and takes the fastest. Another process, or another rank, can take another
+    one, which rounds differently; where PyTorch is asked for deterministic algorithms, the form is fixed.
+    """
+    return {"deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
     # A graph for each dtype and width that a draft has; the default, 8, is for a program with one of each.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def fuses(x: Tensor) -> bool:

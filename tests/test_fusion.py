@@ -22,7 +22,7 @@ from specforge.modeling.layers.decoder_layer import RMSNorm, apply_rope
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     """Compile on a CPU too, with another backend."""
-    compiled = functools.cache(lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=backend))
+    compiled = functools.cache(lambda f, **_: torch.compile(f, dynamic=False, fullgraph=True, backend=backend))
     for module in (specforge.fusion, specforge.losses.tiled):
         monkeypatch.setattr(module, "fuses", lambda x: specforge.fusion._allowed and len(x) > 1)
     monkeypatch.setattr(specforge.fusion, "_compiled", compiled)
@@ -184,3 +184,22 @@ def test_a_compiler_that_fails_does_not_end_the_run(monkeypatch):
         torch.testing.assert_close(function(x), x.exp() + 1)
     finally:
         allow_fusion(True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_form_of_a_sum_is_fixed_for_deterministic_training(deterministic, monkeypatch):
+    """A compiler that takes the fastest form may take another one in the process that resumes a run."""
+    given = {}
+
+    def compile_with_options(function, **options):
+        given.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_with_options)
+    monkeypatch.setattr(specforge.fusion, "fuses", lambda x: True)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert fused(x=(0,))(lambda x: x.sum(-1))(torch.ones(2, 3)).tolist() == [3.0, 3.0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert given["options"] == {"deterministic": deterministic}

@@ -20,7 +20,7 @@ from tests.runtime.data_plane.mooncake_store import needs_mooncake
 def quick(monkeypatch, capfd):
     """Commands run in this process, those of several ranks in ranks of their own; most of their time is imports."""
 
-    def specforge(attempts, *words):
+    def specforge(attempts, *words, **env):
         words = [str(word) for word in words]
         ranks = int(words[words.index("--trainer.devices") + 1]) if "--trainer.devices" in words else 1
         if ranks > 1:

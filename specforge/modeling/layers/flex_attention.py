@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from specforge.errors import UserError
+from specforge.fusion import compile_options
 
 _TILE = 128
 
@@ -119,4 +120,4 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _compiled(function: Any, device: str) -> Any:
     # Without compilation it builds all scores, which is slow but enough for tests on a CPU.
-    return function if device == "cpu" else torch.compile(function, dynamic=True)
+    return function if device == "cpu" else torch.compile(function, dynamic=True, options=compile_options())

@@ -113,7 +113,7 @@ def test_errors_of_a_norm_with_a_product_and_an_mlp(rows, keep, device):
         return [y, *(t.grad for t in (*leaves, norm.weight))]
 
     for found, exact in zip(run(device, torch.bfloat16), run("cpu", torch.float64), strict=True):
-        assert 0.003 < error(found, exact) < 0.08, error(found, exact)
+        assert 0.003 < error(found, exact) < 0.1, error(found, exact)
 
 
 def test_the_kernel_multiplies_the_cast_factors(device):
