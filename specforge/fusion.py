@@ -65,7 +65,7 @@ def fused(*, gradient: bool = False, **varying: tuple[int, ...]) -> Callable[[Ca
     return mark
 
 
-def compile_options() -> dict[str, bool]:
+def compile_options() -> dict[str, Any]:
     """Options of ``torch.compile``.
 
     The compiler times several forms of a sum and takes the fastest. Another process, or another rank, can take another
@@ -75,7 +75,7 @@ def compile_options() -> dict[str, bool]:
 
 
 @cache
-def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     # A graph for each dtype and width that a draft has; the default, 8, is for a program with one of each.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
