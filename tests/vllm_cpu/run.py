@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ if os.environ.get("TRITON_INTERPRET"):  # the model runner that vLLM uses on GPU
     import triton.backends
 
     triton.backends.backends["cpu"] = _Backend
+
+    from triton.runtime import interpreter
+
+    def _with_bools(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """Masks as the interpreter needs them; it makes integers of some."""
+
+        def call(*args: Any) -> Any:
+            mask = interpreter.TensorHandle(args[place].data.astype(bool), interpreter.tl.int1)
+            return function(*args[:place], mask, *args[place + 1 :])
+
+        return call
+
+    _builder = interpreter.InterpreterBuilder
+    _builder.create_masked_load = _with_bools(_builder.create_masked_load, 2)
+    _builder.create_masked_store = _with_bools(_builder.create_masked_store, 3)
 
 import torch
 from safetensors.torch import save_file
