@@ -64,7 +64,7 @@ def open_backend(address: str, *, create: bool = False) -> SharedBackend:
         backend = SharedDirBackend(path, create)
     except OSError as error:
         raise UserError(f"store {address}: cannot be used ({error})") from error
-    _name_if(is_new, "feature store", path)
+    _say_if(is_new, "new feature store", path)
     return backend
 
 
@@ -84,7 +84,7 @@ def open_metadata(address: str, *, create: bool = False) -> MetadataStore:
     if scheme == "file":
         is_new = not path.exists()
         metadata = SQLiteMetadataStore(path, create=create)
-        _name_if(is_new, "metadata store", path)
+        _say_if(is_new, "new metadata store", path)
         return metadata
     where = f"metadata {shown(address)}"
     if scheme not in ("redis", "rediss"):
@@ -122,10 +122,10 @@ def is_there(address: str) -> bool:
     return scheme != "file" or path.exists()
 
 
-def _name_if(is_new: bool, kind: str, path: Path) -> None:
+def _say_if(is_new: bool, what: str, path: Path) -> None:
     """Name a store that did not exist, by its whole path: it may be in another folder than meant."""
     if is_new:
-        logger.warning("new %s: %s", kind, path.absolute())
+        logger.warning("%s: %s", what, path.absolute())
 
 
 def _local(address: str, what: str) -> tuple[str, Path]:

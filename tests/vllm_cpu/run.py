@@ -52,9 +52,12 @@ import torch
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 torch.cpu._is_amx_tile_supported = lambda: False  # where there is AMX, vLLM's latent attention has no fp32
+# The kernel for CPUs returns wrong queries if they have three dimensions, which those of latent attention have.
+RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
 
 _load_weights = DefaultModelLoader.load_weights
 held: dict[str, torch.Tensor] = {}  # the parameters of the model that was loaded last

@@ -131,7 +131,7 @@ def _check_module(config: Mapping[str, Any], target: TargetFiles, server: str) -
 class MTPFormat(DraftFormat):
     """``hf`` is the module under SpecForge's names; servers read the target with the module inside."""
 
-    vllm = VLLM("mtp", {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_PLAIN, _MIMO: Proof.SERVED}, _check_module, in_target=True)
+    vllm = VLLM("mtp", {_DEEPSEEK: Proof.SERVED, _QWEN: _NO_PLAIN, _MIMO: Proof.SERVED}, _check_module, in_target=True)
     sglang = SGLang(
         "NEXTN",
         {_DEEPSEEK: Proof.SERVED, _QWEN: _NO_PLAIN, _MIMO: Proof.SERVED},
