@@ -185,7 +185,7 @@ def main() -> None:
         nbytes = tokens * (2 * (len(policy.layer_ids) + 1) * files.hidden_size + 5)
         backends: dict[str, FeatureBackend] = {}
         if "shared_dir" in options.stores:
-            backends["shared_dir"] = open_backend(str(folder / "store"))
+            backends["shared_dir"] = open_backend(str(folder / "store"), create=True)
         if "mooncake" in options.stores:
             server, address = start_store(nbytes + (1 << 28))
             backends["mooncake"] = open_backend(address)

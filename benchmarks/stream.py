@@ -42,7 +42,7 @@ SPEC = StrategySpec("any", MADE.capture, ("aux_hidden_states", "last_hidden_stat
 
 def open_control(folder: Path, store: str, retain: Retain = "until_durable") -> DataFlowController:
     return DataFlowController(
-        SQLiteMetadataStore(folder / "metadata.db"), FeatureStore(open_backend(store)), retain=retain
+        SQLiteMetadataStore(folder / "metadata.db"), FeatureStore(open_backend(store, create=True)), retain=retain
     )
 
 

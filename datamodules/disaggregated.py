@@ -80,9 +80,9 @@ class DisaggregatedDataModule(PromptDataModule):
                 "sample to one rank; use ddp or fsdp2, or capture the features and use OfflineDataModule"
             )
         if self._controller is None:
-            features = FeatureStore(open_backend(self.store))  # first, as producers expect
+            features = FeatureStore(open_backend(self.store, create=True))  # first, as producers expect
             controller = DataFlowController(
-                open_metadata(self.metadata),
+                open_metadata(self.metadata, create=True),
                 features,
                 retain=self.retain,
                 lease_seconds=self.lease_seconds,

@@ -50,7 +50,8 @@ def disaggregated(
 
 def control(where: dict[str, str], **options: object) -> DataFlowController:
     """A controller of its own, as another process has."""
-    return DataFlowController(open_metadata(where["metadata"]), FeatureStore(open_backend(where["store"])), **options)
+    store = FeatureStore(open_backend(where["store"], create=True))
+    return DataFlowController(open_metadata(where["metadata"], create=True), store, **options)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class FakeVLLM(ThreadingHTTPServer):
     def __init__(self, target: Path, store: Path, layers: tuple[int, ...] = (1, 3, 4), port: int = 0, **changes: Any):
         super().__init__(("127.0.0.1", port), _Handler)
         self.engine = HFTargetEngine(TargetFiles.find(str(target)), "float32")
-        self.sink = FeatureSink(open_backend(str(store)))
+        self.sink = FeatureSink(open_backend(str(store), create=True))
         self.layers, self.version, self.prompts = layers, "0.32.0", []
         self.faults: list[Callable[[dict], int | None]] = []
         self.lock = threading.Lock()

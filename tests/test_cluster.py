@@ -409,7 +409,7 @@ def test_stores_that_cannot_be_used_are_refused_before_anything_starts(
     target, prompts, tmp_path, cluster, stores, message, capfd, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    metadata = open_metadata("taken.db")
+    metadata = open_metadata("taken.db", create=True)
     holder = {"run": "elsewhere/run", "pid": 1, "host": "other", "machine": "another"}
     claim(metadata, json.dumps(holder), time.time(), time.time() + 600)
     metadata.close()

@@ -243,6 +243,8 @@ def test_a_trainer_without_producers_says_so_and_ends(target, prompts, tmp_path,
     assert main(["fit", "--config", str(path)]) == 2
     assert "no producer takes the" in capsys.readouterr().err
     assert "training has been waiting for samples" in caplog.text
+    assert f"new feature store: {where['store']}" in caplog.text
+    assert f"new metadata store: {where['metadata']}" in caplog.text
 
 
 def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
@@ -257,17 +259,21 @@ def test_another_target_is_refused_by_the_producer(target, tmp_path, capsys):
     assert controller.counts()[State.QUEUED] == 1
 
 
-@pytest.mark.parametrize("wrong", ["misspelt", "a file"])
-def test_a_producer_with_another_store_creates_nothing(target, tmp_path, capsys, wrong):
-    where, store = places(tmp_path), tmp_path / "stor"
-    if wrong == "misspelt":
-        control(where).metadata.close()
+@pytest.mark.parametrize("wrong", ["store", "metadata", "a file"])
+def test_a_producer_with_another_address_creates_nothing(target, tmp_path, capsys, wrong):
+    where = places(tmp_path)
+    if wrong == "a file":
+        (tmp_path / "store").write_text("x")
     else:
-        store.write_text("x")
+        controller = control(where)
+        controller.features.backend.write("abc.1", {"x": torch.ones(1)})
+        controller.metadata.close()
+    misspelt = where if wrong == "a file" else where | {wrong: str(tmp_path / "stor")}
     before = sorted(tmp_path.iterdir())
-    words = ["--target", str(target), "--store", str(store), "--metadata", where["metadata"], "--idle_seconds", "0.1"]
-    assert main(["produce", *words]) == 2
-    assert capsys.readouterr().err.startswith(f"specforge: store {store}: ")
+    words = ["--target", str(target), "--store", misspelt["store"], "--metadata", misspelt["metadata"]]
+    assert main(["produce", *words, "--idle_seconds", "0.1"]) == 2
+    kind = "metadata" if wrong == "metadata" else "store"
+    assert capsys.readouterr().err.startswith(f"specforge: {kind} {misspelt[kind]}: ")
     assert sorted(tmp_path.iterdir()) == before
 
 

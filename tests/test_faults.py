@@ -50,7 +50,7 @@ from specforge.runtime.addresses import open_backend, open_metadata
 from specforge.runtime.control_plane.controller import DataFlowController, load_ref
 from specforge.runtime.control_plane.metadata import STATES, State
 from specforge.runtime.data_plane.store import FeatureStore
-from tests.disaggregated import places, stored_bytes
+from tests.disaggregated import control, places, stored_bytes
 
 pytestmark = pytest.mark.faults
 
@@ -143,8 +143,8 @@ class World:
 
     def start_producer(self, name: str) -> Producer:
         controller = DataFlowController(
-            open_metadata(self.where["metadata"]),
-            FeatureStore(open_backend(self.where["store"])),
+            open_metadata(self.where["metadata"], create=True),
+            FeatureStore(open_backend(self.where["store"], create=True)),
             clock=lambda: self.now,
             lease_seconds=10.0,
             max_tries=self.max_tries,
@@ -452,12 +452,7 @@ def test_a_slow_disk_only_costs_time(tmp_path, expected, dying, monkeypatch, fau
 def test_a_put_that_takes_longer_than_a_lease_keeps_it(tmp_path):
     world = World(tmp_path)
     provenance = Provenance("tiny", "f" * 8, "t", CapturePolicy(()), "float32")
-    slow, other = (
-        DataFlowController(
-            open_metadata(world.where["metadata"]), FeatureStore(open_backend(world.where["store"])), lease_seconds=0.3
-        )
-        for _ in "ab"
-    )
+    slow, other = (control(world.where, lease_seconds=0.3) for _ in "ab")
     slow.ingest({sample_id(prompt(0), provenance): prompt(0)}, provenance=provenance)
     renewed, stop, found = threading.Semaphore(0), threading.Event(), []
     renew, write = slow.renew, slow.features.backend.write

@@ -1,15 +1,16 @@
 """Exported drafts in SGLang itself: every tensor reaches a parameter, and the server accepts what SpecForge says.
 
 SGLang lives in an environment of its own, which ``--sglang-python`` names (docs/user-guide.md, section 5, says how to
-make it); the kernels that it has no CPU build of are stood in for by ``tests/sglang_cpu``.
+make it); the kernels that it has no CPU build of are stood in for by ``tests/sglang_cpu``. It is imported once.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,16 +22,17 @@ from lightning_modules import algorithms
 from lightning_modules.base import DraftModule
 from specforge.decoding.decoder import decode
 from specforge.inference.target_engine import HFTargetEngine
-from tests import sglang_cpu as cpu
+from specforge.modeling.draft import config_fields
+from specforge.modeling.draft.servers import Proof
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
-from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise
+from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise, write_deepseek
 from tests.modeling.draft.eagle3.test_export import LATENT
-from tests.sglang_cpu import environment, serve
+from tests.sglang_cpu import Forks, forks
 from tests.tiny import write_tokenizer
 
 __all__ = ["deepseek", "small_target"]
 
-CPU = Path(__file__).parent / "sglang_cpu"
+LLAMA = "LlamaForCausalLMEagle3"
 SMALL = {"draft_vocab_size": 64}
 BLOCKS = {"num_hidden_layers": 2}
 SMALL_DOMINO = {"dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}}
@@ -48,6 +50,8 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "standalone": ("standalone", {"num_hidden_layers": 2}),
 }
 
+# What published targets of DeepSeek's architecture have in their configs, beside what transformers writes.
+DEEPSEEK = {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
 PREFIXES = {"mtp, mimo": "model.mtp_layers.0.", "mtp, deepseek": "model.layers.2."}
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -60,6 +64,13 @@ def python(pytestconfig: pytest.Config) -> str:
     if not path:
         pytest.skip("SGLang is elsewhere: --sglang-python names its interpreter (docs/user-guide.md, section 5)")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def sglang(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """SGLang, imported."""
+    with forks(python, tmp_path_factory.mktemp("sglang") / "log") as made:
+        yield made
 
 
 def as_if_trained(module: DraftModule) -> DraftModule:
@@ -85,15 +96,15 @@ def mtp_targets(small_target: Path, deepseek: Path, root: Path) -> dict[str, Pat
     write_mtp_target(small_target, root / "mimo", "mimo", biases)
     shutil.copytree(deepseek, root / "deepseek")
     for name, fields in {
-        "mimo": {"model_type": "qwen2", "architectures": ["MiMoForCausalLM"]},
-        "deepseek": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+        "mimo": {"model_type": "qwen2", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1},
+        "deepseek": DEEPSEEK,
     }.items():
-        change_config(root / name, num_nextn_predict_layers=1, **fields)
+        change_config(root / name, **fields)
     return {f"mtp, {name}": root / name for name in ("mimo", "deepseek")}
 
 
 @pytest.fixture(scope="module")
-def loaded(python, target, small_target, deepseek, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+def loaded(sglang, target, small_target, deepseek, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
     """Every form's exported folder and what SGLang holds after loading it."""
     root = tmp_path_factory.mktemp("loaded")
     folders: dict[str, Path] = {}
@@ -107,11 +118,7 @@ def loaded(python, target, small_target, deepseek, tmp_path_factory) -> dict[str
     for name, module in modules.items():
         folders[name] = root / f"{len(folders)}"
         as_if_trained(module).export_format.to_sglang(module.draft, module.target, folders[name], "float32")
-    jobs = [f"{folder}:{folder}.loaded" for folder in folders.values()]
-    done = subprocess.run(
-        [python, CPU / "load.py", target, *jobs], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    sglang.load(target, *(f"{folder}:{folder}.loaded" for folder in folders.values()))
     return {name: (folder, load_file(f"{folder}.loaded")) for name, folder in folders.items()}
 
 
@@ -183,29 +190,56 @@ def mimo(folder: Path, hidden: int = 32) -> Path:
     return folder
 
 
-SERVED: dict[str, tuple[str, dict[str, object]]] = {
-    "eagle3": ("eagle3", {"draft_vocab_size": 200}),
-    "eagle3.1": ("eagle3", {"draft_vocab_size": 200, "fc_norm": True, "norm_output": True}),
-    "standalone": ("standalone", {"num_hidden_layers": 2}),
-    "mtp": ("mtp", {}),
-    "dflash": ("dflash", {**BLOCKS, "block_size": 4}),
-    "dspark": ("dspark", {**BLOCKS, "block_size": 3}),
+def mtp_target(family: str, folder: Path) -> Path:
+    """A target with the MTP module of a family."""
+    if family == "MiMo":
+        return mimo(folder)
+    change_config(write_deepseek(folder), **DEEPSEEK)
+    return folder
+
+
+class Form(NamedTuple):
+    """A draft to serve: its algorithm, its form in the table of its format, and its config."""
+
+    algorithm: str
+    name: str
+    config: Mapping[str, object]
+
+
+SERVED = {
+    "eagle3": Form("eagle3", LLAMA, {"draft_vocab_size": 200}),
+    "eagle3.1": Form("eagle3", LLAMA, {"draft_vocab_size": 200, "fc_norm": True, "norm_output": True}),
+    "eagle3, latent": Form("eagle3", LATENT["architectures"][0], {"draft_vocab_size": 200, **LATENT}),
+    "standalone": Form("standalone", "any causal language model", {"num_hidden_layers": 2}),
+    "mtp, mimo": Form("mtp", "MiMo", {}),
+    "mtp, deepseek": Form("mtp", "DeepSeek NextN", {}),
+    "dflash": Form("dflash", "DFlashDraftModel", {**BLOCKS, "block_size": 4}),
+    "dflash2": Form("dflash2", "DFlash2DraftModel", {**BLOCKS, "block_size": 4}),
+    "domino": Form("domino", "DominoDraftModel", {**BLOCKS, **SMALL_DOMINO, "block_size": 4}),
+    "dspark": Form("dspark", "Qwen3DSparkModel", {**BLOCKS, "block_size": 3}),
 }
 
 
-@pytest.mark.parametrize("form", SERVED)
-def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, python, target, tmp_path):
-    algorithm, config = SERVED[form]
+def test_what_the_formats_say_of_sglang_is_what_is_tested():
+    said = {
+        (name, form)
+        for name, module in algorithms().items()
+        for form, proof in module.export_format.sglang.forms.items()
+        if proof is Proof.SERVED
+    }
+    assert {(form.algorithm, form.name) for form in SERVED.values()} == said
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(name, sglang, target, tmp_path):
+    form = SERVED[name]
     torch.manual_seed(0)
-    options: dict[str, object] = {"draft_config": config}
-    if algorithm == "mtp":
-        target, options = mimo(tmp_path / "target"), {"init_from": "target_mtp"}
-    if algorithm == "eagle3":
-        options |= {"layer_ids": [1, 3, 4], "init_from": "target"}
-    is_block = algorithm in ("dflash", "dspark")
-    if is_block:
-        options |= {"layer_ids": [1, 3, 4]}
-    module = algorithms()[algorithm](str(target), **options)
+    options: dict[str, object] = {"draft_config": dict(form.config)}
+    if form.algorithm == "mtp":
+        target, options = mtp_target(form.name, tmp_path / "target"), {"init_from": "target_mtp"}
+    elif form.algorithm != "standalone":
+        options |= {"layer_ids": [1, 3, 4], **({"init_from": "target"} if form.name == LLAMA else {})}
+    module = algorithms()[form.algorithm](str(target), **options)
     if len(module.draft.d2t) < 264:
         module.draft.set_vocabulary(torch.randperm(264)[: len(module.draft.d2t)].sort().values)
     engine = HFTargetEngine(module.target, "float32")
@@ -218,10 +252,10 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(form, 
         engine.model, lambda: module.drafter(head, torch.float32), prompts, gamma=3, max_new_tokens=24, end_ids=[256]
     )
     assert sum(d.rounds for d in mine) < 0.8 * sum(d.counted for d in mine)  # something is accepted
-    folder = tmp_path / "draft"
-    module.export_format.to_sglang(module.draft, module.target, folder, "float32")
-    command = module.export_format.sglang.command(str(target), folder, 3).split()[3:]
-    with serve(python, tmp_path / "log", *command, launch=cpu.BLOCKS if is_block else cpu.LAUNCH) as server:
+    folder, export = tmp_path / "draft", module.export_format
+    assert export.form(config_fields(module.draft), module.target) == form.name
+    export.to_sglang(module.draft, module.target, folder, "float32")
+    with sglang.serve(*export.sglang.command(str(target), folder, 3).split()[3:]) as server:
         theirs = [server.answer(prompt, 24, [256]) for prompt in prompts]
     assert [reply["output_ids"] for reply in theirs] == answers == [d.tokens for d in mine]
     assert [reply["meta_info"]["spec_verify_ct"] for reply in theirs] == [d.rounds for d in mine]

@@ -18,7 +18,7 @@ from specforge.console import console, progress_bar, say
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.eval.bench import Bench, BenchOptions, Level
-from specforge.eval.bench_report import RESULTS, tables, write_bench
+from specforge.eval.bench_report import PAGE, RESULTS, tables, write_page, write_results
 from specforge.eval.held_out import read_prompts
 from specforge.eval.parity import Parity, describe
 from specforge.eval.served import Server, find_server
@@ -26,7 +26,7 @@ from specforge.files import check_json, write_file
 from specforge.inference.server_client import ServerClient
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, PositiveInt
-from specforge.system import pick_device
+from specforge.system import interrupt_on_sigterm, pick_device
 
 _PATIENCE = 30.0  # seconds until a server that does not answer is reported
 
@@ -56,6 +56,9 @@ def bench(
 ) -> None:
     """Measure a vLLM or SGLang server: speed, acceptance length (tau) and speed-up, by load.
 
+    bench.json is written after each measurement, so an interrupted bench keeps what it has measured. Another one with
+    the same output measures everything again.
+
     Args:
         server: address of the server, such as http://127.0.0.1:8000.
         prompts: folders from `specforge prepare` (their held-out parts), or files of conversations.
@@ -65,6 +68,9 @@ def bench(
         output: folder for bench.json, bench.html and plots.
     """
     check_json(output / RESULTS, "run", "levels")
+    if (output / RESULTS).exists():
+        say(f"{output / RESULTS}: is of an earlier bench; the first measurement replaces it")
+    interrupt_on_sigterm()
     connections = max(options.concurrency)
     with ExitStack() as stack:
         served, plain = (
@@ -81,6 +87,7 @@ def bench(
             "baseline": plain and str(plain),
             "model": served.model,
             "prompts": {name: len(found[: connection.num_prompts]) for name, found in sets.items()},
+            "measurements": len(run.cases(sets)),
             **asdict(options),
             "tau": "(tokens - 1) / rounds, bonus token included",
         }
@@ -88,7 +95,8 @@ def bench(
         try:
             for level in run.run(sets, lambda done, total: bar.update(task, completed=done, total=total)):
                 levels.append(level)
-        finally:  # an interrupted run keeps what it has measured
+                write_results(output, settings, levels)
+        finally:
             if levels:
                 _report(output, settings, levels)
 
@@ -162,5 +170,6 @@ def _report(output: Path, settings: dict[str, Any], levels: Sequence[Level]) -> 
         console.print(table)
         for note in content["notes"]:
             say(note)
-    for path in write_bench(output, settings, levels):
-        say(f"wrote {path}")
+    write_page(output, settings, levels)
+    for name in (RESULTS, PAGE):
+        say(f"wrote {output / name}: {len(levels)} of {settings['measurements']} measurements")

@@ -173,9 +173,12 @@ def run_producers(options: ProduceOptions, stop: threading.Event | None = None) 
     files = TargetFiles.find(options.target)
     _check_places(options)
     owner = options.name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    features = FeatureStore(open_backend(options.store))
+    features = FeatureStore(open_backend(options.store, create=True))
     controller = DataFlowController(
-        open_metadata(options.metadata), features, lease_seconds=options.lease_seconds, max_tries=options.max_tries
+        open_metadata(options.metadata, create=True),
+        features,
+        lease_seconds=options.lease_seconds,
+        max_tries=options.max_tries,
     )
     engines: dict[str, TargetEngine] = {}
 
@@ -207,10 +210,14 @@ def run_producers(options: ProduceOptions, stop: threading.Event | None = None) 
 
 
 def _check_places(options: ProduceOptions) -> None:
-    """Check the store before anything is created; a run creates it before its metadata file."""
+    """Check the stores before anything is created; a run creates the store before its metadata file."""
     begun = "://" not in options.metadata and is_there(options.metadata)  # asked first: another producer may begin now
     if is_there(options.store):
-        open_backend(options.store, create=False)
+        if open_backend(options.store).stored() and not is_there(options.metadata):
+            raise UserError(
+                f"metadata {options.metadata}: no such file, but store {options.store} holds features; name the "
+                "trainer's metadata, or start the trainer first"
+            )
     elif begun:
         raise UserError(
             f"store {options.store}: no such folder, but metadata {options.metadata} exists; name the trainer's store"
@@ -253,7 +260,7 @@ def describe_plan(options: ProduceOptions) -> list[str]:
     ]
     sizes = {"three layers and the last hidden states": 4 * files.hidden_size * 2}
     if is_there(options.metadata):
-        sizes = _sizes(open_metadata(options.metadata, create=False)) or sizes
+        sizes = _sizes(open_metadata(options.metadata)) or sizes
     for what, size in sizes.items():
         lines.append(
             f"{what}: {size:,} bytes per token; every 1,000 tokens/s write {size / 1e3:.1f} MB/s to the store, and the "

@@ -124,9 +124,7 @@ def _named_in(path: Path) -> dict[str, str]:
 
 def describe_status(store: str, metadata: str, seconds: float, revive: bool) -> list[str]:
     """Lines about a disaggregated run; see :func:`status`."""
-    controller = DataFlowController(
-        open_metadata(metadata, create=False), FeatureStore(open_backend(store, create=False))
-    )
+    controller = DataFlowController(open_metadata(metadata), FeatureStore(open_backend(store)))
     before, since = controller.counts(), time.monotonic()
     time.sleep(seconds)  # the rates are measured over this time
     counts, elapsed = controller.counts(), time.monotonic() - since

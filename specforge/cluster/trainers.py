@@ -103,7 +103,7 @@ def _report(error: Exception, path: Path, rank: int) -> None:
 
 def _start(launch: Launch, board: Any) -> list[str] | None:
     """Words that name the checkpoint to start from, once no other trainer is alive; None if the run is to stop."""
-    metadata = open_metadata(launch.producer.metadata)
+    metadata = open_metadata(launch.producer.metadata, create=True)
     while not ray.get(board.stops.remote()):
         # A rank of the previous group may not have ended yet, or its host is cut off: then its claim has to expire.
         if not live_trainer(metadata, time.time()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,6 +227,12 @@ class Bench:
     salt: str  # differs from run to run, so that no answer profits from prefixes that an earlier run left in a cache
     num_prompts: int | None = None  # only the first ones of each set; all may be used to reach a length
 
+    def cases(self, sets: Mapping[str, Sequence[Sequence[int]]]) -> list[Case]:
+        """All measurements, in their order."""
+        lengths: Sequence[int | None] = self.options.lengths or [None]
+        loads = product(sets, lengths, self.options.temperature, self.options.concurrency)
+        return [Case(*case) for case in loads]
+
     def run(
         self,
         sets: Mapping[str, Sequence[Sequence[int]]],
@@ -240,21 +247,14 @@ class Bench:
             UserError: a server refuses a prompt or breaks off, or the prompts are too short for a length, or too long
                 for a server.
         """
-        lengths: Sequence[int | None] = self.options.lengths or [None]
+        cases = self.cases(sets)
         texts = {
-            (name, length): prompts[: self.num_prompts]
+            (name, length): sets[name][: self.num_prompts]
             if length is None
-            else at_length(prompts, length, self.num_prompts)
-            for name, prompts in sets.items()
-            for length in lengths
+            else at_length(sets[name], length, self.num_prompts)
+            for name, length, *_ in cases
         }
         self._check_lengths(max(len(prompt) for prompts in texts.values() for prompt in prompts))
-        cases = [
-            Case(name, length, temperature, concurrency)
-            for name, length in texts
-            for temperature in self.options.temperature
-            for concurrency in self.options.concurrency
-        ]
         for done, case in enumerate(cases):
             progress(done, len(cases))
             yield self._measure(case, texts[case.prompts, case.length])

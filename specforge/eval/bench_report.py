@@ -83,15 +83,20 @@ def _notes(levels: Sequence[Level]) -> Iterator[str]:
         yield _NO_INTERVAL
 
 
-def write_bench(folder: Path, run: Mapping[str, Any], levels: Sequence[Level]) -> list[Path]:
-    """Write ``bench.json``, ``bench.html`` and the plots; returns the paths of the first two."""
+def write_results(folder: Path, run: Mapping[str, Any], levels: Sequence[Level]) -> None:
+    """Write ``bench.json``."""
     content = {"run": run, "levels": [level.to_json() for level in levels]}
     write_file(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+
+
+def write_page(folder: Path, run: Mapping[str, Any], levels: Sequence[Level]) -> None:
+    """Write ``bench.html`` and the plots."""
     plots = [plot._replace(x=_X[_x(levels)]) if plot.x == _LOAD else plot for plot in PLOTS]
     facts = [(name, str(value)) for name, value in run.items() if value is not None]
     html = page(
         title=f"{run['model']} on {run['server']}",
-        summary=f"{sum(level.speed.requests for level in levels):,} answers in {len(levels)} measurements",
+        summary=f"{sum(level.speed.requests for level in levels):,} answers in {len(levels)} of {run['measurements']} "
+        "measurements",
         facts=facts,
         tables=tables(levels),
         plots_title="Plots",
@@ -99,7 +104,6 @@ def write_bench(folder: Path, run: Mapping[str, Any], levels: Sequence[Level]) -
         files=[],
     )
     write_file(folder / PAGE, html)
-    return [folder / RESULTS, folder / PAGE]
 
 
 def _x(levels: Sequence[Level]) -> str:

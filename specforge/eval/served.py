@@ -161,6 +161,9 @@ class Server(ABC):
         pool = ThreadPoolExecutor(concurrency)
         try:
             return list(pool.map(self.ask, questions))
+        except KeyboardInterrupt:
+            self.client.close()  # ends the answers that are being read
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

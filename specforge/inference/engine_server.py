@@ -75,7 +75,10 @@ class EngineServer(ABC):
         self, target: TargetFiles, dtype: str, policy: CapturePolicy, store: str | None, options: ServerOptions
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="specforge-server-"))
-        self.store = _absolute(store or str(self._folder / "store"))
+        if store is None:
+            store = str(self._folder / "store")
+            Path(store).mkdir()
+        self.store = _absolute(store)
         self.url, self._log = f"http://127.0.0.1:{_port(options.arguments)}", options.log
         try:
             arguments = self._arguments(target, dtype, policy)

@@ -131,7 +131,7 @@ def _start(receiver: Any) -> tuple[FeatureSink, dict[str, Any]]:
     options = receiver.server_args.resolved_dict()
     try:
         description = describe(options, receiver.model_config, settings["store"])
-        return FeatureSink(open_backend(settings["store"]), settings["max_bytes"]), description
+        return FeatureSink(open_backend(settings["store"], create=True), settings["max_bytes"]), description
     except UserError as error:
         raise SystemExit(f"specforge: {error}") from error
 

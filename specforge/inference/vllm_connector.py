@@ -170,7 +170,7 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):
         norm = None
         if self._target.num_layers in self._ids:
             norm = self._target.norm_module(cache.dtype).to(cache.device)
-        sink = FeatureSink(open_backend(self._store))
+        sink = FeatureSink(open_backend(self._store, create=True))
         self._exporter = Exporter(cache, self._ids, norm, sink)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:

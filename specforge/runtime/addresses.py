@@ -1,7 +1,12 @@
-"""The stores of a disaggregated run by address: the metadata store and the feature store."""
+"""The stores of a disaggregated run by address: the metadata store and the feature store.
+
+Whoever comes first, the trainer, a producer or a server, creates them (``create=True``), and says so, because a
+misspelt address is a new store. Every other opener refuses what is not there.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -13,6 +18,7 @@ from specforge.runtime.control_plane.sqlite import SQLiteMetadataStore
 from specforge.runtime.data_plane.shared_dir import SharedDirBackend
 from specforge.runtime.data_plane.store import SharedBackend
 
+logger = logging.getLogger(__name__)
 _REDIS_OPTIONS = {
     "password_file",
     "ssl_ca_certs",
@@ -35,10 +41,10 @@ _REDIS_OPTIONS = {
 }
 
 
-def open_backend(address: str, create: bool = True) -> SharedBackend:
+def open_backend(address: str, *, create: bool = False) -> SharedBackend:
     """Backend of the feature store at an address: a folder that all processes can access, or ``mooncake://...``.
 
-    A missing folder is created, or with ``create=False`` an error.
+    A missing folder is an error; with ``create`` it is created, and a warning names it.
 
     Raises:
         UserError: the kind of store is unknown, or the folder is missing or cannot be created.
@@ -53,26 +59,33 @@ def open_backend(address: str, create: bool = True) -> SharedBackend:
             f"store {shown(address)}: unknown kind of store {scheme}://; give a folder that all processes can access, "
             "or mooncake://"
         )
+    is_new = not path.exists()
     try:
-        return SharedDirBackend(path, create)
+        backend = SharedDirBackend(path, create)
     except OSError as error:
         raise UserError(f"store {address}: cannot be used ({error})") from error
+    _say_if(is_new, "new feature store", path)
+    return backend
 
 
-def open_metadata(address: str, create: bool = True) -> MetadataStore:
+def open_metadata(address: str, *, create: bool = False) -> MetadataStore:
     """Metadata store at an address.
 
     A file is SQLite, for one host. ``redis://host:port/0``, or ``rediss://`` for TLS, is Redis; ``#NAME`` at the end
     is the namespace of a run that shares a server. Certificates are options of redis-py
     (``?ssl_ca_certs=ca.pem&ssl_certfile=...&ssl_keyfile=...``); a password is read from ``?password_file=FILE``, so
-    that it appears in no command line or configuration. A missing file is created, or with ``create=False`` an error.
+    that it appears in no command line or configuration. A missing file is an error; with ``create`` it is created, and
+    a warning names it.
 
     Raises:
         UserError: it cannot be opened.
     """
     scheme, path = _local(address, "metadata")
     if scheme == "file":
-        return SQLiteMetadataStore(path, create=create)
+        is_new = not path.exists()
+        metadata = SQLiteMetadataStore(path, create=create)
+        _say_if(is_new, "new metadata store", path)
+        return metadata
     where = f"metadata {shown(address)}"
     if scheme not in ("redis", "rediss"):
         raise UserError(f"{where}: give a file (SQLite), redis:// or rediss://")
@@ -107,6 +120,12 @@ def is_there(address: str) -> bool:
     """Whether the file or folder at an address exists; servers are assumed to."""
     scheme, path = _local(address, "address")
     return scheme != "file" or path.exists()
+
+
+def _say_if(is_new: bool, what: str, path: Path) -> None:
+    """Name a store that did not exist, by its whole path: it may be in another folder than meant."""
+    if is_new:
+        logger.warning("%s: %s", what, path.absolute())
 
 
 def _local(address: str, what: str) -> tuple[str, Path]:

@@ -39,8 +39,8 @@ def get(server: metrics.MetricsServer, path: str, **options: object) -> httpx.Re
 @pytest.fixture
 def control(tmp_path: Path) -> Iterator[DataFlowController]:
     """The control plane of a run with two samples in the store, a leased prompt and a queued one."""
-    store = FeatureStore(open_backend(str(tmp_path / "store")))
-    made = DataFlowController(open_metadata(str(tmp_path / "m.db")), store)
+    store = FeatureStore(open_backend(str(tmp_path / "store"), create=True))
+    made = DataFlowController(open_metadata(str(tmp_path / "m.db"), create=True), store)
     made.ingest({f"{name}{name}": PromptTask(name, (1, 2), (0, 1)) for name in "abcd"})
     provenance = Provenance("tiny", "f" * 8, "t" * 8, CapturePolicy((1,)), "float32")
     for prompt in made.lease("run-producer-0", 2):

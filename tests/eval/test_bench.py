@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 from itertools import product
 from pathlib import Path
 
@@ -245,19 +247,27 @@ def test_prompts_longer_than_a_server_reads_are_refused_before_anything_is_asked
         assert not fake.asked
 
 
-def test_what_is_measured_before_a_server_breaks_off_is_kept(target, prompts, tmp_path, capsys):
-    requests = 0
+@pytest.mark.parametrize("ending", ["broken off", "SIGTERM"])
+def test_what_is_measured_before_a_bench_ends_early_is_kept(ending, target, prompts, tmp_path, capsys):
+    requests, kept = 0, []
 
     def answer(prompt):
         nonlocal requests
         requests += 1  # a level is a warm-up and eight answers
+        if requests == 10:
+            kept.append(json.loads((tmp_path / "out" / "bench.json").read_text()))
+            if ending == "SIGTERM":
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         return ([7, 8, 9], [2]) if requests <= 9 else ([], [])
 
     with serving(answer, folder=str(target)) as fake:
         words = ["bench", fake.url, "--prompts", str(prompts), "--output", str(tmp_path / "out")]
-        assert main([*words, "--concurrency", "1", "2", "--temperature", "0"]) == 2
-    assert "an answer has no tokens" in capsys.readouterr().err
-    (level,) = json.loads((tmp_path / "out" / "bench.json").read_text())["levels"]
+        assert main([*words, "--concurrency", "1", "2", "--temperature", "0"]) == (130 if ending == "SIGTERM" else 2)
+    shown = capsys.readouterr()
+    assert ("interrupted" if ending == "SIGTERM" else "an answer has no tokens") in shown.err
+    assert f"{tmp_path / 'out' / 'bench.html'}: 1 of 2 measurements" in shown.out.replace("\n", "")
+    assert kept == [json.loads((tmp_path / "out" / "bench.json").read_text())]
+    (level,) = kept[0]["levels"]
     assert level["case"]["concurrency"] == 1
 
 

@@ -35,7 +35,7 @@ def address(request, tmp_path) -> Iterator[str]:
 
 @pytest.fixture
 def sink(address) -> Iterator[FeatureSink]:
-    made = FeatureSink(open_backend(address))
+    made = FeatureSink(open_backend(address, create=True))
     yield made
     made.close()
 
@@ -199,7 +199,7 @@ def test_a_hostile_ticket_is_refused(change, tmp_path):
 
 @pytest.mark.parametrize("uri", ["../../x.safetensors", "ab/other.1-0000000000000000.safetensors", ""])
 def test_a_ticket_cannot_name_a_place_outside_the_store_or_another_sample(uri, tmp_path):
-    backend = open_backend(str(tmp_path / "store"))
+    backend = open_backend(str(tmp_path / "store"), create=True)
     ticket, _ = Handoff(backend, "http://s").expect(IDS, FEATURES, provenance(), sample_id="abc")
     sink = FeatureSink(backend)
     sink.submit(Ticket.from_json(ticket.to_json() | {"uri": uri or "x"}), IDS, states(), lambda: states()[0])

@@ -243,7 +243,7 @@ def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, file
     assert not stored(engine)
 
 
-def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, tmp_path, monkeypatch):
+def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, tmp_path, monkeypatch, caplog):
     class Own(VLLMServer):
         launch = ("-c", "import time; time.sleep(600)")
 
@@ -256,8 +256,10 @@ def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, t
 
     monkeypatch.setattr(VLLMTargetEngine, "server", Own)
     options = {"python": sys.executable, "arguments": ["--port", "12345"], "log": tmp_path / "log"}
+    (tmp_path / "store").rmdir()
     with VLLMTargetEngine(files, "float32", store=str(tmp_path / "store"), **options) as engine:
         engine.check(POLICY)
+        assert f"new feature store: {tmp_path / 'store'}" in caplog.text
         engine._own.process.send_signal(signal.SIGKILL)
         engine._own.process.wait()
         ended = f"vLLM was ended by SIGKILL; see {tmp_path / 'log'}"

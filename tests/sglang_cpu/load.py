@@ -1,4 +1,4 @@
-"""Loads drafts as SGLang's draft worker does and writes what it holds: ``python load.py TARGET DRAFT:FILE ...``.
+"""Loads drafts as SGLang's draft worker does and writes what it holds (``fork.py`` runs it).
 
 Every parameter is NaN before the weights are read, so that one which no tensor reaches shows.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-
-os.environ["SGLANG_RAGGED_VERIFY_MODE"] = "compact"  # the default drops the confidence head
 
 import launch  # noqa: F401, what SGLang needs on a CPU
 import torch
@@ -35,6 +32,8 @@ def _initialize_with_nan(*args: object, **kwargs: object) -> torch.nn.Module:
 
 
 def main(target: str, *jobs: str) -> None:
+    """Load every draft of ``FOLDER:FILE`` for a target into its file."""
+    os.environ["SGLANG_RAGGED_VERIFY_MODE"] = "compact"  # the default drops the confidence head
     loader._initialize_model = _initialize_with_nan
     options = ["--device", "cpu", "--attention-backend", "intel_amx", "--dtype", "float32", "--disable-cuda-graph"]
     args = prepare_server_args(["--model-path", target, *options])
@@ -53,7 +52,3 @@ def main(target: str, *jobs: str) -> None:
         if hot is not None:
             held["hot_token_id"] = hot
         save_file(held, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,31 @@ if os.environ.get("TRITON_INTERPRET"):  # the model runner that vLLM uses on GPU
 
     triton.backends.backends["cpu"] = _Backend
 
+    from triton.runtime import interpreter
+
+    def _with_bools(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """Masks as the interpreter needs them; it makes integers of some."""
+
+        def call(*args: Any) -> Any:
+            mask = interpreter.TensorHandle(args[place].data.astype(bool), interpreter.tl.int1)
+            return function(*args[:place], mask, *args[place + 1 :])
+
+        return call
+
+    _builder = interpreter.InterpreterBuilder
+    _builder.create_masked_load = _with_bools(_builder.create_masked_load, 2)
+    _builder.create_masked_store = _with_bools(_builder.create_masked_store, 3)
+
 import torch
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 torch.cpu._is_amx_tile_supported = lambda: False  # where there is AMX, vLLM's latent attention has no fp32
+# The kernel for CPUs returns wrong queries if they have three dimensions, which those of latent attention have.
+RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
 
 _load_weights = DefaultModelLoader.load_weights
 held: dict[str, torch.Tensor] = {}  # the parameters of the model that was loaded last

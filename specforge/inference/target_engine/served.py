@@ -30,7 +30,7 @@ from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
 from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
 from specforge.runtime.addresses import open_backend
-from specforge.runtime.data_plane.store import BadSampleError, StoreFullError
+from specforge.runtime.data_plane.store import BadSampleError, SharedBackend, StoreFullError
 from specforge.system import available_memory
 
 _ATTEMPTS = 3  # at a request whose features do not arrive, for example because the server was killed after its answer
@@ -165,32 +165,33 @@ class ServedTargetEngine(TargetEngine):
             )
         if store is None:
             raise UserError(f"engine {self.name}: no store; name the feature store that the server was started with")
-        self._connect(url, store)
+        try:
+            backend = open_backend(store)
+        except UserError as error:
+            raise UserError(f"{error}; name the store that the server {url} was started with") from error
+        self._connect(url, store, backend)
 
     @staticmethod
     @abstractmethod
     def _expert_flags(devices: int) -> list[str]:
         """The server's flags for experts that are spread over devices."""
 
-    def _connect(self, url: str, store: str) -> None:
+    def _connect(self, url: str, store: str, backend: SharedBackend) -> None:
         self._client = ServerClient(url, self._key, patience=self._patience, connections=self.concurrency)
         self.url, self.store = self._client.url, store
-        try:
-            backend = open_backend(store, create=False)  # the server has created it
-        except UserError as error:
-            raise UserError(f"{error}; name the store that the server {url} was started with") from error
         self._handoff = Handoff(backend, self.url, min(self._patience, 120.0))
 
     def _start(self, policy: CapturePolicy) -> None:
         """Start a server that captures what a policy asks for."""
         own = self.server(self.target, self.dtype, policy, self._store, self._start_options)
         try:
+            backend = open_backend(own.store, create=True)  # before the server, whose output is in a file, says so
             own.wait()
         except BaseException:
             own.close()
             raise
         self._own = own
-        self._connect(own.url, own.store)
+        self._connect(own.url, own.store, backend)
 
     @property
     def options(self) -> str:

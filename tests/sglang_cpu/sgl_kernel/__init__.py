@@ -174,16 +174,15 @@ def _extend_attention(
     tree_mask,
     causal,
 ) -> None:
-    """New tokens' attention; their keys and values are in the cache already."""
+    """New tokens' attention; the cache has their keys and values, too, though of latent attention in another form."""
     if sinks is not None or tree_mask is not None or cross:
         raise NotImplementedError("the stand-in for sgl_kernel has no sinks, trees or cross-attention")
     places = zip(rows, seq_lens.tolist(), extend_lens.tolist(), extend_start.tolist(), strict=True)
     for row, length, new, first in places:
-        slots = req_to_token[row, :length].long()
+        slots, own = req_to_token[row, :length].long(), slice(first, first + new)
+        keys, values = (k[own], v[own]) if new == length else (key_cache[slots], value_cache[slots])
         visible = torch.arange(length - new, length) + 1 if causal else torch.full((new,), length)
-        out[first : first + new] = _attend(
-            q[first : first + new], key_cache[slots], value_cache[slots], scale, cap, window, visible
-        )
+        out[own] = _attend(q[own], keys, values, scale, cap, window, visible)
 
 
 def _decode_attention(

@@ -86,8 +86,8 @@ class DFlashFormat(DraftFormat):
 class DFlash2Format(DFlashFormat):
     """DFlash-2 checkpoints, which servers recognise by their architecture."""
 
-    vllm = VLLM("dflash", {DFlash2.architecture: Proof.LOADED}, _check_for_vllm)
-    sglang = SGLang("DFLASH", {DFlash2.architecture: Proof.LOADED}, _check_for_sglang)
+    vllm = VLLM("dflash", {DFlash2.architecture: Proof.SERVED}, _check_for_vllm)
+    sglang = SGLang("DFLASH", {DFlash2.architecture: Proof.SERVED}, _check_for_sglang)
 
 
 class DSparkFormat(DFlashFormat):
@@ -109,7 +109,7 @@ class DominoFormat(DFlashFormat):
     """Domino checkpoints, which SGLang serves as DFLASH and recognises by ``projector_type``."""
 
     vllm = VLLM("", {Domino.architecture: "has no Domino; it would refuse the tensors of the GRU; use --to sglang"})
-    sglang = SGLang("DFLASH", {Domino.architecture: Proof.LOADED}, _check_for_sglang)
+    sglang = SGLang("DFLASH", {Domino.architecture: Proof.SERVED}, _check_for_sglang)
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`, under DFlash's architecture, with every field that SGLang needs."""

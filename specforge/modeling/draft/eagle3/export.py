@@ -57,8 +57,8 @@ class Eagle3Format(DraftFormat):
     )
     not_the_drafts = ("embed_tokens.weight", "rotary_emb.inv_freq", "midlayer.self_attn.rotary_emb.inv_freq")
     hf_embedding = True
-    vllm = VLLM("eagle3", {_LLAMA: Proof.SERVED, _LATENT: Proof.LOADED}, check_fields)
-    sglang = SGLang("EAGLE3", {_LLAMA: Proof.SERVED, _LATENT: Proof.LOADED}, _check_for_sglang, chain=True)
+    vllm = VLLM("eagle3", {_LLAMA: Proof.SERVED, _LATENT: Proof.SERVED}, check_fields)
+    sglang = SGLang("EAGLE3", {_LLAMA: Proof.SERVED, _LATENT: Proof.SERVED}, _check_for_sglang, chain=True)
 
     def config(self, config: dict[str, Any], dtype: str) -> dict[str, Any]:
         """As in :class:`DraftFormat`, with the fields of :func:`for_vllm`.

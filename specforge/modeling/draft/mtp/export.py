@@ -27,7 +27,7 @@ from specforge.modeling.draft.mtp.network import MTPDraft
 from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 
 _DEEPSEEK, _QWEN, _MIMO = "DeepSeek NextN", "Qwen MTP", "MiMo"
-_NO_DENSE = "has no dense Qwen MTP module; it would skip this one's MLP silently; use --to hf"
+_NO_PLAIN = "has Qwen MTP modules with experts or gated attention only; this one has neither; use --to hf"
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _check_module(config: Mapping[str, Any], target: TargetFiles, server: str) -
 class MTPFormat(DraftFormat):
     """``hf`` is the module under SpecForge's names; servers read the target with the module inside."""
 
-    vllm = VLLM("mtp", {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED}, _check_module, in_target=True)
+    vllm = VLLM("mtp", {_DEEPSEEK: Proof.SERVED, _QWEN: _NO_PLAIN, _MIMO: Proof.SERVED}, _check_module, in_target=True)
     sglang = SGLang(
         "NEXTN",
-        {_DEEPSEEK: Proof.LOADED, _QWEN: _NO_DENSE, _MIMO: Proof.SERVED},
+        {_DEEPSEEK: Proof.SERVED, _QWEN: _NO_PLAIN, _MIMO: Proof.SERVED},
         _check_module,
         in_target=True,
         chain=True,
