@@ -77,10 +77,10 @@ def start_cluster(cpus: int) -> Any:
     return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
 
 
-def add_node(cluster) -> None:
+def add_node(cluster) -> Any:
     """Works in any thread, unlike with a handler of signals that ends the node."""
     cluster._shutdown_at_exit = False
-    cluster.add_node(num_cpus=ROOM)
+    return cluster.add_node(num_cpus=ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -313,14 +313,18 @@ def test_producers_give_their_room_to_trainers_when_nodes_are_lost(
 def test_producers_come_and_go_and_a_stopped_run_goes_on(
     target, prompts, tmp_path, cluster, undisturbed, capfd, monkeypatch
 ):
-    """By themselves between one and three, and as `--scale` wants; the store holds no more than `max_bytes`."""
+    """By themselves between one and three, and as `--scale` wants; the store holds no more than `max_bytes`.
+
+    A third node is for producers only if the trainers' nodes have no room.
+    """
     for name in ("_LOOK", "_GROW", "_SHRINK"):
         monkeypatch.setattr(f"specforge.cluster.scaling.{name}", 0.3)
     where, gates, limit = places(tmp_path), {tmp_path / "gate": 3}, 1_300_000
     engine = {"class_path": "tests.gated_engine.GatedEngine", "init_args": {"gate": str(tmp_path / "gate" / "read")}}
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_bytes=limit)
-    on_cluster(path, cluster.address, gates, producers={"count": 1, "max_count": 3, "engine": engine})
-    peaks = [0]
+    wanted = {"count": 1, "max_count": 3, "engine": engine}
+    on_cluster(path, cluster.address, gates, producers=wanted, placement="beside_trainers")
+    peaks, third = [0], add_node(cluster)
 
     def wait_until(count: int) -> None:
         def reached() -> bool:
@@ -331,9 +335,11 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
         wait_until(1)
-        for least, count in ((4, 4), (1, 1)):
-            assert main(["launch", "--config", str(path), "--scale", str(least)]) == 0
+        for count in (5, 1):  # room beside trainers is for four
+            assert main(["launch", "--config", str(path), "--scale", str(count)]) == 0
             wait_until(count)
+            nodes = [ray.get(ray.get_actor(x, namespace="specforge").node.remote()) for x in producers()]
+            assert sum(node in {rank["node"] for rank in ranks} for node in nodes) == min(count, 4)
         stores = [f"--data.{name}={tmp_path / 'other' / name}" for name in where]
         assert main(["launch", "--config", str(path), "--ckpt_path", "last", *stores]) == 2  # of the same name
         os.kill(os.getpid(), signal.SIGTERM)
@@ -345,13 +351,17 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
 
     starving = threading.Thread(target=starve)
     starving.start()
-    assert launch(path, gates, disturb) == 143
+    try:
+        assert launch(path, gates, disturb) == 143
+    finally:
+        cluster.remove_node(third)
     starving.join()
     out, err = capfd.readouterr()
     print(peaks, out, err)
     assert "training waits for samples: producer 2 is added" in out
     assert "producers wait for training: producer 1 is removed" in out
-    assert "test: 4 producers instead of 1" in out
+    assert "test: 5 producers instead of 1" in out
+    assert "nodes with trainers have no room for producer 4; any node will do" in out
     assert 0.5 * limit < max(peaks) <= limit
     assert "cluster.name: a run test is going on in this cluster" in err
     assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)

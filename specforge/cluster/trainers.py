@@ -154,7 +154,7 @@ class Trainers(threading.Thread):
                 num_workers=each.count,
                 use_gpu=bool(each.gpus),
                 resources_per_worker=resources,
-                placement_strategy=launch.cluster.placement.upper(),
+                placement_strategy="PACK" if launch.cluster.placement == "pack" else "SPREAD",
             ),
             run_config=RunConfig(
                 name=launch.name,
