@@ -6,7 +6,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -137,6 +140,13 @@ def servers(run: Path) -> list[int]:
     return found
 
 
+def metric(run: Path, port: int, name: str) -> float:
+    """A metric of a run, as Prometheus reads it."""
+    token = (run / "metrics-token").read_text().strip()
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    return float(re.search(rf"^specforge_{name} (.*)$", answer.text, re.M).group(1))
+
+
 def kill_producers(draw, count: int) -> None:
     wait_for(lambda: len(pids("ray::Producer")) >= count)
     for pid in draw.sample(pids("ray::Producer"), count):
@@ -199,9 +209,12 @@ def test_weights_are_those_without_ray_whatever_process_dies(
     where, gates = places(tmp_path), {tmp_path / str(step): step for step in steps}
     own = where | {"metadata": "auto"}  # then `launch` starts Redis
     path = disaggregated(target, prompts, tmp_path, own, RANKS, batch_size=5, max_samples=40)
-    on_cluster(path, cluster.address, gates)
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    on_cluster(path, cluster.address, gates, metrics_port=port)
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
+        wait_for(lambda: metric(tmp_path / "run", port, "trainer_restarts_total") == [*gates].index(gate))
         (redis,) = servers(tmp_path / "run")
         os.kill(redis, signal.SIGKILL)
         kill_producers(draw, PRODUCERS)
@@ -222,7 +235,10 @@ def test_weights_are_those_without_ray_whatever_process_dies(
 @pytest.mark.redis
 @pytest.mark.usefixtures("environment")
 def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path, undisturbed, seed, monkeypatch):
-    """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one."""
+    """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one.
+
+    Its checkpoints are lost each time, but not their copies.
+    """
     draw = random.Random(f"driver {seed}")
     monkeypatch.setenv(MARK, f"driver {seed}")
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "16")
@@ -233,8 +249,9 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
     on_cluster(path, made.address, gates)
 
     def resume() -> subprocess.Popen[str]:
-        words = ["launch", "--config", path, "--cluster.address", made.address, "--ckpt_path", "last"]
-        command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # their copies are used
+        words = ["--config", path, "--cluster.address", made.address, "--ckpt_path", "last", "--checkpoint.copy_to"]
+        command = [sys.executable, "-m", "specforge.cli.main", "launch", *map(str, words), f"file://{tmp_path}/copies"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     run = resume()
