@@ -38,6 +38,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
 PRODUCERS, TRAINERS = 3, 2
 ROOM = 3  # CPUs of each of two nodes; the head has none
+RESUME = [sys.executable, "-m", "specforge.cli.main", "launch", "--ckpt_path", "last"]
 MARK = "SPECFORGE_TEST_CLUSTER"  # variable of the environment
 # What `launch` starts, and what Ray Train starts for it.
 PROCESSES = ("ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
@@ -250,9 +251,10 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
 
     def resume() -> subprocess.Popen[str]:
         shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # their copies are used
-        words = ["--config", path, "--cluster.address", made.address, "--ckpt_path", "last", "--checkpoint.copy_to"]
-        command = [sys.executable, "-m", "specforge.cli.main", "launch", *map(str, words), f"file://{tmp_path}/copies"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        words = ["--cluster.address", made.address, "--checkpoint.copy_to", f"file://{tmp_path}/copies"]
+        return subprocess.Popen(
+            [*RESUME, "--config", path, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     run = resume()
     try:
@@ -287,6 +289,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
     finally:
         run.kill()
         made.shutdown()
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["resumed_at_step"] > 0
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
