@@ -11,20 +11,24 @@ import mmap
 import pickle
 import re
 import struct
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import xxhash
 from torch import Tensor
 
 from specforge.errors import UserError
+from specforge.files import address_of, first_line
 
 _LABEL = b"specforge xxh3-128:"
 _COMMENT = re.compile(re.escape(_LABEL) + rb"[0-9a-f]{32}")
-_COMMENT_SIZE = len(_LABEL) + 32
+CHECKSUM_SIZE = 32  # the last bytes of the file
+_COMMENT_SIZE = len(_LABEL) + CHECKSUM_SIZE
 # The last record of a zip archive; its last two bytes are the length of the comment.
 _END, _END_SIZE = b"PK\5\6", 22
 # Fields that describe the draft to readers without its module.
@@ -44,9 +48,14 @@ def checkpoint_bytes(checkpoint: Mapping[str, Any]) -> memoryview:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a training checkpoint onto the CPU.
 
+    Args:
+        path: a file, or an address that fsspec knows, such as ``s3://bucket/run/last.ckpt``.
+
     Raises:
         UserError: the file is missing or damaged, contains pickled objects, or is not a SpecForge checkpoint.
     """
+    if address := address_of(path):
+        return _read_at(address)
     if not path.is_file():
         raise UserError(f"{path}: {_missing(path)}")
     try:
@@ -71,6 +80,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_at(address: str) -> dict[str, Any]:
+    """Load a checkpoint from a copy, whose memory mapping outlives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(address).name
+        try:
+            files, place = fsspec.url_to_fs(address)
+            files.get_file(place, str(copy))
+        except Exception as error:  # every file system has errors of its own
+            raise UserError(f"{address}: cannot be read ({first_line(error)})") from error
+        return read_checkpoint(copy)
+
+
 def _verify(path: Path) -> None:
     """Check the file against its checksum, or the records of an older file against their CRCs."""
     size = path.stat().st_size
@@ -81,7 +102,7 @@ def _verify(path: Path) -> None:
         tail = file.read()
         if _COMMENT.fullmatch(tail):
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                intact = xxhash.xxh3_128_hexdigest(view[: size - 32]).encode() == tail[-32:]
+                intact = xxhash.xxh3_128_hexdigest(view[: size - CHECKSUM_SIZE]).encode() == tail[-CHECKSUM_SIZE:]
         elif tail[-_END_SIZE:].startswith(_END) and tail.endswith(b"\0\0"):
             intact = _records_are_intact(path)
         else:

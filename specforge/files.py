@@ -95,6 +95,7 @@ def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
     Raises:
         UserError: names what is in the way.
     """
+    check_local(folder)
     try:
         place = folder.resolve()
         if folder.is_symlink():
@@ -119,6 +120,29 @@ def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"{folder}: cannot be examined ({error})") from error
     raise UserError(f"{folder}: {reason}")
+
+
+def address_of(path: Path | str) -> str | None:
+    """The address, such as ``s3://bucket/run``, that was given as a path; None if it is a path."""
+    scheme, *rest = Path(path).parts or ("",)
+    if not rest or not re.fullmatch(r"[a-z][a-z0-9+.-]+:", scheme) or Path(scheme).exists():
+        return None
+    return f"{scheme}//{'/' * (scheme == 'file:')}{'/'.join(rest)}"
+
+
+def check_local(path: Path | str, what: str = "", hint: str = "") -> None:
+    """Reject an address, which as a path would name a folder ``s3:``.
+
+    Args:
+        path: where something is to be read or written.
+        what: what it is, for the error.
+        hint: what else to do.
+
+    Raises:
+        UserError: it is an address.
+    """
+    if address := address_of(path):
+        raise UserError(f"{what} {address}: is an address, but a path is needed; mount the store{hint}".lstrip())
 
 
 @contextmanager
@@ -210,6 +234,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Point ``link`` at ``target`` atomically."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
 
 
 def sync_folder(folder: Path) -> None:

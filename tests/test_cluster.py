@@ -6,7 +6,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -35,6 +38,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
 PRODUCERS, TRAINERS = 3, 2
 ROOM = 3  # CPUs of each of two nodes; the head has none
+RESUME = [sys.executable, "-m", "specforge.cli.main", "launch", "--ckpt_path", "last"]
 MARK = "SPECFORGE_TEST_CLUSTER"  # variable of the environment
 # What `launch` starts, and what Ray Train starts for it.
 PROCESSES = ("ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
@@ -77,10 +81,10 @@ def start_cluster(cpus: int) -> Any:
     return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
 
 
-def add_node(cluster) -> None:
+def add_node(cluster) -> Any:
     """Works in any thread, unlike with a handler of signals that ends the node."""
     cluster._shutdown_at_exit = False
-    cluster.add_node(num_cpus=ROOM)
+    return cluster.add_node(num_cpus=ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,13 @@ def servers(run: Path) -> list[int]:
             if os.readlink(path / "cwd") == str(run / "redis"):
                 found.append(int(path.name))
     return found
+
+
+def metric(run: Path, port: int, name: str) -> float:
+    """A metric of a run, as Prometheus reads it."""
+    token = (run / "metrics-token").read_text().strip()
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    return float(re.search(rf"^specforge_{name} (.*)$", answer.text, re.M).group(1))
 
 
 def kill_producers(draw, count: int) -> None:
@@ -199,9 +210,12 @@ def test_weights_are_those_without_ray_whatever_process_dies(
     where, gates = places(tmp_path), {tmp_path / str(step): step for step in steps}
     own = where | {"metadata": "auto"}  # then `launch` starts Redis
     path = disaggregated(target, prompts, tmp_path, own, RANKS, batch_size=5, max_samples=40)
-    on_cluster(path, cluster.address, gates)
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    on_cluster(path, cluster.address, gates, metrics_port=port)
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
+        wait_for(lambda: metric(tmp_path / "run", port, "trainer_restarts_total") == [*gates].index(gate))
         (redis,) = servers(tmp_path / "run")
         os.kill(redis, signal.SIGKILL)
         kill_producers(draw, PRODUCERS)
@@ -222,7 +236,10 @@ def test_weights_are_those_without_ray_whatever_process_dies(
 @pytest.mark.redis
 @pytest.mark.usefixtures("environment")
 def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path, undisturbed, seed, monkeypatch):
-    """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one."""
+    """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one.
+
+    Its checkpoints are lost each time, but not their copies.
+    """
     draw = random.Random(f"driver {seed}")
     monkeypatch.setenv(MARK, f"driver {seed}")
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "16")
@@ -233,9 +250,11 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
     on_cluster(path, made.address, gates)
 
     def resume() -> subprocess.Popen[str]:
-        words = ["launch", "--config", path, "--cluster.address", made.address, "--ckpt_path", "last"]
-        command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # their copies are used
+        words = ["--cluster.address", made.address, "--checkpoint.copy_to", f"file://{tmp_path}/copies"]
+        return subprocess.Popen(
+            [*RESUME, "--config", path, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     run = resume()
     try:
@@ -270,6 +289,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
     finally:
         run.kill()
         made.shutdown()
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["resumed_at_step"] > 0
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
@@ -313,14 +333,18 @@ def test_producers_give_their_room_to_trainers_when_nodes_are_lost(
 def test_producers_come_and_go_and_a_stopped_run_goes_on(
     target, prompts, tmp_path, cluster, undisturbed, capfd, monkeypatch
 ):
-    """By themselves between one and three, and as `--scale` wants; the store holds no more than `max_bytes`."""
+    """By themselves between one and three, and as `--scale` wants; the store holds no more than `max_bytes`.
+
+    A third node is for producers only if the trainers' nodes have no room.
+    """
     for name in ("_LOOK", "_GROW", "_SHRINK"):
         monkeypatch.setattr(f"specforge.cluster.scaling.{name}", 0.3)
     where, gates, limit = places(tmp_path), {tmp_path / "gate": 3}, 1_300_000
     engine = {"class_path": "tests.gated_engine.GatedEngine", "init_args": {"gate": str(tmp_path / "gate" / "read")}}
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_bytes=limit)
-    on_cluster(path, cluster.address, gates, producers={"count": 1, "max_count": 3, "engine": engine})
-    peaks = [0]
+    wanted = {"count": 1, "max_count": 3, "engine": engine}
+    on_cluster(path, cluster.address, gates, producers=wanted, placement="beside_trainers")
+    peaks, third = [0], add_node(cluster)
 
     def wait_until(count: int) -> None:
         def reached() -> bool:
@@ -331,9 +355,11 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
         wait_until(1)
-        for least, count in ((4, 4), (1, 1)):
-            assert main(["launch", "--config", str(path), "--scale", str(least)]) == 0
+        for count in (5, 1):  # room beside trainers is for four
+            assert main(["launch", "--config", str(path), "--scale", str(count)]) == 0
             wait_until(count)
+            nodes = [ray.get(ray.get_actor(x, namespace="specforge").node.remote()) for x in producers()]
+            assert sum(node in {rank["node"] for rank in ranks} for node in nodes) == min(count, 4)
         stores = [f"--data.{name}={tmp_path / 'other' / name}" for name in where]
         assert main(["launch", "--config", str(path), "--ckpt_path", "last", *stores]) == 2  # of the same name
         os.kill(os.getpid(), signal.SIGTERM)
@@ -345,13 +371,17 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
 
     starving = threading.Thread(target=starve)
     starving.start()
-    assert launch(path, gates, disturb) == 143
+    try:
+        assert launch(path, gates, disturb) == 143
+    finally:
+        cluster.remove_node(third)
     starving.join()
     out, err = capfd.readouterr()
     print(peaks, out, err)
     assert "training waits for samples: producer 2 is added" in out
     assert "producers wait for training: producer 1 is removed" in out
-    assert "test: 4 producers instead of 1" in out
+    assert "test: 5 producers instead of 1" in out
+    assert "nodes with trainers have no room for producer 4; any node will do" in out
     assert 0.5 * limit < max(peaks) <= limit
     assert "cluster.name: a run test is going on in this cluster" in err
     assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)

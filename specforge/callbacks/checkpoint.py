@@ -21,11 +21,12 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import specforge.stopping as stopping
+from specforge.callbacks.copies import Copies
 from specforge.callbacks.lightning_internals import CheckpointCallback
 from specforge.callbacks.resume import ExactResume
 from specforge.checkpoints import checkpoint_bytes, read_checkpoint
 from specforge.errors import UserError
-from specforge.files import write_file
+from specforge.files import check_local, replace_link, write_file
 from specforge.options import NonNegativeInt, PositiveInt
 
 FOLDER = "checkpoints"
@@ -117,6 +118,12 @@ class DraftCheckpoint(CheckpointCallback):
             if trainer.is_global_zero and str(path) != os.path.realpath(self.named or ""):
                 path.unlink(missing_ok=True)
 
+    def copy(self, trainer: pl.Trainer) -> None:
+        """Bring the copies of the run's checkpoints up to date, if there are any."""
+        for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+            if isinstance(callback, LastCheckpoint) and callback.copies is not None:
+                callback.copies.put(self.folder)
+
     # Lightning's own triggers, switched off; subclasses save in their own.
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -131,10 +138,15 @@ class LastCheckpoint(DraftCheckpoint):
     Args:
         every_n_train_steps: optimizer steps between checkpoints; 0 saves only the last step.
         keep: number of most recent checkpoints to keep; -1 keeps all.
+        copy_to: fsspec URL, such as s3://bucket/run, to which all checkpoints are copied; a run resumes from the copies
+            (default: no copies).
     """
 
-    def __init__(self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2) -> None:
+    def __init__(
+        self, every_n_train_steps: NonNegativeInt = 200, keep: PositiveInt | Literal[-1] = 2, copy_to: str | None = None
+    ) -> None:
         super().__init__("step", keep, "step", every_n_train_steps)
+        self.copies = Copies.at(copy_to)
         self._seen = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,6 +178,7 @@ class LastCheckpoint(DraftCheckpoint):
         with stopping.finishing():
             self.write(trainer, path)
             self.point(trainer, "last.ckpt", path)
+            self.copy(trainer)
             trainer.strategy.barrier("the checkpoint is complete")
             trainer.train_dataloader.durable(trainer.global_step)
             self._rotate(trainer)
@@ -175,6 +188,7 @@ class LastCheckpoint(DraftCheckpoint):
             # Later checkpoints belong to an earlier continuation from this step; they are overwritten in turn.
             past = [path for path in self.files() if step_of(path) <= trainer.global_step]
             self.remove(trainer, past[: -self.save_top_k])
+            self.copy(trainer)
 
 
 class BestCheckpoint(DraftCheckpoint):
@@ -254,6 +268,7 @@ class BestCheckpoint(DraftCheckpoint):
             for path in ranking[self.save_top_k :]:
                 del self._scores[path]
             self.remove(trainer, ranking[self.save_top_k :])
+        self.copy(trainer)
         self._publish()
 
     def _publish(self) -> None:
@@ -272,12 +287,13 @@ class BestCheckpoint(DraftCheckpoint):
             )
 
 
-def find_checkpoint(name: str, run: Path) -> Path | None:
+def find_checkpoint(name: str, run: Path, copies: Copies | None = None) -> Path | None:
     """The file that ``--ckpt_path`` names.
 
     Args:
         name: a path; or ``last`` or ``best`` of the run in the folder.
         run: the run's folder.
+        copies: what ``last`` and ``best`` are, if there are any; they are fetched into the run's folder.
 
     Returns:
         The file; None for ``last`` if the run has no checkpoint.
@@ -286,10 +302,13 @@ def find_checkpoint(name: str, run: Path) -> Path | None:
         UserError: there is no such file.
     """
     if name not in ("last", "best"):
+        check_local(name, "--ckpt_path", ", or copy the checkpoint to this host")
         if not Path(name).is_file():
             raise UserError(f"--ckpt_path {name}: no such checkpoint")
         return Path(name)
     folder = run / FOLDER
+    if copies is not None:
+        copies.get(folder)
     found = folder / f"{name}.ckpt"
     if found.exists():
         return found
@@ -301,12 +320,18 @@ def find_checkpoint(name: str, run: Path) -> Path | None:
     return newest  # the link does not exist yet, or was lost when the folder was copied
 
 
-def check_folder(run: Path, resumes: bool) -> None:
-    """Reject a run's folder that is not writable or contains another run.
+def check_folder(run: Path, resumes: bool, copies: Copies | None = None) -> None:
+    """Reject a run's folder that is not writable or contains another run, and copies of another run's checkpoints.
 
     Raises:
         UserError: the folder cannot be used.
     """
+    if copies is not None and not resumes and (names := copies.names()):
+        raise UserError(
+            f"checkpoint.copy_to {copies.url}: holds {max(names)} of an earlier run; resume it with --ckpt_path last, "
+            "or choose another place"
+        )
+    check_local(run, "trainer.default_root_dir", ", or set checkpoint.copy_to for copies of the checkpoints")
     for path in (run / FOLDER, *(run / FOLDER).absolute().parents):
         if path.exists() or path.is_symlink():
             if not path.is_dir():
@@ -334,11 +359,3 @@ def step_of(path: Path) -> int:
     match = _STEP.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
-
-
-def replace_link(link: Path, target: Path) -> None:
-    """Point ``link`` at ``target`` atomically."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(temporary, link)

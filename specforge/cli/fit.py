@@ -34,6 +34,7 @@ from specforge.callbacks.checkpoint import (
     check_folder,
     find_checkpoint,
 )
+from specforge.callbacks.copies import Copies
 from specforge.callbacks.lightning_internals import FitParser, NoExperiment, spawns
 from specforge.callbacks.loop import FitLoop
 from specforge.callbacks.metrics import TrainingMetrics
@@ -235,13 +236,14 @@ class TrainingCLI(LightningCLI):
             if isinstance(logger, jsonargparse.Namespace) and logger.get("init_args.save_dir") == "":
                 logger["init_args.save_dir"] = config["default_root_dir"]
         run, given = Path(config["default_root_dir"]), self.config["ckpt_path"]
+        copies = Copies.at(self.config["checkpoint"]["copy_to"])
         requeued = SLURMEnvironment.detect() and any(run.glob("hpc_ckpt_*.ckpt"))
         if given not in (None, "hpc"):
-            found = find_checkpoint(given, run)
+            found = find_checkpoint(given, run, copies)
             given = None if found is None else str(found)
         self._checkpoint = given
         if self.command != "validate" and not config["fast_dev_run"]:
-            check_folder(run, resumes=given is not None or requeued)
+            check_folder(run, given is not None or requeued, copies)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the checkpoint writer, the progress bar, and TensorBoard unless another logger is configured."""

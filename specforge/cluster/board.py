@@ -27,6 +27,7 @@ class Board:
         self._lines: list[Line] = []
         self._producers, self._stops, self._refusal = producers, False, ""
         self._nodes: dict[str, str] = {}
+        self._starts = 0  # of the trainers
 
     def say(self, line: Line) -> None:
         """Have the driver print a line."""
@@ -35,6 +36,7 @@ class Board:
     def joined(self, name: str, node: str) -> None:
         """Note the node on which a process has begun."""
         self._nodes[name] = node
+        self._starts += name == "trainer 0"  # all ranks start together
 
     def nodes(self) -> dict[str, str]:
         """The node of each process that has begun."""
@@ -57,10 +59,15 @@ class Board:
         before, self._producers = self._producers, producers
         return before
 
-    def read(self) -> tuple[list[Line], int, str]:
-        """The lines since the last call, the wanted number of producers, and the reason why the run ended, if any."""
+    def read(self) -> tuple[list[Line], int, str, int]:
+        """What is new for the driver.
+
+        Returns:
+            The lines since the last call, the wanted number of producers, the reason why the run ended, if any, and how
+            often the trainers were started again.
+        """
         lines, self._lines = self._lines, []
-        return lines, self._producers, self._refusal
+        return lines, self._producers, self._refusal, max(0, self._starts - 1)
 
 
 def join(board: Any, name: str, folder: str, gpus: int) -> None:

@@ -13,6 +13,7 @@ import jsonargparse
 import yaml
 
 from specforge.callbacks.checkpoint import find_checkpoint
+from specforge.callbacks.copies import Copies
 from specforge.cli.arguments import expand
 from specforge.cli.fit import TrainingCLI
 from specforge.cli.produce import ProduceOptions
@@ -104,7 +105,8 @@ def read(parser: Any, config: jsonargparse.Namespace) -> Launch:
     run = trainer.default_root_dir
     recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
     ckpt_path = recipe["ckpt_path"]
-    if ckpt_path not in (None, "last") and find_checkpoint("last", Path(run)):
+    copies = Copies.at(recipe["checkpoint"]["copy_to"])
+    if ckpt_path not in (None, "last") and find_checkpoint("last", Path(run), copies):
         raise UserError(
             f"--ckpt_path {ckpt_path}: trainers that are started again resume from the run's last checkpoint, so "
             "only last is accepted; to start from another one, choose another trainer.default_root_dir"

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import yaml
-from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray._private.services import canonicalize_bootstrap_address_or_die  # nothing public tells what `auto` means
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -268,7 +268,7 @@ class _Run:
         stack.callback(self._scaling.close)
         self._head = Head(ray.get_runtime_context().gcs_address, self._save)
         stack.callback(self._head.close)
-        self._refusal, self._noted = "", 0.0
+        self._refusal, self._noted, self._trainer_restarts = "", 0.0, 0
         self._metrics = self._open_metrics()
         if self._metrics is not None:
             stack.callback(self._metrics.close)
@@ -278,8 +278,12 @@ class _Run:
         if port is None:
             return None
         where = self._launch.producer
-        metrics = RunMetrics(run, where.store, where.metadata, self._launch.max_bytes, self._producers.counts)
+        metrics = RunMetrics(run, where.store, where.metadata, self._launch.max_bytes, self._counts)
         return MetricsServer(port, make_token(run / "metrics-token"), metrics)
+
+    def _counts(self) -> tuple[int, int, int]:
+        """What the metrics tell of the processes."""
+        return *self._producers.counts(), self._trainer_restarts
 
     def watch(self) -> int:
         """Start everything, keep it running until the training ends, and end it; returns the exit status."""
@@ -341,7 +345,7 @@ class _Run:
 
     def _show(self) -> int:
         """Print what the processes say; returns the wanted number of producers."""
-        lines, producers, self._refusal = ray.get(self._board.read.remote())
+        lines, producers, self._refusal, self._trainer_restarts = ray.get(self._board.read.remote())
         for name, level, text in lines:
             if is_structured():
                 role, _, rank = name.rpartition(" ")

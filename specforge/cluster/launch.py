@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import yaml
 
+from specforge.callbacks.copies import Copies
 from specforge.cli.produce import ProduceOptions
 from specforge.cluster.options import ClusterOptions
 
@@ -36,6 +37,11 @@ class Launch:
     def max_bytes(self) -> int:
         """Upper limit of what is in the store."""
         return int(yaml.safe_load(self.recipe)["data"]["init_args"]["max_bytes"])
+
+    @property
+    def copies(self) -> Copies | None:
+        """Copies of the run's checkpoints, if there are to be any."""
+        return Copies.at(yaml.safe_load(self.recipe)["checkpoint"]["copy_to"])
 
     def at(self, **stores: str) -> Launch:
         """The run with other addresses of its ``store`` or ``metadata``."""

@@ -37,14 +37,15 @@ class RunMetrics(Collector):
         store: address of the feature store.
         metadata: address of the metadata store.
         max_bytes: upper limit of what is in the store.
-        producers: returns the number of running producers, and how often producers were started again.
+        processes: returns the number of running producers, how often producers were started again, and how often the
+            trainers were.
     """
 
     def __init__(
-        self, run: Path, store: str, metadata: str, max_bytes: int, producers: Callable[[], tuple[int, int]]
+        self, run: Path, store: str, metadata: str, max_bytes: int, processes: Callable[[], tuple[int, int, int]]
     ) -> None:
         self._file, self._store, self._metadata = run / HISTORY, store, metadata
-        self._max_bytes, self._producers = max_bytes, producers
+        self._max_bytes, self._processes = max_bytes, processes
         self._features: FeatureStore | None = None
         self._totals: dict[str, int] = {}
 
@@ -54,9 +55,10 @@ class RunMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Producers, samples, the store, and the trainers' latest metrics."""
-        running, restarts = self._producers()
+        running, restarts, trainer_restarts = self._processes()
         yield GaugeMetricFamily("specforge_producers", "producers that run", value=running)
         yield CounterMetricFamily("specforge_producer_restarts", "producers that were started again", value=restarts)
+        yield CounterMetricFamily("specforge_trainer_restarts", "restarts of all trainers", value=trainer_restarts)
         yield GaugeMetricFamily("specforge_store_limit_bytes", "data.max_bytes", value=self._max_bytes)
         if is_there(self._metadata) and is_there(self._store):
             self._features = self._features or FeatureStore(open_backend(self._store, create=False))

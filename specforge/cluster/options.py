@@ -8,6 +8,7 @@ from typing import Literal
 from specforge.inference.target_engine import Engine, HFTargetEngine
 from specforge.options import NonNegativeInt, PositiveInt
 
+BESIDE_TRAINERS = "beside_trainers"  # a placement
 # Instead of data.store or data.metadata: `launch` chooses a folder, a file or, on a cluster, Redis.
 MADE = "auto"
 
@@ -61,7 +62,8 @@ class ClusterOptions:
         name: name of the run in the cluster (default: name of the run's folder).
         producers: The processes that run the target.
         trainers: The processes that train.
-        placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible.
+        placement: ``pack`` puts processes on as few nodes as possible, ``spread`` on as many as possible;
+            ``beside_trainers`` spreads trainers, and puts producers on their nodes as long as there is room.
         store_bytes: memory that each node lends to a Mooncake store, which starts and ends with the run (default:
             features are in a folder).
         metrics_port: port of `launch` for Prometheus metrics and health (default: none).
@@ -72,7 +74,7 @@ class ClusterOptions:
     name: str | None = None
     producers: ProducerOptions = field(default_factory=ProducerOptions)
     trainers: TrainerOptions = field(default_factory=TrainerOptions)
-    placement: Literal["pack", "spread"] = "pack"
+    placement: Literal["pack", "spread", "beside_trainers"] = "pack"
     store_bytes: PositiveInt | None = None
     metrics_port: PositiveInt | None = None
     max_failures: NonNegativeInt = 10

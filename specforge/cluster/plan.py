@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_modules.loading import captured_by, find_algorithm
-from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
+from specforge.cluster.options import BESIDE_TRAINERS, ClusterOptions, ProducerOptions, TrainerOptions
 from specforge.errors import UserError
 from specforge.inference.sizing import Sizes, estimate
 from specforge.inference.target_engine import engine_class, engine_config, engine_summary
@@ -51,14 +51,66 @@ def place(nodes: Sequence[Node], cluster: ClusterOptions) -> list[tuple[str, lis
     rooms = [_Room(node, node.cpus, node.gpus) for node in nodes]
     roles: dict[str, ProducerOptions | TrainerOptions] = {"producer": cluster.producers, "trainer": cluster.trainers}
     wanted = [(f"{role} {i}", each) for role, each in roles.items() for i in range(each.count)]
-    for name, each in sorted(wanted, key=lambda x: -x[1].gpus):  # large ones first
+    if cluster.placement == BESIDE_TRAINERS:  # trainers first
+        wanted.sort(key=lambda x: x[1] is not cluster.trainers)
+    else:  # large ones first
+        wanted.sort(key=lambda x: -x[1].gpus)
+    for name, each in wanted:
         fits = [room for room in rooms if room.gpus >= each.gpus and room.cpus >= each.cpus]
         if not fits:
             raise UserError(_does_not_fit(nodes, cluster))
-        room = min(fits, key=lambda x: len(x.processes)) if cluster.placement == "spread" else fits[0]
+        room = _choose(fits, each, cluster)
         room.gpus, room.cpus = room.gpus - each.gpus, room.cpus - each.cpus
         room.processes.append(name)
     return [(room.node.name, sorted(room.processes)) for room in rooms if room.processes]
+
+
+def _choose(fits: Sequence[_Room], each: ProducerOptions | TrainerOptions, cluster: ClusterOptions) -> _Room:
+    """The node for a process, of those on which it fits."""
+    if cluster.placement == BESIDE_TRAINERS and each is cluster.producers:
+        trainers = [x.node.name for x in fits if any(name.startswith("trainer") for name in x.processes)]
+        name = beside([Node(x.node.name, x.cpus, x.gpus) for x in fits], trainers, cluster.producers)
+        return next((x for x in fits if x.node.name == name), fits[0])
+    return fits[0] if cluster.placement == "pack" else min(fits, key=lambda x: len(x.processes))
+
+
+def beside(free: Iterable[Node], trainers: Collection[str], each: ProducerOptions) -> str | None:
+    """The node for a producer that is to run next to trainers: of theirs, the one with the most room.
+
+    Args:
+        free: what is free on each node.
+        trainers: nodes with trainers.
+        each: what a producer needs.
+
+    Returns:
+        Its name; None if no node with a trainer has room.
+    """
+    room = {node.name: capacity([node], each) for node in free if node.name in trainers}
+    best = max(room, key=lambda name: room[name], default=None)
+    return best if best is not None and room[best] > 0 else None
+
+
+def left(
+    nodes: Iterable[Node], trainers: Sequence[str], producers: Sequence[str], cluster: ClusterOptions
+) -> list[Node]:
+    """What nodes have left next to a run's processes.
+
+    Args:
+        nodes: all that each node has.
+        trainers: the node of each trainer.
+        producers: the node of each producer.
+        cluster: what each process needs.
+    """
+    used: list[tuple[Sequence[str], ProducerOptions | TrainerOptions]]
+    used = [(trainers, cluster.trainers), (producers, cluster.producers)]
+    return [
+        Node(
+            node.name,
+            node.cpus - sum(places.count(node.name) * each.cpus for places, each in used),
+            node.gpus - sum(places.count(node.name) * each.gpus for places, each in used),
+        )
+        for node in nodes
+    ]
 
 
 def capacity(nodes: Iterable[Node], each: ProducerOptions | TrainerOptions) -> int:
@@ -106,7 +158,8 @@ def freed(nodes: Sequence[Node], places: Sequence[str], each: ProducerOptions) -
 def _does_not_fit(nodes: Sequence[Node], cluster: ClusterOptions) -> str:
     wanted = f"{_each('producer', cluster.producers)} and {_each('trainer', cluster.trainers)}"
     there = "; ".join(f"{node.name}: {amount(node.cpus, node.gpus)}" for node in nodes) or "no nodes"
-    return f"cluster: {wanted} do not fit into the cluster ({there}); ask for fewer, or add nodes"
+    way = ", or use another placement" if cluster.placement == BESIDE_TRAINERS else ""
+    return f"cluster: {wanted} do not fit into the cluster ({there}); ask for fewer, or add nodes{way}"
 
 
 def _each(role: str, options: ProducerOptions | TrainerOptions) -> str:
@@ -119,6 +172,12 @@ def _each(role: str, options: ProducerOptions | TrainerOptions) -> str:
 def count(number: int, noun: str) -> str:
     """Such as "2 trainers"."""
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def named(producers: list[int]) -> str:
+    """Such as "producers 1 and 2"."""
+    *first, last = map(str, producers)
+    return f"producers {', '.join(first)} and {last}" if first else f"producer {last}"
 
 
 def amount(cpus: float, gpus: float) -> str:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from specforge.cli.produce import ProduceOptions, run_producers
 from specforge.cluster.board import NAMESPACE, join
-from specforge.cluster.options import ClusterOptions
+from specforge.cluster.nodes import all_nodes, trainer_nodes
+from specforge.cluster.options import BESIDE_TRAINERS, ClusterOptions
+from specforge.cluster.plan import beside, left, named
 from specforge.console import say
 from specforge.errors import UserError, mistake_behind
 from specforge.files import first_line
 from specforge.inference.target_engine import on_device
 
+_PATIENCE = 30.0  # seconds for which a producer waits for room beside a trainer; its process may just be starting
 _END = 60.0  # seconds in which producers finish their prompt when the run ends
 
 
@@ -67,8 +71,10 @@ class _Running:
     actor: Any
     place: Any  # reference of what `node` returns
     result: Any  # reference of what `run` returns
+    meant: str  # the node for which it is meant, if for one
     node: str = ""  # once it has one
     stops: float | None = None  # when it was told to stop
+    since: float = field(default_factory=time.monotonic)
 
 
 class Producers:
@@ -87,6 +93,7 @@ class Producers:
         self._board, self._folder = board, folder
         self._running: dict[int, _Running] = {}
         self._failures: dict[int, int] = {}
+        self._elsewhere: set[int] = set()  # producers that waited in vain for room beside a trainer
 
     def counts(self) -> tuple[int, int]:
         """Number of producers, and how often one was started again."""
@@ -115,6 +122,7 @@ class Producers:
         for number, running in list(self._running.items()):
             if not running.node and ray.wait([running.place], timeout=0)[0]:
                 running.node = _node(running.place)
+            self._give_up_meant(number, running)
             if number not in wanted and running.stops is None:
                 self._stop(running)
             late = running.stops is not None and time.monotonic() - running.stops > _END
@@ -122,15 +130,42 @@ class Producers:
                 ray.kill(running.actor)  # it has leased nothing, or its leases expire
             if ray.wait([running.result], timeout=0)[0]:
                 self._ended(number, running)
-        for number in wanted:
-            if number not in self._running:
+        missing = sorted(set(wanted) - self._running.keys())
+        if missing and self._cluster.placement == BESIDE_TRAINERS:
+            self._start_beside(missing, trainer_nodes())
+        else:
+            for number in missing:
                 self._start(number)
+
+    def _start_beside(self, numbers: Collection[int], trainers: list[str] | None) -> None:
+        """Start producers next to the trainers as long as there is room, once these have their places."""
+        if trainers is None:
+            return
+        nodes, without = all_nodes(), []
+        for number in numbers:
+            taken = [x.node or x.meant for x in self._running.values()]
+            node = beside(left(nodes, trainers, taken, self._cluster), trainers, self._cluster.producers)
+            if node is None:
+                without.append(number)
+            self._start(number, None if number in self._elsewhere else node)
+        if without:
+            say(f"nodes with trainers have no room for {named(without)}; any node will do")
+
+    def _give_up_meant(self, number: int, running: _Running) -> None:
+        """Stop a producer that waits for room beside a trainer that something else has; it starts elsewhere."""
+        if running.node:
+            self._elsewhere.discard(number)
+        elif running.meant and running.stops is None and time.monotonic() - running.since > _PATIENCE:
+            say(f"producer {number} has waited {_PATIENCE:.0f} s for room beside a trainer; it starts on any node")
+            self._elsewhere.add(number)
+            self._stop(running)
 
     def _stop(self, running: _Running) -> None:
         running.stops = time.monotonic()
         running.actor.stop.remote()
 
-    def _start(self, number: int) -> None:
+    def _start(self, number: int, node: str | None = None) -> None:
+        anywhere = "SPREAD" if self._cluster.placement == "spread" else "DEFAULT"
         each = self._cluster.producers
         name = f"{self._run}-producer-{number}"
         actor = (
@@ -141,12 +176,13 @@ class Producers:
                 num_cpus=each.cpus,
                 num_gpus=each.gpus,
                 max_concurrency=2,  # `stop` while `run` runs
-                scheduling_strategy="SPREAD" if self._cluster.placement == "spread" else "DEFAULT",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else anywhere,
             )
             .remote(self._board, f"producer {number}", self._folder, each.gpus)
         )
         place = actor.node.remote()
-        self._running[number] = _Running(actor, place, actor.run.remote(replace(self._options, name=name)))
+        result = actor.run.remote(replace(self._options, name=name))
+        self._running[number] = _Running(actor, place, result, node or "")
 
     def _ended(self, number: int, running: _Running) -> None:
         del self._running[number]

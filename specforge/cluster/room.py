@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 
-import ray
-from ray._private.state import available_resources_per_node
-
+from specforge.cluster.nodes import free_nodes, trainers_wait
 from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
-from specforge.cluster.plan import Node, amount, capacity, count, freed, give_up
+from specforge.cluster.plan import amount, capacity, count, freed, give_up, named
 from specforge.cluster.producers import Producers
 from specforge.console import say
 
@@ -17,20 +15,6 @@ _LOOK = 1.0  # seconds between two looks at the cluster
 _SETTLE = 3.0  # seconds until the cluster reports what a process took or left
 _SILENCE = 30.0  # seconds until a wait for a producer's room is reported: its process may just be starting
 _REPEAT = 300.0  # seconds until a line about the same wait is printed again; then twice as long, and so on
-
-
-def free_nodes() -> list[Node]:
-    """What is free on each node of the cluster."""
-    free = available_resources_per_node()
-    return [Node(name, found.get("CPU", 0.0), found.get("GPU", 0.0)) for name, found in free.items()]
-
-
-def trainers_wait() -> bool | None:
-    """Whether the trainers have no place yet; None between two groups of them."""
-    job = ray.get_runtime_context().get_job_id()  # the identity of a placement group ends with that of its job
-    groups = ray.util.placement_group_table().items()
-    states = {group["state"] for name, group in groups if name.endswith(job)} - {"REMOVED"}
-    return "CREATED" not in states if states else None
 
 
 class Room:
@@ -93,7 +77,7 @@ class Room:
             self._withheld |= set(numbers)
             self._next = now + _SETTLE
             missing = trainers.count - capacity(free, trainers)
-            say(f"{_waiting(missing, trainers)} for {count(missing, 'trainer')}: {_named(numbers)} stopped meanwhile")
+            say(f"{_waiting(missing, trainers)} for {count(missing, 'trainer')}: {named(numbers)} stopped meanwhile")
 
     def _give_back(self, now: float, wanted: set[int]) -> None:
         """Let producers start again for which there is room."""
@@ -104,8 +88,8 @@ class Room:
         if back:
             self._withheld -= set(back)
             self._next = now + _SETTLE
-            say(f"there is room again for {_named(back)}")
-        self._others.tell(f"{_waiting(len(missing), each)} for {_named(missing)}" if missing else "")
+            say(f"there is room again for {named(back)}")
+        self._others.tell(f"{_waiting(len(missing), each)} for {named(missing)}" if missing else "")
 
 
 class Reminder:
@@ -135,9 +119,3 @@ class Reminder:
 
 def _waiting(number: int, each: ProducerOptions | TrainerOptions) -> str:
     return f"waiting for {amount(number * each.cpus, number * each.gpus)}"
-
-
-def _named(producers: list[int]) -> str:
-    """Such as "producers 1 and 2"."""
-    *first, last = map(str, producers)
-    return f"producers {', '.join(first)} and {last}" if first else f"producer {last}"

@@ -108,7 +108,7 @@ def _start(launch: Launch, board: Any) -> list[str] | None:
         # A rank of the previous group may not have ended yet, or its host is cut off: then its claim has to expire.
         if not live_trainer(metadata, time.time()):
             metadata.close()
-            own = find_checkpoint("last", Path(launch.run))
+            own = find_checkpoint("last", Path(launch.run), launch.copies)
             return ["--ckpt_path", "last"] if own else ["--ckpt_path", launch.ckpt_path] if launch.ckpt_path else []
         time.sleep(_POLL)
     metadata.close()
@@ -154,7 +154,7 @@ class Trainers(threading.Thread):
                 num_workers=each.count,
                 use_gpu=bool(each.gpus),
                 resources_per_worker=resources,
-                placement_strategy=launch.cluster.placement.upper(),
+                placement_strategy="PACK" if launch.cluster.placement == "pack" else "SPREAD",
             ),
             run_config=RunConfig(
                 name=launch.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_modules.eagle3 import Eagle3Module
+from specforge.api import load_draft
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
 from specforge.checkpoints import read_checkpoint
 from specforge.cli.main import main
@@ -196,6 +200,53 @@ def test_kills_and_stops_anywhere_leave_what_the_undisturbed_run_leaves(run_in, 
         assert disturbed.fit(**options) == 0
         disturbed.check(options["checkpoint"]["keep"], options["best_checkpoint"]["keep"])
         assert_equal(disturbed, calm)
+
+
+def test_copies_in_an_object_store_replace_the_folder_after_kills_anywhere(run_in, fuzz, monkeypatch):
+    """Each kill also loses the folder of the checkpoints, or leaves an older state of it."""
+    for case in range(2 * fuzz.factor):
+        options = drawn(fuzz.rng)
+        calm, disturbed = run_in(f"calm{case}", case), run_in(f"disturbed{case}", case)
+        assert calm.fit(**options) == 0
+        url, old = f"memory://{disturbed.folder}", disturbed.base / "old"
+        options["checkpoint"]["copy_to"] = url
+        for name in ("put_file", "cp_file", "rm_file"):
+            monkeypatch.setattr(MemoryFileSystem, name, disturbed.counted(getattr(MemoryFileSystem, name)))
+        for _ in range(3):
+            if disturbed.fit(at=fuzz.rng.randint(1, calm.done), strike=disturbed.die, **options) == 0:
+                break
+            if disturbed.checkpoints.exists():
+                lost = disturbed.checkpoints.rename(disturbed.base / "lost")
+                if old.exists():
+                    old.rename(disturbed.checkpoints)
+                lost.rename(old)
+        assert disturbed.fit(**options) == 0
+        shutil.rmtree(old, ignore_errors=True)
+        disturbed.check(options["checkpoint"]["keep"], options["best_checkpoint"]["keep"])
+        assert_equal(disturbed, calm)
+        store = fsspec.filesystem("memory")
+        copies = {Path(path).name: store.cat_file(path) for path in store.ls(url, detail=False)}
+        assert copies == {path.name: path.read_bytes() for path in disturbed.checkpoints.iterdir()}
+        weights = load_draft(f"{url}/last.ckpt").state_dict()
+        assert all(torch.equal(x, weights[name]) for name, x in calm.weights("last.ckpt").items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.default_root_dir", "s3://bucket/run"], "trainer.default_root_dir s3://bucket/run: is an address"),
+        (["--ckpt_path", "s3://bucket/last.ckpt"], "--ckpt_path s3://bucket/last.ckpt: is an address, but a path is"),
+        (["--checkpoint.copy_to", "nowhere://a"], "checkpoint.copy_to nowhere://a: cannot be used (Protocol not known"),
+        (["--checkpoint.copy_to", "memory://used"], "checkpoint.copy_to memory://used: holds last.ckpt of an earlier"),
+    ],
+)
+def test_addresses_that_cannot_be_used_are_refused(target, features, tmp_path, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fsspec.filesystem("memory").pipe("/used/last.ckpt", b"")
+    path = recipe(target, features, tmp_path)
+    assert main(["fit", "--config", str(path), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
 
 
 SAVED_AND_VALIDATED = {

@@ -40,7 +40,7 @@ def test_without_ray_one_line_says_what_to_install(path, monkeypatch, capsys):
             ["--cluster.producers.count", "2", "--cluster.producers.max_count", "1"],
             "cluster.producers.max_count 1: must be at least count 2",
         ),
-        (["--cluster.placement", "near"], "cluster.placement: must be one of 'pack', 'spread'"),
+        (["--cluster.placement", "near"], "cluster.placement: must be one of 'pack', 'spread', 'beside_trainers'"),
         (["--trainer.strategy", "deepspeed"], "trainer.strategy: must be one of auto, ddp, fsdp, fsdp2"),
         (["--model.target", "nowhere"], "nowhere"),
     ],

@@ -27,7 +27,7 @@ TOKEN = {"Authorization": "Bearer secret"}
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[metrics.MetricsServer]:
     stores = [str(tmp_path / "store"), str(tmp_path / "m.db")]
-    made = metrics.MetricsServer(0, "secret", metrics.RunMetrics(tmp_path, *stores, 10**9, lambda: (3, 1)))
+    made = metrics.MetricsServer(0, "secret", metrics.RunMetrics(tmp_path, *stores, 10**9, lambda: (3, 1, 2)))
     yield made
     made.close()
 
@@ -77,6 +77,7 @@ def test_metrics_of_a_run(server, tmp_path, control):
     for line in (
         "specforge_producers 3.0",
         "specforge_producer_restarts_total 1.0",
+        "specforge_trainer_restarts_total 2.0",
         'specforge_samples{state="queued"} 1.0',
         'specforge_samples{state="dead"} 0.0',
         "specforge_samples_produced_total 2.0",
@@ -143,4 +144,4 @@ def test_metadata_that_does_not_answer_are_no_crash(server, tmp_path):
 def test_a_port_that_is_taken_is_refused(server, tmp_path):
     port = server.server_address[1]
     with pytest.raises(UserError, match=f"metrics_port {port}: cannot be used"):
-        metrics.MetricsServer(port, "secret", metrics.RunMetrics(tmp_path, "store", "m.db", 1, lambda: (0, 0)))
+        metrics.MetricsServer(port, "secret", metrics.RunMetrics(tmp_path, "store", "m.db", 1, lambda: (0, 0, 0)))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from specforge.cluster.options import ClusterOptions, ProducerOptions, TrainerOptions
-from specforge.cluster.plan import Node, capacity, describe, give_up, place
+from specforge.cluster.plan import Node, beside, capacity, describe, give_up, left, place
 from specforge.errors import UserError
 from tests.disaggregated import disaggregated, places
 
@@ -33,6 +33,23 @@ def test_spread_fills_all_nodes_evenly():
     ]
 
 
+def test_producers_run_beside_trainers_as_long_as_there_is_room():
+    nodes = [*NODES, Node("c", 4, 2)]
+    assert place(nodes, cluster(7, 2, "beside_trainers")) == [
+        ("a", ["producer 0", "producer 2", "producer 4", "trainer 0"]),
+        ("b", ["producer 1", "producer 3", "producer 5", "trainer 1"]),
+        ("c", ["producer 6"]),
+    ]
+
+
+def test_the_room_beside_trainers_is_what_the_run_itself_leaves():
+    wanted = cluster(3, 2, "beside_trainers", cpus=2)
+    there = left([*NODES, Node("c", 9, 0)], ["a", "b"], ["a", "c", ""], wanted)
+    assert there == [Node("a", 1, 2), Node("b", 3, 2), Node("c", 7, 0)]
+    assert beside(there, ["a", "b"], wanted.producers) == "b"
+    assert beside(there, ["a"], wanted.producers) is None
+
+
 def test_gpus_decide_first():
     """Trainers would take the CPUs that the only node with two free GPUs needs."""
     assert place([Node("a", 2, 2), Node("b", 2, 0)], cluster(1, 2, gpus=2, cpus=2)) == [
@@ -46,6 +63,7 @@ def test_gpus_decide_first():
     [
         (cluster(1, 1, gpus=3), "1 producer with 1 CPU and 3 GPUs and 1 trainer with 1 CPU do not fit"),
         (cluster(8, 1, max_count=9), r"^cluster: 8 to 9 producers with 1 CPU each and 1 trainer with 1 CPU do not fit"),
+        (cluster(1, 4, "beside_trainers", cpus=3), "or add nodes, or use another placement$"),
         (cluster(8, 1), r"8 producers with 1 CPU each .* \(a: 4 CPUs and 2 GPUs; b: 4 CPUs and 2 GPUs\)"),
     ],
 )
