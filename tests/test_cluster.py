@@ -7,8 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +22,10 @@ from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import claim
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, stored_bytes
 from tests.gate import wait_at_gate
+from tests.processes import Command
+from tests.ranks import train_on_ranks
 from tests.test_disaggregated import RANKS
-from tests.test_training import assert_same_weights, losses, start
+from tests.test_training import assert_same_weights, losses
 from tests.tiny import recipe
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
@@ -52,6 +52,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
     patch.setenv("RAY_health_check_failure_threshold", "3")
     patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     patch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a rank's end is noticed sooner
     patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the nodes, for tests.gate
     patch.setenv("OMP_NUM_THREADS", "1")
     yield patch
@@ -61,7 +62,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def cluster(environment) -> Iterator:
     """A head without CPUs, where the driver is, and nodes of their own; this process is connected to it."""
-    environment.setenv(MARK, "cluster")
+    environment.setenv(MARK, f"cluster of {os.getpid()}")
     made = start_cluster(0)
     for _ in range(2):
         add_node(made)
@@ -83,16 +84,15 @@ def add_node(cluster) -> None:
     cluster.add_node(num_cpus=ROOM)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(target, prompts, tmp_path_factory) -> Path:
     """Weights and losses of two ranks without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     words = ["--target", target, "--prompts", prompts, "--output", folder / "features", "--dtype", "float32"]
     assert main(["capture", *map(str, [*words, "--batch_tokens", 1])]) == 0
     data = {"features": str(folder / "features"), "batch_size": 5}
-    process = start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    path = recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data)
+    train_on_ranks({"undisturbed": ["--config", str(path)]}, TRAINERS, timeout=600)
     return folder / "run"
 
 
@@ -224,18 +224,17 @@ def test_weights_are_those_without_ray_whatever_process_dies(
 def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path, undisturbed, seed, monkeypatch):
     """Seven kills; nothing of the run is left, and it is resumed on the same cluster, then on a new one."""
     draw = random.Random(f"driver {seed}")
-    monkeypatch.setenv(MARK, f"driver {seed}")
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "16")
+    monkeypatch.setenv(MARK, f"driver {seed} of {os.getpid()}")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "8")
     first, second = sorted(draw.sample(range(1, 8), 2))
     where, gates = places(tmp_path), {tmp_path / "driver": first, tmp_path / "head": second}
     path = disaggregated(target, prompts, tmp_path, where | {"metadata": "auto"}, RANKS, batch_size=5, max_samples=40)
     made = start_cluster(PRODUCERS + TRAINERS)
     on_cluster(path, made.address, gates)
 
-    def resume() -> subprocess.Popen[str]:
+    def resume() -> Command:
         words = ["launch", "--config", path, "--cluster.address", made.address, "--ckpt_path", "last"]
-        command = [sys.executable, "-m", "specforge.cli.main", *map(str, words)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return Command(*words, apart=True)
 
     run = resume()
     try:
@@ -255,7 +254,7 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
         lines = [line for line in err.splitlines() if line.startswith("specforge: ")]
         assert run.returncode == 2
         assert re.fullmatch(
-            r"specforge: the head of the Ray cluster \(.*\) has not answered for 8 s; .* --ckpt_path last", lines[0]
+            r"specforge: the head of the Ray cluster \(.*\) has not answered for 4 s; .* --ckpt_path last", lines[0]
         )
         assert len(err.splitlines()) == 1
         wait_for(lambda: pids(*PROCESSES) == servers(tmp_path / "run") == [])

@@ -10,12 +10,13 @@ from contextlib import ExitStack
 import pytest
 
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places
-from tests.test_cluster import PRODUCERS, environment, on_cluster, undisturbed  # noqa: F401 - fixtures
 from tests.test_disaggregated import RANKS
 from tests.test_several_hosts import PRODUCER, SERVERS, TRAINER, network  # noqa: F401 - fixture
 from tests.test_training import assert_same_weights, losses
 
-from specforge.cluster.metadata import RedisServer  # isort: skip - needs Ray, which tests.test_cluster looks for
+pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
+from specforge.cluster.metadata import RedisServer
+from tests.test_cluster import PRODUCERS, environment, on_cluster, undisturbed  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.faults, pytest.mark.slow]
 

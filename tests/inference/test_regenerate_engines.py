@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import pytest
 from specforge.cli.main import main
 from tests import sglang_cpu
 from tests.data.chats import talk
+from tests.processes import Command
 from tests.tiny import QUESTIONS, write_target
 
 pytestmark = pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_server_that_is_killed_and_restarts_loses_nothing(serve, target, data,
     output = tmp_path / "a.jsonl"
     with start():
         words = command(target, data, output, server=url, concurrency=4)
-        process = subprocess.Popen([sys.executable, "-m", "specforge.cli.main", *words])
+        process = Command(*words)
         while process.poll() is None and len(rows(output)) < 4:
             time.sleep(0.01)
     killed_at = len(rows(output))
