@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -260,6 +261,7 @@ def main() -> None:
     }
     parser.set_defaults(**shapes[parser.parse_known_args()[0].what])
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray sets it for workers, so runs by hand get it too
     with tempfile.TemporaryDirectory() as folder:
         result = {"scaling": scaling, "overhead": overhead}[options.what](Path(folder), options)
     text = json.dumps(result, indent=2)

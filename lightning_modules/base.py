@@ -33,6 +33,7 @@ from specforge.modeling.draft import Draft, build_draft, config_fields, draft_cl
 from specforge.modeling.draft.fields import quoted
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.starting import CHECKPOINT_KEY, CONFIG_VERSION, saved_config
+from specforge.modeling.layers.fp8 import check_fp8
 from specforge.options import PositiveInt
 
 
@@ -94,6 +95,7 @@ class DraftModule(pl.LightningModule):
         checkpoint_activations: what training computes again instead of keeping it in memory: ``none``, ``mlp`` (the
             widest activations, of the MLP), or ``layer`` (everything inside a layer).
         fuse: whether element-wise work is compiled to fused kernels on GPUs.
+        fp8: whether training multiplies by the layers' matrices in fp8 (Ada, Hopper and newer GPUs).
         optimizer: optimizer and learning-rate schedule.
 
     Attributes:
@@ -122,12 +124,15 @@ class DraftModule(pl.LightningModule):
         gamma: PositiveInt = 4,
         checkpoint_activations: Literal["none", "mlp", "layer"] = "mlp",
         fuse: bool = True,
+        fp8: bool = False,
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 - jsonargparse shows the defaults
     ) -> None:
         super().__init__()
         self.target, self.draft, self.spec = target, draft, spec
         self.optimizer_options, self.gamma = optimizer, gamma
         draft.checkpoint_activations(checkpoint_activations)
+        if fp8:
+            draft.multiply_in_fp8()
         self.fuse = fuse
         self._has_vocabulary = has_vocabulary or draft.d2t.shape == draft.t2d.shape
         self._head: TargetHead | None = None
@@ -223,10 +228,12 @@ class DraftModule(pl.LightningModule):
         """Check the data against the target, and choose the draft vocabulary of a new run.
 
         Raises:
-            UserError: the features come from another target, the token counts from another vocabulary, or the
-                algorithm does not support context parallelism.
+            UserError: the features come from another target, the token counts from another vocabulary, the algorithm
+                does not support context parallelism, or the device or precision does not support fp8.
         """
         allow_fusion(self.fuse)
+        if self.draft.fp8 and stage == "fit":
+            check_fp8(self.trainer.strategy.root_device, str(self.trainer.precision))
         self.context_group = getattr(self.trainer.strategy, "context_group", None)
         if self.context_group is not None and not self.shares_batches:
             raise UserError(

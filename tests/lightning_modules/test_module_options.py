@@ -19,7 +19,7 @@ OPTIMIZER = {
     "optimizer.decay_ratio": 0.2,
     "optimizer.min_lr_ratio": 0.0,
 }
-ADDED_TO_ALL = {"checkpoint_activations": "mlp", "fuse": True}
+ADDED_TO_ALL = {"checkpoint_activations": "mlp", "fuse": True, "fp8": False}
 OPTIONS = {
     "dflash": {
         "target": None,

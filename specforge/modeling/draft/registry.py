@@ -33,7 +33,7 @@ from specforge.modeling.draft.fields import (
     without_ignored_fields,
 )
 from specforge.modeling.draft.speculators import from_speculators, is_speculators
-from specforge.modeling.layers.decoder_layer import SwiGLUMLP
+from specforge.modeling.layers.decoder_layer import DecoderLayer, SwiGLUMLP
 from specforge.system import available_memory
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ class Draft(nn.Module):
         trained: whether its weights come from a checkpoint written after at least one optimizer step.
         flex: whether its layers train with FlexAttention instead of PyTorch's fused kernels.
         recomputes: whether training computes the inside of a layer again in the backward pass.
+        fp8: whether training multiplies by large matrices, those of the vocabulary aside, in fp8.
 
     Raises:
         ValueError: a field describes a network that the class does not implement.
@@ -72,6 +73,7 @@ class Draft(nn.Module):
     target_ids: Tensor
     trained: bool = False
     recomputes: bool = False
+    fp8: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -96,6 +98,19 @@ class Draft(nn.Module):
         for module in self.modules():
             if isinstance(module, SwiGLUMLP):
                 module.keeps_projections = what == "none"
+
+    def multiply_in_fp8(self) -> None:
+        """Train with products in fp8, where the sizes of a matrix are multiples of 16.
+
+        Raises:
+            UserError: the draft does not consist of this package's layers.
+        """
+        layers = [m for m in self.modules() if isinstance(m, (DecoderLayer, SwiGLUMLP))]
+        if not layers:
+            raise UserError(f"model.fp8: {self.architecture} has no layers that multiply in fp8; leave it out")
+        self.fp8 = True
+        for layer in layers:
+            layer.fp8 = True
 
     def run_layer(self, function: Callable[..., T], *args: Any) -> T:
         """``function(*args)``, whose inside is computed again in the backward pass if the draft recomputes layers."""

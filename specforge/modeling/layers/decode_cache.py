@@ -25,7 +25,8 @@ class CachedDecoder:
     def __init__(self, layers: Sequence[DecoderLayer], rotary: RotaryTable, dtype: torch.dtype) -> None:
         self.layers, self.dtype, self.device = layers, dtype, layers[0].input_layernorm.weight.device
         self._rotary = rotary
-        self._weights = [layer.weights(dtype) for layer in layers]
+        with torch.no_grad():  # in the compute dtype, also of a draft that trains in fp8
+            self._weights = [layer.weights(dtype) for layer in layers]
         self.reset()
 
     def reset(self) -> None:

@@ -23,6 +23,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specforge.fusion import fused
 from specforge.modeling.layers.attention import ttt_attention
+from specforge.modeling.layers.fp8 import (
+    Fp8Matrix,
+    Matrix,
+    as_matrix,
+    linear,
+    operands,
+    tensors,
+    times,
+    times_transposed,
+)
 from specforge.modeling.layers.packed_attention import Segment
 
 # Supported types of rotary positions. The angles of transformers' ``dynamic`` and ``longrope`` change with the length
@@ -83,16 +93,19 @@ class _Norm(torch.autograd.Function):
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor, *copies: Tensor) -> Tensor:
         rstd = _rstd(x, eps)
-        ctx.save_for_backward(x, weight, rstd, matrix)
-        return F.linear(_scale(x, rstd, weight), matrix)
+        forward, backward = operands(matrix, copies)
+        ctx.save_for_backward(x, weight, rstd, *backward)
+        return times(_scale(x, rstd, weight), forward)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, rstd, matrix = ctx.saved_tensors
+        x, weight, rstd, *operand = ctx.saved_tensors
         grad_matrix = grad.t() @ _scale(x, rstd, weight)
-        return *_norm_backward(grad @ matrix, x, rstd, weight, ctx.needs_input_grad[0]), None, grad_matrix
+        grad_normed = times_transposed(grad, operand)
+        grads = _norm_backward(grad_normed, x, rstd, weight, ctx.needs_input_grad[0])
+        return *grads, None, grad_matrix, *[None] * 4  # of the fp8 copies, if there are any
 
 
 @fused(projected=(0,))
@@ -129,32 +142,43 @@ def swiglu(projected: Tensor) -> Tensor:
 
 class _NormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate_up: Tensor, down: Tensor, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, keep: bool, gate_up: Tensor, down: Tensor, *copies: Tensor
+    ) -> Tensor:
         rstd, out = _rstd(x, eps), torch.empty_like(x)
+        (forward, backward), (down_forward, down_backward) = operands(gate_up, copies[:4]), operands(down, copies[4:])
         kept = []
         for rows in _blocks(x):
-            projected = F.linear(_scale(x[rows], rstd[rows], weight), gate_up)
-            torch.addmm(x[rows], _swiglu(projected), down.t(), out=out[rows])
+            projected = times(_scale(x[rows], rstd[rows], weight), forward)
+            if copies:
+                torch.add(x[rows], times(_swiglu(projected), down_forward), out=out[rows])
+            else:
+                torch.addmm(x[rows], _swiglu(projected), down.t(), out=out[rows])
             kept += [projected] if keep else []
-        ctx.save_for_backward(x, weight, rstd, gate_up, down, *kept)
+        ctx.save_for_backward(x, weight, rstd, *forward, *backward, *down_backward, *kept)
+        ctx.width = len(forward)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, rstd, gate_up, down, *kept = ctx.saved_tensors
+        (x, weight, rstd, *saved), width = ctx.saved_tensors, ctx.width
+        gate_up, gate_up_backward, down_backward = (saved[i * width : (i + 1) * width] for i in range(3))
+        kept = saved[3 * width :]
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_gate_up = x.new_empty(gate_up[0].shape)
+        grad_down = x.new_empty(x.shape[1], len(grad_gate_up) // 2)
         for number, rows in enumerate(_blocks(x)):
             normed = _scale(x[rows], rstd[rows], weight)
-            projected = kept[number] if kept else F.linear(normed, gate_up)
-            activation, projected = _swiglu_backward(projected, grad[rows] @ down)
+            projected = kept[number] if kept else times(normed, gate_up)
+            activation, projected = _swiglu_backward(projected, times_transposed(grad[rows], down_backward))
             torch.addmm(grad_down, grad[rows].t(), activation, beta=float(number > 0), out=grad_down)
             torch.addmm(grad_gate_up, projected.t(), normed, beta=float(number > 0), out=grad_gate_up)
-            part, part_weight = _norm_backward(projected @ gate_up, x[rows], rstd[rows], weight, True, grad[rows])
+            grad_normed = times_transposed(projected, gate_up_backward)
+            part, part_weight = _norm_backward(grad_normed, x[rows], rstd[rows], weight, True, grad[rows])
             assert part is not None
             grad_x[rows] = part
             grad_weight += part_weight
-        return grad_x, grad_weight, None, grad_gate_up, grad_down, None
+        return grad_x, grad_weight, None, None, grad_gate_up, grad_down, *[None] * 8  # of the fp8 copies
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -179,20 +203,21 @@ class RMSNorm(nn.Module):
         """Normalise the rows of ``x [R, H]``; the result has the dtype of ``x``."""
         return _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
-    def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
         """``norm(x) @ matrixᵀ`` for ``x [R, H]``, ``matrix [O, H]`` of the same dtype, without keeping ``norm(x)``."""
-        return _NormLinear.apply(x, self.weight, self.eps, matrix)  # type: ignore[no-any-return]
+        return _NormLinear.apply(x, self.weight, self.eps, *tensors(matrix))  # type: ignore[no-any-return]
 
-    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor, keep: bool = False) -> Tensor:
+    def mlp(self, x: Tensor, gate_up: Matrix, down: Matrix, keep: bool = False) -> Tensor:
         """``x + down(silu(gate) · up)`` of the normed rows (SwiGLU, arXiv 2002.05202).
 
         Args:
             x: ``[R, H]``.
-            gate_up: ``[2I, H]`` gate and up matrices, gate first.
+            gate_up: ``[2I, H]`` gate and up matrices, gate first; in fp8 if ``down`` is.
             down: ``[H, I]``.
             keep: whether to keep the projections ``[R, 2I]`` for the backward pass instead of computing them again.
         """
-        return _NormMLP.apply(x, self.weight, self.eps, gate_up, down, keep)  # type: ignore[no-any-return]
+        (first, *more), (second, *others) = tensors(gate_up), tensors(down)
+        return _NormMLP.apply(x, self.weight, self.eps, keep, first, second, *more, *others)  # type: ignore[no-any-return]
 
 
 def norm_heads(norm: RMSNorm | None, x: Tensor) -> Tensor:
@@ -322,11 +347,11 @@ class Attention(nn.Module):
         return ()
 
     @abstractmethod
-    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> Tensor:
+    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> Tensor:
         """Queries ``[R, h, d]`` from the first ``query_width`` columns; without ``angles``, not yet rotated."""
 
     @abstractmethod
-    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> tuple[Tensor, Tensor]:
         """Keys ``[R, k, d]`` and values ``[R, k, v]`` from the other columns; without ``angles``, not yet rotated."""
 
 
@@ -370,11 +395,11 @@ class GroupedAttention(Attention):
         """Query, key and value projections."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
-    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> Tensor:
+    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> Tensor:
         """``[R, h, d]``."""
         return rotated(norm_heads(self.q_norm, product.unflatten(1, (self.heads, self.head_dim))), angles)
 
-    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> tuple[Tensor, Tensor]:
         """``[R, k, d]`` each."""
         key, value = product.unflatten(1, (-1, self.head_dim)).chunk(2, dim=1)
         # The contiguous copy frees the whole product; the values are only its last third.
@@ -386,9 +411,11 @@ class SwiGLUMLP(nn.Module):
 
     Attributes:
         keeps_projections: whether training keeps the gate and up projections instead of computing them again.
+        fp8: whether training multiplies in fp8.
     """
 
     keeps_projections: bool = False
+    fp8: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -396,12 +423,13 @@ class SwiGLUMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def weights(self, dtype: torch.dtype) -> dict[str, Matrix]:
         """The matrices in the compute dtype, gate and up concatenated."""
         gate_up = torch.cat([self.gate_proj.weight.to(dtype), self.up_proj.weight.to(dtype)])
-        return {"gate_up": gate_up, "down": self.down_proj.weight.to(dtype)}
+        down = as_matrix(self.down_proj.weight.to(dtype), self.fp8)
+        return {"gate_up": as_matrix(gate_up, isinstance(down, Fp8Matrix)), "down": down}
 
-    def residual(self, x: Tensor, norm: RMSNorm, weights: dict[str, Tensor]) -> Tensor:
+    def residual(self, x: Tensor, norm: RMSNorm, weights: dict[str, Matrix]) -> Tensor:
         """``x + MLP(norm(x))`` for ``x [R, H]`` and this MLP's :meth:`weights`."""
         return norm.mlp(x, **weights, keep=self.keeps_projections)
 
@@ -409,13 +437,13 @@ class SwiGLUMLP(nn.Module):
 class LayerWeights(NamedTuple):
     """A layer's matrices in the compute dtype; cast and concatenated once for all rows and steps of a pass."""
 
-    embed: Tensor  # columns of the attention's input projections that read the embedding; none in an ordinary layer
-    hidden: Tensor  # columns that read the hidden state
+    embed: Matrix  # columns of the attention's input projections that read the embedding; none in an ordinary layer
+    hidden: Matrix  # columns that read the hidden state
     bias: Tensor | None  # biases of the input projections, or None
-    more: tuple[Tensor, ...]  # further matrices of the attention
-    out: Tensor
+    more: tuple[Matrix, ...]  # further matrices of the attention
+    out: Matrix
     out_bias: Tensor | None  # its bias, or None
-    mlp: dict[str, Tensor]  # matrices of the MLP
+    mlp: dict[str, Matrix]  # matrices of the MLP
 
 
 class DecoderLayer(nn.Module):
@@ -426,10 +454,14 @@ class DecoderLayer(nn.Module):
             ``norm_before_residual`` (the attention's output is added to the normed state instead of the state).
         attention: the attention.
         mlp: a module with the methods of :class:`SwiGLUMLP`, which is the default.
+
+    Attributes:
+        fp8: whether training multiplies by the attention's matrices in fp8.
     """
 
     self_attn: Any
     mlp: Any
+    fp8: bool = False
 
     def __init__(self, config: Any, attention: Attention, mlp: nn.Module | None = None) -> None:
         super().__init__()
@@ -455,11 +487,11 @@ class DecoderLayer(nn.Module):
         biases = [p.bias.to(dtype) for p in attn.inputs() if p.bias is not None]
         split = inputs.shape[1] - attn.o_proj.out_features
         return LayerWeights(
-            embed=inputs[:, :split],
-            hidden=inputs[:, split:],
+            embed=as_matrix(inputs[:, :split], self.fp8),
+            hidden=as_matrix(inputs[:, split:], self.fp8),
             bias=torch.cat(biases) if biases else None,
-            more=attn.more(dtype),
-            out=attn.o_proj.weight.to(dtype),
+            more=tuple(as_matrix(x, self.fp8) for x in attn.more(dtype)),
+            out=as_matrix(attn.o_proj.weight.to(dtype), self.fp8),
             out_bias=None if attn.o_proj.bias is None else attn.o_proj.bias.to(dtype),
             mlp=self.mlp.weights(dtype),
         )
@@ -484,7 +516,7 @@ class DecoderLayer(nn.Module):
         """Output projection, residual and MLP: ``hidden [R, H]``, ``attention [R, h, v]`` to ``[R, H]``."""
         if self.norm_before_residual:
             hidden = self.hidden_norm(hidden)
-        hidden = hidden + F.linear(attention.flatten(1), w.out, w.out_bias)
+        hidden = hidden + linear(attention.flatten(1), w.out, w.out_bias)
         return self.mlp.residual(hidden, self.post_attention_layernorm, w.mlp)  # type: ignore[no-any-return]
 
     def run(self, states: Tensor, rotary: RotaryTable) -> Tensor:

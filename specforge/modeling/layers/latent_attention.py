@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from specforge.modeling.layers.decoder_layer import Angles, Attention, RMSNorm, rotated
+from specforge.modeling.layers.fp8 import Matrix
 
 
 class LatentAttention(Attention):
@@ -64,12 +65,12 @@ class LatentAttention(Attention):
         q_b = torch.cat([_deinterleaved(rotary), other], dim=1).flatten(0, 1)
         return (q_b * self._scale).to(dtype), self.kv_b_proj.weight.to(dtype)
 
-    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> Tensor:
+    def queries(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> Tensor:
         """``[R, h, r + n]``."""
         query = self.q_a_layernorm.linear(product.contiguous(), more[0])
         return rotated(query.unflatten(1, (self.heads, self.head_dim)), angles)
 
-    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, product: Tensor, angles: Angles | None, more: tuple[Matrix, ...]) -> tuple[Tensor, Tensor]:
         """``[R, h, r + n]`` and ``[R, h, v]``."""
         rotary = rotated(_deinterleaved(product[:, self.rank :]).unsqueeze(1), angles)
         expanded = self.kv_a_layernorm.linear(product[:, : self.rank].contiguous(), more[1])

@@ -24,6 +24,7 @@ from specforge.modeling.draft.dflash.network import BlockLayer, DFlash, block_si
 from specforge.modeling.draft.fields import SIZE, Fields, by_default, only
 from specforge.modeling.draft.registry import register_draft
 from specforge.modeling.layers.decoder_layer import LayerWeights, swiglu
+from specforge.modeling.layers.fp8 import linear
 
 IN, OUT = 0, 1
 
@@ -92,15 +93,15 @@ class DFlash2Layer(BlockLayer):
     def project(self, hidden: Tensor, w: LayerWeights) -> Tensor:
         """Input products of the rows ``[R, H]`` of whole blocks."""
         normed = self.input_layernorm(hidden)
-        return F.linear(self.attention_conv(normed, normed, IN), w.hidden)
+        return linear(self.attention_conv(normed, normed, IN), w.hidden)
 
     def finish(self, hidden: Tensor, attention: Tensor, w: LayerWeights) -> Tensor:
         """As :meth:`DecoderLayer.finish`, for the rows of whole blocks."""
-        out = F.linear(attention.flatten(1), w.out)
+        out = linear(attention.flatten(1), w.out)
         hidden = hidden + self.attention_conv(out, self.input_layernorm(hidden), OUT)
         normed = self.post_attention_layernorm(hidden)
-        activation = swiglu(F.linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]))
-        return hidden + self.mlp_conv(F.linear(activation, w.mlp["down"]), normed, OUT)
+        activation = swiglu(linear(self.mlp_conv(normed, normed, IN), w.mlp["gate_up"]))
+        return hidden + self.mlp_conv(linear(activation, w.mlp["down"]), normed, OUT)
 
 
 class CandidateSelector(nn.Module):

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Qwen3Config
 
 from specforge.modeling.draft.context_parallel import own
@@ -51,6 +50,7 @@ from specforge.modeling.layers.decoder_layer import (
     apply_rope,
     compute_dtype,
 )
+from specforge.modeling.layers.fp8 import as_matrix, linear
 
 
 class BlockLayer(DecoderLayer):
@@ -71,7 +71,7 @@ class BlockLayer(DecoderLayer):
 
     def inject(self, context: Tensor, angles: Angles, w: LayerWeights) -> tuple[Tensor, Tensor]:
         """Keys and values ``[N, k, d]`` of the context ``[N, H]``, which is not normed again."""
-        product = F.linear(context, w.hidden[self.self_attn.query_width :])
+        product = linear(context, w.hidden[self.self_attn.query_width :])
         return self.self_attn.keys_values(product, angles, w.more)  # type: ignore[no-any-return]
 
 
@@ -173,7 +173,8 @@ class DFlash(Draft):
 
     def context(self, aux_hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         """Fuse captured layers ``[N, A]`` into the context ``[N, H]`` that all layers read."""
-        return self.hidden_norm(F.linear(aux_hidden_states.to(dtype), self.fc.weight.to(dtype)))  # type: ignore[no-any-return]
+        fc = as_matrix(self.fc.weight.to(dtype), self.fp8)
+        return self.hidden_norm(linear(aux_hidden_states.to(dtype), fc))  # type: ignore[no-any-return]
 
     def forward(self, aux_hidden_states: Tensor, embeds: Tensor, plan: BlockPlan, rows: Tensor) -> Tensor:
         """Run all blocks.

@@ -55,6 +55,7 @@ from specforge.modeling.layers.decoder_layer import (
     compute_dtype,
     take_rows,
 )
+from specforge.modeling.layers.fp8 import as_matrix, linear
 from specforge.modeling.layers.latent_attention import LatentAttention
 
 _CAPTURED = "eagle_aux_hidden_state_layer_ids"
@@ -193,7 +194,7 @@ class EagleDraft(Draft):
         if self.fc_norm is not None:
             parts = features.chunk(len(self.layer_ids), dim=-1)
             features = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return F.linear(features, self.fc.weight.to(dtype))
+        return linear(features, as_matrix(self.fc.weight.to(dtype), self.fp8))
 
 
 class Eagle3Draft(EagleDraft):

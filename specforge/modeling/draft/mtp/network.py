@@ -34,6 +34,7 @@ from specforge.modeling.layers.decoder_layer import (
     RotaryTable,
     compute_dtype,
 )
+from specforge.modeling.layers.fp8 import Matrix, as_matrix
 
 
 @register_draft("MTPDraft", config_class=LlamaConfig)
@@ -126,10 +127,10 @@ class MTPDraft(Draft):
         experts = {name: x for name, x in own.items() if ".experts." in name}
         LastLayer(target).check(lambda states: self.layer.run(states, rotary), own, self.architecture, experts)
 
-    def proj_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def proj_weights(self, dtype: torch.dtype) -> tuple[Matrix, Matrix]:
         """The columns of ``proj`` that read the embedding and the hidden state, ``[H, H]`` each."""
         embed, hidden = self.proj.weight.to(dtype).chunk(2, dim=1)
-        return embed, hidden
+        return as_matrix(embed, self.fp8), as_matrix(hidden, self.fp8)
 
     def finish(self, x: Tensor, attention: Tensor, w: LayerWeights) -> tuple[Tensor, Tensor]:
         """The rest of the layer for ``x [R, H]``: the normed state, and the state to feed back."""
@@ -200,7 +201,9 @@ class MTPDecoder(CachedDecoder):
 
     def __init__(self, draft: MTPDraft, head: OutputHead, dtype: torch.dtype) -> None:
         super().__init__([draft.layer], draft.rotary, dtype)
-        self.draft, self._proj, self._head = draft, draft.proj_weights(dtype), head.to(dtype)
+        self.draft, self._head = draft, head.to(dtype)
+        with torch.no_grad():
+            self._proj = draft.proj_weights(dtype)
 
     def fuse(self, last_hidden_states: Tensor) -> Tensor:
         """The target's last hidden states ``[n, H]`` in the compute dtype."""
