@@ -1,7 +1,4 @@
-"""One rank of several that train one run after the other: `python -m tests.ranks JOBS`, the rank in LOCAL_RANK.
-
-Starting processes takes longer than a tiny run, so all runs share them. JOBS is a JSON file of ``[name, words]``.
-"""
+"""Ranks that train one run after the other: starting processes takes longer than a tiny run, so all runs share them."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 import specforge.callbacks.report
 from specforge.cli.main import main
+from tests.processes import Command
 
 END = "finished "
 
@@ -36,20 +34,13 @@ def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> No
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(find_free_network_port()),
-            "OMP_NUM_THREADS": "1",
         }
         outputs = [Path(folder) / str(rank) for rank in range(ranks)]
         processes = []
         for rank, output in enumerate(outputs):
             with output.open("w") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.ranks", str(path)],
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
-                    )
-                )
+                environment = {**shared, "LOCAL_RANK": str(rank)}
+                processes.append(Command(path, environment=environment, call="tests.ranks:run", output=file.fileno()))
         deadline = time.monotonic() + timeout
         try:
             for process in processes:
@@ -67,19 +58,16 @@ def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> No
     assert not failed, f"in {[*jobs, 'nothing'][done]}:\n{tail}"
 
 
-def run(path: Path) -> None:
-    """What a rank does."""
+def run(words: list[str]) -> int:
+    """What a rank does with the name of the file of jobs."""
     specforge.callbacks.report.write_report = str  # its pictures take longer than a tiny run
-    for name, words in json.loads(path.read_text()):
-        print(f"starting {name}", flush=True)
-        assert main(["fit", *words]) == 0, name
-        print(f"{END}{name}", flush=True)
-
-
-if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]))
+        for name, options in json.loads(Path(words[0]).read_text()):
+            print(f"starting {name}", flush=True)
+            assert main(["fit", *options]) == 0, name
+            print(f"{END}{name}", flush=True)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # not waiting for the others, as leaving the process group would
+    return 0

@@ -28,21 +28,15 @@ from specforge.runtime.control_plane.streamed import StreamedSamples, bottleneck
 from specforge.runtime.data_plane import loader as loader_module
 from specforge.runtime.data_plane.loader import FeatureDataLoader
 from tests.disaggregated import STEPS, assert_nothing_is_left, control, disaggregated, places, producers, stored_bytes
+from tests.processes import SPECFORGE, Command
+from tests.ranks import train_on_ranks
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
 from tests.tiny import recipe, write_target
 
-PRODUCE = [str(Path(sys.executable).with_name("specforge")), "produce"]
 
-
-def start_producer(target: Path, where: dict[str, str], *options: object) -> subprocess.Popen:
+def start_producer(target: Path, where: dict[str, str], *options: object) -> Command:
     words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], *options]
-    return subprocess.Popen(
-        [*PRODUCE, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Command("produce", *words)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,7 @@ def test_a_killed_producer_is_taken_over(target, prompts, tmp_path, undisturbed,
     where = places(tmp_path)
     path = disaggregated(target, prompts, tmp_path, where, lease_seconds=2, max_samples=20)
     victim = start_producer(target, where, "--lease_seconds", 2, "--name", "victim")
-    rescue: list[subprocess.Popen] = []
+    rescue: list[Command] = []
     original = Eagle3Module.training_step
 
     def step(self, batch, index):
@@ -139,7 +133,7 @@ def test_workers_end_with_a_parent_that_was_killed_and_run_no_file_of_the_curren
     where = places(tmp_path / "stores")
     words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"], "--workers", 2]
     process = subprocess.Popen(
-        [*PRODUCE, *map(str, words)],
+        [SPECFORGE, "produce", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -490,10 +484,8 @@ RANKS = {
 def two_ranks_offline(target, prompts, features_alone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     data = {"features": str(features_alone), "batch_size": 5}
-    output, _ = (process := start(recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data))).communicate(
-        timeout=180
-    )
-    assert process.returncode == 0, output
+    path = recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data)
+    train_on_ranks({"offline": ["--config", str(path)]}, 2, timeout=180)
     return folder / "run"
 
 

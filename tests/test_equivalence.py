@@ -20,6 +20,7 @@ from specforge.cli.main import main
 from specforge.contracts import TrainBatch
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, producers
+from tests.ranks import train_on_ranks
 from tests.runtime.control_plane.redis_server import PASSWORD, redis_server
 from tests.runtime.data_plane.mooncake_store import mooncake_store, needs_mooncake
 from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
@@ -174,17 +175,9 @@ def test_a_run_may_move_from_disk_to_the_target_itself(target, prompts, features
 
 def test_two_online_ranks_are_one(target, prompts, tmp_path):
     one = fit(online(target, prompts, tmp_path / "one", batch_size=8), "--trainer.max_steps", 6)
-    process = start(
-        online(target, prompts, tmp_path / "two"),
-        "--trainer.max_steps",
-        6,
-        "--trainer.devices",
-        2,
-        "--trainer.strategy",
-        "ddp",
-    )
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
+    words = ["--trainer.max_steps", "6", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    path = online(target, prompts, tmp_path / "two")
+    train_on_ranks({"two": ["--config", str(path), *words]}, 2, timeout=180)
     assert_same_weights(one, tmp_path / "two" / "run", rtol=1e-3, atol=1e-4)
 
 

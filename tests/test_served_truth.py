@@ -73,7 +73,7 @@ def vllm(python: str, root: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     draft = {"method": "eagle3", "model": str(root / "draft"), "num_speculative_tokens": GAMMA}
-    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", root / "target", "--port", port]
+    words = [python, Path(__file__).parent / "vllm_cpu" / "serve.py", "--model", root / "target", "--port", port]
     words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 8]
     words += ["--speculative-config", json.dumps(draft), "--per-request-spec-decode-metrics", "detailed"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -14,10 +14,11 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.disaggregated import assert_nothing_is_left, disaggregated
+from tests.processes import SPECFORGE
 from tests.runtime.control_plane.test_metadata import needs_redis
 from tests.runtime.data_plane.mooncake_store import needs_mooncake
 from tests.test_equivalence import features_alone, offline_run  # noqa: F401 - fixtures
-from tests.test_training import FIT, assert_same_weights, losses, wait_for_steps
+from tests.test_training import assert_same_weights, losses, wait_for_steps
 
 pytestmark = pytest.mark.faults
 
@@ -139,7 +140,7 @@ def test_a_host_that_is_cut_off_only_costs_time(target, prompts, tmp_path, offli
         places = [word for name, place in where.items() for word in (f"--{name}", place)]
         producer = start(PRODUCER, *command, "produce", "--target", target, *places, "--lease_seconds", 2)
         path = disaggregated(target, prompts, tmp_path, where, lease_seconds=2, max_samples=24)
-        trainer = start(TRAINER, *FIT, "--config", path)
+        trainer = start(TRAINER, SPECFORGE, "fit", "--config", path)
         run = tmp_path / "run"
         for steps, host, seconds in ((3, PRODUCER, 4.0), (7, TRAINER, 2.0), (11, SERVERS, 3.0)):
             wait_for_steps(trainer, run, steps)

@@ -17,9 +17,9 @@ import yaml
 
 from specforge.cli.main import main
 from specforge.eval.report import read_history
+from tests.processes import Command
+from tests.ranks import train_on_ranks
 from tests.tiny import recipe
-
-FIT = [str(Path(sys.executable).with_name("specforge")), "fit"]
 
 
 def fit(path: Path, *options: object) -> Path:
@@ -28,15 +28,8 @@ def fit(path: Path, *options: object) -> Path:
     return Path(yaml.safe_load(path.read_text())["trainer"]["default_root_dir"])
 
 
-def start(path: Path, *options: object) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [*FIT, "--config", str(path), *map(str, options)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(path: Path, *options: object) -> Command:
+    return Command("fit", "--config", path, *options)
 
 
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -58,7 +51,7 @@ def assert_same_weights(a: Path, b: Path, **tolerance: float) -> None:
             assert torch.equal(mine[name], others[name]), name
 
 
-def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+def wait_for_steps(process: Command, run: Path, steps: int) -> None:
     """Return once the run has logged so many steps."""
     while process.poll() is None:
         path = run / "metrics.jsonl"
@@ -105,9 +98,7 @@ def test_ranks_of_uneven_data_finish_together(target, features, tmp_path):
         trainer__max_steps=-1,
         trainer__max_epochs=2,
     )
-    process = start(path)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
+    train_on_ranks({"run": ["--config", str(path)]}, 2, timeout=180)
     assert sorted(losses(tmp_path / "run"))[-1] == 8
 
 

@@ -7,11 +7,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,11 +19,13 @@ import pytest
 from specforge.cli.main import main
 from tests import sglang_cpu
 from tests.data.chats import talk
+from tests.processes import Command
 from tests.tiny import QUESTIONS, write_target
 
 pytestmark = pytest.mark.slow
 
 TOKENS = 32
+VLLM = Path(__file__).parents[1] / "vllm_cpu" / "serve.py"
 Serve = Callable[[], AbstractContextManager[None]]
 
 
@@ -38,7 +39,7 @@ def free_port() -> int:
 def vllm(python: str, target: Path, log: Path, port: int) -> Iterator[None]:
     """A vLLM server; at the end all its processes are killed at once."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target, *options, "--port", port]
+    command = [python, VLLM, "--model", target, *options, "--port", port]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as file:
@@ -113,35 +114,50 @@ def expected(target, data, tmp_path_factory) -> list:
     return answers(folder / "a.jsonl")
 
 
+class Server:
+    """A server that can be killed and started again on the same port."""
+
+    def __init__(self, start: Serve, url: str) -> None:
+        self._start, self.url, self._running = start, url, ExitStack()
+
+    def start(self) -> None:
+        self._running.enter_context(self._start())
+
+    def kill(self) -> None:
+        self._running.close()
+
+
 @pytest.fixture(
     scope="module", params=[pytest.param(f, marks=getattr(pytest.mark, f.__name__)) for f in (vllm, sglang)]
 )
-def serve(request, expected, target, tmp_path_factory) -> tuple[Serve, str]:
-    """Starts a server, again and again on the same port; and its address."""
+def server(request, expected, target, tmp_path_factory) -> Iterator[Server]:
+    """A running server; the last test kills it."""
     kind = request.param
     python = request.config.getoption(f"--{kind.__name__}-python")
     if not python:
         pytest.skip(f"--{kind.__name__}-python names no interpreter")
     port, folder = free_port(), tmp_path_factory.mktemp(kind.__name__)
-    return lambda: kind(python, target, folder / "log", port), f"http://127.0.0.1:{port}"
+    found = Server(lambda: kind(python, target, folder / "log", port), f"http://127.0.0.1:{port}")
+    found.start()
+    yield found
+    found.kill()
 
 
-def test_the_answers_are_those_of_transformers(serve, target, data, expected, tmp_path, capsys):
+def test_the_answers_are_those_of_transformers(server, target, data, expected, tmp_path, capsys):
     """Token for token and end token included; sampled ones depend on the seed; chat gives their text."""
-    start, url = serve
-    with start():
-        assert main(command(target, data, tmp_path / "a.jsonl", server=url)) == 0
-        assert "answers with token ids" in capsys.readouterr().out
-        assert answers(tmp_path / "a.jsonl") == expected
-        assert main(command(target, data, tmp_path / "chat.jsonl", server=url, chat="true")) == 0
-        long = tmp_path / "long.jsonl"
-        long.write_text(json.dumps(talk("?" * 600, "-", id="long")) + "\n" + data.read_text().splitlines()[0] + "\n")
-        assert main(command(target, long, tmp_path / "d.jsonl", server=url)) == 2
-        assert answers(tmp_path / "d.jsonl") == expected[:1]
-        assert "1 conversations are not answered, such as" in capsys.readouterr().err
-        for name, concurrency in (("b", 4), ("c", 1)):
-            more = {"server": url, "temperature": 1, "concurrency": concurrency}
-            assert main(command(target, data, tmp_path / f"{name}.jsonl", **more)) == 0
+    url = server.url
+    assert main(command(target, data, tmp_path / "a.jsonl", server=url)) == 0
+    assert "answers with token ids" in capsys.readouterr().out
+    assert answers(tmp_path / "a.jsonl") == expected
+    assert main(command(target, data, tmp_path / "chat.jsonl", server=url, chat="true")) == 0
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps(talk("?" * 600, "-", id="long")) + "\n" + data.read_text().splitlines()[0] + "\n")
+    assert main(command(target, long, tmp_path / "d.jsonl", server=url)) == 2
+    assert answers(tmp_path / "d.jsonl") == expected[:1]
+    assert "1 conversations are not answered, such as" in capsys.readouterr().err
+    for name, concurrency in (("b", 4), ("c", 1)):
+        more = {"server": url, "temperature": 1, "concurrency": concurrency}
+        assert main(command(target, data, tmp_path / f"{name}.jsonl", **more)) == 0
     compared = 0
     for (messages, _), (same, found) in zip(answers(tmp_path / "chat.jsonl"), expected, strict=True):
         # The first answer: its text comes back as other tokens, so the next one differs.
@@ -155,16 +171,14 @@ def test_the_answers_are_those_of_transformers(serve, target, data, expected, tm
         assert answers(tmp_path / "b.jsonl") == answers(tmp_path / "c.jsonl")
 
 
-def test_a_server_that_is_killed_and_restarts_loses_nothing(serve, target, data, expected, tmp_path):
-    start, url = serve
+def test_a_server_that_is_killed_and_restarts_loses_nothing(server, target, data, expected, tmp_path):
     output = tmp_path / "a.jsonl"
-    with start():
-        words = command(target, data, output, server=url, concurrency=4)
-        process = subprocess.Popen([sys.executable, "-m", "specforge.cli.main", *words])
-        while process.poll() is None and len(rows(output)) < 4:
-            time.sleep(0.01)
+    process = Command(*command(target, data, output, server=server.url, concurrency=4))
+    while process.poll() is None and len(rows(output)) < 4:
+        time.sleep(0.01)
+    server.kill()
     killed_at = len(rows(output))
-    with start():
-        assert process.wait(300) == 0
+    server.start()
+    assert process.wait(300) == 0
     assert 4 <= killed_at < len(expected)
     assert answers(output) == expected

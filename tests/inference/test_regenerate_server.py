@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ from specforge.cli.main import main
 from specforge.data.prompts import PromptSet
 from tests.data.chats import TEMPLATES, chat, says, talk
 from tests.fake_server import FakeServer, completion, message
+from tests.processes import Command
 from tests.tiny import write_target
 
 COUNT = 12
@@ -231,7 +229,7 @@ def test_a_server_that_is_killed_and_restarts_loses_nothing(server, target, data
 
 
 @pytest.fixture
-def hanging(server, target, data, tmp_path) -> Iterator[tuple[subprocess.Popen, Path, int]]:
+def hanging(server, target, data, tmp_path) -> Iterator[tuple[Command, Path, int]]:
     """A command whose server has gone silent, its output, and the number of conversations answered before."""
     output, end, lock = tmp_path / "a.jsonl", threading.Event(), threading.Lock()
     silent: list[threading.Event] = [threading.Event() for _ in range(4)]
@@ -250,8 +248,7 @@ def hanging(server, target, data, tmp_path) -> Iterator[tuple[subprocess.Popen, 
         return completion(body)
 
     server.answer = answer
-    command = [sys.executable, "-m", "specforge.cli.main", *words(server, target, data, output, temperature=1)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = Command(*words(server, target, data, output, temperature=1))
     try:
         assert all(event.wait(120) for event in silent)  # all requests in flight
         deadline = time.monotonic() + 60

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +27,7 @@ from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
 from tests.fuzz import survives
+from tests.processes import Command
 from tests.runtime.control_plane.redis_server import make_certificates
 
 POLICY = CapturePolicy((1, 3, 4))
@@ -517,16 +515,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(target: Path, token_file: Path, port: int = 0) -> subprocess.Popen:
+def start(target: Path, token_file: Path, port: int = 0) -> Command:
     """`specforge target serve` in a process of its own; its first line comes when it answers."""
-    words = ["target", "serve", "--dtype", "float32", "--target", target, "--port", port, "--token_file", token_file]
-    return subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli.main", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["--dtype", "float32", "--target", target, "--port", port, "--token_file", token_file]
+    return Command("target", "serve", *words)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
@@ -537,12 +529,12 @@ def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tm
         url = process.stdout.readline().split()[0].rstrip(":")
         HTTPTargetEngine(files, "float32", url, path).check(POLICY)
         other = start(files.folder, path, int(url.rpartition(":")[2]))
-        _, error = other.communicate(timeout=60)
+        output, _ = other.communicate(timeout=60)
         assert other.returncode == 2
-        assert f"127.0.0.1:{url.rpartition(':')[2]}: cannot listen there (Address already in use)" in error
+        assert f"127.0.0.1:{url.rpartition(':')[2]}: cannot listen there (Address already in use)" in output
     finally:
         process.send_signal(end)
-        output, error = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert output.endswith("stopped\n")
-    assert "Traceback" not in error
+    assert "Traceback" not in output

@@ -31,6 +31,7 @@ CAPTURE = [  # for servers that only read prompts
     "--mem-fraction-static",
     "0.3",
     "--skip-server-warmup",
+    "--sleep-on-idle",
 ]
 OPTIONS = [*CAPTURE, "--dtype", "float32", "--chunked-prefill-size", "-1", "--disable-radix-cache"]
 

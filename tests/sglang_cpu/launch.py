@@ -1,10 +1,11 @@
 """Starts an SGLang server on a CPU without AMX, with the stand-in kernels: ``python launch.py --model-path ...``.
 
-SGLang's worker processes import this file again, so that everything at its top holds in them too.
+SGLang's worker processes are forks of this one, so that everything at its top holds in them too.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # the stand-in for sgl_kernel
+multiprocessing.set_start_method("fork")
+multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang's "spawn" would import everything again
 
 # PyPI's torchvision was built for CUDA; with a CPU build of torch the operators that it extends are not there.
 _SCHEMAS = torch.library.Library("torchvision", "DEF")
