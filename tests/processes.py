@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 SPECFORGE = str(Path(sys.executable).with_name("specforge"))
 _started: list[subprocess.Popen] = []
+_VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 _SERVE = "import sys; from tests.processes import serve; sys.exit(serve(int(sys.argv[1])))"
 
 
@@ -45,7 +47,7 @@ class Command:
         apart: bool = False,
     ) -> None:
         self.args = [*map(str, words)]
-        mine = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
+        mine = {**os.environ, **_VARIABLES, **(environment or {})}
         request = {"words": self.args, "environment": mine, "folder": os.getcwd(), "call": call}
         (out, to_out), (err, to_err), (self._numbers, to_numbers) = os.pipe(), os.pipe(), os.pipe()
         first = to_out if output is None else output
@@ -92,7 +94,8 @@ class Command:
     def send_signal(self, number: int) -> None:
         """Nothing if it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -102,7 +105,9 @@ class Command:
 
 
 def _read(file: int) -> int:
-    return int.from_bytes(os.read(file, 4), "little", signed=True)
+    found = os.read(file, 4)
+    assert len(found) == 4, "the process that forks has ended"
+    return int.from_bytes(found, "little", signed=True)
 
 
 def _write(file: int, number: int) -> None:
@@ -120,7 +125,7 @@ def _server() -> socket.socket:
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **_VARIABLES},
             )
         )
     return mine

@@ -51,6 +51,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
     patch.setenv("RAY_prestart_worker_first_driver", "0")
     patch.setenv("RAY_worker_niceness", "0")
     patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # another process
+    patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it kills workers if the tests beside need much memory
     patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is noticed sooner
     patch.setenv("RAY_health_check_failure_threshold", "3")
     patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +13,7 @@ import yaml
 from specforge.cli.main import COMMANDS, main
 from specforge.cli.recipes import recipe_folder, recipes
 from tests.disaggregated import places, producers
+from tests.processes import Command
 from tests.tiny import TINY_OPTIONS, recipe
 
 
@@ -224,9 +223,10 @@ def test_printed_configuration_can_be_run(target, features, tmp_path, capsys):
 
 
 def test_options_come_from_the_environment_too(target, conversations, tmp_path):
-    environment = {**os.environ, "SPECFORGE_PREPARE_TARGET": str(target), "OMP_NUM_THREADS": "1"}
-    words = [str(Path(sys.executable).with_name("specforge")), "prepare", "--data", conversations, "--output", tmp_path]
-    subprocess.run([str(word) for word in words], env=environment, check=True, capture_output=True)
+    environment = {"SPECFORGE_PREPARE_TARGET": str(target)}
+    process = Command("prepare", "--data", conversations, "--output", tmp_path, environment=environment)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
     assert (tmp_path / "train").is_dir()
 
 
