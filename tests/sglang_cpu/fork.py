@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -40,8 +39,6 @@ for _gate in (speculative_hook._handle_dflash, speculative_hook._handle_dspark):
     _source = _source.replace('(("cuda", "npu", "xpu"))', '(("cuda", "npu", "xpu", "cpu"))')
     exec("from __future__ import annotations\n" + _source, vars(speculative_hook))
 
-engine.mp.set_start_method = lambda *args, **kwargs: None  # SGLang would spawn its processes
-
 
 def serve(*words: str) -> None:
     """Run a server until it is killed."""
@@ -50,7 +47,6 @@ def serve(*words: str) -> None:
 
 def main() -> None:
     """Run commands until stdin ends."""
-    multiprocessing.set_start_method("fork")
     for line in sys.stdin:
         words = json.loads(line)
         child = os.fork()
