@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -24,7 +23,7 @@ from launch import overrides  # noqa: F401 - for what its import changes
 from load import main as load
 from sglang.launch_server import run_server
 from sglang.srt.arg_groups import choices, speculative_hook
-from sglang.srt.entrypoints import engine, http_server  # noqa: F401 - imported once, as the next
+from sglang.srt.entrypoints import http_server  # noqa: F401 - imported once, as the next
 from sglang.srt.managers import scheduler  # noqa: F401
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.speculative import dflash_info, dflash_worker_v2
@@ -40,8 +39,6 @@ for _gate in (speculative_hook._handle_dflash, speculative_hook._handle_dspark):
     _source = _source.replace('(("cuda", "npu", "xpu"))', '(("cuda", "npu", "xpu", "cpu"))')
     exec("from __future__ import annotations\n" + _source, vars(speculative_hook))
 
-engine.mp.set_start_method = lambda *args, **kwargs: None  # SGLang would spawn its processes
-
 
 def serve(*words: str) -> None:
     """Run a server until it is killed."""
@@ -50,7 +47,6 @@ def serve(*words: str) -> None:
 
 def main() -> None:
     """Run commands until stdin ends."""
-    multiprocessing.set_start_method("fork")
     for line in sys.stdin:
         words = json.loads(line)
         child = os.fork()
