@@ -23,7 +23,7 @@ from launch import overrides  # noqa: F401 - for what its import changes
 from load import main as load
 from sglang.launch_server import run_server
 from sglang.srt.arg_groups import choices, speculative_hook
-from sglang.srt.entrypoints import engine, http_server  # noqa: F401 - imported once, as the next
+from sglang.srt.entrypoints import http_server  # noqa: F401 - imported once, as the next
 from sglang.srt.managers import scheduler  # noqa: F401
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.speculative import dflash_info, dflash_worker_v2
