@@ -87,9 +87,14 @@ def _read_at(address: str) -> dict[str, Any]:
         try:
             files, place = fsspec.url_to_fs(address)
             files.get_file(place, str(copy))
+        except FileNotFoundError as error:
+            raise UserError(f"{address}: no such checkpoint") from error
         except Exception as error:  # every file system has errors of its own
             raise UserError(f"{address}: cannot be read ({first_line(error)})") from error
-        return read_checkpoint(copy)
+        try:
+            return read_checkpoint(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), address)) from error
 
 
 def _verify(path: Path) -> None:

@@ -125,7 +125,7 @@ def check_folder(folder: Path, is_ours: Recogniser | None = None) -> Path:
 def address_of(path: Path | str) -> str | None:
     """The address, such as ``s3://bucket/run``, that was given as a path; None if it is a path."""
     scheme, *rest = Path(path).parts or ("",)
-    if not rest or not re.fullmatch(r"[a-z][a-z0-9+.-]+:", scheme) or Path(scheme).exists():
+    if not rest or not re.fullmatch(r"[a-z][a-z0-9+.-]+:", scheme):
         return None
     return f"{scheme}//{'/' * (scheme == 'file:')}{'/'.join(rest)}"
 
@@ -154,6 +154,7 @@ def staged_folder(folder: Path, is_ours: Recogniser | None = None) -> Iterator[P
     Raises:
         UserError: the folder contains something else, or the disk is full or not writable; nothing is changed.
     """
+    check_local(folder)
     try:
         place = Path(os.path.realpath(folder))
         place.parent.mkdir(parents=True, exist_ok=True)

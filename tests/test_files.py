@@ -252,3 +252,11 @@ def test_evaluate_leaves_a_file_of_another_kind_as_it_is(target, prompts, tmp_pa
     words = ["evaluate", "--draft", tmp_path / "none", "--prompts", prompts, "--json", output]
     assert main([str(x) for x in words]) == 2
     assert "config.json: was not written by this command" in capsys.readouterr().err
+
+
+def test_an_address_is_no_folder_even_if_a_folder_is_named_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("s3:").mkdir()
+    with pytest.raises(UserError, match="s3://bucket/run: is an address"), staged_folder(Path("s3://bucket/run")):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "s3:"]

@@ -149,6 +149,12 @@ class LastCheckpoint(DraftCheckpoint):
         self.copies = Copies.at(copy_to)
         self._seen = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the place of the copies."""
+        super().setup(trainer, pl_module, stage)
+        if self.copies is not None and stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.copies.join(self.folder)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish what a kill interrupted: the link, and the removal of old checkpoints."""
         super().on_train_start(trainer, pl_module)

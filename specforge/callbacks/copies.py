@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +19,10 @@ from specforge.checkpoints import CHECKSUM_SIZE
 from specforge.errors import UserError
 from specforge.files import disk_error, first_line, replace_link, write_file
 
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?:(?:step|best)-\d{8,}|last|best)\.ckpt")
+_STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
+_RUN = ".run"  # a file with the run's own random name, in its folder and among its copies
 _LINKS = {"last.ckpt": "step-", "best.ckpt": "best-"}  # and how the names of what they link to begin
 
 
@@ -51,6 +57,25 @@ class Copies:
                 return set()
             return {name for path in found if _NAME.fullmatch(name := path.rpartition("/")[2])}
 
+    def join(self, folder: Path) -> None:
+        """Make these the copies of a run, before its first checkpoint; writing its name shows whether the place works.
+
+        Args:
+            folder: the run's checkpoints.
+
+        Raises:
+            UserError: they are another run's.
+        """
+        with _locked(folder), self._explained():
+            ours, theirs = self._runs(folder)
+            name = ours or theirs or uuid.uuid4().hex.encode()
+            if not theirs:
+                with tempfile.TemporaryDirectory() as made:
+                    (Path(made) / _RUN).write_bytes(name)
+                    self._write(self._fs.put_file, f"{made}/{_RUN}", _RUN)
+            if not ours:
+                write_file(folder / _RUN, name)
+
     def put(self, folder: Path) -> None:
         """Copy what is new in the folder, the links last, and remove what the folder does not have."""
         with self._explained():
@@ -68,12 +93,24 @@ class Copies:
                 self._fs.rm_file(self._place(name))
 
     def get(self, folder: Path) -> None:
-        """Copy everything into the folder; links there point to what they do here. Other files of the folder stay."""
+        """Copy everything into the folder, unless its last checkpoint is as new.
+
+        Links there point to what they do here. Other files of the folder stay.
+
+        Raises:
+            UserError: the folder has checkpoints of another run.
+        """
         names = self.names()
         if not names:
             return
         with _locked(folder), self._explained():
+            ours, theirs = self._runs(folder)
             checksums = {name: self._checksum(name) for name in names}
+            last = _newest(name for name in checksums if checksums[name] == checksums.get("last.ckpt", b""))
+            if _last_step(folder) >= (_newest(names) if last < 0 else last):
+                return
+            if theirs and not ours:
+                write_file(folder / _RUN, theirs)
             for name in sorted(checksums.keys() - _LINKS):
                 if checksums[name] != _checksum(folder / name):
                     write_file(folder / name, self._fs.cat_file(self._place(name)))
@@ -81,6 +118,21 @@ class Copies:
                 same = [x for x in checksums if x.startswith(start) and checksums[x] == checksums.get(link)]
                 if same and (folder / link).resolve().name != max(same):
                     replace_link(folder / link, folder / max(same))
+            logger.warning("checkpoints are fetched from %s", self.url)
+
+    def _runs(self, folder: Path) -> tuple[bytes, bytes]:
+        """The names of the run in the folder and of the run that is copied; empty where none is known."""
+        ours = (folder / _RUN).read_bytes() if (folder / _RUN).exists() else b""
+        try:
+            theirs = bytes(self._fs.cat_file(self._place(_RUN)))
+        except FileNotFoundError:
+            theirs = b""
+        if theirs != ours if ours and theirs else theirs and _last_step(folder) >= 0:
+            raise UserError(
+                f"checkpoint.copy_to {self.url}: holds copies of another run than {folder}; choose another place, or "
+                "another trainer.default_root_dir to go on with that run"
+            )
+        return ours, theirs
 
     def _place(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -109,6 +161,17 @@ class Copies:
             raise
         except Exception as error:  # every file system has errors of its own
             raise UserError(f"checkpoint.copy_to {self.url}: cannot be used ({first_line(error)})") from error
+
+
+def _newest(names: Iterable[str]) -> int:
+    """The last step among names of checkpoints; -1 without any."""
+    return max((int(found[1]) for name in names if (found := _STEP.fullmatch(name))), default=-1)
+
+
+def _last_step(folder: Path) -> int:
+    """The step of a folder's last checkpoint; -1 without any."""
+    link = folder / "last.ckpt"
+    return _newest([link.resolve().name] if link.exists() else [path.name for path in folder.glob("*.ckpt")])
 
 
 def _checksum(path: Path) -> bytes:

@@ -120,7 +120,7 @@ class Run:
         return [row["step"] for row in self.rows() if "val/tau" in row]
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.checkpoints.iterdir())
+        return sorted(path.name for path in self.checkpoints.iterdir() if path.name != ".run")
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return read_checkpoint(self.checkpoints / name)["state_dict"]
@@ -229,6 +229,36 @@ def test_copies_in_an_object_store_replace_the_folder_after_kills_anywhere(run_i
         assert copies == {path.name: path.read_bytes() for path in disturbed.checkpoints.iterdir()}
         weights = load_draft(f"{url}/last.ckpt").state_dict()
         assert all(torch.equal(x, weights[name]) for name, x in calm.weights("last.ckpt").items())
+
+
+def test_copies_are_those_of_one_run_and_never_older_than_what_is_there(target, features, tmp_path, capsys):
+    """Neither another run's copies nor older ones of its own replace a run's checkpoints."""
+    path, url = recipe(target, features, tmp_path), f"memory://{tmp_path}/copies"
+
+    def fit(run: str, steps: int, *words: str) -> int:
+        given = {"trainer.default_root_dir": tmp_path / run, "trainer.max_steps": steps, "ckpt_path": "last"}
+        return main(["fit", "--config", str(path), *words, *(f"--{k}={v}" for k, v in given.items())])
+
+    def kept(run: str) -> dict[str, bytes]:
+        return {x.name: x.read_bytes() for x in (tmp_path / run / "checkpoints").iterdir()}
+
+    copied = f"--checkpoint.copy_to={url}"
+    assert fit("a", 2, copied) == fit("a", 4) == fit("b", 2) == 0
+    before = kept("b")
+    capsys.readouterr()
+    assert fit("b", 4, copied) == 2
+    assert f"checkpoint.copy_to {url}: holds copies of another run than {tmp_path}/b" in capsys.readouterr().err
+    assert kept("b") == before
+    newer = kept("a")
+    assert fit("a", 4, copied) == 0  # nothing is trained again
+    assert kept("a") == newer
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    assert fit("a", 4, copied) == 0
+    assert "last.ckpt" in kept("a")
+    capsys.readouterr()
+    assert fit("c", 2, "--checkpoint.copy_to=file:///proc/copies") == 2  # before it trains
+    assert "checkpoint.copy_to file:///proc/copies: cannot be used" in capsys.readouterr().err
+    assert kept("c") == {}
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def check_fp8(device: torch.device, precision: str) -> None:
     Raises:
         UserError: the device has none, or products are not in bf16 without them.
     """
-    if "bf16" not in precision:
-        raise UserError(f"model.fp8: trainer.precision is {precision}, but must be bf16-mixed")
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device.type}"
         raise UserError(
             f"model.fp8: {what} has no fp8 products; they need an NVIDIA GPU of compute capability 8.9 or higher"
         )
+    if "bf16" not in precision:
+        raise UserError(f"model.fp8: trainer.precision is {precision}, but must be bf16-mixed")
