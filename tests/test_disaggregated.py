@@ -140,9 +140,11 @@ def test_workers_end_with_a_parent_that_was_killed_and_run_no_file_of_the_curren
         text=True,
         cwd=tmp_path,
     )
-    for _ in range(2):
+    waiting = 0
+    while waiting < 2:  # after the lines about the new stores
         line = process.stdout.readline()
-        assert "waiting for prompts" in line, line
+        assert line, "both workers wait before they end"
+        waiting += "waiting for prompts" in line
     workers = children(process)
     assert len(workers) == 2
     process.kill()
