@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import re
 import tempfile
@@ -16,10 +15,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from specforge.checkpoints import CHECKSUM_SIZE
+from specforge.console import say
 from specforge.errors import UserError
 from specforge.files import disk_error, first_line, replace_link, write_file
 
-logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?:(?:step|best)-\d{8,}|last|best)\.ckpt")
 _STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
 _RUN = ".run"  # a file with the run's own random name, in its folder and among its copies
@@ -118,7 +117,7 @@ class Copies:
                 same = [x for x in checksums if x.startswith(start) and checksums[x] == checksums.get(link)]
                 if same and (folder / link).resolve().name != max(same):
                     replace_link(folder / link, folder / max(same))
-            logger.warning("checkpoints are fetched from %s", self.url)
+            say(f"checkpoints are fetched from {self.url}")
 
     def _runs(self, folder: Path) -> tuple[bytes, bytes]:
         """The names of the run in the folder and of the run that is copied; empty where none is known."""
