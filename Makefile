@@ -14,7 +14,7 @@ SPECFORGE := $(VENV)/bin/specforge
 TARGET := models/SmolLM2-135M-Instruct
 RUN := runs/quickstart
 
-.PHONY: install quickstart test test-others test-ray lint docs clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -37,20 +37,11 @@ quickstart: install
 	$(SPECFORGE) evaluate --draft $(RUN)/checkpoints/last.ckpt --prompts $(RUN)/unseen --baselines '[ngram]' \
 	  --max_new_tokens 80 --batch_size 64 --speed_prompts 0 --json $(RUN)/evaluation-unseen.json
 
-# Runs on Ray wait much, so they are beside the other tests; their output comes at their end.
 test: install
-	$(MAKE) --keep-going --jobs 2 test-ray test-others
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not ray" --durations 20 # bit-identical runs, on the CPU
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m ray --durations 10 || test $$? = 5 # none without Ray; one cluster at a time
 	$(if $(GPU),$(VENV)/bin/python -m pytest tests/test_gpu.py tests/modeling/layers/test_flex_attention.py \
 	  tests/test_algorithms.py::test_two_ranks_are_one_whole_or_sharded)
-
-# Without a GPU: runs are bit-identical only on a CPU.
-test-others:
-	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not ray" --durations 20
-
-test-ray: # one cluster at a time; status 5: no test, without Ray
-	@mkdir -p build
-	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m ray --durations 10 > build/ray.log 2>&1; \
-	  status=$$?; cat build/ray.log; test $$status = 0 || test $$status = 5
 
 lint: install
 	$(VENV)/bin/ruff check .

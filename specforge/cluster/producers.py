@@ -22,7 +22,7 @@ from specforge.errors import UserError, mistake_behind
 from specforge.files import first_line
 from specforge.inference.target_engine import on_device
 
-_PATIENCE = 30.0  # seconds for which a producer waits for room beside a trainer; its process may just be starting
+_PATIENCE = 60.0  # seconds for which a producer waits for room beside a trainer; its process may just be starting
 _END = 60.0  # seconds in which producers finish their prompt when the run ends
 
 
