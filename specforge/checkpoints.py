@@ -28,6 +28,7 @@ from specforge.files import address_of, first_line
 _LABEL = b"specforge xxh3-128:"
 _COMMENT = re.compile(re.escape(_LABEL) + rb"[0-9a-f]{32}")
 CHECKSUM_SIZE = 32  # the last bytes of the file
+STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")  # names of a run's checkpoints, except last.ckpt and best.ckpt
 _COMMENT_SIZE = len(_LABEL) + CHECKSUM_SIZE
 # The last record of a zip archive; its last two bytes are the length of the comment.
 _END, _END_SIZE = b"PK\5\6", 22

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: of the last ones a process without work takes half over, and makes their fixtures again."""
+    """Run slow tests first: an idle process takes half of the tests that are left, and repeats their fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -24,14 +24,13 @@ import specforge.stopping as stopping
 from specforge.callbacks.copies import Copies
 from specforge.callbacks.lightning_internals import CheckpointCallback
 from specforge.callbacks.resume import ExactResume
-from specforge.checkpoints import checkpoint_bytes, read_checkpoint
+from specforge.checkpoints import STEP, checkpoint_bytes, read_checkpoint
 from specforge.errors import UserError
 from specforge.files import check_local, replace_link, write_file
 from specforge.options import NonNegativeInt, PositiveInt
 
 FOLDER = "checkpoints"
 _MEASURED = "specforge_validation"
-_STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
 _LEFTOVER = re.compile(  # temporary files of write_file and replace_link
     r"\.(?:(?:step|best)-\d{8,}\.ckpt\.[a-z0-9_]{8}|(?:last|best)\.ckpt\.\d+)"
 )
@@ -91,7 +90,7 @@ class DraftCheckpoint(CheckpointCallback):
 
     def files(self) -> list[Path]:
         """This callback's checkpoints, ordered by step."""
-        found = [path for path in self.folder.glob(f"{self.prefix}-*.ckpt") if _STEP.fullmatch(path.name)]
+        found = [path for path in self.folder.glob(f"{self.prefix}-*.ckpt") if STEP.fullmatch(path.name)]
         return sorted(found, key=step_of)
 
     def path_of(self, trainer: pl.Trainer) -> Path:
@@ -150,7 +149,7 @@ class LastCheckpoint(DraftCheckpoint):
         self._seen = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the place of the copies."""
+        """Check that copies can be written, and that they are this run's."""
         super().setup(trainer, pl_module, stage)
         if self.copies is not None and stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self.copies.join(self.folder)
@@ -299,7 +298,7 @@ def find_checkpoint(name: str, run: Path, copies: Copies | None = None) -> Path 
     Args:
         name: a path; or ``last`` or ``best`` of the run in the folder.
         run: the run's folder.
-        copies: what ``last`` and ``best`` are, if there are any; they are fetched into the run's folder.
+        copies: of the run's checkpoints; for ``last`` and ``best`` they are fetched, unless the folder is as new.
 
     Returns:
         The file; None for ``last`` if the run has no checkpoint.
@@ -318,7 +317,7 @@ def find_checkpoint(name: str, run: Path, copies: Copies | None = None) -> Path 
     found = folder / f"{name}.ckpt"
     if found.exists():
         return found
-    files = [path for path in folder.glob("*.ckpt") if _STEP.fullmatch(path.name) and path.exists()]
+    files = [path for path in folder.glob("*.ckpt") if STEP.fullmatch(path.name) and path.exists()]
     newest = max(files, key=lambda path: (step_of(path), path.name), default=None)
     if name == "best":
         hint = "" if newest is None else f"; the newest is {newest}"
@@ -362,6 +361,6 @@ def exact_resume(trainer: Any) -> ExactResume:
 
 def step_of(path: Path) -> int:
     """The optimizer step in a checkpoint's name."""
-    match = _STEP.fullmatch(path.name)
+    match = STEP.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))

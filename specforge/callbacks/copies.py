@@ -14,13 +14,12 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from specforge.checkpoints import CHECKSUM_SIZE
+from specforge.checkpoints import CHECKSUM_SIZE, STEP
 from specforge.console import say
 from specforge.errors import UserError
 from specforge.files import disk_error, first_line, replace_link, write_file
 
 _NAME = re.compile(r"(?:(?:step|best)-\d{8,}|last|best)\.ckpt")
-_STEP = re.compile(r"(?:step|best)-(\d{8,})\.ckpt")
 _RUN = ".run"  # a file with the run's own random name, in its folder and among its copies
 _LINKS = {"last.ckpt": "step-", "best.ckpt": "best-"}  # and how the names of what they link to begin
 
@@ -105,7 +104,7 @@ class Copies:
         with _locked(folder), self._explained():
             ours, theirs = self._runs(folder)
             checksums = {name: self._checksum(name) for name in names}
-            last = _newest(name for name in checksums if checksums[name] == checksums.get("last.ckpt", b""))
+            last = _newest(name for name in names if checksums[name] == checksums.get("last.ckpt"))
             if _last_step(folder) >= (_newest(names) if last < 0 else last):
                 return
             if theirs and not ours:
@@ -126,7 +125,8 @@ class Copies:
             theirs = bytes(self._fs.cat_file(self._place(_RUN)))
         except FileNotFoundError:
             theirs = b""
-        if theirs != ours if ours and theirs else theirs and _last_step(folder) >= 0:
+        is_another = theirs != ours if ours else _last_step(folder) >= 0
+        if theirs and is_another:
             raise UserError(
                 f"checkpoint.copy_to {self.url}: holds copies of another run than {folder}; choose another place, or "
                 "another trainer.default_root_dir to go on with that run"
@@ -164,7 +164,7 @@ class Copies:
 
 def _newest(names: Iterable[str]) -> int:
     """The last step among names of checkpoints; -1 without any."""
-    return max((int(found[1]) for name in names if (found := _STEP.fullmatch(name))), default=-1)
+    return max((int(found[1]) for name in names if (found := STEP.fullmatch(name))), default=-1)
 
 
 def _last_step(folder: Path) -> int:

@@ -25,8 +25,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lightning_modules.eagle3 import Eagle3Module
 from specforge.api import load_draft
 from specforge.callbacks.acceptance import AcceptanceLengthEvaluation
+from specforge.callbacks.copies import Copies
 from specforge.checkpoints import read_checkpoint
 from specforge.cli.main import main
+from specforge.runtime.data_plane.loader import FeatureDataLoader
 from tests.tiny import recipe
 
 
@@ -259,6 +261,23 @@ def test_copies_are_those_of_one_run_and_never_older_than_what_is_there(target, 
     assert fit("c", 2, "--checkpoint.copy_to=file:///proc/copies") == 2  # before it trains
     assert "checkpoint.copy_to file:///proc/copies: cannot be used" in capsys.readouterr().err
     assert kept("c") == {}
+
+
+def test_samples_are_durable_once_the_copy_is_complete(target, features, tmp_path, monkeypatch):
+    """A run that lost its folder resumes from the copies, and would not train such samples again."""
+    url, seen = f"memory://{tmp_path}/copies", {}
+    durable = FeatureDataLoader.durable
+
+    def record(loader: FeatureDataLoader, step: int) -> None:
+        seen[step] = f"step-{step:08d}.ckpt" in Copies(url).names()
+        durable(loader, step)
+
+    monkeypatch.setattr(FeatureDataLoader, "durable", record)
+    path = recipe(target, features, tmp_path, trainer__max_steps=4)
+    assert (
+        main(["fit", "--config", str(path), "--checkpoint.copy_to", url, "--checkpoint.every_n_train_steps", "2"]) == 0
+    )
+    assert seen == {2: True, 4: True}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_producers_start_beside_trainers_or_anywhere(monkeypatch):
     trainers += ["a", "b"]
     producers.keep(range(3))
     assert started == [(0, "a"), (1, "b"), (2, None)]
-    now[0] += 31  # another job has the room
+    now[0] += module._PATIENCE + 1  # another job has the room
     producers._running[1].node = "b"
     producers.keep(range(3))
     assert started[3:] == [(0, None)]

@@ -23,7 +23,6 @@ class Proof(Enum):
     """What SpecForge's tests have seen of a form in the server itself."""
 
     SERVED = "its answers equal the target's, in as many rounds as `specforge evaluate` counts"
-    LOADED = "every tensor reaches a parameter of its model; the draft was not run"
 
 
 # Rejects, with a UserError, fields of a draft's config that the named server would read as another network.
