@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CapturePolicy
-from specforge.inference.handoff import FeatureSink, Ticket
+from specforge.inference.handoff import FeatureSink, Ticket, select_states
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.addresses import open_backend
@@ -61,7 +61,8 @@ class FakeVLLM(ThreadingHTTPServer):
                 (found,) = self.engine.capture([ids], policy)
             states = found[AUX_HIDDEN_STATES].split(self.engine.target.hidden_size, dim=-1)
             last = found[LAST_HIDDEN_STATES]
-            self.sink.submit(ticket, ids, dict(zip(self.layers, states, strict=True)), lambda: last)
+            layers = dict(zip(self.layers, states, strict=True))
+            self.sink.submit(ticket, ids, lambda: select_states(ticket.capture, layers, lambda: last), last.nbytes)
         answer = {"choices": [{"prompt_token_ids": ids}], "kv_transfer_params": {"specforge": self.description}}
         return answer if self.description else answer | {"kv_transfer_params": None}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -56,6 +57,7 @@ _ERROR, _ERROR_BYTES = "error", 512
 _KINDS: dict[str, type[Exception]] = {"full": StoreFullError, "bad": BadSampleError}  # first word of an error text
 _FAILED = "failed"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_SWITCH_INTERVAL = 1e-4  # seconds
 _FIRST_POLL, _LONGEST_POLL = 0.002, 0.05  # seconds between two looks into the store
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Ticket(Record):
         key: id and generation of the sample.
         uri: where the features go.
         error_uri: where the reason goes if there are no features.
-        capture: hidden states to capture.
+        capture: hidden states to capture, each layer once.
         encoding: storage format.
         loss_mask: the mask to store, one character per token; empty for none.
     """
@@ -94,7 +96,8 @@ class Ticket(Record):
             "key": SAMPLE_ID.fullmatch(name) is not None and generation.isdecimal(),
             "uri": type(self.uri) is str,
             "error_uri": type(self.error_uri) is str,
-            "capture": isinstance(self.capture, CapturePolicy),
+            "capture": isinstance(self.capture, CapturePolicy)
+            and len(set(self.capture.layer_ids)) == len(self.capture.layer_ids),
             "encoding": self.encoding in ENCODINGS,
             "loss_mask": type(self.loss_mask) is str and not self.loss_mask.strip("01"),
         }
@@ -113,7 +116,7 @@ class _Delivery(NamedTuple):
     """What waits to be written: ``tensors`` returns the features, or raises the reason why there are none."""
 
     ticket: Ticket
-    tensors: Callable[[], dict[str, Tensor]]
+    tensors: Callable[[], Mapping[str, Tensor]]
     nbytes: int
 
 
@@ -122,6 +125,10 @@ class FeatureSink:
 
     No method raises or waits for the store, so a store that is slow, full or gone never stops the server. A server
     asks :meth:`has_room` before it copies states, and keeps them where they are while there is none.
+
+    The thread takes Python's global lock some 70 times per sample. A server whose own thread computes in Python without
+    a pause gives the lock up only when the interpreter's switch interval is over, by default after 5 ms; so the sink
+    shortens that interval.
 
     Args:
         backend: the store.
@@ -134,6 +141,7 @@ class FeatureSink:
         self._nbytes = 0
         self._changed = threading.Condition()
         self._closed = False
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self._thread = threading.Thread(target=self._run, name="feature sink", daemon=True)
         self._thread.start()
 
@@ -142,23 +150,18 @@ class FeatureSink:
         return self._nbytes < self._max_bytes
 
     def submit(
-        self,
-        ticket: Ticket,
-        input_ids: Sequence[int],
-        layers: Mapping[int, Tensor],
-        last: Tensor | Callable[[], Tensor] | None = None,
+        self, ticket: Ticket, input_ids: Sequence[int], states: Callable[[], Mapping[str, Tensor]], nbytes: int
     ) -> None:
         """Queue the states of one prompt.
 
         Args:
             ticket: the client's.
             input_ids: the tokens that the server has read.
-            layers: output of each captured decoder layer, ``[T, H]`` on the CPU, not changed afterwards.
-            last: states after the final norm, ``[T, H]``, or a function that computes them; None if the server cannot.
+            states: returns the hidden states that the ticket asks for, by the names of their features, on the CPU and
+                not changed afterwards; or raises the reason why there are none. The sink's thread calls it.
+            nbytes: memory that is held until then.
         """
-        tensors = partial(_features, ticket, list(input_ids), layers, last)
-        held = [*layers.values(), *([last] if isinstance(last, Tensor) else [])]
-        self._queue(_Delivery(ticket, tensors, sum(x.nbytes for x in held)))
+        self._queue(_Delivery(ticket, partial(_features, ticket, list(input_ids), states), nbytes))
 
     def fail(self, ticket: Ticket, reason: str) -> None:
         """Queue the reason why there are no features."""
@@ -221,23 +224,38 @@ class FeatureSink:
             raise
 
 
-def _features(
-    ticket: Ticket, input_ids: list[int], states: Mapping[int, Tensor], last: Tensor | Callable[[], Tensor] | None
-) -> dict[str, Tensor]:
-    """The tensors that a ticket asks for."""
-    policy, tensors = ticket.capture, {INPUT_IDS: torch.tensor(input_ids, dtype=torch.int32)}
-    missing = [layer for layer in policy.layer_ids if layer not in states]
-    if missing:
-        raise UserError(f"layer {missing[0]} is not among the captured layers {sorted(states)}")
-    if policy.layer_ids:
-        tensors[AUX_HIDDEN_STATES] = torch.cat([states[layer] for layer in policy.layer_ids], dim=-1)
-    if policy.last_hidden_states:
-        if last is None:
-            raise UserError("this server does not capture the last hidden states")
-        tensors[LAST_HIDDEN_STATES] = last if isinstance(last, Tensor) else last()
+def _features(ticket: Ticket, input_ids: list[int], states: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """What is stored for a ticket."""
+    tensors = {**states(), INPUT_IDS: torch.tensor(input_ids, dtype=torch.int32)}
     if ticket.loss_mask:
         tensors[LOSS_MASK] = torch.tensor([int(x) for x in ticket.loss_mask], dtype=torch.uint8)
     return tensors
+
+
+def select_states(
+    policy: CapturePolicy, layers: Mapping[int, Tensor], last: Callable[[], Tensor] | None
+) -> dict[str, Tensor]:
+    """The hidden states that a policy names, by the names of their features.
+
+    Args:
+        policy: what to capture.
+        layers: output of each captured decoder layer, ``[T, H]``.
+        last: returns the states after the final norm, ``[T, H]``; None if the server does not capture them.
+
+    Raises:
+        UserError: some of them are not captured.
+    """
+    missing = [layer for layer in policy.layer_ids if layer not in layers]
+    if missing:
+        raise UserError(f"layer {missing[0]} is not among the captured layers {sorted(layers)}")
+    found = {}
+    if policy.layer_ids:
+        found[AUX_HIDDEN_STATES] = torch.cat([layers[layer] for layer in policy.layer_ids], dim=-1)
+    if policy.last_hidden_states:
+        if last is None:
+            raise UserError("this server does not capture the last hidden states")
+        found[LAST_HIDDEN_STATES] = last()
+    return found
 
 
 def _kind(error: Exception) -> str:

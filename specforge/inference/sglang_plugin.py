@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from specforge.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.handoff import FeatureSink, Ticket
@@ -287,7 +288,7 @@ class Capture:
             if fields != {}:
                 ticket = Ticket.from_json(fields)
                 policy, width = ticket.capture, output.last_hidden_states.shape[1]
-                if not set(policy.layer_ids) <= set(layers) or len(set(policy.layer_ids)) != len(policy.layer_ids):
+                if not set(policy.layer_ids) <= set(layers):
                     raise ValueError(f"layers {list(policy.layer_ids[:20])}, but {layers} are captured")
                 aux = output.hidden_states.new_empty(length, width * len(policy.layer_ids), device="cpu")
                 last = output.last_hidden_states.new_empty(length, width, device="cpu")
@@ -315,8 +316,11 @@ class Capture:
         if prompt.rows < length:
             self._sink.fail(prompt.ticket, f"only {prompt.rows} of {length} tokens were computed")
             return
-        layers = dict(zip(policy.layer_ids, prompt.aux.chunk(max(1, len(policy.layer_ids)), dim=1), strict=False))
-        self._sink.submit(prompt.ticket, req.origin_input_ids, layers, prompt.last)
+        states = {AUX_HIDDEN_STATES: prompt.aux} if policy.layer_ids else {}
+        if prompt.last is not None:
+            states[LAST_HIDDEN_STATES] = prompt.last
+        nbytes = sum(x.nbytes for x in states.values())
+        self._sink.submit(prompt.ticket, req.origin_input_ids, lambda: states, nbytes)
 
     def _fail(self, req: Any, reason: str) -> None:
         prompt = self._prompts.get(req)

@@ -23,6 +23,7 @@ def capture_arguments(layers: Sequence[int]) -> list[str]:
         "--return-aux-hidden-state-layer-ids",
         *map(str, sorted(layers)),
         "--disable-radix-cache",
+        "--sleep-on-idle",  # else its loop spins, and the thread that writes features waits for the interpreter's lock
     ]
 
 

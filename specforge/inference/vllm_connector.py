@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from specforge.errors import UserError
 from specforge.files import first_line
-from specforge.inference.handoff import FeatureSink, Ticket
+from specforge.inference.handoff import FeatureSink, Ticket, select_states
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.vllm_server import FIELD, check_ids
 from specforge.runtime.addresses import open_backend
@@ -200,6 +201,15 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to do."""
 
 
+class _Copy(NamedTuple):
+    """States of a prompt on their way out of the cache; `states` returns them once `event`, if any, has happened."""
+
+    prompt: _Prompt
+    states: Callable[[], dict[str, Tensor]]
+    nbytes: int
+    event: Any
+
+
 class Exporter:
     """Copies captured states from the cache to a sink; no method raises.
 
@@ -213,7 +223,7 @@ class Exporter:
     def __init__(self, cache: Tensor, ids: Sequence[int], norm: Callable[[Tensor], Tensor] | None, sink: Any) -> None:
         self._cache, self._ids, self._norm, self.sink = cache.permute(0, 2, 1, 3), ids, norm, sink
         self._waiting: deque[_Prompt] = deque()
-        self._copying: deque[tuple[_Prompt, list[Tensor], Any]] = deque()
+        self._copying: deque[_Copy] = deque()
         self._stream = torch.cuda.Stream(cache.device) if cache.is_cuda else None
 
     def add(self, prompts: Sequence[_Prompt]) -> None:
@@ -231,29 +241,34 @@ class Exporter:
                 continue
             try:
                 self._start(prompt)
+            except UserError as error:
+                self.sink.fail(prompt.ticket, first_line(error))
+                done.add(prompt.request_id)
             except Exception as error:
                 logger.exception("sample %s: cannot be copied", prompt.ticket.key)
                 self.sink.fail(prompt.ticket, f"the states cannot be copied ({first_line(error)})")
                 done.add(prompt.request_id)
-        while self._copying and (self._copying[0][2] is None or self._copying[0][2].query()):
-            prompt, states, _ = self._copying.popleft()
-            self._submit(prompt, states)
+        while self._copying and (self._copying[0].event is None or self._copying[0].event.query()):
+            prompt, states, nbytes, _ = self._copying.popleft()
+            self.sink.submit(prompt.ticket, prompt.input_ids, states, nbytes)
             done.add(prompt.request_id)
         return done
 
     def _start(self, prompt: _Prompt) -> None:
         if self._stream is None:
-            self._copying.append((prompt, [self._gather(prompt)], None))
+            rows = self._gather(prompt)
+            self._copying.append(_Copy(prompt, partial(self._states, prompt, rows), rows.nbytes, None))
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._cache.device))
         with torch.cuda.stream(self._stream):
-            found = [self._gather(prompt)]
-            if self._norm is not None and prompt.ticket.capture.last_hidden_states:
-                found.append(self._norm(found[0][:, -1]))
-            pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in found]
+            found = self._states(prompt, self._gather(prompt))
+            pinned = {
+                name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for name, x in found.items()
+            }
             event = torch.cuda.Event()
             event.record(self._stream)
-        self._copying.append((prompt, pinned, event))
+        self._copying.append(_Copy(prompt, lambda: pinned, sum(x.nbytes for x in pinned.values()), event))
 
     def _gather(self, prompt: _Prompt) -> Tensor:
         """States of a prompt's tokens, ``[T, K, H]``; whole blocks are copied, which is faster than slots."""
@@ -264,18 +279,12 @@ class Exporter:
             raise RuntimeError(f"{len(prompt.blocks)} blocks do not hold {length} tokens")
         return self._cache.index_select(0, blocks.to(self._cache.device)).flatten(0, 1)[:length]
 
-    def _submit(self, prompt: _Prompt, states: list[Tensor]) -> None:
-        rows, *normed = states
-        layers: Mapping[int, Tensor] = {i - 1: rows[:, column] for column, i in enumerate(self._ids)}
-        last = None
-        if self._norm is not None:
-            last = (lambda: normed[0]) if normed else (lambda: self._last(rows))
-        self.sink.submit(prompt.ticket, prompt.input_ids, layers, last)
-
     @torch.no_grad()
-    def _last(self, rows: Tensor) -> Tensor:
-        assert self._norm is not None
-        return self._norm(rows[:, -1])
+    def _states(self, prompt: _Prompt, rows: Tensor) -> dict[str, Tensor]:
+        """What a prompt's ticket asks for, from ``[T, K, H]`` and on its device."""
+        layers = {i - 1: rows[:, column] for column, i in enumerate(self._ids)}
+        norm = self._norm
+        return select_states(prompt.ticket.capture, layers, None if norm is None else lambda: norm(rows[:, -1]))
 
 
 def _captured_ids(vllm_config: Any) -> list[int]:

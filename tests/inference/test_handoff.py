@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from specforge.contracts import AUX_HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATES, LOSS_MASK, CapturePolicy, Provenance
 from specforge.errors import UserError
-from specforge.inference.handoff import FeatureSink, Handoff, Ticket
+from specforge.inference.handoff import FeatureSink, Handoff, Ticket, select_states
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane import shared_dir
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
@@ -44,6 +45,10 @@ def provenance(encoding: str = "raw") -> Provenance:
     return Provenance("tiny", "f" * 8, "t" * 8, POLICY, "bfloat16", encoding=encoding)
 
 
+def captured(last: Tensor | None, layers: dict[int, Tensor] | None = None) -> Callable[[], dict[str, Tensor]]:
+    return lambda: select_states(POLICY, states() if layers is None else layers, None if last is None else lambda: last)
+
+
 def states() -> dict[int, Tensor]:
     return {v: torch.randn(len(IDS), WIDTH, generator=torch.Generator().manual_seed(v)).bfloat16() for v in (0, 1, 4)}
 
@@ -54,7 +59,7 @@ def test_features_arrive_as_they_were_captured_and_leave_nothing_behind(address,
     handoff = Handoff(backend, "http://s")
     ticket, ref = handoff.expect(IDS, FEATURES, provenance(encoding), loss_mask=[0, 1, 1, 0])
     last = torch.ones(len(IDS), WIDTH).bfloat16()
-    sink.submit(Ticket.from_json(ticket.to_json()), IDS, states(), lambda: last)
+    sink.submit(Ticket.from_json(ticket.to_json()), IDS, captured(last), 1)
     handoff.wait(ticket)
     found = handoff.take(ref)
     aux = torch.cat([states()[4], states()[1]], dim=-1)
@@ -70,7 +75,7 @@ def test_a_reference_is_as_good_as_one_from_a_put(address, sink):
     """Any process that gets it reads the features, and notices damage."""
     handoff = Handoff(open_backend(address), "http://s")
     ticket, ref = handoff.expect(IDS, FEATURES, provenance(), sample_id="abc", loss_mask=[1] * 4, source="f, line 3")
-    sink.submit(ticket, IDS, states(), lambda: torch.zeros(4, WIDTH).bfloat16())
+    sink.submit(ticket, IDS, captured(torch.zeros(4, WIDTH).bfloat16()), 1)
     handoff.wait(ticket)
     reader = FeatureStore(open_backend(address))
     reader.adopt([ref])
@@ -99,10 +104,14 @@ def test_a_reference_without_a_checksum_needs_one_beside_the_features(tmp_path):
 def test_reasons_reach_the_client(address, sink):
     handoff = Handoff(open_backend(address), "http://s")
     for case, error, reason in [
-        (lambda t: sink.submit(t, IDS, {1: states()[1]}), UserError, r"layer 4 is not among the captured layers \[1\]"),
-        (lambda t: sink.submit(t, IDS, states()), UserError, "does not capture the last hidden states"),
-        (lambda t: sink.submit(t, IDS, states(), lambda: torch.full((4, WIDTH), torch.nan)), BadSampleError, "NaN"),
-        (lambda t: sink.submit(t, IDS[:2], states(), lambda: states()[0]), BadSampleError, "number of tokens"),
+        (
+            lambda t: sink.submit(t, IDS, captured(None, {1: states()[1]}), 1),
+            UserError,
+            r"layer 4 is not among the captured layers \[1\]",
+        ),
+        (lambda t: sink.submit(t, IDS, captured(None), 1), UserError, "does not capture the last hidden states"),
+        (lambda t: sink.submit(t, IDS, captured(torch.full((4, WIDTH), torch.nan)), 1), BadSampleError, "NaN"),
+        (lambda t: sink.submit(t, IDS[:2], captured(states()[0]), 1), BadSampleError, "number of tokens"),
         (lambda t: sink.fail(t, "the request was aborted"), UserError, "server http://s: the request was aborted"),
     ]:
         ticket, _ = handoff.expect(IDS, FEATURES, provenance())
@@ -126,7 +135,7 @@ def test_a_store_that_fails_or_is_full_never_stops_the_server(tmp_path):
     backend.write = fail
     for error, reason in ((StoreFullError, "no space"), (UserError, "gone"), (None, "")):
         ticket, ref = handoff.expect(IDS, FEATURES, provenance())
-        sink.submit(ticket, IDS, states(), lambda: states()[0])
+        sink.submit(ticket, IDS, captured(states()[0]), 1)
         if error:
             with pytest.raises(error, match=f"server http://s: {reason}"):
                 handoff.wait(ticket)
@@ -152,11 +161,25 @@ def test_a_disk_without_space_is_a_full_store(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(shared_dir, "write_flat", full)
     ticket, _ = handoff.expect(IDS, FEATURES, provenance())
-    sink.submit(ticket, IDS, states(), lambda: states()[0])
+    sink.submit(ticket, IDS, captured(states()[0]), 1)
     with pytest.raises(StoreFullError, match=os.strerror(number)):
         handoff.wait(ticket)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     sink.close()
+
+
+def test_a_server_that_computes_in_python_leaves_the_sink_its_turns(tmp_path, monkeypatch):
+    """With the interpreter's 5 ms it waited for 350 ms per sample beside SGLang's loop."""
+    set_interval, intervals = sys.setswitchinterval, []
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: intervals.append(seconds))
+    before = sys.getswitchinterval()
+    try:
+        for interval in (5e-3, 1e-5):
+            set_interval(interval)
+            FeatureSink(open_backend(str(tmp_path))).close()
+    finally:
+        set_interval(before)
+    assert intervals == [1e-4, pytest.approx(1e-5)]
 
 
 def test_a_slow_store_fills_the_queue_and_nothing_is_lost(tmp_path):
@@ -168,7 +191,7 @@ def test_a_slow_store_fills_the_queue_and_nothing_is_lost(tmp_path):
     tickets = []
     while sink.has_room():
         tickets.append(handoff.expect(IDS, FEATURES, provenance())[0])
-        sink.submit(tickets[-1], IDS, states(), lambda: states()[0])
+        sink.submit(tickets[-1], IDS, captured(states()[0]), one)
     assert len(tickets) == 2
     assert not sink.drain(0.01)
     go.set()
@@ -188,6 +211,7 @@ def test_a_slow_store_fills_the_queue_and_nothing_is_lost(tmp_path):
         {"loss_mask": "012"},
         {"encoding": "zip"},
         {"uri": None},
+        {"capture": {"layer_ids": [1] * 1000, "last_hidden_states": True}},
         {"more": 1},
     ],
 )
@@ -202,7 +226,7 @@ def test_a_ticket_cannot_name_a_place_outside_the_store_or_another_sample(uri, t
     backend = open_backend(str(tmp_path / "store"), create=True)
     ticket, _ = Handoff(backend, "http://s").expect(IDS, FEATURES, provenance(), sample_id="abc")
     sink = FeatureSink(backend)
-    sink.submit(Ticket.from_json(ticket.to_json() | {"uri": uri or "x"}), IDS, states(), lambda: states()[0])
+    sink.submit(Ticket.from_json(ticket.to_json() | {"uri": uri or "x"}), IDS, captured(states()[0]), 1)
     sink.drain()
     assert [uri for _, uri in backend.stored()] == [ticket.error_uri]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

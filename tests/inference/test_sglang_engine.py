@@ -88,4 +88,6 @@ def test_options_of_a_server(files, monkeypatch):
 
 
 def test_the_last_states_alone_are_captured_beside_some_layer():
-    assert capture_arguments([4, 1])[-4:] == ["--return-aux-hidden-state-layer-ids", "1", "4", "--disable-radix-cache"]
+    arguments = capture_arguments([4, 1])
+    layers = arguments.index("--return-aux-hidden-state-layer-ids") + 1
+    assert arguments[layers:] == ["1", "4", "--disable-radix-cache", "--sleep-on-idle"]

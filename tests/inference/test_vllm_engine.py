@@ -221,9 +221,9 @@ def test_what_a_store_refuses_is_reported_per_sample(engine, server, files, monk
     monkeypatch.setattr(server.sink._backend, "write", fail)
     submit = server.sink.submit
 
-    def spoil(ticket, ids, layers, last):
-        broken = {k: v * torch.nan for k, v in layers.items()} if ticket.key == "c.1" else layers
-        submit(ticket, ids, broken, last)
+    def spoil(ticket, ids, states, nbytes):
+        broken = {k: v * torch.nan for k, v in states().items()}
+        submit(ticket, ids, (lambda: broken) if ticket.key == "c.1" else states, nbytes)
 
     monkeypatch.setattr(server.sink, "submit", spoil)
     provenance = Provenance("tiny", files.fingerprint, "t", POLICY, "float32")
