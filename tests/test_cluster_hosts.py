@@ -33,24 +33,20 @@ def test_hosts_give_the_weights_of_one(target, prompts, tmp_path, undisturbed, n
     nodes: list[subprocess.Popen[str]] = []
 
     def join(host: str, folder: str, *words: object) -> None:
+        """One at a time: these hosts share a disk, and nodes that start together may choose the same socket file."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", folder]
         nodes.append(network.start(host, *ray, "--node-ip-address", network.address(host), *words))
-
-    def wait_until_started(node: subprocess.Popen[str]) -> None:
         found = ""
         while "Ray runtime started" not in found:
-            line = node.stdout.readline()
+            line = nodes[-1].stdout.readline()
             found += line
             assert line, found
 
     with tempfile.TemporaryDirectory() as folder:  # short, for Ray's sockets
         try:
             join(SERVERS, folder, "--head", "--port", 6379, "--num-cpus", 0, "--include-dashboard", "false")
-            wait_until_started(nodes[0])
             for host in (TRAINER, PRODUCER):
                 join(host, folder, "--address", address, "--num-cpus", PRODUCERS)
-            for node in nodes[1:]:
-                wait_until_started(node)
             run = network.start(SERVERS, sys.executable, "-m", "specforge.cli.main", "launch", "--config", path)
             output, _ = run.communicate(timeout=600)
             assert run.returncode == 0, output
