@@ -5,30 +5,38 @@
 
 `scaling` runs `specforge launch` with 1, 2 and 4 producers that only sleep for each prompt, with real stores (Redis
 and a shared folder), and counts the samples that arrive in the trainer per second. The trainer's model is tiny, and it
-trains 32 samples per step. `overhead` trains a small EAGLE-3 draft on a small random target, in turn started by hand
-(`specforge produce` and `specforge fit`) and by `specforge launch`, with the same recipe, stores and ranks, and
-compares the median step times. Both start a cluster of their own on this machine, with as many CPUs as the run asks
-for; with fewer real cores the figures say little.
+trains 32 samples per step.
+
+`overhead` trains a small EAGLE-3 draft on a small random target twice, started by hand (`specforge produce` and
+`specforge fit`) and by `specforge launch`, with the same recipe, ranks and kind of stores. Both runs are started, then
+one of them is stopped (SIGSTOP, with all processes of Ray) while the other trains, in turns of a few seconds, so a
+machine whose speed changes is equally fast for both. Steps that a stop interrupts are not counted.
+
+Both start a cluster of their own on this machine, with as many CPUs as the run asks for; with fewer real cores the
+figures say little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil
 import torch
 import yaml
 
@@ -38,23 +46,17 @@ from specforge.data.prompts import PromptSet
 from specforge.inference.target_engine.base import TargetEngine, feature_widths
 from tests.tiny import write_target
 
-CLOCK = "clock.json"
+CLOCK = "clock.jsonl"
 
 
 class Clock(pl.Callback):
     """Writes the time of each step's end on the first rank, and the number of its samples, into the run's folder."""
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[float, int]] = []
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note a step."""
-        self._steps.append((time.perf_counter(), len(batch.sample_ids)))
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write."""
         if trainer.is_global_zero:
-            (Path(trainer.default_root_dir) / CLOCK).write_text(json.dumps(self._steps))
+            with (Path(trainer.default_root_dir) / CLOCK).open("a") as file:
+                print(json.dumps([time.perf_counter(), len(batch.sample_ids)]), file=file)
 
 
 class SleepingEngine(TargetEngine):
@@ -115,7 +117,7 @@ def write_recipe(folder: Path, run: str, options: argparse.Namespace, batch: int
             "accelerator": "cpu",
             "devices": ranks,
             "strategy": "ddp" if ranks > 1 else "auto",
-            "max_steps": options.steps,
+            "max_steps": options.steps if options.what == "scaling" else 10**9,
             "default_root_dir": str(folder / run),
             "enable_progress_bar": False,
             "log_every_n_steps": 10,
@@ -148,8 +150,10 @@ def write_recipe(folder: Path, run: str, options: argparse.Namespace, batch: int
 
 
 def steps_of(run: Path, skip: int) -> list[tuple[float, int]]:
-    """End and samples of each step but the first ones, of the first rank."""
-    return [(end, samples) for end, samples in json.loads((run / CLOCK).read_text())][skip:]
+    """End (of the clock that all processes share) and samples of each step but the first ones, of the first rank."""
+    path = run / CLOCK
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(end, samples) for end, samples in map(json.loads, lines)][skip:]
 
 
 def delivered(folder: Path, producers: int, options: argparse.Namespace) -> float:
@@ -192,50 +196,90 @@ def scaling(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def step_ms(folder: Path, kind: str, options: argparse.Namespace) -> float:
-    """Median step time of a run that is started by hand or by Ray."""
-    run = f"{kind}-{time.monotonic_ns()}"
-    recipe = write_recipe(folder, run, options, options.batch, options.ranks)
-    stores = {"store": folder / run / "store", "metadata": folder / run / "metadata.db"}
+class Run:
+    """A training that can be stopped for a while.
+
+    Args:
+        folder: the run's.
+        starts: processes whose descendants belong to it, too.
+    """
+
+    def __init__(self, folder: Path, starts: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.folder, self.starts = folder, starts
+        self.turns: list[tuple[float, float]] = []
+
+    def signal(self, number: int, *more: psutil.Process) -> None:
+        """Send a signal to all processes, and to those in `more`."""
+        roots = [psutil.Process(start.pid) for start in self.starts if start.poll() is None] + list(more)
+        for process in [process for root in roots for process in (root, *root.children(recursive=True))]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def steps_ms(self, skip: int) -> list[list[float]]:
+        """Milliseconds of the steps that lie within each turn."""
+        ends = [end for end, _ in steps_of(self.folder, skip)]
+        return [[1000 * (b - a) for a, b in pairwise(ends) if begin <= a and b <= end] for begin, end in self.turns]
+
+    def end(self) -> None:
+        """End all of it."""
+        for start in self.starts:
+            start.terminate()
+        for start in self.starts:
+            start.wait()
+
+
+def start(folder: Path, kind: str, options: argparse.Namespace, address: str) -> Run:
+    """Start a training by hand, or by `specforge launch` on the cluster at `address`."""
+    recipe = write_recipe(folder, kind, options, options.batch, options.ranks)
+    stores = {"store": folder / kind / "store", "metadata": folder / kind / "metadata.db"}
     words = [word for name, path in stores.items() for word in (f"--data.{name}", path)]
     if kind == "ray":
-        with ray_cluster(options.ranks + 1) as address:
-            specforge(
-                "launch",
-                "--config",
-                recipe,
-                *words,
-                "--cluster.address",
-                address,
-                "--cluster.trainers.count",
-                options.ranks,
-            )
+        cluster = ("--cluster.address", address, "--cluster.trainers.count", options.ranks)
+        commands = [["launch", "--config", recipe, *words, *cluster]]
     else:
-        command = [sys.executable, "-m", "specforge.cli.main", "produce", "--target", folder / "target"]
-        command += [word for name, path in stores.items() for word in (f"--{name}", path)]
-        producer = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-        try:
-            specforge("fit", "--config", recipe, *words)
-        finally:
-            producer.terminate()
-            producer.wait()
-    ends = [end for end, _ in steps_of(folder / run, options.skip)]
-    return 1000 * statistics.median(b - a for a, b in pairwise(ends))
+        produce = [word for name, path in stores.items() for word in (f"--{name}", path)]
+        commands = [["produce", "--target", folder / "target", *produce], ["fit", "--config", recipe, *words]]
+    start = [sys.executable, "-m", "specforge.cli.main"]
+    return Run(folder / kind, [subprocess.Popen([*start, *map(str, words)]) for words in commands])
 
 
 def overhead(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds per step of both, in turn, and the median of their ratios."""
-    write_inputs(folder, options, options.batch * options.ranks * (options.steps + 1))
-    found: dict[str, list[float]] = {"by hand": [], "ray": []}
-    for turn in range(options.repeats):
-        for kind in sorted(found, reverse=bool(turn % 2)):
-            found[kind].append(step_ms(folder, kind.replace(" ", "-"), options))
-            print(f"{kind}: {found[kind][-1]:.1f} ms per step", flush=True)
-    ratios = [ray / hand for hand, ray in zip(found["by hand"], found["ray"], strict=True)]
+    """Milliseconds per step of both, and their ratio, turn by turn."""
+    write_inputs(folder, options, options.batch * options.ranks * 8)
+    own = psutil.Process()
+    with ray_cluster(options.ranks + 1) as address:
+        servers = own.children()  # of Ray; the processes that it starts are theirs
+        runs = {kind: start(folder, kind, options, address) for kind in ("hand", "ray")}
+        more = {"hand": [], "ray": servers}
+        try:
+            while any(len(steps_of(run.folder, options.skip)) < 1 for run in runs.values()):
+                if any(process.poll() is not None for run in runs.values() for process in run.starts):
+                    raise SystemExit("a run has ended; its output says why")
+                time.sleep(0.2)
+            for run, others in zip(runs.values(), more.values(), strict=True):
+                run.signal(signal.SIGSTOP, *others)
+            for turn in range(options.turns):
+                for kind in sorted(runs, reverse=bool(turn % 2)):
+                    runs[kind].signal(signal.SIGCONT, *more[kind])
+                    begin = time.perf_counter()
+                    time.sleep(options.turn_seconds)
+                    runs[kind].turns.append((begin, time.perf_counter()))
+                    runs[kind].signal(signal.SIGSTOP, *more[kind])
+        finally:
+            for kind, run in runs.items():
+                run.signal(signal.SIGCONT, *more[kind])
+            for run in runs.values():
+                run.end()
+    found = {kind: run.steps_ms(options.skip) for kind, run in runs.items()}
+    turns = [(hand, ray) for hand, ray in zip(found["hand"], found["ray"], strict=True) if hand and ray]
+    ratios = [statistics.mean(ray) / statistics.mean(hand) for hand, ray in turns]
     return {
-        "ms per step": {kind: statistics.median(values) for kind, values in found.items()},
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
+        "ms per step": {kind: statistics.median(ms for turn in each for ms in turn) for kind, each in found.items()},
+        "steps": {kind: sum(map(len, each)) for kind, each in found.items()},
+        "turns": len(ratios),
+        "ratio, median": statistics.median(ratios),
+        "ratio, mean": statistics.mean(ratios),
+        "its standard error": statistics.stdev(ratios) / math.sqrt(len(ratios)),
     }
 
 
@@ -247,13 +291,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="seconds that a prompt takes (scaling)")
     parser.add_argument("--ranks", type=int, default=1, help="number of trainers (overhead)")
     parser.add_argument("--batch", type=int, default=4, help="samples of a rank's step (overhead)")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run (scaling)")
+    parser.add_argument("--turns", type=int, default=40, help="turns of each run (overhead)")
+    parser.add_argument("--turn_seconds", type=float, default=4.0, help="length of a turn (overhead)")
     parser.add_argument("--skip", type=int, default=10, help="first steps, which are not counted")
     parser.add_argument("--tokens", type=int, help="tokens of a prompt")
     parser.add_argument("--hidden", type=int, help="hidden size of target and draft")
     parser.add_argument("--vocabulary", type=int, help="vocabulary of the target")
     parser.add_argument("--unroll", type=int, help="drafted positions that a step trains")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each number of producers (scaling)")
     parser.add_argument("--json", type=Path)
     shapes = {
         "scaling": {"tokens": 32, "hidden": 32, "vocabulary": 264, "unroll": 1},
