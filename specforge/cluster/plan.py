@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_modules.loading import captured_by, find_algorithm
 from specforge.cluster.options import BESIDE_TRAINERS, ClusterOptions, ProducerOptions, TrainerOptions
 from specforge.errors import UserError
 from specforge.inference.sizing import Sizes, estimate
@@ -199,6 +198,8 @@ def describe(
     Raises:
         UserError: the processes do not fit, or the target or the model is rejected.
     """
+    from lightning_modules.loading import captured_by, find_algorithm  # Lightning, which producers do not need
+
     placed = place(nodes, cluster)
     data, producers = recipe["data"]["init_args"], cluster.producers
     captured = captured_by(recipe)
