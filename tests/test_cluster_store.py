@@ -36,13 +36,13 @@ def in_memory(path: Path, address: str, gates: dict[Path, int] | None = None, **
     del data["store"]
     data |= {"max_bytes": 2 * SIZE} | options
     path.write_text(yaml.safe_dump(content))
-    return shared.on_cluster(path, address, gates, producers={"count": 2}, store_bytes=SIZE)
+    return shared.on_cluster(path, address, gates, producers={"count": 2}, store_bytes=SIZE, store_owners=2)
 
 
 def kill_an_owner() -> None:
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     owners = sorted(name for name in names if name.startswith("test-memory-"))
-    assert len(owners) == 2
+    assert len(owners) == 4
     actor = ray.get_actor(owners[0], namespace="specforge")
     os.kill(ray.get(actor.__ray_call__.remote(lambda self: __import__("os").getpid())), signal.SIGKILL)
 
@@ -65,7 +65,7 @@ def test_a_lost_part_of_the_memory_is_produced_again(
     finally:
         print(out := capfd.readouterr().out)
     lines = [json.loads(line) for line in out.splitlines()]
-    assert any("is lost, with the features in it" in line["message"] for line in lines)
+    assert any("1/2 of the memory of node" in line["message"] for line in lines)
     again = [line for line in lines if "; it is produced again" in line["message"]]
     assert again
     assert {(line["role"], line["level"]) for line in again} == {("trainer", "warning")}

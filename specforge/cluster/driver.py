@@ -223,10 +223,11 @@ def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisServer |
 
 def _with_store(launch: Launch, stack: ExitStack) -> tuple[Launch, MooncakeStore | None]:
     """The run with the address of its store; starts a Mooncake store if the run asks for one."""
-    if launch.cluster.store_bytes is None:
+    cluster = launch.cluster
+    if cluster.store_bytes is None:
         return launch, None
-    here, nbytes = ray.util.get_node_ip_address(), launch.cluster.store_bytes
-    store = MooncakeStore(launch.name, here, nbytes, launch.max_bytes)
+    here = ray.util.get_node_ip_address()
+    store = MooncakeStore(launch.name, here, cluster.store_bytes, cluster.store_owners, launch.max_bytes)
     stack.callback(store.end)
     return launch.at(store=store.address), store
 

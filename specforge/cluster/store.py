@@ -41,27 +41,29 @@ class Owner:
 
 
 class MooncakeStore:
-    """Starts a master, and an owner on each node that runs processes; starts owners again, on new nodes too.
+    """Starts a master, and owners on each node that runs processes; starts owners again, on new nodes too.
 
     Args:
         run: name of the run; the owners' names begin with it.
         host: address of this host in the cluster.
         nbytes: memory that each node lends.
+        owners: number of processes of a node that lend it, equal parts each.
         max_bytes: what the run stores at once; it must fit.
 
     Raises:
         UserError: Mooncake is not installed on a node, or the nodes do not lend enough.
     """
 
-    def __init__(self, run: str, host: str, nbytes: int, max_bytes: int) -> None:
+    def __init__(self, run: str, host: str, nbytes: int, owners: int, max_bytes: int) -> None:
         nodes = _nodes()
         if len(nodes) * nbytes < max_bytes:
             raise UserError(
                 f"cluster.store_bytes: {len(nodes)} x {nbytes:,} bytes are less than data.max_bytes ({max_bytes:,}); "
                 "raise one or lower the other"
             )
-        self._run, self._nbytes, self._stack = run, nbytes, ExitStack()
-        self._owners: dict[str, tuple[Any, Any]] = {}  # by node: the actor, and the reference of what `stay` returns
+        self._run, self._nbytes, self._count, self._stack = run, nbytes // owners, owners, ExitStack()
+        # By node and number: the actor, and the reference of what `stay` returns.
+        self._owners: dict[tuple[str, int], tuple[Any, Any]] = {}
         with socket.create_server((host, 0)) as port, socket.create_server((host, 0)) as metrics:
             self._address = MooncakeAddress(host, port.getsockname()[1], metrics.getsockname()[1])
         self._stack.enter_context(mooncake_master(host, self._address.port, self._address.metrics))
@@ -82,20 +84,22 @@ class MooncakeStore:
     def keep(self) -> None:
         """Replace owners that have died, and start one on each new node."""
         nodes = _nodes()
-        for node, (owner, stays) in list(self._owners.items()):
+        for place, (owner, stays) in list(self._owners.items()):
             if ray.wait([stays], timeout=0)[0]:
-                say(f"the memory of node {nodes.get(node, node[:8])} is lost, with the features in it")
+                node = nodes.get(place[0], place[0][:8])
+                part = "the memory" if self._count == 1 else f"1/{self._count} of the memory"
+                say(f"{part} of node {node} is lost, with the features in it")
                 ray.kill(owner)
-                del self._owners[node]
-        for node in nodes.keys() - self._owners.keys():
+                del self._owners[place]
+        for node, number in {(node, i) for node in nodes for i in range(self._count)} - self._owners.keys():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            name = f"{self._run}-memory-{node}"
+            name = f"{self._run}-memory-{node}-{number}"
             owner = (
                 ray.remote(Owner)
                 .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=2, scheduling_strategy=there)
                 .remote(self._address, self._nbytes)
             )
-            self._owners[node] = owner, owner.stay.remote()
+            self._owners[node, number] = owner, owner.stay.remote()
 
     def end(self) -> None:
         """End the owners, then the master."""
