@@ -66,8 +66,8 @@ class ClusterOptions:
             ``beside_trainers`` spreads trainers, and puts producers on their nodes as long as there is room.
         store_bytes: memory that each node lends to a Mooncake store, which starts and ends with the run (default:
             features are in a folder).
-        store_owners: number of processes of a node that lend its memory, equal parts each; the death of one costs only
-            what it held.
+        store_owners: number of processes of a node that lend its memory, equal parts each, into one of which every
+            sample must fit; the death of one costs only what it held.
         metrics_port: port of `launch` for Prometheus metrics and health (default: none).
         max_failures: how often the trainers, and each producer, are started again before the run stops.
     """

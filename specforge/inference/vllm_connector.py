@@ -241,9 +241,6 @@ class Exporter:
                 continue
             try:
                 self._start(prompt)
-            except UserError as error:
-                self.sink.fail(prompt.ticket, first_line(error))
-                done.add(prompt.request_id)
             except Exception as error:
                 logger.exception("sample %s: cannot be copied", prompt.ticket.key)
                 self.sink.fail(prompt.ticket, f"the states cannot be copied ({first_line(error)})")

@@ -169,7 +169,7 @@ def test_a_disk_without_space_is_a_full_store(tmp_path, monkeypatch, number):
 
 
 def test_a_server_that_computes_in_python_leaves_the_sink_its_turns(tmp_path, monkeypatch):
-    """With the interpreter's 5 ms it waited for 350 ms per sample beside SGLang's loop."""
+    """A small sample waited for 350 ms beside a thread that never paused, with the interpreter's own 5 ms."""
     set_interval, intervals = sys.setswitchinterval, []
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: intervals.append(seconds))
     before = sys.getswitchinterval()
