@@ -10,7 +10,8 @@ trains 32 samples per step.
 `overhead` trains a small EAGLE-3 draft on a small random target twice, started by hand (`specforge produce` and
 `specforge fit`) and by `specforge launch`, with the same recipe, ranks and kind of stores. Both runs are started, then
 one of them is stopped (SIGSTOP, with all processes of Ray) while the other trains, in turns of a few seconds, so a
-machine whose speed changes is equally fast for both. Steps that a stop interrupts are not counted.
+machine whose speed changes is equally fast for both. Steps that a stop interrupts are not counted, and neither is the
+beginning of a turn, in which the processes do what their timers ask for after a stop: Ray has many of these.
 
 Both start a cluster of their own on this machine, with as many CPUs as the run asks for; with fewer real cores the
 figures say little.
@@ -261,6 +262,7 @@ def overhead(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             for turn in range(options.turns):
                 for kind in sorted(runs, reverse=bool(turn % 2)):
                     runs[kind].signal(signal.SIGCONT, *more[kind])
+                    time.sleep(options.settle_seconds)
                     begin = time.perf_counter()
                     time.sleep(options.turn_seconds)
                     runs[kind].turns.append((begin, time.perf_counter()))
@@ -293,7 +295,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="samples of a rank's step (overhead)")
     parser.add_argument("--steps", type=int, default=40, help="steps of a run (scaling)")
     parser.add_argument("--turns", type=int, default=40, help="turns of each run (overhead)")
-    parser.add_argument("--turn_seconds", type=float, default=4.0, help="length of a turn (overhead)")
+    parser.add_argument("--turn_seconds", type=float, default=4.0, help="what is counted of a turn (overhead)")
+    parser.add_argument("--settle_seconds", type=float, default=2.0, help="what is not counted of a turn (overhead)")
     parser.add_argument("--skip", type=int, default=10, help="first steps, which are not counted")
     parser.add_argument("--tokens", type=int, help="tokens of a prompt")
     parser.add_argument("--hidden", type=int, help="hidden size of target and draft")

@@ -9,8 +9,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from specforge.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
@@ -55,6 +59,20 @@ def pick_device(name: str) -> str:
             "can use; use auto or cpu"
         )
     return name
+
+
+def multiplies_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype of matrix products that are wanted in ``dtype``: fp32 on a CPU without instructions for bf16 or fp16.
+
+    PyTorch emulates these there, and a training step takes 15 times as long (benchmarks/README.md).
+    """
+    import torch
+
+    if torch.device(device).type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)  # absent from builds without oneDNN
+    return dtype if supported is not None and supported() else torch.float32
 
 
 def interrupt_on_sigterm() -> None:

@@ -69,7 +69,9 @@ class Command:
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, once it has ended."""
         if self.returncode is None:
-            if not select.select([self._numbers], [], [], timeout)[0]:
+            ready = select.poll()  # unlike `select`, for descriptors beyond 1023 as well
+            ready.register(self._numbers, select.POLLIN)
+            if not ready.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             self.returncode = _read(self._numbers)
             os.close(self._numbers)

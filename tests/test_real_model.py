@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from specforge.cli.main import main
 
@@ -25,7 +24,6 @@ def run(*words: object) -> None:
 
 
 def test_prepare_capture_fit_evaluate_export(tmp_path):
-    torch.set_num_threads(2)
     lines = DATA.read_text().splitlines(keepends=True)
     data = tmp_path / "data.jsonl"
     data.write_text("".join([*lines[:3], *lines[49:89]]))

@@ -76,7 +76,7 @@ def _describe_cpu() -> str:
 
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), None)
-    advice = "use precision bf16-mixed" if bf16 else "bf16 is emulated here: use precision 32-true"
+    advice = "use precision bf16-mixed" if bf16 else "precision bf16-mixed gains nothing here"
     return f"{cores} cores, {has.get('cpu_name') or platform.machine()}; bf16 instructions: {bf16 or 'none'} ({advice})"
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import loggers
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -49,7 +51,7 @@ from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError, mistake_behind
 from specforge.files import write_file
 from specforge.logs import identify
-from specforge.system import keep_freed_memory
+from specforge.system import keep_freed_memory, multiplies_in
 
 _MODE = "specforge"  # jsonargparse's name for :func:`_load_yaml`
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -253,6 +255,7 @@ class TrainingCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs["plugins"] = plugins
+        kwargs["precision"] = _precision(config["precision"], config["accelerator"])
         if config["barebones"]:
             kwargs |= {key: None for key in _NOT_BAREBONES if config[key] == TRAINER_DEFAULTS[key]}
         elif config.get("logger") in (None, True):  # a validation adds nothing to the run's files
@@ -283,6 +286,16 @@ class TrainingCLI(LightningCLI):
         if shown and self.trainer.is_global_zero:
             width = max(map(len, metrics), default=0)
             print("\n".join(f"{name:<{width}}  {metrics[name]:.4g}" for name in sorted(metrics)))
+
+
+def _precision(wanted: Any, accelerator: Any) -> Any:
+    """fp32 instead of mixed precision on a CPU that would emulate bf16."""
+    others = (CUDAAccelerator, MPSAccelerator)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not any(x.is_available() for x in others))
+    if wanted not in ("bf16", "bf16-mixed") or not on_cpu or multiplies_in(torch.bfloat16, "cpu") == torch.bfloat16:
+        return wanted
+    pl.utilities.rank_zero_info("trainer.precision: this CPU has no bf16 instructions; training multiplies in fp32")
+    return "32-true"
 
 
 def _with_save_dir(words: Sequence[str]) -> list[str]:

@@ -18,7 +18,8 @@ from specforge.errors import UserError
 from specforge.eval.cache import EvalCache
 from specforge.eval.evaluate import EvaluateOptions, Evaluation, MethodResult, check_engine
 from specforge.eval.report import versions
-from specforge.system import peak_memory
+from specforge.inference.target_files import torch_dtype
+from specforge.system import multiplies_in, peak_memory
 
 
 def evaluate_draft(
@@ -44,7 +45,11 @@ def evaluate_draft(
         UserError: the prompts cannot be used, or are too long for the target.
     """
     check_engine(options.engine)
-    dtypes = {name: module.target.compute_dtype(getattr(options, name)) for name in ("dtype", "speed_dtype")}
+    dtypes: dict[str, Any] = {
+        name: torch_dtype(module.target.compute_dtype(getattr(options, name))) for name in ("dtype", "speed_dtype")
+    }
+    for name, dtype in dtypes.items():
+        dtypes[name] = str(multiplies_in(dtype, options.device)).removeprefix("torch.")
     options = replace(options, **dtypes)
     module.to(options.device).eval()
     folder = prompts / "heldout" if (prompts / "heldout").exists() else prompts

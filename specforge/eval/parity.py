@@ -190,6 +190,12 @@ def _tried(
     yield from map(Trial, (fault.name for fault in faults), rounds, agree)
 
 
+class _Emulating(HFTargetEngine):
+    """Rounds as a server that computes in the same dtype, whatever that costs on this CPU."""
+
+    emulates = True
+
+
 class Replayer:
     """Replays a draft along given answers.
 
@@ -202,7 +208,7 @@ class Replayer:
 
     def __init__(self, module: Any, dtype: str, device: str, gamma: int) -> None:
         self.module, self.gamma, self.dtype = module, gamma, torch_dtype(dtype)
-        self.engine = HFTargetEngine(module.target, dtype, device)
+        self.engine = _Emulating(module.target, dtype, device)
         self.head = TargetHead.load(module.target, self.dtype).to(self.engine.device)
         self.reads = module.drafter(self.head, self.dtype).capture
 

@@ -8,12 +8,15 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from specforge.cli.main import COMMANDS, main
 from specforge.cli.recipes import recipe_folder, recipes
 from tests.disaggregated import places, producers
 from tests.processes import Command
+from tests.test_training import weights
 from tests.tiny import TINY_OPTIONS, recipe
 
 
@@ -276,3 +279,21 @@ def test_callbacks_loggers_and_precision_are_swapped_in_config(target, features,
     )
     assert main(["fit", "--config", str(path)]) == 0
     assert list((tmp_path / "csv").rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_a_cpu_without_bf16_trains_in_fp32(accelerator, target, features, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
+    found = {}
+    for precision, has_bf16 in (("32-true", True), ("bf16-mixed", False), ("bf16-mixed", True)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda found=has_bf16: found)
+        folder = tmp_path / f"{precision}-{has_bf16}"
+        folder.mkdir()
+        options = {"trainer__max_steps": 2, "trainer__precision": precision, "trainer__accelerator": accelerator}
+        assert main(["fit", "--config", str(recipe(target, features, folder, **options))]) == 0
+        found[folder.name] = weights(folder / "run")
+        assert ("this CPU has no bf16 instructions" in caplog.text) == (not has_bf16)
+        caplog.clear()
+    expected, emulated, mixed = found.values()
+    assert all(torch.equal(x, expected[name]) for name, x in emulated.items())
+    assert not all(torch.equal(x, expected[name]) for name, x in mixed.items())

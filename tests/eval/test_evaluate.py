@@ -80,6 +80,13 @@ def test_the_table(run, prompts, tmp_path):
         assert key in result["run"]
 
 
+def test_a_cpu_without_bf16_is_timed_in_fp32(run, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    result = evaluate(run, prompts, tmp_path / "e.json", "--device", "cpu", "--baselines", "[ngram]")
+    assert result["run"]["dtype"] == result["run"]["speed_dtype"] == "float32"
+    assert {row["tokens_per_second"] > 0 for row in result["methods"]} == {True}
+
+
 def test_one_prompt_has_no_interval(run, prompts, tmp_path, capsys):
     result = evaluate(run, prompts, tmp_path / "e.json", "--num_prompts", 1, "--speed_prompts", 0)
     assert [row["tau_ci95"] for row in result["methods"][1:]] == [None] * 3

@@ -61,6 +61,16 @@ def test_features_come_in_the_dtype_of_the_target(target):
     assert {x.dtype for x in found.values()} == {torch.bfloat16}
 
 
+def test_a_cpu_without_bf16_multiplies_in_fp32_and_rounds_the_features(target, engine, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    narrow = HFTargetEngine(TargetFiles.find(str(target)), "bfloat16")
+    narrow.check(POLICY)
+    for found, exact in zip(narrow.capture(sequences(), POLICY), engine.capture(sequences(), POLICY), strict=True):
+        for name in exact:
+            assert torch.equal(found[name], exact[name].bfloat16())
+    assert narrow.dtype == "bfloat16"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers computes in float8 there")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_target_in_float8_computes_in_the_dtype_that_is_asked_for(target, tmp_path, dtype):

@@ -142,17 +142,17 @@ def test_the_layer_is_deepseeks_own(deepseek):
 
 def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) -> None:
     head, optimizer = (module.target_head(torch.device("cpu")), torch.optim.Adam(module.draft.parameters(), 1e-2))
-    batches = []
-    for ids in texts:
-        (captured,) = engine.capture([ids], module.spec.capture)
-        features = {name: x.clone() for name, x in captured.items()}
-        mask, size = torch.ones(len(ids), dtype=torch.bool), len(ids)
-        batches.append(TrainBatch(torch.tensor(ids), mask, features, (size,), ((0, size),)))
+    """Train on texts until the draft knows them."""
+    captured = engine.capture(texts, module.spec.capture)
+    features = {name: torch.cat([x[name] for x in captured]) for name in captured[0]}
+    ids = torch.tensor([token for text in texts for token in text])
+    ends = (*itertools.accumulate(map(len, texts)),)
+    spans = (*zip((0, *ends), ends, strict=False),)
+    batch = TrainBatch(ids, torch.ones(len(ids), dtype=torch.bool), features, (*map(len, texts),), spans)
     for _ in range(60):
         optimizer.zero_grad()
-        sum(
-            output.loss / output.num_supervised for output in (module.training_loss(b, head) for b in batches)
-        ).backward()
+        output = module.training_loss(batch, head)
+        (output.loss / output.num_supervised).backward()
         optimizer.step()
 
 

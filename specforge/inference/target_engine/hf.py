@@ -19,7 +19,7 @@ from specforge.inference.target_engine.base import TargetEngine, check_layers, f
 from specforge.inference.target_files import TargetFiles, torch_dtype
 from specforge.inference.target_head import TargetHead, distance
 from specforge.inference.target_layers import backbone, decoder_layers
-from specforge.system import pick_device
+from specforge.system import multiplies_in, pick_device
 
 
 class FeatureTap:
@@ -113,7 +113,7 @@ class HFTargetEngine(TargetEngine):
 
     Args:
         target: files of the target.
-        dtype: compute dtype.
+        dtype: compute dtype, and that of the features; a CPU without instructions for it multiplies in fp32.
         device: cpu, cuda, cuda:N or auto (default: the command's --device).
         device_map: spread the layers over the devices of this machine, and over memory and disk where these do not
             suffice: auto, balanced, sequential, or devices by module; replaces the device. Needs accelerate.
@@ -123,6 +123,8 @@ class HFTargetEngine(TargetEngine):
     Raises:
         UserError: transformers cannot load the target, tensors are missing from its files, or a package that it needs.
     """
+
+    emulates = False  # a CPU without instructions for the dtype multiplies in it nevertheless, slowly
 
     def __init__(
         self,
@@ -139,7 +141,9 @@ class HFTargetEngine(TargetEngine):
         self.device = torch.device(pick_device(device or "cpu"))
         if device_map is None and target.quantisation and self.device.type != "cpu":
             device_map = {"": str(self.device)}  # quantised weights are placed while they are loaded
-        model = _load(target, torch_dtype(self.dtype), device_map, attention)
+        wanted = torch_dtype(self.dtype)
+        self._multiplies_in = wanted if self.emulates else multiplies_in(wanted, self.device)
+        model = _load(target, self._multiplies_in, device_map, attention)
         # Ignore penalties, beams and suppressed tokens in the folder's generation_config.json: no verifier of drafts
         # applies them. Only its end tokens are used, by ChatTemplate.
         model.generation_config = GenerationConfig()
@@ -181,7 +185,7 @@ class HFTargetEngine(TargetEngine):
 
     def _check_head(self, ids: list[int]) -> None:
         """Compare the target's logits for two tokens with those that training computes from its last states."""
-        head = TargetHead.load(self.target, torch_dtype(self.dtype)).to(self.device)
+        head = TargetHead.load(self.target, self._multiplies_in).to(self.device)
         tokens = torch.tensor(ids, device=self.device)
         embedding = self.model.get_input_embeddings()
         # Weights that are kept on a disk are not compared.
@@ -223,7 +227,7 @@ class HFTargetEngine(TargetEngine):
         for row, ids in zip(padded, input_ids, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         backbone(self.model)(input_ids=padded.to(self.device), use_cache=False)
-        features = tap.features()
+        features = {name: x.to(torch_dtype(self.dtype)) for name, x in tap.features().items()}
         return [{name: _to_host(x[i, : len(ids)]) for name, x in features.items()} for i, ids in enumerate(input_ids)]
 
     def _passes(self, input_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
