@@ -66,7 +66,7 @@ def evaluate(run: Path, prompts: Path, output: Path, batch_size: int) -> list[di
         "--cache",
         output.parent / "cache",
         "--max_new_tokens",
-        16,
+        10,
         "--gamma",
         2,
         "--speed_prompts",
