@@ -69,6 +69,11 @@ def test_a_cpu_without_bf16_multiplies_in_fp32_and_rounds_the_features(target, e
         for name in exact:
             assert torch.equal(found[name], exact[name].bfloat16())
     assert narrow.dtype == "bfloat16"
+    # Layers that may be on GPUs, whatever the CPU beside them can multiply, keep the dtype.
+    for gpus, kept in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=gpus: found)
+        spread = HFTargetEngine(TargetFiles.find(str(target)), "bfloat16", device_map={"": "cpu"})
+        assert {x.dtype for x in spread.model.parameters()} == {kept}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers computes in float8 there")

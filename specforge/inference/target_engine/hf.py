@@ -141,8 +141,8 @@ class HFTargetEngine(TargetEngine):
         self.device = torch.device(pick_device(device or "cpu"))
         if device_map is None and target.quantisation and self.device.type != "cpu":
             device_map = {"": str(self.device)}  # quantised weights are placed while they are loaded
-        wanted = torch_dtype(self.dtype)
-        self._multiplies_in = wanted if self.emulates else multiplies_in(wanted, self.device)
+        wanted, may_use_gpus = torch_dtype(self.dtype), device_map is not None and torch.accelerator.is_available()
+        self._multiplies_in = wanted if self.emulates or may_use_gpus else multiplies_in(wanted, self.device)
         model = _load(target, self._multiplies_in, device_map, attention)
         # Ignore penalties, beams and suppressed tokens in the folder's generation_config.json: no verifier of drafts
         # applies them. Only its end tokens are used, by ChatTemplate.
