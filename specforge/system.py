@@ -64,7 +64,7 @@ def pick_device(name: str) -> str:
 def multiplies_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype of matrix products that are wanted in ``dtype``: fp32 on a CPU without instructions for bf16 or fp16.
 
-    PyTorch emulates these there, and a training step takes 15 times as long (benchmarks/README.md).
+    PyTorch emulates these there; a training step in bf16 takes 15 times as long as in fp32 (benchmarks/README.md).
     """
     import torch
 

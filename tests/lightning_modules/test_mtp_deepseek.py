@@ -141,8 +141,8 @@ def test_the_layer_is_deepseeks_own(deepseek):
 
 
 def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) -> None:
-    head, optimizer = (module.target_head(torch.device("cpu")), torch.optim.Adam(module.draft.parameters(), 1e-2))
     """Train on texts until the draft knows them."""
+    head, optimizer = module.target_head(torch.device("cpu")), torch.optim.Adam(module.draft.parameters(), 1e-2)
     captured = engine.capture(texts, module.spec.capture)
     features = {name: torch.cat([x[name] for x in captured]) for name in captured[0]}
     ids = torch.tensor([token for text in texts for token in text])
