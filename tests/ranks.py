@@ -18,9 +18,10 @@ from specforge.cli.main import main
 from tests.processes import Command
 
 END = "finished "
+PATIENCE = 600  # seconds, after which ranks wait for each other: far more than any job takes on a slow machine
 
 
-def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> None:
+def train_on_ranks(jobs: dict[str, list[str]], ranks: int) -> None:
     """Run `specforge fit` with the words of each job, in order, on ranks that stay.
 
     Raises:
@@ -41,7 +42,7 @@ def train_on_ranks(jobs: dict[str, list[str]], ranks: int, timeout: float) -> No
             with output.open("w") as file:
                 environment = {**shared, "LOCAL_RANK": str(rank)}
                 processes.append(Command(path, environment=environment, call="tests.ranks:run", output=file.fileno()))
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         try:
             for process in processes:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -182,7 +182,7 @@ def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_pat
         jobs[f"{variant}, resumed"] = epoch(variant, target, uneven, tmp_path / variant / "resumed", **two, **half)
         alone = epoch(variant, target, uneven, tmp_path / variant / "one", **one)
         assert main(["fit", *alone]) == 0
-    train_on_ranks(jobs, 2, timeout=600)
+    train_on_ranks(jobs, 2)
     for variant in VARIANTS:
         weights, history = finished(tmp_path / variant / "one")
         # Muon's iteration in bf16 magnifies the last bits of a gradient whose rank is small.

@@ -97,7 +97,7 @@ def undisturbed(target, prompts, tmp_path_factory) -> Path:
     assert main(["capture", *map(str, [*words, "--batch_tokens", 1])]) == 0
     data = {"features": str(folder / "features"), "batch_size": 5}
     path = recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data)
-    train_on_ranks({"undisturbed": ["--config", str(path)]}, TRAINERS, timeout=600)
+    train_on_ranks({"undisturbed": ["--config", str(path)]}, TRAINERS)
     return folder / "run"
 
 

@@ -76,7 +76,7 @@ def test_ranks_that_share_batches_train_as_one(target, features, tmp_path):
     whole = {"trainer__strategy": "ContextDDPStrategy", "trainer__accumulate_grad_batches": 2}
     whole["data__init_args__batch_size"] = 5
     jobs["all"] = words("Eagle3Module", target, features, tmp_path / "Eagle3Module/all", 4, **whole)
-    train_on_ranks(jobs, 4, timeout=600)
+    train_on_ranks(jobs, 4)
     for module in MODULES:
         for name in ("DDP", "FSDP2", *(["all"] if module == "Eagle3Module" else [])):
             assert_same_run(tmp_path / module / name, alone[module])

@@ -487,7 +487,7 @@ def two_ranks_offline(target, prompts, features_alone, tmp_path_factory) -> Path
     folder = tmp_path_factory.mktemp("ranks")
     data = {"features": str(features_alone), "batch_size": 5}
     path = recipe(target, prompts, folder, **STEPS | RANKS, data__init_args=data)
-    train_on_ranks({"offline": ["--config", str(path)]}, 2, timeout=180)
+    train_on_ranks({"offline": ["--config", str(path)]}, 2)
     return folder / "run"
 
 

@@ -177,7 +177,7 @@ def test_two_online_ranks_are_one(target, prompts, tmp_path):
     one = fit(online(target, prompts, tmp_path / "one", batch_size=8), "--trainer.max_steps", 6)
     words = ["--trainer.max_steps", "6", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     path = online(target, prompts, tmp_path / "two")
-    train_on_ranks({"two": ["--config", str(path), *words]}, 2, timeout=180)
+    train_on_ranks({"two": ["--config", str(path), *words]}, 2)
     assert_same_weights(one, tmp_path / "two" / "run", rtol=1e-3, atol=1e-4)
 
 

@@ -98,7 +98,7 @@ def test_ranks_of_uneven_data_finish_together(target, features, tmp_path):
         trainer__max_steps=-1,
         trainer__max_epochs=2,
     )
-    train_on_ranks({"run": ["--config", str(path)]}, 2, timeout=180)
+    train_on_ranks({"run": ["--config", str(path)]}, 2)
     assert sorted(losses(tmp_path / "run"))[-1] == 8
 
 

@@ -21,7 +21,7 @@ def on_ranks(ranks: int, function: Callable[[dist.ProcessGroup], Any]) -> list[A
 
     def run(rank: int) -> Any:
         group, kind = dist.ProcessGroup(store, rank, ranks), dist.ProcessGroup.BackendType.GLOO
-        backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, ranks, timedelta(seconds=30))
+        backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, ranks, timedelta(minutes=10))
         group._set_default_backend(kind)
         group._register_backend(torch.device("cpu"), kind, backend)
         return function(group)

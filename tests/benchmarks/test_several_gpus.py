@@ -24,7 +24,7 @@ def quick(monkeypatch, capfd):
         words = [str(word) for word in words]
         ranks = int(words[words.index("--trainer.devices") + 1]) if "--trainer.devices" in words else 1
         if ranks > 1:
-            train_on_ranks({"run": words[1:]}, ranks, timeout=300)
+            train_on_ranks({"run": words[1:]}, ranks)
         elif main(words) != 0:
             raise Failed(capfd.readouterr().err)
 
