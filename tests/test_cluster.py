@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from specforge.cli.main import main
+from specforge.errors import UserError
 from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import claim
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, stored_bytes
@@ -32,7 +33,7 @@ from tests.test_training import assert_same_weights, losses
 from tests.tiny import recipe
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
-from specforge.cluster.metadata import RedisServer  # noqa: E402
+from specforge.cluster.metadata import RedisActor, RedisServer  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 
@@ -40,7 +41,7 @@ PRODUCERS, TRAINERS = 3, 2
 ROOM = 3  # CPUs of each of two nodes; the head has none
 MARK = "SPECFORGE_TEST_CLUSTER"  # variable of the environment
 # What `launch` starts, and what Ray Train starts for it.
-PROCESSES = ("ray::Board", "ray::Producer", "ray::Train", "ray::RayTrainWorker")
+PROCESSES = ("ray::Board", "ray::Producer", "ray::RedisServer", "ray::Train", "ray::RayTrainWorker")
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,21 @@ def kill_redis(run: Path) -> None:
     os.kill(redis, signal.SIGKILL)
 
 
+def kill_the_actor_of_redis(run: Path) -> None:
+    (redis,), (actor,) = servers(run), pids("ray::RedisServer")
+    os.kill(actor, signal.SIGKILL)
+    wait_for(lambda: redis not in servers(run))
+
+
+@contextmanager
+def redis_of(run: Path) -> Iterator[str]:
+    """The address of a server with the metadata of a run that has ended."""
+    server = RedisServer(run / "redis", "127.0.0.1")
+    server.keep()
+    yield server.address
+    server.end()
+
+
 def kill_a_node(draw, cluster, ranks) -> None:
     lost = draw.choice(ranks)["node"]
     (node,) = [node for node in cluster.worker_nodes if node.node_id == lost]
@@ -223,7 +239,7 @@ def test_weights_are_those_without_ray_whatever_process_dies(
 
     def disturb(gate: Path, ranks: list[dict]) -> None:
         wait_for(lambda: metric(tmp_path / "run", port, "trainer_restarts_total") == [*gates].index(gate))
-        kill_redis(tmp_path / "run")
+        (kill_redis if gate.name == "one rank" else kill_the_actor_of_redis)(tmp_path / "run")
         kill_producers(draw, PRODUCERS)
         kill_ranks(draw, ranks, 1 if gate.name == "one rank" else TRAINERS)
 
@@ -234,9 +250,8 @@ def test_weights_are_those_without_ray_whatever_process_dies(
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
     assert_ray_is_idle()
-    server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
-    assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
-    server.end()
+    with redis_of(tmp_path / "run") as address:
+        assert_nothing_is_left(where | {"metadata": address}, trained=2 * 32)
 
 
 @pytest.mark.redis
@@ -300,9 +315,8 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on(target, prompts, tmp_path
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["resumed_at_step"] > 0
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
-    server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
-    assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
-    server.end()
+    with redis_of(tmp_path / "run") as address:
+        assert_nothing_is_left(where | {"metadata": address}, trained=2 * 32)
 
 
 def test_producers_give_their_room_to_trainers_when_nodes_are_lost(
@@ -431,6 +445,14 @@ def test_what_does_not_fit_is_refused(target, prompts, tmp_path, cluster, change
         assert message in capfd.readouterr().err
     assert sorted(x.name for x in tmp_path.iterdir()) == ["recipe.yaml"]
     assert_ray_is_idle()
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("cluster")
+def test_a_server_that_cannot_be_started_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run/redis: cannot be created"):
+        RedisActor(tmp_path / "run" / "redis", "127.0.0.1")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from tests.test_several_hosts import PRODUCER, SERVERS, TRAINER, network  # noqa
 from tests.test_training import assert_same_weights, losses
 
 pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
-from specforge.cluster.metadata import RedisServer
-from tests.test_cluster import PRODUCERS, environment, on_cluster, undisturbed  # noqa: F401 - fixtures
+from tests.test_cluster import PRODUCERS, environment, on_cluster, redis_of, undisturbed  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.faults, pytest.mark.slow]
 
@@ -57,6 +56,5 @@ def test_hosts_give_the_weights_of_one(target, prompts, tmp_path, undisturbed, n
                 node.communicate()
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
-    server = RedisServer(tmp_path / "run" / "redis", "127.0.0.1")
-    assert_nothing_is_left(where | {"metadata": server.address}, trained=2 * 32)
-    server.end()
+    with redis_of(tmp_path / "run") as address:
+        assert_nothing_is_left(where | {"metadata": address}, trained=2 * 32)

@@ -13,6 +13,7 @@ from typing import Any
 
 from specforge.cli.recipes import GPUs, Recipe, read_head, recipes
 from specforge.packages import EXTRAS, VERSION, install_hint, installed
+from specforge.system import cores
 
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors", "jsonargparse", "torchmetrics")
 
@@ -69,15 +70,16 @@ def findings() -> Iterator[tuple[str, str]]:
 
 
 def _describe_cpu() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if find_spec("torch") is None:
-        return f"{cores} cores"
+        return f"{cores()} cores"
     import torch
 
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), None)
     advice = "use precision bf16-mixed" if bf16 else "precision bf16-mixed gains nothing here"
-    return f"{cores} cores, {has.get('cpu_name') or platform.machine()}; bf16 instructions: {bf16 or 'none'} ({advice})"
+    return (
+        f"{cores()} cores, {has.get('cpu_name') or platform.machine()}; bf16 instructions: {bf16 or 'none'} ({advice})"
+    )
 
 
 def _describe_gpus() -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from specforge.cli.status import ClusterRun
 from specforge.cluster.board import NAMESPACE, Board
 from specforge.cluster.head import Head
 from specforge.cluster.launch import Launch
-from specforge.cluster.metadata import RedisServer
+from specforge.cluster.metadata import RedisActor
 from specforge.cluster.metrics import MetricsServer, RunMetrics
 from specforge.cluster.options import MADE
 from specforge.cluster.plan import Node, count, describe, place
@@ -41,6 +41,7 @@ from specforge.inference.target_server import make_token
 from specforge.logs import identify, is_structured, write
 from specforge.runtime.addresses import is_there, open_backend, open_metadata, shown
 from specforge.runtime.control_plane.claim import live_trainer
+from specforge.system import cores
 
 _ANSWER = 5.0  # seconds in which a cluster has to answer
 _POLL = 0.25  # seconds between two looks at the processes
@@ -171,8 +172,7 @@ def _this_machine() -> Node:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Node("this machine", cpus, gpus)
+    return Node("this machine", cores(), gpus)
 
 
 def _nodes() -> list[Node]:
@@ -212,11 +212,11 @@ def _check_stores(launch: Launch) -> None:
         raise UserError(f"metadata {shown(address)}: {other} is using it; give this run its own stores")
 
 
-def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisServer | None]:
+def _with_redis(launch: Launch, stack: ExitStack) -> tuple[Launch, RedisActor | None]:
     """The run with the address of its metadata; starts Redis if the run names none and may have several nodes."""
     if launch.producer.metadata != MADE:
         return launch, None
-    redis = RedisServer(Path(launch.run) / "redis", ray.util.get_node_ip_address())
+    redis = RedisActor(Path(launch.run) / "redis", ray.util.get_node_ip_address())
     stack.callback(redis.end)
     return launch.at(metadata=redis.address), redis
 
@@ -255,7 +255,7 @@ class _Run:
     """The processes of a run."""
 
     def __init__(
-        self, launch: Launch, board: Any, redis: RedisServer | None, store: MooncakeStore | None, stack: ExitStack
+        self, launch: Launch, board: Any, redis: RedisActor | None, store: MooncakeStore | None, stack: ExitStack
     ) -> None:
         from specforge.cluster.trainers import Trainers  # imports Lightning
 
@@ -319,7 +319,7 @@ class _Run:
             self._note()
             if self._metrics is not None:
                 self._metrics.alive()
-            if self._redis is not None and self._redis.keep():
+            if self._redis is not None and self._head.answers and self._redis.keep():
                 say("the Redis server died and was started again, with its data")
             if self._store is not None and self._head.answers:
                 self._store.keep()

@@ -30,13 +30,14 @@ class Owner:
     """
 
     def __init__(self, address: MooncakeAddress, nbytes: int) -> None:
-        self._client = connect(address, nbytes)
+        self._address, self._nbytes = address, nbytes
 
-    def ready(self) -> None:
+    def lend(self) -> None:
         """Return once the memory is there."""
+        self._client = connect(self._address, self._nbytes)
 
-    def stay(self) -> None:
-        """Never return."""
+    def stay(self, lent: None) -> None:
+        """Never return, or fail as :meth:`lend` has, with whose result it is called."""
         threading.Event().wait()
 
 
@@ -69,11 +70,10 @@ class MooncakeStore:
         self._stack.enter_context(mooncake_master(host, self._address.port, self._address.metrics))
         self._stack.callback(self._end_owners)
         try:
-            self.keep()
-            ray.get([owner.ready.remote() for owner, _ in self._owners.values()], timeout=_START)
+            ray.get(self.keep(), timeout=_START)
         except RayError as error:
             self.end()
-            mistake = mistake_behind(getattr(error, "cause", None) or error)
+            mistake = mistake_behind(getattr(error, "cause", None))
             raise mistake or UserError(f"store: its memory cannot be had ({first_line(error)})") from error
 
     @property
@@ -81,9 +81,9 @@ class MooncakeStore:
         """What data.store takes."""
         return str(self._address)
 
-    def keep(self) -> None:
-        """Replace owners that have died, and start one on each new node."""
-        nodes = _nodes()
+    def keep(self) -> list[Any]:
+        """Replace owners that have died, and start one on each new node; returns what ends when the new ones lend."""
+        nodes, lent = _nodes(), []
         for place, (owner, stays) in list(self._owners.items()):
             if ray.wait([stays], timeout=0)[0]:
                 node = nodes.get(place[0], place[0][:8])
@@ -99,7 +99,9 @@ class MooncakeStore:
                 .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=2, scheduling_strategy=there)
                 .remote(self._address, self._nbytes)
             )
-            self._owners[node, number] = owner, owner.stay.remote()
+            lent.append(owner.lend.remote())
+            self._owners[node, number] = owner, owner.stay.remote(lent[-1])
+        return lent
 
     def end(self) -> None:
         """End the owners, then the master."""
