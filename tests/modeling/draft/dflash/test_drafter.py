@@ -84,7 +84,7 @@ def module(request, target, engine, prompts, answers):
     return module.eval()
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 4])
+@pytest.mark.parametrize("gamma", [1, 4])
 def test_greedy_output_is_the_targets_own_in_the_rounds_that_teacher_forcing_says(
     engine, module, prompts, answers, gamma
 ):
@@ -120,17 +120,16 @@ def test_validation_says_the_same_rounds(engine, module, prompts, answers):
 
 
 def test_sampled_output_has_the_targets_distribution(engine, module, prompts):
-    """Chi-square of the first three tokens of 1,000 answers, top 3 of each, against the exact product."""
-    sampling, rounds, prompt = Sampling(0.8, top_k=3), 1000, prompts[1]
+    """Chi-square of the first three tokens of 500 answers, top 3 of each, against the exact product."""
+    sampling, rounds, prompt = Sampling(0.8, top_k=3), 500, prompts[1]
     head = module.target_head(torch.device("cpu"))
     make = lambda: module.drafter(head, torch.float32)  # noqa: E731
     counts: dict[tuple[int, ...], int] = {}
-    for start in range(0, rounds, 500):
-        for decoded in decode(
-            engine.model, make, [prompt] * 500, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling, seed=start
-        ):
-            key = tuple(decoded.tokens[:3])
-            counts[key] = counts.get(key, 0) + 1
+    for decoded in decode(
+        engine.model, make, [prompt] * rounds, gamma=2, max_new_tokens=4, end_ids=(), sampling=sampling
+    ):
+        key = tuple(decoded.tokens[:3])
+        counts[key] = counts.get(key, 0) + 1
     expected: dict[tuple[int, ...], float] = {(): float(rounds)}
     for _ in range(3):
         longer = {}
