@@ -405,7 +405,7 @@ def test_producers_come_and_go_and_a_stopped_run_goes_on(
     assert "test: 5 producers instead of 1" in out
     assert "nodes with trainers have no room for producer 4; any node will do" in out
     assert 0.5 * limit < max(peaks) <= limit
-    assert "cluster.name: a run test is going on in this cluster" in err
+    assert "cluster.name: a run named test is going on in this cluster" in err
     assert re.search(r"stopped by a signal after step [34]; resume with --ckpt_path last", out)
     assert_ray_is_idle()
     assert main(["launch", "--config", str(path), "--ckpt_path", "last"]) == 0
@@ -451,7 +451,7 @@ def test_what_does_not_fit_is_refused(target, prompts, tmp_path, cluster, change
 @pytest.mark.usefixtures("cluster")
 def test_a_server_that_cannot_be_started_is_refused(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="run/redis: cannot be created"):
+    with pytest.raises(UserError, match="run/redis: cannot be used"):
         RedisActor(tmp_path / "run" / "redis", "127.0.0.1")
 
 

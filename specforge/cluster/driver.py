@@ -145,7 +145,11 @@ def _connected(address: str | None) -> Iterator[None]:
     except Exception as error:  # Ray raises no class of its own, such as when its processes start too slowly
         ray.shutdown()
         which = "Ray cannot be started here" if address is None else f"cluster.address {address}: cannot be used"
-        raise UserError(f"{which} ({first_line(error)})") from error
+        asks = (
+            address is not None and "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists()
+        )
+        hint = "; ~/.ray/auth_token exists, so the cluster may ask for it: set RAY_AUTH_MODE=token" * asks
+        raise UserError(f"{which} ({first_line(error)}){hint}") from error
     try:
         yield
     finally:
@@ -195,7 +199,7 @@ def _check(launch: Launch) -> None:
         ray.get_actor(launch.name, namespace=NAMESPACE)
     except ValueError:
         return
-    raise UserError(f"cluster.name: a run {launch.name} is going on in this cluster; give this one another name")
+    raise UserError(f"cluster.name: a run named {launch.name} is going on in this cluster; give this one another name")
 
 
 def _check_stores(launch: Launch) -> None:
@@ -319,8 +323,7 @@ class _Run:
             self._note()
             if self._metrics is not None:
                 self._metrics.alive()
-            if self._redis is not None and self._head.answers and self._redis.keep():
-                say("the Redis server died and was started again, with its data")
+            self._keep_redis()
             if self._store is not None and self._head.answers:
                 self._store.keep()
             if not self._refusal and self._head.answers:
@@ -329,6 +332,10 @@ class _Run:
             self._trainers.join(_POLL)
         if stop.is_set():
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
+
+    def _keep_redis(self) -> None:
+        if self._redis is not None and self._head.answers and self._redis.keep():
+            say("the Redis server died and was started again, with its data")
 
     def _note(self, ended: bool = False) -> None:
         """Tell `specforge status` what runs where, every few seconds."""
@@ -371,6 +378,8 @@ class _Run:
         deadline = time.monotonic() + _PATIENCE
         while self._trainers.is_alive() and time.monotonic() < deadline:
             self._show()
+            with suppress(UserError):  # the run may end because of it
+                self._keep_redis()
             self._trainers.join(_POLL)
         if self._trainers.is_alive():
             say(f"the trainers have not stopped for {_PATIENCE:.0f} s and are killed; resume with --ckpt_path last")

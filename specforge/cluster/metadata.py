@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from filelock import FileLock, Timeout
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from specforge.errors import UserError, mistake_behind
@@ -22,6 +22,7 @@ from specforge.packages import install_hint, installed
 from specforge.system import end_with_parent
 
 _START = 20.0  # seconds
+_ANSWER = 5.0  # seconds in which an actor that runs answers
 _GONE = 10.0  # seconds in which the actor of a run that was killed dies too
 
 
@@ -58,6 +59,7 @@ class RedisServer:
         if self._process.poll() is None:
             return False
         self._process = self._start()
+        self._wait()
         return True
 
     def end(self) -> None:
@@ -74,7 +76,7 @@ class RedisServer:
         except Timeout as error:
             raise UserError(f"{self._folder}: the Redis server of another run keeps its data here") from error
         except OSError as error:
-            raise UserError(f"{self._folder}: cannot be created ({error.strerror})") from error
+            raise UserError(f"{self._folder}: cannot be used ({error.strerror})") from error
         make_token(self._folder / "password")
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -130,21 +132,27 @@ class RedisActor:
     """
 
     def __init__(self, folder: Path, host: str) -> None:
-        if shutil.which("redis-server") is None or installed("redis") is None:
+        why = "redis-server is not installed here" if shutil.which("redis-server") is None else ""
+        why = why or ("" if installed("redis") else f"its client is not installed: {install_hint('redis')}")
+        if why:
             raise UserError(
-                "data.metadata: a run on several nodes keeps its metadata in Redis, which is not installed here "
-                f"(redis-server, and {install_hint('redis')}); or give the address of a server"
+                f"data.metadata: a run on a Ray cluster keeps its metadata in Redis, but {why}; or give the address of "
+                "a server"
             )
         self._arguments = folder, host, _free_port()
         self.address = RedisServer(*self._arguments).address
         self._actor = self._start()
-        self.keep()
+        self.keep(None)
 
-    def keep(self) -> bool:
-        """Start what has died again; returns whether anything had."""
+    def keep(self, seconds: float | None = _ANSWER) -> bool:
+        """Start what has died again, and wait for that; returns whether anything had died.
+
+        Raises:
+            UserError: the server does not start.
+        """
         try:
-            return bool(ray.get(self._actor.keep.remote()))
-        except ActorUnavailableError:
+            return bool(ray.get(self._actor.keep.remote(), timeout=seconds))
+        except (ActorUnavailableError, GetTimeoutError):
             return False  # it is not known yet whether it has died
         except ActorDiedError:
             self._actor = self._start()

@@ -29,10 +29,19 @@ def test_a_cluster_that_does_not_answer_is_named(address, reason):
     ("address", "message"),
     [
         (None, r"^Ray cannot be started here \(The current node timed out during startup\.\)$"),
-        ("127.0.0.1:1", r"^cluster\.address 127\.0\.0\.1:1: cannot be used \(The current node timed out"),
+        (
+            "127.0.0.1:1",
+            r"^cluster\.address 127\.0\.0\.1:1: cannot be used \(The current node timed out during startup\.\); "
+            r"~/\.ray/auth_token exists, so the cluster may ask for it: set RAY_AUTH_MODE=token$",
+        ),
     ],
 )
-def test_a_failure_of_ray_itself_is_one_line(address, message, monkeypatch):
+def test_a_failure_of_ray_itself_is_one_line(address, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()
+
     def fail(*args, **kwargs):
         raise Exception("The current node timed out during startup.\nMore of it.")
 
