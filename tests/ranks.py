@@ -18,7 +18,7 @@ from specforge.cli.main import main
 from tests.processes import Command
 
 END = "finished "
-PATIENCE = 600  # seconds, after which ranks wait for each other: far more than any job takes on a slow machine
+PATIENCE = 600  # seconds that all jobs may take; ranks that take longer wait for each other
 
 
 def train_on_ranks(jobs: dict[str, list[str]], ranks: int) -> None:

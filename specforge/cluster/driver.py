@@ -334,8 +334,14 @@ class _Run:
             say(f"{self._launch.name}: stopping; the trainers save, then the producers finish")
 
     def _keep_redis(self) -> None:
-        if self._redis is not None and self._head.answers and self._redis.keep():
-            say("the Redis server died and was started again, with its data")
+        if self._redis is None or not self._head.answers:
+            return
+        try:
+            if self._redis.keep():
+                say("the Redis server died and was started again, with its data")
+        except UserError:
+            self._redis = None  # it would not start the next time either
+            raise
 
     def _note(self, ended: bool = False) -> None:
         """Tell `specforge status` what runs where, every few seconds."""

@@ -88,7 +88,7 @@ class RedisServer:
             "appendonly": "yes",
             "appendfsync": "always",
             "save": '""',
-            "requirepass": (self._folder / "password").read_text().strip(),
+            "requirepass": self._password(),
         }
         config = "".join(f"{name} {value}\n" for name, value in options.items())
         process = subprocess.Popen(
@@ -104,15 +104,26 @@ class RedisServer:
             process.stdin.write(config.encode())
         return process
 
+    def _password(self) -> str:
+        return (self._folder / "password").read_text().strip()
+
     def _wait(self) -> None:
+        """Return once the server answers; it takes connections before it has read its data, which may be damaged."""
+        from redis import BusyLoadingError, Redis, RedisError
+
         assert self._process is not None
+        client = Redis(self._host, self._port, password=self._password(), socket_timeout=1.0)
         deadline = time.monotonic() + _START
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                with socket.create_connection((self._host, self._port), 1.0):
-                    return
-            except OSError:
-                time.sleep(0.05)
+                client.ping()
+                client.close()
+                return
+            except BusyLoadingError:
+                deadline = time.monotonic() + _START  # it is reading its data
+            except RedisError:
+                pass
+            time.sleep(0.05)
         self._process.kill()
         raise UserError(f"data.metadata: redis-server does not start; see {self._folder / 'log'}")
 

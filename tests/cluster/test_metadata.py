@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,4 +48,22 @@ def test_a_server_that_does_not_start_again_says_where_the_reason_is(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match=r"redis-server does not start; see .*/redis/log"):
             server.keep()
+    server.end()
+
+
+def test_a_server_that_takes_connections_and_then_dies_has_not_started(tmp_path, monkeypatch):
+    """As Redis does if its data are damaged."""
+    fake = tmp_path / "bin" / "redis-server"
+    fake.parent.mkdir()
+    code = (
+        "import re, socket, sys\n"
+        "server = socket.create_server(('127.0.0.1', int(re.search('port (.*)', sys.stdin.read())[1])))\n"
+        "server.accept()\n"
+    )
+    fake.write_text(f"#!{sys.executable}\n{code}")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    server = RedisServer(tmp_path / "redis", "127.0.0.1")
+    with pytest.raises(UserError, match="redis-server does not start"):
+        server.keep()
     server.end()
