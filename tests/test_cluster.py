@@ -24,6 +24,7 @@ from specforge.cli.main import main
 from specforge.errors import UserError
 from specforge.runtime.addresses import open_metadata
 from specforge.runtime.control_plane.claim import claim
+from tests import ray_workers
 from tests.disaggregated import STEPS, assert_nothing_is_left, disaggregated, places, stored_bytes
 from tests.gate import wait_at_gate
 from tests.processes import Command
@@ -45,7 +46,7 @@ PROCESSES = ("ray::Board", "ray::Producer", "ray::RedisServer", "ray::Train", "r
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[pytest.MonkeyPatch]:
+def environment(workers) -> Iterator[pytest.MonkeyPatch]:
     """Of the clusters and what runs on them."""
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_enable_worker_prestart", "0")  # a process for each CPU, most of which are not needed
@@ -81,13 +82,15 @@ def start_cluster(cpus: int) -> Any:
     from ray.cluster_utils import Cluster
 
     without = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}  # processes of the head
-    return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **without})
+    return Cluster(
+        initialize_head=True, head_node_args={"num_cpus": cpus, "worker_path": ray_workers.__file__, **without}
+    )
 
 
 def add_node(cluster) -> Any:
     """Works in any thread, unlike with a handler of signals that ends the node."""
     cluster._shutdown_at_exit = False
-    return cluster.add_node(num_cpus=ROOM)
+    return cluster.add_node(num_cpus=ROOM, worker_path=ray_workers.__file__)
 
 
 @pytest.fixture(scope="session")
@@ -121,16 +124,13 @@ def on_cluster(path: Path, address: str, gates: dict[Path, int] | None = None, *
 
 
 def pids(*names: str) -> list[int]:
-    """Processes with one of these names whose cluster, or the command that started it, has the mark of this one."""
-    mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
+    """Workers with one of these names whose cluster, or the command that started it, has the mark of this one."""
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            command = (path / "cmdline").read_bytes()
-            if command.startswith(tuple(name.encode() for name in names)) and mark in (
-                path / "environ"
-            ).read_bytes().split(b"\0"):
+            if (path / "cmdline").read_bytes().startswith(tuple(name.encode() for name in names)):
                 found.append(int(path.name))
-    return sorted(found)
+    return sorted(pid for pid in found if ray_workers.environment_of(pid).get(MARK) == os.environ[MARK])
 
 
 def servers(run: Path) -> list[int]:
