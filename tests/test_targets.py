@@ -68,7 +68,7 @@ def evaluate(run: Path, prompts: Path, output: Path, batch_size: int) -> list[di
         "--num_prompts",
         4,
         "--max_new_tokens",
-        10,
+        6,
         "--gamma",
         2,
         "--speed_prompts",

@@ -198,7 +198,7 @@ def serve(python: str, forms: Mapping[str, Form], root: Path, tokens: int, **var
 def served(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """Every form in vLLM."""
     found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24)
-    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 12, TRITON_INTERPRET="1")
+    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, TRITON_INTERPRET="1")
 
 
 PREFIXES = {"mtp, mimo": "model.mtp_layers.0.", "mtp, deepseek": "model.layers.2."}  # of a draft in its target

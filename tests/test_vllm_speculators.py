@@ -56,7 +56,7 @@ def serve(
 @pytest.fixture(scope="module")
 def served(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, dict[str, Any]]]:
     found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24)
-    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 12, TRITON_INTERPRET="1")
+    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("form", [*FORMS, *INTERPRETED])

@@ -54,7 +54,9 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models import registry
 
+registry._run_in_subprocess = lambda function: function()  # what it asks of a class takes a second, its imports many
 torch.cpu._is_amx_tile_supported = lambda: False  # where there is AMX, vLLM's latent attention has no fp32
 # The kernel for CPUs returns wrong queries if they have three dimensions, which those of latent attention have.
 RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native

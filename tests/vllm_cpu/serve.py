@@ -1,12 +1,14 @@
-"""Starts a vLLM server whose processes are forks of it: on a CPU vLLM spawns them, and they import everything again."""
+"""Starts a vLLM server whose processes are forks of it: on a CPU vLLM starts them anew, and they import everything."""
 
 from __future__ import annotations
 
 import multiprocessing
 import runpy
 
+from vllm.model_executor.models import registry
 from vllm.utils import system_utils
 
+registry._run_in_subprocess = lambda function: function()  # it asks something of a model's class
 system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 if __name__ == "__main__":
