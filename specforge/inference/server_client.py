@@ -26,6 +26,7 @@ _FAILURES = (
 )
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _BETWEEN_WARNINGS = 30.0  # seconds
+_KEEP_ALIVE = 3.0  # seconds; vLLM and SGLang close connections that are idle for 5, maybe while a request is on its way
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ class ServerClient:
             base_url=f"{parts.scheme}://{parts.netloc}{path}",
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_KEEP_ALIVE
+            ),
             trust_env=False,
         )
 

@@ -126,7 +126,7 @@ def serving(script: Script, **options: Any) -> Iterator[Fake]:
     """Run a server."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.fake = Fake(script, url=f"http://127.0.0.1:{server.server_port}", **options)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         try:
             yield server.fake

@@ -49,7 +49,7 @@ def server(target, tmp_path):
     files = TargetFiles.find(str(target))
     engine = HFTargetEngine(files, "float32")
     with TargetServer(engine, files, make_token(tmp_path / "token")) as running:
-        threading.Thread(target=running.serve_forever).start()
+        threading.Thread(target=running.serve_forever, args=[0.01]).start()
         yield running
         running.shutdown()
 

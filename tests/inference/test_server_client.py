@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])) if self.command == "POST" else b"{}"
         self.server.seen.append((self.path, json.loads(body), self.headers.get("Authorization")))
+        self.server.connections.append(self.client_address)
         status, answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
@@ -36,8 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as made:
-        made.answers, made.seen = [(200, b'{"ok": 1}')], []
-        thread = threading.Thread(target=made.serve_forever)
+        made.answers, made.seen, made.connections = [(200, b'{"ok": 1}')], [], []
+        thread = threading.Thread(target=made.serve_forever, args=[0.01])
         thread.start()
         yield made
         made.shutdown()
@@ -53,6 +55,17 @@ def test_a_body_and_a_key_arrive(server, tmp_path):
     with client(server, api_key_file=tmp_path / "key") as made:
         assert made.post("/v1/completions", {"prompt": [1]}) == {"ok": 1}
     assert server.seen == [("/v1/completions", {"prompt": [1]}, "Bearer secret")]
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(server, monkeypatch):
+    """vLLM and SGLang close one that has been idle for 5 s, and a request may be on its way."""
+    now = time.monotonic
+    with client(server) as made:
+        for seconds in (0, 2, 6):
+            monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now() + seconds)
+            made.post("/v1/completions", {})
+    first, second, third = server.connections
+    assert first == second != third
 
 
 @pytest.mark.parametrize("path", ["/api", "/api/", "/api/v1", "/api/v1/"])
