@@ -16,7 +16,7 @@ BASE: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -231,7 +231,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def write_family(name: str, folder: Path, seed: int = 0) -> Path:
+def write_family(name: str, folder: Path, seed: int = 0, layers: int = 8) -> Path:
     """A random target of a family, with weights large enough for its answers to differ from each other's."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -241,7 +241,7 @@ def write_family(name: str, folder: Path, seed: int = 0) -> Path:
         pytest.skip(f"this version of transformers has no {family.kind}")
     write_tokenizer(folder)
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.kind, **{**BASE, **family.fields})
+    config = AutoConfig.for_model(family.kind, **{**BASE, "num_hidden_layers": layers, **family.fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

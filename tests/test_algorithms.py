@@ -150,6 +150,14 @@ def epoch(variant: str, target: Path, features: Path, folder: Path, **changes: o
     return ["--config", recipe, *(str(word) for pair in options.items() for word in pair)]
 
 
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def finished(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """A run's weights and history."""
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
@@ -157,6 +165,7 @@ def finished(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, floa
     return saved["state_dict"], read_history(folder / "metrics.jsonl")
 
 
+RESUMED = {"eagle3", "mtp-nextn", "dspark-muon"}  # what a sharded checkpoint may hold: layers, experts, momenta of Muon
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
 
 
@@ -165,8 +174,8 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs
 def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_path):
     """Windows of four documents, the last of one: on one rank, or in two micro-batches of one document on each of two.
 
-    A rank meets documents without a block, and at the end no document at all. The sharded run, resumed from its
-    middle, ends with its own weights: on CPUs bit for bit.
+    A rank meets documents without a block, and at the end no document at all. Sharded runs, resumed from their middle,
+    end with their own weights: on CPUs bit for bit.
     """
     jobs = {}
     on = {"--trainer.accelerator": accelerator}
@@ -178,8 +187,9 @@ def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_pat
             jobs[f"{variant}, {strategy}"] = epoch(
                 variant, target, uneven, run, **two, **{"--trainer.strategy": strategy}
             )
-        half = {"--trainer.strategy": "fsdp2", "--ckpt_path": run / "checkpoints" / "step-00000002.ckpt"}
-        jobs[f"{variant}, resumed"] = epoch(variant, target, uneven, tmp_path / variant / "resumed", **two, **half)
+        if variant in RESUMED:
+            half = {"--trainer.strategy": "fsdp2", "--ckpt_path": run / "checkpoints" / "step-00000002.ckpt"}
+            jobs[f"{variant}, resumed"] = epoch(variant, target, uneven, tmp_path / variant / "resumed", **two, **half)
         alone = epoch(variant, target, uneven, tmp_path / variant / "one", **one)
         assert main(["fit", *alone]) == 0
     train_on_ranks(jobs, 2)
@@ -189,15 +199,9 @@ def test_two_ranks_are_one_whole_or_sharded(accelerator, target, uneven, tmp_pat
         atol = 1e-3 if variant.endswith("muon") else 1e-5 if accelerator == "cpu" else 1e-4
         for strategy in ("ddp", "fsdp2"):
             found, rows = finished(tmp_path / variant / strategy)
-            assert found.keys() == weights.keys()
-            for name, value in weights.items():
-                message = f"{variant}, {strategy}: {name}"
-                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=atol, msg=message)
+            assert_close(found, weights, 1e-4, atol)
             for row, alone in zip(rows, history, strict=True):
                 for name in {"train/loss", "val/loss", "val/tau"} & alone.keys():
                     assert row[name] == pytest.approx(alone[name], rel=1e-4), (variant, strategy, name)
-        resumed, _ = finished(tmp_path / variant / "resumed")
-        for name, value in found.items():
-            torch.testing.assert_close(
-                resumed[name], value, rtol=0, atol=0 if accelerator == "cpu" else atol, msg=f"{variant}: {name}"
-            )
+        if variant in RESUMED:
+            assert_close(finished(tmp_path / variant / "resumed")[0], found, 0, 0 if accelerator == "cpu" else atol)

@@ -28,7 +28,7 @@ def test_hosts_give_the_weights_of_one(target, prompts, tmp_path, undisturbed, n
     where = places(tmp_path) | {"metadata": "auto"}
     path = disaggregated(target, prompts, tmp_path, where, RANKS, batch_size=5, max_samples=40)
     address = f"{network.address(SERVERS)}:6379"
-    on_cluster(path, address)
+    on_cluster(path, address, producers={"count": 2})
     nodes: list[subprocess.Popen[str]] = []
 
     def join(host: str, folder: str, *words: object) -> None:

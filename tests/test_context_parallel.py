@@ -60,7 +60,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def test_ranks_that_share_batches_train_as_one(target, features, tmp_path):
     """Four ranks in two groups, one of which meets an empty batch, or in one group that accumulates.
 
-    A run that is resumed from its middle ends with its own weights bit for bit.
+    EAGLE-3's runs, resumed from their middle, end with their own weights bit for bit.
     """
     jobs, alone = {}, {}
     for module in MODULES:
@@ -70,20 +70,22 @@ def test_ranks_that_share_batches_train_as_one(target, features, tmp_path):
         for kind in ("DDP", "FSDP2"):
             groups = {**strategy(kind, 2), "data__init_args__batch_size": 5}
             jobs[f"{module}, {kind}"] = words(module, target, features, folder / kind, 4, **groups)
-            half, again = folder / kind / "run/checkpoints/step-00000002.ckpt", folder / kind / "resumed/run"
-            resume = ["--ckpt_path", str(half), "--trainer.default_root_dir", str(again)]
-            jobs[f"{module}, {kind} resumed"] = [*jobs[f"{module}, {kind}"], *resume]
+    eagle = tmp_path / "Eagle3Module"
+    for kind in ("DDP", "FSDP2"):
+        half, again = eagle / kind / "run/checkpoints/step-00000002.ckpt", eagle / kind / "resumed/run"
+        resume = ["--ckpt_path", str(half), "--trainer.default_root_dir", str(again)]
+        jobs[f"{kind}, resumed"] = [*jobs[f"Eagle3Module, {kind}"], *resume]
     whole = {"trainer__strategy": "ContextDDPStrategy", "trainer__accumulate_grad_batches": 2}
     whole["data__init_args__batch_size"] = 5
-    jobs["all"] = words("Eagle3Module", target, features, tmp_path / "Eagle3Module/all", 4, **whole)
+    jobs["all"] = words("Eagle3Module", target, features, eagle / "all", 4, **whole)
     train_on_ranks(jobs, 4)
     for module in MODULES:
         for name in ("DDP", "FSDP2", *(["all"] if module == "Eagle3Module" else [])):
             assert_same_run(tmp_path / module / name, alone[module])
-        for kind in ("DDP", "FSDP2"):
-            weights, _ = outcome(tmp_path / module / kind)
-            resumed, _ = outcome(tmp_path / module / kind / "resumed")
-            assert all(torch.equal(resumed[name], value) for name, value in weights.items()), (module, kind)
+    for kind in ("DDP", "FSDP2"):
+        weights, _ = outcome(eagle / kind)
+        resumed, _ = outcome(eagle / kind / "resumed")
+        assert all(torch.equal(resumed[name], value) for name, value in weights.items()), kind
 
 
 def sharing(datamodule, features: Path):

@@ -120,7 +120,7 @@ def assert_the_export_says_what_was_trained(run: Path, output: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal is None])
 def test_a_family_from_conversations_to_a_draft(name, tmp_path, request):
-    target, prompts = write_family(name, tmp_path / "target"), tmp_path / "prompts"
+    target, prompts = write_family(name, tmp_path / "target", layers=6), tmp_path / "prompts"
     conversations = write_conversations(tmp_path / "conversations.jsonl", 24)
     call("prepare", "--data", conversations, "--target", target, "--output", prompts)
     run = train(target, prompts, tmp_path / "eagle3", model__init_args__steps=2)
@@ -135,7 +135,7 @@ def test_a_family_from_conversations_to_a_draft(name, tmp_path, request):
 def test_other_drafts_of_unusual_families(name, tmp_path):
     algorithm = OTHERS[name]
     kind, fields = MODULES[algorithm]
-    target, prompts = write_family(name, tmp_path / "target"), tmp_path / "prompts"
+    target, prompts = write_family(name, tmp_path / "target", layers=6), tmp_path / "prompts"
     call("prepare", "--data", write_conversations(tmp_path / "c.jsonl", 24), "--target", target, "--output", prompts)
     arguments = {"target": str(target), "draft_config": {"draft_vocab_size": 64, **fields}, "gamma": 2}
     model = {"class_path": kind, "init_args": {**arguments, "optimizer": {"lr": 1e-3}}}
@@ -146,7 +146,7 @@ def test_other_drafts_of_unusual_families(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal is not None])
 def test_a_family_that_is_refused_by_name(name, tmp_path, capsys, request):
     """In one line, before anything is captured, by the first command that can detect it."""
-    family, target, prompts = FAMILIES[name], write_family(name, tmp_path / "target"), tmp_path / "prompts"
+    family, target, prompts = FAMILIES[name], write_family(name, tmp_path / "target", layers=6), tmp_path / "prompts"
     conversations = write_conversations(tmp_path / "conversations.jsonl", 24)
     commands = {
         "prepare": ["--data", conversations, "--target", target, "--output", prompts],

@@ -37,7 +37,7 @@ GAMMA, END = 3, 256
 PROMPTS = 6
 
 LAYERS: dict[str, object] = {"layer_ids": [1, 3, 4]}
-EAGLE = {**LAYERS, "init_from": "target"}
+EAGLE = {**LAYERS, "init_from": "target", "steps": GAMMA}
 SMALL = {"draft_vocab_size": 200}
 BLOCK = {"block_size": GAMMA + 1, "num_hidden_layers": 2}
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16, "use_sliding_window": True}
@@ -65,7 +65,7 @@ FORMS = {
     "eagle3": Form("eagle3", SMALL, EAGLE),
     "eagle3.1": Form("eagle3", {**SMALL, "fc_norm": True, "norm_output": True}, EAGLE),
     "eagle3, other norms": Form("eagle3", {"norm_before_fc": True, "norm_before_residual": True}, EAGLE),
-    "eagle3, latent": Form("eagle3", {**SMALL, **LATENT}, {"layer_ids": [0, 1]}, "deepseek"),
+    "eagle3, latent": Form("eagle3", {**SMALL, **LATENT}, {"layer_ids": [0, 1], "steps": GAMMA}, "deepseek"),
     "peagle": Form("peagle", {**SMALL, "num_hidden_layers": 2}, LAYERS),
     "dflash": Form("dflash", BLOCK, LAYERS),
     "dflash, draft vocabulary": Form("dflash", {**BLOCK, **SMALL}, LAYERS),

@@ -17,7 +17,9 @@ python = vllm.python
 QWEN3 = {"qk_norm": True}
 FORMS = {
     "eagle3": vllm.Form("eagle3", {"norm_before_fc": True, "norm_before_residual": True}, vllm.EAGLE),
-    "eagle3.1, Qwen3": vllm.Form("eagle3", {**vllm.SMALL, **QWEN3, "fc_norm": True, "norm_output": True}, vllm.LAYERS),
+    "eagle3.1, Qwen3": vllm.Form(
+        "eagle3", {**vllm.SMALL, **QWEN3, "fc_norm": True, "norm_output": True}, {**vllm.LAYERS, "steps": vllm.GAMMA}
+    ),
     "peagle, Qwen3": vllm.Form(
         "peagle", {**vllm.SMALL, **QWEN3, "num_hidden_layers": 2, "embed_requires_grad": True}, vllm.LAYERS
     ),

@@ -79,7 +79,7 @@ def target(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """Conversations of two turns."""
     path = tmp_path_factory.mktemp("data") / "d.jsonl"
-    texts = [QUESTIONS[i % 3].format(a=i, b=i + 1) for i in range(24)]
+    texts = [QUESTIONS[i % 3].format(a=i, b=i + 1) for i in range(16)]
     path.write_text(
         "".join(json.dumps(talk(text, "-", "And?", "-", id=f"c{i}")) + "\n" for i, text in enumerate(texts))
     )

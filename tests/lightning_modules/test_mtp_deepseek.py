@@ -149,7 +149,7 @@ def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) 
     ends = (*itertools.accumulate(map(len, texts)),)
     spans = (*zip((0, *ends), ends, strict=False),)
     batch = TrainBatch(ids, torch.ones(len(ids), dtype=torch.bool), features, (*map(len, texts),), spans)
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         output = module.training_loss(batch, head)
         (output.loss / output.num_supervised).backward()

@@ -56,6 +56,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import registry
 
+_collect = gc.collect
+gc.collect = lambda *args: 0  # vLLM calls it eleven times for each engine, and it looks through everything imported
 registry._run_in_subprocess = lambda function: function()  # what it asks of a class takes a second, its imports many
 torch.cpu._is_amx_tile_supported = lambda: False  # where there is AMX, vLLM's latent attention has no fp32
 # The kernel for CPUs returns wrong queries if they have three dimensions, which those of latent attention have.
@@ -117,7 +119,7 @@ def main(path: str) -> None:
             result = {"error": traceback.format_exc()[-4000:]}
         finally:
             cleanup_dist_env_and_memory()
-            gc.collect()
+            _collect()
         save_file(held, folder / f"{job['name']}.safetensors")
         (folder / f"{job['name']}.json").write_text(json.dumps(result))
 

@@ -115,6 +115,9 @@ def test_drafting_in_pieces_is_drafting_at_once(module, references):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "module", ["eagle3.1", "peagle", "peagle, own embedding"], indirect=True
+)  # others: layers only
 def test_sampled_output_has_the_targets_distribution(engine, module, deterministic):
     """Chi-square of the three tokens after a prompt, of 600 answers, against the target's exact probabilities."""
     sampling, prompt, count = Sampling(1.0, top_k=3), [7, 70, 9], 600
