@@ -19,7 +19,7 @@ RUN := runs/quickstart
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
-	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(if $(GPU),--system-site-packages) $(VENV)
 	index=$$($(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=3)" 2>/dev/null \
 	  && echo --extra-index-url $(CPU_WHEELS)); \
 	$(VENV)/bin/python -m pip install --quiet $(if $(GPU),,$$index) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
@@ -53,7 +53,7 @@ docs: .docs/.installed # the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict
 
 .docs/.installed: pyproject.toml # an environment of its own, without torch
-	$(PYTHON) -m venv .docs
+	$(PYTHON) -m venv --upgrade-deps .docs
 	.docs/bin/python -m pip install --quiet $$($(PYTHON) -c \
 	  "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	touch $@

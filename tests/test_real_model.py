@@ -26,7 +26,7 @@ def run(*words: object) -> None:
 def test_prepare_capture_fit_evaluate_export(tmp_path):
     lines = DATA.read_text().splitlines(keepends=True)
     data = tmp_path / "data.jsonl"
-    data.write_text("".join([*lines[:3], *lines[49:89]]))
+    data.write_text("".join([*lines[:2], *lines[49:69]]))
     run("prepare", "--data", data, "--target", TARGET, "--output", tmp_path / "prompts")
     run(
         "capture",

@@ -127,11 +127,12 @@ class Server:
         self._running.close()
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(f, marks=getattr(pytest.mark, f.__name__)) for f in (vllm, sglang)]
-)
+ENGINES = [pytest.param(f, marks=getattr(pytest.mark, f.__name__)) for f in (vllm, sglang)]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def server(request, expected, target, tmp_path_factory) -> Iterator[Server]:
-    """A running server; the last test kills it."""
+    """A running server; vLLM's last test kills it."""
     kind = request.param
     python = request.config.getoption(f"--{kind.__name__}-python")
     if not python:
@@ -171,6 +172,7 @@ def test_the_answers_are_those_of_transformers(server, target, data, expected, t
         assert answers(tmp_path / "b.jsonl") == answers(tmp_path / "c.jsonl")
 
 
+@pytest.mark.parametrize("server", ENGINES[:1], indirect=True)  # it is the client that waits, for any engine
 def test_a_server_that_is_killed_and_restarts_loses_nothing(server, target, data, expected, tmp_path):
     output = tmp_path / "a.jsonl"
     process = Command(*command(target, data, output, server=server.url, concurrency=4))

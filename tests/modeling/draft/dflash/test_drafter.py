@@ -75,7 +75,7 @@ def module(request, target, engine, prompts, answers):
     features = [{n: x.clone() for n, x in f.items()} for f in engine.capture(texts, module.spec.capture)]
     head = module.target_head(torch.device("cpu"))
     optimizer = torch.optim.Adam(module.draft.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(25):
         for prompt, answer, tensors in zip(prompts, answers, features, strict=False):
             optimizer.zero_grad()
             output = module.training_loss(Reference(prompt, answer, tensors).batch(), head)
@@ -90,7 +90,7 @@ def test_greedy_output_is_the_targets_own_in_the_rounds_that_teacher_forcing_say
 ):
     head = module.target_head(torch.device("cpu"))
     ends = (answers[1][7], answers[3][2])  # ends inside an answer, wherever they fall in a round
-    expected = [plain(engine, p, 24, ends) for p in prompts]
+    expected = [[*itertools.takewhile(lambda t: t not in ends, a), *[t for t in a if t in ends][:1]] for a in answers]
     options = {"gamma": gamma, "max_new_tokens": 24, "end_ids": ends}
     make = lambda: module.drafter(head, torch.float32)  # noqa: E731
     together = decode(engine.model, make, prompts, **options)
