@@ -70,7 +70,7 @@ def test_prepare_capture_fit_evaluate_export(tmp_path):
         "--json",
         tmp_path / "evaluation.json",
         "--max_new_tokens",
-        24,
+        12,
         "--speed_prompts",
         1,
         "--cache",
