@@ -5,6 +5,7 @@ A node that has this file as its `worker_path` starts it for each worker; what i
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -60,7 +61,7 @@ def serve(address: str) -> None:
     os.write(1, b"ready\n")
     while requests in select.select([0, requests], [], [])[0]:
         with requests.accept()[0] as asking:
-            message, files, _, _ = socket.recv_fds(asking, 1 << 20, 3)
+            message, files, _, _ = socket.recv_fds(asking, 1 << 20, 4)
             if os.fork() == 0:
                 requests.close()
                 asking.close()
@@ -71,9 +72,13 @@ def serve(address: str) -> None:
 
 def _work(address: Path, request: dict, files: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, file in enumerate(files):
+    *streams, network = files
+    for number, file in enumerate(streams):
         os.dup2(file, number)
         os.close(file)
+    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:  # the node is on a host of its own
+        assert ctypes.CDLL(None).setns(network, 0) == 0
+    os.close(network)
     address.with_name(str(os.getpid())).write_text(json.dumps(request["environment"]))
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -91,5 +96,6 @@ if __name__ == "__main__":
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.connect(os.environ[ADDRESS])
         request = {"words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
-        socket.send_fds(asking, [json.dumps(request).encode()], [0, 1, 2])
+        with open("/proc/self/ns/net") as network:
+            socket.send_fds(asking, [json.dumps(request).encode()], [0, 1, 2, network.fileno()])
         asking.recv(1)  # until it has forked

@@ -9,6 +9,7 @@ import tempfile
 
 import pytest
 
+from tests import ray_workers
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places
 from tests.test_disaggregated import RANKS
 from tests.test_several_hosts import PRODUCER, SERVERS, TRAINER, network  # noqa: F401 - fixture
@@ -16,6 +17,16 @@ from tests.test_training import assert_same_weights, losses
 
 pytest.importorskip("ray", reason="needs Ray (pip install -e '.[ray]')")
 from tests.test_cluster import PRODUCERS, environment, on_cluster, redis_of, undisturbed  # noqa: F401 - fixtures
+
+# `ray start`, which has no option for the file that its workers run (tests/ray_workers.py).
+START = f"""
+from functools import partialmethod
+from ray._private.parameter import RayParams
+from ray.scripts.scripts import main
+
+RayParams.__init__ = partialmethod(RayParams.__init__, worker_path={ray_workers.__file__!r})
+main()
+"""
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis, pytest.mark.faults, pytest.mark.slow]
 
@@ -33,7 +44,7 @@ def test_hosts_give_the_weights_of_one(target, prompts, tmp_path, undisturbed, n
 
     def join(host: str, folder: str, *words: object) -> None:
         """One at a time: these hosts share a disk, and nodes that start together may choose the same socket file."""
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--temp-dir", folder]
+        ray = [sys.executable, "-c", START, "start", "--block", "--temp-dir", folder]
         nodes.append(network.start(host, *ray, "--node-ip-address", network.address(host), *words))
         found = ""
         while "Ray runtime started" not in found:
