@@ -88,7 +88,7 @@ def _work(address: Path, request: dict, files: list[int]) -> None:
 
 
 def environment_of(worker: int) -> dict[str, str]:
-    """The environment with which a process was started as a worker of Ray."""
+    """The environment with which a process was started as a worker of Ray; OSError if it is none of these."""
     return json.loads(Path(os.environ[ADDRESS]).with_name(str(worker)).read_text())
 
 

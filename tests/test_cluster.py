@@ -128,9 +128,10 @@ def pids(*names: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (path / "cmdline").read_bytes().startswith(tuple(name.encode() for name in names)):
+            ours = (path / "cmdline").read_bytes().startswith(tuple(name.encode() for name in names))
+            if ours and ray_workers.environment_of(int(path.name)).get(MARK) == os.environ[MARK]:
                 found.append(int(path.name))
-    return sorted(pid for pid in found if ray_workers.environment_of(pid).get(MARK) == os.environ[MARK])
+    return sorted(found)
 
 
 def servers(run: Path) -> list[int]:

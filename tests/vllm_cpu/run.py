@@ -58,7 +58,7 @@ from vllm.model_executor.models import registry
 
 _collect = gc.collect
 gc.collect = lambda *args: 0  # vLLM calls it eleven times for each engine, and it looks through everything imported
-registry._run_in_subprocess = lambda function: function()  # what it asks of a class takes a second, its imports many
+registry._run_in_subprocess = lambda function: function()  # not one that imports vLLM again
 torch.cpu._is_amx_tile_supported = lambda: False  # where there is AMX, vLLM's latent attention has no fp32
 # The kernel for CPUs returns wrong queries if they have three dimensions, which those of latent attention have.
 RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native

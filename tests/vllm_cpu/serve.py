@@ -10,7 +10,7 @@ from vllm.model_executor.models import registry
 from vllm.utils import system_utils
 
 gc.collect = lambda *args: 0  # vLLM calls it again and again while it starts, and it looks through everything imported
-registry._run_in_subprocess = lambda function: function()  # it asks something of a model's class
+registry._run_in_subprocess = lambda function: function()  # not one that imports vLLM again
 system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 if __name__ == "__main__":
