@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import specforge.callbacks.report
 from specforge.cli.main import main
-from tests import ray_workers
+from tests import forks, processes, ray_workers
 from tests.fuzz import Fuzz
 from tests.tiny import write_conversations, write_target
 
@@ -24,6 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, help="try so many times as many damaged inputs (default 1)")
     parser.addoption("--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="interpreter that has vLLM")
     parser.addoption("--sglang-python", default=os.environ.get("SGLANG_PYTHON"), help="interpreter that has SGLang")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs are started from forks, whichever process of the session starts them first."""
+    if not hasattr(config, "workerinput"):  # not in a process of pytest-xdist, which has the first one's environment
+        stack = ExitStack()
+        stack.enter_context(forks.session())
+        config.add_cleanup(stack.close)
+        processes.make_python()
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,4 +1,4 @@
-"""The toy algorithm of examples/ and docs/adding-an-algorithm.md, from outside the package and in fresh processes."""
+"""The toy algorithm of examples/ and docs/adding-an-algorithm.md, from outside the package."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import SPECFORGE, python
 
 ROOT = Path(__file__).parents[1]
 PAGE, EXAMPLES = ROOT / "docs" / "adding-an-algorithm.md", ROOT / "examples"
@@ -31,71 +32,26 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def specforge(folder: Path, *commands: tuple[object, ...]) -> None:
-    """Run some commands in one fresh process that finds the reader's folder on its path."""
-    lines = [[str(word) for word in words] for words in commands]
-    code = f"from specforge.cli.main import main\nfor words in {lines!r}: assert main(words) == 0, words"
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+def specforge(folder: Path, *words: object) -> None:
+    """Run a command that finds the reader's folder on its path."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [python(), SPECFORGE, *map(str, words)]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
 def test_the_toy_is_captured_trained_evaluated_and_exported(folder, target, prompts):
-    checkpoint, named = "runs/toy/checkpoints/last.ckpt", ("--algorithm", "toy.ToyModule")
-    specforge(
-        folder,
-        (
-            "capture",
-            "--algorithm",
-            "toy.ToyModule",
-            "--target",
-            target,
-            "--prompts",
-            prompts,
-            "--output",
-            "features",
-            "--dtype",
-            "float32",
-        ),
-        (
-            "fit",
-            "--config",
-            "toy.yaml",
-            "--model.target",
-            target,
-            "--data.features",
-            "features",
-            "--model.draft_config",
-            '{"draft_vocab_size": 128}',
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.max_steps",
-            100,
-            "--trainer.enable_progress_bar",
-            "false",
-        ),
-    )
-    specforge(
-        folder,
-        (
-            "evaluate",
-            "--draft",
-            checkpoint,
-            "--prompts",
-            prompts,
-            "--json",
-            "e.json",
-            "--max_new_tokens",
-            20,
-            "--speed_prompts",
-            0,
-            *named,
-        ),
-        ("export", "--draft", checkpoint, "--output", "exported", "--dtype", "float32", *named),
-        ("export", "--draft", "exported", "--output", "again", "--dtype", "float32", "--target", target, *named),
-    )
+    checkpoint, named = "runs/toy/checkpoints/last.ckpt", ["--algorithm", "toy.ToyModule"]
+    data = ["--target", target, "--prompts", prompts]
+    specforge(folder, "capture", *named, *data, "--output", "features", "--dtype", "float32")
+    fit = ["--model.target", target, "--data.features", "features", "--model.draft_config", '{"draft_vocab_size": 128}']
+    fit += ["--trainer.accelerator", "cpu", "--trainer.max_steps", 100, "--trainer.enable_progress_bar", "false"]
+    specforge(folder, "fit", "--config", "toy.yaml", *fit)
+    evaluate = ["--json", "e.json", "--max_new_tokens", 20, "--speed_prompts", 0]
+    specforge(folder, "evaluate", "--draft", checkpoint, "--prompts", prompts, *evaluate, *named)
+    export = ["--dtype", "float32", *named]
+    specforge(folder, "export", "--draft", checkpoint, "--output", "exported", *export)
+    specforge(folder, "export", "--draft", "exported", "--output", "again", "--target", target, *export)
     rows = {row["method"]: row for row in json.loads((folder / "e.json").read_text())["methods"]}
     assert rows["toy"]["lossless"] is True
     assert rows["toy"]["tau"] == rows["toy"]["offline_tau"]

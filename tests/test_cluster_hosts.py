@@ -11,6 +11,7 @@ import pytest
 
 from tests import ray_workers
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places
+from tests.processes import SPECFORGE, python
 from tests.test_disaggregated import RANKS
 from tests.test_several_hosts import PRODUCER, SERVERS, TRAINER, network  # noqa: F401 - fixture
 from tests.test_training import assert_same_weights, losses
@@ -57,7 +58,7 @@ def test_hosts_give_the_weights_of_one(target, prompts, tmp_path, undisturbed, n
             join(SERVERS, folder, "--head", "--port", 6379, "--num-cpus", 0, "--include-dashboard", "false")
             for host in (TRAINER, PRODUCER):
                 join(host, folder, "--address", address, "--num-cpus", PRODUCERS)
-            run = network.start(SERVERS, sys.executable, "-m", "specforge.cli.main", "launch", "--config", path)
+            run = network.start(SERVERS, python(), SPECFORGE, "launch", "--config", path)
             output, _ = run.communicate(timeout=600)
             assert run.returncode == 0, output
         finally:

@@ -113,11 +113,12 @@ def test_a_killed_producer_is_taken_over(target, prompts, tmp_path, undisturbed,
     assert controller.counts() == {**dict.fromkeys(STATES, 0), State.DURABLE: 18 * 4}
 
 
-def test_several_processes_produce_and_end_when_nothing_comes(target, tmp_path, capfd):
+def test_several_processes_produce_and_end_when_nothing_comes(target, tmp_path):
     where = places(tmp_path)
-    words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"]]
-    assert main(["produce", *words, "--workers", "2", "--idle_seconds", "0.2", "--name", "p"]) == 0
-    out = capfd.readouterr().out
+    words = ["--target", target, "--store", where["store"], "--metadata", where["metadata"]]
+    process = Command("produce", *words, "--workers", 2, "--idle_seconds", 0.2, "--name", "p")
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
     assert "p-0: 0 samples produced" in out
     assert "p-1: 0 samples produced" in out
 

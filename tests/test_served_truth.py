@@ -22,6 +22,7 @@ from specforge.decoding.decoder import decode
 from specforge.errors import UserError
 from specforge.inference.server_client import ServerClient
 from specforge.inference.target_engine import HFTargetEngine
+from tests import vllm_cpu
 from tests.lightning_modules.test_mtp_deepseek import memorise
 from tests.sglang_cpu import serve as serve_sglang
 from tests.tiny import write_target
@@ -73,7 +74,7 @@ def vllm(python: str, root: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     draft = {"method": "eagle3", "model": str(root / "draft"), "num_speculative_tokens": GAMMA}
-    words = [python, Path(__file__).parent / "vllm_cpu" / "serve.py", "--model", root / "target", "--port", port]
+    words = [python, *vllm_cpu.SERVE, "--model", root / "target", "--port", port]
     words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 8]
     words += ["--speculative-config", json.dumps(draft), "--per-request-spec-decode-metrics", "detailed"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

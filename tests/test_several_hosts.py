@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.disaggregated import assert_nothing_is_left, disaggregated
-from tests.processes import SPECFORGE
+from tests.processes import SPECFORGE, python
 from tests.runtime.control_plane.test_metadata import needs_redis
 from tests.runtime.data_plane.mooncake_store import needs_mooncake
 from tests.test_equivalence import features_alone, offline_run  # noqa: F401 - fixtures
@@ -124,7 +124,7 @@ def test_a_host_that_is_cut_off_only_costs_time(target, prompts, tmp_path, offli
     }
     (tmp_path / "redis").mkdir()
     redis = f"redis-server --bind {network.address(SERVERS)} --protected-mode no --appendonly no --dir".split()
-    command = [sys.executable, "-m", "specforge.cli.main"]
+    specforge = [python(), SPECFORGE]
     with ExitStack() as stack:
 
         def start(host: str, *words: object) -> subprocess.Popen[str]:
@@ -134,13 +134,13 @@ def test_a_host_that_is_cut_off_only_costs_time(target, prompts, tmp_path, offli
             return process
 
         start(SERVERS, *redis, tmp_path / "redis")
-        store = start(SERVERS, *command, "store", "up", "--size", 1 << 24, "--host", network.address(SERVERS))
+        store = start(SERVERS, *specforge, "store", "up", "--size", 1 << 24, "--host", network.address(SERVERS))
         while not store.stdout.readline().startswith("mooncake://"):
             assert store.poll() is None
         places = [word for name, place in where.items() for word in (f"--{name}", place)]
-        producer = start(PRODUCER, *command, "produce", "--target", target, *places, "--lease_seconds", 2)
+        producer = start(PRODUCER, *specforge, "produce", "--target", target, *places, "--lease_seconds", 2)
         path = disaggregated(target, prompts, tmp_path, where, lease_seconds=2, max_samples=24)
-        trainer = start(TRAINER, SPECFORGE, "fit", "--config", path)
+        trainer = start(TRAINER, *specforge, "fit", "--config", path)
         run = tmp_path / "run"
         for steps, host, seconds in ((3, PRODUCER, 4.0), (7, TRAINER, 2.0), (11, SERVERS, 3.0)):
             wait_for_steps(trainer, run, steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from specforge.modeling.draft.servers import Proof
 from tests.lightning_modules.test_mtp import small_target, write_mtp_target
 from tests.lightning_modules.test_mtp_deepseek import deepseek, memorise, write_deepseek
 from tests.modeling.draft.eagle3.test_export import LATENT
-from tests.sglang_cpu import Forks, forks
+from tests.sglang_cpu import DRAFTS, load, serve
 from tests.tiny import write_tokenizer
 
 __all__ = ["deepseek", "small_target"]
@@ -66,13 +66,6 @@ def python(pytestconfig: pytest.Config) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def sglang(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """SGLang, imported."""
-    with forks(python, tmp_path_factory.mktemp("sglang") / "log") as made:
-        yield made
-
-
 def as_if_trained(module: DraftModule) -> DraftModule:
     """No weight as it was initialised."""
     if len(module.draft.d2t) < module.target.vocab_size:
@@ -104,7 +97,7 @@ def mtp_targets(small_target: Path, deepseek: Path, root: Path) -> dict[str, Pat
 
 
 @pytest.fixture(scope="module")
-def loaded(sglang, target, small_target, deepseek, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+def loaded(python, target, small_target, deepseek, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
     """Every form's exported folder and what SGLang holds after loading it."""
     root = tmp_path_factory.mktemp("loaded")
     folders: dict[str, Path] = {}
@@ -118,7 +111,7 @@ def loaded(sglang, target, small_target, deepseek, tmp_path_factory) -> dict[str
     for name, module in modules.items():
         folders[name] = root / f"{len(folders)}"
         as_if_trained(module).export_format.to_sglang(module.draft, module.target, folders[name], "float32")
-    sglang.load(target, *(f"{folder}:{folder}.loaded" for folder in folders.values()))
+    load(python, root / "log", target, *(f"{folder}:{folder}.loaded" for folder in folders.values()))
     return {name: (folder, load_file(f"{folder}.loaded")) for name, folder in folders.items()}
 
 
@@ -231,7 +224,7 @@ def test_what_the_formats_say_of_sglang_is_what_is_tested():
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(name, sglang, target, tmp_path):
+def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(name, python, target, tmp_path):
     form = SERVED[name]
     torch.manual_seed(0)
     options: dict[str, object] = {"draft_config": dict(form.config)}
@@ -255,7 +248,8 @@ def test_the_server_answers_as_the_target_and_accepts_what_specforge_says(name, 
     folder, export = tmp_path / "draft", module.export_format
     assert export.form(config_fields(module.draft), module.target) == form.name
     export.to_sglang(module.draft, module.target, folder, "float32")
-    with sglang.serve(*export.sglang.command(str(target), folder, 3).split()[3:]) as server:
+    options = export.sglang.command(str(target), folder, 3).split()[3:]
+    with serve(python, tmp_path / "log", *options, program=DRAFTS) as server:
         theirs = [server.answer(prompt, 24, [256]) for prompt in prompts]
     assert [reply["output_ids"] for reply in theirs] == answers == [d.tokens for d in mine]
     assert [reply["meta_info"]["spec_verify_ct"] for reply in theirs] == [d.rounds for d in mine]

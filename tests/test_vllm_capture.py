@@ -25,6 +25,7 @@ from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.vllm_server import VLLMServer
+from tests import vllm_cpu
 from tests.captured import assert_close, random_prompts, stored
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places, producers
 from tests.tiny import recipe, write_target
@@ -76,7 +77,7 @@ def server(python, files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(VLLMServer, "launch", (str(Path(__file__).parent / "vllm_cpu" / "serve.py"),))
+        patch.setattr(VLLMServer, "launch", vllm_cpu.SERVE)
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the workers share what cores there are
         options = {"python": python, "tensor_parallel": 2, "max_model_len": 300, "arguments": ARGUMENTS}
         with VLLMTargetEngine(files, "float32", store=str(folder / "store"), log=folder / "log", **options) as engine:

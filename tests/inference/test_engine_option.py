@@ -29,6 +29,7 @@ from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
 from specforge.runtime.data_plane.feature_folder import FeatureFolder
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places
+from tests.processes import Command
 from tests.test_training import assert_same_weights, fit, losses
 from tests.tiny import recipe
 
@@ -177,25 +178,12 @@ def test_the_processes_of_produce_get_the_engine(target, prompts, tmp_path, serv
     where = places(tmp_path)
     path = disaggregated(target, prompts, tmp_path, where, {"trainer__max_steps": 2})
     producing = [f"--{name}={value}" for name, value in where.items()]
-    made: list[int] = []
-    produce = threading.Thread(
-        target=lambda: made.append(
-            main(
-                [
-                    "produce",
-                    f"--target={target}",
-                    *producing,
-                    *words("", server, tmp_path),
-                    "--workers=2",
-                    "--idle_seconds=2",
-                ]
-            )
-        )
+    produce = Command(
+        "produce", f"--target={target}", *producing, *words("", server, tmp_path), "--workers=2", "--idle_seconds=2"
     )
-    produce.start()
     fit(path)
-    produce.join()
-    assert made == [0]
+    output, _ = produce.communicate(timeout=180)
+    assert produce.returncode == 0, output
     assert_nothing_is_left(where, trained=2 * 4)
 
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from specforge.cli.main import main
-from tests import sglang_cpu
+from tests import sglang_cpu, vllm_cpu
 from tests.data.chats import talk
 from tests.processes import Command
 from tests.tiny import QUESTIONS, write_target
@@ -25,7 +25,6 @@ from tests.tiny import QUESTIONS, write_target
 pytestmark = pytest.mark.slow
 
 TOKENS = 32
-VLLM = Path(__file__).parents[1] / "vllm_cpu" / "serve.py"
 Serve = Callable[[], AbstractContextManager[None]]
 
 
@@ -39,7 +38,7 @@ def free_port() -> int:
 def vllm(python: str, target: Path, log: Path, port: int) -> Iterator[None]:
     """A vLLM server; at the end all its processes are killed at once."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-    command = [python, VLLM, "--model", target, *options, "--port", port]
+    command = [python, *vllm_cpu.SERVE, "--model", target, *options, "--port", port]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as file:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
-import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import forks
+
 READY = "Uvicorn running on"  # SGLang's own "fired up" comes before it listens
-LAUNCH = (str(Path(__file__).parent / "launch.py"),)  # instead of ``-m sglang.launch_server``
+LAUNCH, DRAFTS = ((forks.__file__, str(Path(__file__).with_name(name))) for name in ("launch.py", "drafts.py"))
 CAPTURE = [  # for servers that only read prompts
     "--device",
     "cpu",
@@ -71,89 +71,19 @@ def free_port() -> int:
         return port
 
 
-class Forks:
-    """Runs SGLang from one import of it, for one draft after another (``fork.py``).
-
-    Args:
-        process: which reads commands.
-        log: keeps what is said.
-    """
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process, self._log = process, log
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._log.open("w") as file:
-            for line in self._process.stdout:
-                file.write(line)
-                file.flush()
-                self._lines.put(line)
-        self._lines.put("")
-
-    def _start(self, *words: object) -> int:
-        """Run a command; returns its process group."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
-        self._process.stdin.flush()
-        return int(self._wait("process group").split()[2])
-
-    def _wait(self, *words: str) -> str:
-        """The next line that contains one of these."""
-        while line := self._lines.get(timeout=300):
-            if any(word in line for word in words):
-                return line
-        raise AssertionError(self._log.read_text()[-4000:])
-
-    @contextmanager
-    def serve(self, *options: object) -> Iterator[Server]:
-        """Start a server and wait until it is ready."""
-        port = free_port()
-        group = self._start(*OPTIONS, "--port", port, *options)
-        line, end = "", f"process group {group} ended"
-        try:
-            line = self._wait(READY, end)
-            assert READY in line, self._log.read_text()[-4000:]
-            yield Server(port)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-            if READY in line:
-                self._wait(end)
-
-    def load(self, target: Path, *jobs: str) -> None:
-        """Load drafts (``load.py``)."""
-        group = self._start("load", target, *jobs)
-        self._wait(f"process group {group} ended")
-        assert all(Path(job.rpartition(":")[2]).exists() for job in jobs), self._log.read_text()[-4000:]
+def load(python: str, log: Path, target: Path, *jobs: str) -> None:
+    """Load drafts (``load.py``); ``log`` keeps what is said."""
+    with log.open("w") as file:
+        command = [python, *DRAFTS, "load", target, *jobs]
+        subprocess.run([str(word) for word in command], env=environment(), stdout=file, stderr=file, check=False)
+    assert all(Path(job.rpartition(":")[2]).exists() for job in jobs), log.read_text()[-4000:]
 
 
 @contextmanager
-def forks(python: str, log: Path) -> Iterator[Forks]:
-    """Import SGLang; ``log`` keeps what it says."""
-    process = subprocess.Popen(
-        [python, Path(__file__).parent / "fork.py"],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield Forks(process, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def serve(python: str, log: Path, *options: object) -> Iterator[Server]:
+def serve(python: str, log: Path, *options: object, program: Sequence[str] = LAUNCH) -> Iterator[Server]:
     """Start a server and wait until it is ready; ``log`` keeps what it says."""
     port = free_port()
-    command = [python, *LAUNCH, *OPTIONS, "--port", port, *options]
+    command = [python, *program, *OPTIONS, "--port", port, *options]
     process = subprocess.Popen(
         [str(word) for word in command],
         env=environment(),

@@ -1,6 +1,6 @@
-"""Starts an SGLang server on a CPU without AMX, with the stand-in kernels: ``python launch.py --model-path ...``.
+"""An SGLang server on a CPU without AMX, with the stand-in kernels, for ``tests/forks.py``.
 
-SGLang's worker processes are forks of this one, so that everything at its top holds in them too.
+SGLang's worker processes are forks of the server's, so that everything at its top holds in them too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ _SCHEMAS = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _SCHEMAS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from sglang.launch_server import run_server  # noqa: E402
 from sglang.srt.arg_groups import overrides  # noqa: E402
+from sglang.srt.entrypoints import http_server  # noqa: E402, F401 - imported once, as the next
 from sglang.srt.layers.rotary_embedding import factory  # noqa: E402
+from sglang.srt.managers import scheduler  # noqa: E402, F401
+from sglang.srt.server_args import prepare_server_args  # noqa: E402
 
 # Latent attention has, on a CPU, DeepSeek's scaled positions only.
 factory.get_rope_cpu = lambda *args: factory.get_rope(*args[:-1])
@@ -44,8 +48,7 @@ class _WithAMX:
 
 overrides.get_platform = _WithAMX
 
-if __name__ == "__main__":
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
 
-    run_server(prepare_server_args(sys.argv[1:]))
+def main(words: list[str]) -> None:
+    """Serve until a signal comes."""
+    run_server(prepare_server_args(words))

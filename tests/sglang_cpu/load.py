@@ -1,4 +1,4 @@
-"""Loads drafts as SGLang's draft worker does and writes what it holds (``fork.py`` runs it).
+"""Loads drafts as SGLang's draft worker does and writes what it holds (``drafts.py`` calls it).
 
 Every parameter is NaN before the weights are read, so that one which no tensor reaches shows.
 """

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
+
+from tests.processes import SPECFORGE, python
 
 absent = pytest.mark.skipif(find_spec("mooncake") is None, reason="pip install -e '.[mooncake-cpu]'")
 
@@ -32,7 +33,7 @@ def free_ports(count: int) -> list[int]:
 def store_up(port: int, metrics: int, size: int = 256 << 20) -> subprocess.Popen:
     words = ["store", "up", "--port", port, "--metrics_port", metrics, "--size", size]
     return subprocess.Popen(
-        [sys.executable, "-m", "specforge.cli.main", *map(str, words)],
+        [python(), SPECFORGE, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
