@@ -61,7 +61,7 @@ def start(
     Returns:
         Where to :func:`read` its process identity, and then its exit status. Closed earlier, it kills the program.
     """
-    connection = _connect(program)
+    connection = _connect(program, environment)
     request = {"words": [*words], "environment": environment, "folder": os.getcwd(), "leads": leads}
     with open(_NETWORK) as network:
         socket.send_fds(connection, [json.dumps(request).encode()], [*files, network.fileno()])
@@ -75,7 +75,7 @@ def read(connection: socket.socket) -> int:
     return int.from_bytes(found, "little", signed=True)
 
 
-def _connect(program: Path) -> socket.socket:
+def _connect(program: Path, environment: dict[str, str]) -> socket.socket:
     name = hashlib.sha256(f"{sys.executable} {program}".encode()).hexdigest()[:8]
     address = Path(os.environ[FOLDER]) / name
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,7 +86,7 @@ def _connect(program: Path) -> socket.socket:
             with address.with_suffix(".log").open("w") as log:
                 process = subprocess.Popen(
                     command,
-                    env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+                    env={name: value for name, value in environment.items() if name != "PYTHONPATH"},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -106,7 +106,9 @@ def _lock(address: Path) -> Path:
 def _serve(program: Path, address: Path) -> int:
     """Import a program and fork for each start; in a fork, run it."""
     sys.path[0:0] = [str(program.parent)]
+    before = dict(os.environ)
     main: Callable[[list[str]], int | None] = importlib.import_module(program.stem).main
+    own = dict(os.environ.items() - before.items())  # variables that the import sets
     gc.collect()
     gc.freeze()  # otherwise the end of a fork touches, and so copies, everything
     starts = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -123,7 +125,9 @@ def _serve(program: Path, address: Path) -> int:
         if message and os.fork() == 0:
             starts.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return _run(main, json.loads(message), files, connection, _lock(address))
+            request = json.loads(message)
+            request["environment"] |= own
+            return _run(main, request, files, connection, _lock(address))
         for file in files:
             os.close(file)
         connection.close()

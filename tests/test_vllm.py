@@ -28,11 +28,11 @@ from specforge.inference.target_engine import HFTargetEngine
 from specforge.modeling.draft import config_fields
 from specforge.modeling.draft.servers import Proof
 from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
+from tests import vllm_cpu
 from tests.lightning_modules.test_mtp_deepseek import memorise, write_deepseek
 from tests.test_sglang import as_rows, change_config, mimo, place
 from tests.tiny import write_target
 
-RUN = Path(__file__).parent / "vllm_cpu" / "run.py"
 GAMMA, END = 3, 256
 PROMPTS = 6
 
@@ -167,13 +167,13 @@ def prepare(name: str, form: Form, target: Path, root: Path, tokens: int) -> tup
     return work, Served(kind, folder, answers, [d.rounds for d in mine], {}, {})
 
 
-def run(python: str, jobs: Iterable[dict[str, Any]], root: Path, **variables: str) -> None:
+def run(python: str, jobs: Iterable[dict[str, Any]], root: Path, program: Sequence[str]) -> None:
     """Run jobs in vLLM's environment; their results are in ``root``."""
     (root / "jobs.json").write_text(json.dumps(list(jobs)))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [python, RUN, root / "jobs.json"],
-        env={**environment, "OMP_NUM_THREADS": "1", **variables},
+        [python, *program, root / "jobs.json"],
+        env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -181,11 +181,11 @@ def run(python: str, jobs: Iterable[dict[str, Any]], root: Path, **variables: st
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def serve(python: str, forms: Mapping[str, Form], root: Path, tokens: int, **variables: str) -> dict[str, Served]:
+def serve(python: str, forms: Mapping[str, Form], root: Path, tokens: int, program: Sequence[str]) -> dict[str, Served]:
     """Serve every form."""
     targets = {name: make_target(name, root / name) for name in {form.target for form in forms.values()}}
     prepared = {name: prepare(name, form, targets[form.target], root, tokens) for name, form in forms.items()}
-    run(python, [job for job, _ in prepared.values()], root, **variables)
+    run(python, [job for job, _ in prepared.values()], root, program)
     return {
         name: served._replace(
             theirs=json.loads((root / f"{name}.json").read_text()), held=load_file(root / f"{name}.safetensors")
@@ -197,8 +197,8 @@ def serve(python: str, forms: Mapping[str, Form], root: Path, tokens: int, **var
 @pytest.fixture(scope="module")
 def served(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """Every form in vLLM."""
-    found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24)
-    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, TRITON_INTERPRET="1")
+    found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24, vllm_cpu.RUN)
+    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, vllm_cpu.INTERPRETED)
 
 
 PREFIXES = {"mtp, mimo": "model.mtp_layers.0.", "mtp, deepseek": "model.layers.2."}  # of a draft in its target

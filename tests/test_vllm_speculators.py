@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import specforge
+from tests import vllm_cpu
 
 vllm = pytest.importorskip("tests.test_vllm")
 python = vllm.python
@@ -34,7 +36,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def serve(
-    python: str, forms: dict[str, Any], root: Path, tokens: int, **variables: str
+    python: str, forms: dict[str, Any], root: Path, tokens: int, program: Sequence[str]
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
     """What SpecForge says of every draft, and what vLLM made of it by the name of the job."""
     target, jobs, found = vllm.make_target("llama", root / "llama"), [], {}
@@ -48,7 +50,7 @@ def serve(
             jobs.append({**work, "name": f"{name}, alone", "model": str(folder), "speculative": None})
         if name in AS_VLLM_TOO:
             jobs.append({**work, "name": f"{name}, for vLLM"})
-    vllm.run(python, jobs, root, **variables)
+    vllm.run(python, jobs, root, program)
     results = {job["name"]: json.loads((root / f"{job['name']}.json").read_text()) for job in jobs}
     for name in {*ALONE} & forms.keys():
         results[f"{name}, alone"]["parameters"] = [*load_file(root / f"{name}, alone.safetensors")]
@@ -57,8 +59,8 @@ def serve(
 
 @pytest.fixture(scope="module")
 def served(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, dict[str, Any]]]:
-    found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24)
-    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, TRITON_INTERPRET="1")
+    found = serve(python, FORMS, tmp_path_factory.mktemp("vllm"), 24, vllm_cpu.RUN)
+    return found | serve(python, INTERPRETED, tmp_path_factory.mktemp("interpreted"), 8, vllm_cpu.INTERPRETED)
 
 
 @pytest.mark.parametrize("form", [*FORMS, *INTERPRETED])

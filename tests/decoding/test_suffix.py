@@ -135,8 +135,9 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
     make = baselines([*corpus, plain[0]] if corpus else [])[name]
     options = {"gamma": 4, "max_new_tokens": 40, "end_ids": (256,)}
     together = decode(engine.model, make, PROMPTS, **options)
-    alone = [decode(engine.model, make, [p], **options)[0] for p in PROMPTS]
-    assert [d.tokens for d in together] == [d.tokens for d in alone] == plain
+    alone = [decode(engine.model, make, [p], **options)[0] for p in PROMPTS[1::2]]
+    assert [d.tokens for d in together] == plain
+    assert [(d.tokens, d.rounds) for d in alone] == [(d.tokens, d.rounds) for d in together[1::2]]
     offline = [text_rounds(make, Reference(p, a, {}), 4) for p, a in zip(PROMPTS, plain, strict=True)]
     assert [(d.counted, d.rounds) for d in together] == offline
     if name == "suffix" and corpus:

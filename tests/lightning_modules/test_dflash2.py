@@ -31,25 +31,18 @@ def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class DFlash2Reference(BlockReference):
-    """Convolutions channel by channel, candidates token by token."""
+    """Convolutions tap by tap, candidates token by token."""
 
     def around(self, xs: list[Tensor], normed: list[Tensor], name: str, side: int) -> list[Tensor]:
         fields = self.config.dflash_config
         taps, size = fields["conv_kernel_size"], fields["conv_group_size"]
-        width = len(xs[0])
-        groups = width // size
+        groups = len(xs[0]) // size
         base = self.w[name + "base_kernel"]
         out = []
         for k, x in enumerate(normed):
             delta = (self.w[name + "kernel_projection.weight"] @ x).view(2, taps, groups)
-            channels = []
-            for channel in range(width):
-                parts = [
-                    xs[k - j][channel] * (base[side, j, channel] + delta[side, j, channel // size])
-                    for j in range(min(taps, k + 1))
-                ]
-                channels.append(sum(parts))
-            out.append(torch.stack(channels))
+            kernel = base[side] + delta[side].repeat_interleave(size, 1)  # [taps, channels]
+            out.append(sum(xs[k - j] * kernel[j] for j in range(min(taps, k + 1))))
         return out
 
     def score(self, before: int, state: Tensor, index: int) -> Tensor:

@@ -217,14 +217,16 @@ def test_greedy_output_is_the_targets_own_and_offline_rounds_are_the_decoded_one
     make = lambda: module.drafter(head, torch.float32)  # noqa: E731
     options = {"gamma": gamma, "max_new_tokens": 40, "end_ids": (256,)}
     together = decode(engine.model, make, PROMPTS, **options)
-    alone = [decode(engine.model, make, [p], **options)[0] for p in PROMPTS]
-    assert [d.tokens for d in together] == [d.tokens for d in alone] == plain
+    alone = [decode(engine.model, make, [p], **options)[0] for p in PROMPTS[1::2]]
+    assert [d.tokens for d in together] == plain
+    assert [d.tokens for d in alone] == plain[1::2]
     features = engine.capture([[*p, *a] for p, a in zip(PROMPTS, plain, strict=True)], module.spec.capture)
     offline = [
         draft_rounds(module, head, Reference(p, a, f), gamma, Sampling())
         for p, a, f in zip(PROMPTS, plain, features, strict=True)
     ]
-    assert [(d.counted, d.rounds) for d in together] == [(d.counted, d.rounds) for d in alone] == offline
+    assert [(d.counted, d.rounds) for d in together] == offline
+    assert [(d.counted, d.rounds) for d in alone] == offline[1::2]
     assert sum(r.tokens for r in offline) > sum(r.rounds for r in offline)
     for prompt, answer, tensors, rounds in zip(PROMPTS, plain, features, offline, strict=True):
         (chains,) = module.validation_chains(Reference(prompt, answer, tensors).batch(), head, gamma).chains

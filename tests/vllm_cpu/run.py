@@ -1,9 +1,9 @@
-"""Runs vLLM engines one after another in this process: ``python run.py JOBS.json``, on a CPU.
+"""Runs vLLM engines one after another in one process, on a CPU: a program for ``tests/forks.py`` that takes a file.
 
-A job has ``name``, ``model``, ``prompts``, ``max_tokens``, ``end_ids`` and ``speculative`` (null for none). The file
-``NAME.json`` beside the jobs gets the answers and the rounds of each prompt, or the ``error``, and ``NAME.safetensors``
-the parameters of the last model that was loaded, the draft. Every parameter is NaN before the weights are read, so that
-one which no tensor reaches shows.
+Each job in it has ``name``, ``model``, ``prompts``, ``max_tokens``, ``end_ids`` and ``speculative`` (null for none).
+The file ``NAME.json`` beside it gets the answers and the rounds of each prompt, or the ``error``, and
+``NAME.safetensors`` the parameters of the last model that was loaded, the draft. Every parameter is NaN before the
+weights are read, so that one which no tensor reaches shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -108,10 +107,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def main(path: str) -> None:
+def main(words: list[str]) -> None:
     """Run every job of a file; one that fails stops no other."""
-    folder = Path(path).parent
-    for job in json.loads(Path(path).read_text()):
+    path = Path(words[0])
+    folder = path.parent
+    for job in json.loads(path.read_text()):
         held.clear()
         try:
             result = run(job)
@@ -122,7 +122,3 @@ def main(path: str) -> None:
             _collect()
         save_file(held, folder / f"{job['name']}.safetensors")
         (folder / f"{job['name']}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -45,6 +45,12 @@ CASES = {
         {**SLIDING, "dflash_config": {"selector_rank": 8, "conv_kernel_size": 3}, "draft_vocab_size": 100},
     ),
 }
+SAMPLED = [  # one for each way to draw tokens; the others' layers and vocabularies change nothing in it
+    "dflash of a part of the vocabulary",
+    "dspark, rnn, a part of the vocabulary",
+    "domino, labels in place, a part of the vocabulary",
+    "dflash2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +100,16 @@ def test_greedy_output_is_the_targets_own_in_the_rounds_that_teacher_forcing_say
     options = {"gamma": gamma, "max_new_tokens": 24, "end_ids": ends}
     make = lambda: module.drafter(head, torch.float32)  # noqa: E731
     together = decode(engine.model, make, prompts, **options)
-    alone = [decode(engine.model, make, [p], **options)[0] for p in prompts]
+    alone = [decode(engine.model, make, [p], **options)[0] for p in prompts[1::2]]
     assert [d.tokens for d in together] == expected
-    assert [d.tokens for d in alone] == expected
-    assert [d.rounds for d in together] == [d.rounds for d in alone]
+    assert [(d.tokens, d.rounds) for d in alone] == [(d.tokens, d.rounds) for d in together[1::2]]
     features = engine.capture([[*p, *a] for p, a in zip(prompts, expected, strict=True)], module.spec.capture)
     offline = [
         draft_rounds(module, head, Reference(p, a, f), gamma, Sampling())
         for p, a, f in zip(prompts, expected, features, strict=True)
     ]
-    assert [(r.tokens, r.rounds) for r in offline] == [(d.counted, d.rounds) for d in alone]
-    accepted, counted = sum(sum(d.accepted) for d in alone), sum(d.counted for d in alone)
+    assert [(r.tokens, r.rounds) for r in offline] == [(d.counted, d.rounds) for d in together]
+    accepted, counted = sum(sum(d.accepted) for d in together), sum(d.counted for d in together)
     assert 0.1 * counted < accepted < counted  # some drafts are right, some are wrong
 
 
@@ -119,7 +124,7 @@ def test_validation_says_the_same_rounds(engine, module, prompts, answers):
     assert jump(chain)[0] == draft_rounds(module, head, reference, 3, Sampling())
 
 
-@pytest.mark.parametrize("module", [name for name in CASES if "with sliding" not in name], indirect=True)
+@pytest.mark.parametrize("module", SAMPLED, indirect=True)
 def test_sampled_output_has_the_targets_distribution(engine, module, prompts):
     """Chi-square of the first three tokens of 500 answers, top 3 of each, against the exact product."""
     sampling, rounds, prompt = Sampling(0.8, top_k=3), 500, prompts[1]
