@@ -39,7 +39,7 @@ quickstart: install
 
 test: install
 	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not ray" --durations 20 # bit-identical runs, on the CPU
-	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m ray --durations 10 || test $$? = 5 # none without Ray; one cluster at a time
+	CUDA_VISIBLE_DEVICES= $(VENV)/bin/python -m pytest -m ray tests/test_cluster*.py --durations 10 || test $$? = 5 # none without Ray; one cluster at a time
 	$(if $(GPU),$(VENV)/bin/python -m pytest tests/test_gpu.py tests/modeling/layers/test_flex_attention.py \
 	  tests/test_algorithms.py::test_two_ranks_are_one_whole_or_sharded)
 

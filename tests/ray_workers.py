@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import logging
 import os
 import runpy
 import select
@@ -45,7 +44,6 @@ def forked_workers(address: Path) -> Iterator[None]:
 
 def serve(address: str) -> None:
     """Fork for each request until the process that started this one ends or closes its pipe."""
-    logging.root.addHandler(logging.NullHandler())  # as in Ray's workers: Lightning looks for one when it is imported
     import pandas  # noqa: F401 - for ray.train; Ray itself reads its environment when it is imported
     from transformers import LlamaForCausalLM  # noqa: F401
 

@@ -102,7 +102,10 @@ def _say_to(board: Any, name: str) -> None:
         board.say.remote((name, level, text))
 
     sys.stdout, sys.stderr = Lines(send, "info"), Lines(send, "error")
-    for handler in list(logging.root.handlers):  # Ray's print on stderr; its files stay
-        if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
-            logging.root.removeHandler(handler)
+    # Lightning keeps its messages to itself if it was imported before the root logger had a handler.
+    for logger in (logging.root, *map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))):
+        logger.propagate = True
+        for handler in list(logger.handlers):  # Ray's print on stderr; its files stay
+            if type(handler) is not logging.FileHandler and isinstance(handler, logging.StreamHandler):
+                logger.removeHandler(handler)
     logging.root.addHandler(Records(send))

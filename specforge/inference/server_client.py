@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import httpx
 
@@ -84,8 +87,11 @@ class ServerClient:
             limits=httpx.Limits(
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=_KEEP_ALIVE
             ),
+            event_hooks={"request": [lambda request: request.extensions.update(trace=self._trace)]},
             trust_env=False,
         )
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +101,18 @@ class ServerClient:
 
     def close(self) -> None:
         """Close all connections; requests that wait for an answer fail."""
+        with self._lock:
+            sockets = list(self._sockets)
+        for connected in sockets:
+            with suppress(OSError):  # it is closed
+                connected.shutdown(socket.SHUT_RDWR)  # closing it would not wake a thread that reads from it
         self._client.close()
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remember what connections read from, as httpcore reports them."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     def get(self, path: str) -> Any:
         """JSON at a path.

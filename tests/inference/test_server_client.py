@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -162,3 +163,34 @@ def test_a_stream_is_read_line_by_line_and_a_refusal_has_its_reason(server):
             assert list(lines) == ["data: 1", "", "data: [DONE]"]
         with pytest.raises(UserError, match=r"no \(HTTP 400\)"), made.stream("/x", {}) as lines:
             pass
+
+
+@pytest.mark.parametrize("half", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], ids=["nothing", "half"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_closing_ends_requests_that_wait_for_a_silent_server(half, streamed):
+    """A thread that reads from a socket does not notice that another one closes it."""
+    ended = []
+
+    def ask() -> None:
+        if streamed:
+            with asking.stream("/", {}) as lines:
+                list(lines)
+        else:
+            asking.post("/", {})
+
+    def fail() -> None:
+        with pytest.raises(UserError, match="no answer"):
+            ask()
+        ended.append(True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asking = ServerClient(f"http://127.0.0.1:{listening.getsockname()[1]}", patience=0)
+        thread = threading.Thread(target=fail, daemon=True)
+        thread.start()
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(half)
+            asking.close()
+            thread.join(20)
+            assert ended

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from lightning_modules.base import DraftModule
 from lightning_modules.mtp import MTPModule
 from specforge.contracts import TrainBatch
 from specforge.decoding.decoder import decode
@@ -140,7 +141,7 @@ def test_the_layer_is_deepseeks_own(deepseek):
         torch.testing.assert_close(state, expected.view(len(ids), -1)[end - 1], rtol=1e-4, atol=1e-4)
 
 
-def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) -> None:
+def memorise(module: DraftModule, engine: HFTargetEngine, texts: list[list[int]], steps: int = 60) -> None:
     """Train on texts until the draft knows them."""
     head, optimizer = module.target_head(torch.device("cpu")), torch.optim.Adam(module.draft.parameters(), 1e-2)
     captured = engine.capture(texts, module.spec.capture)
@@ -149,7 +150,7 @@ def memorise(module: MTPModule, engine: HFTargetEngine, texts: list[list[int]]) 
     ends = (*itertools.accumulate(map(len, texts)),)
     spans = (*zip((0, *ends), ends, strict=False),)
     batch = TrainBatch(ids, torch.ones(len(ids), dtype=torch.bool), features, (*map(len, texts),), spans)
-    for _ in range(60):
+    for _ in range(steps):
         optimizer.zero_grad()
         output = module.training_loss(batch, head)
         (output.loss / output.num_supervised).backward()

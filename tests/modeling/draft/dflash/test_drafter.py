@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 
 from lightning_modules import algorithms
+from lightning_modules.block_family import BlockFamilyModule
 from specforge.contracts import AUX_HIDDEN_STATES
 from specforge.decoding.decoder import decode
 from specforge.decoding.verify import Sampling
@@ -18,6 +21,7 @@ from specforge.eval.offline import draft_rounds
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from tests.decoding.test_decoding import plain
+from tests.lightning_modules.test_mtp_deepseek import memorise
 
 SIZE = {"num_hidden_layers": 2, "block_size": 5}
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 6}
@@ -69,25 +73,26 @@ def answers(engine, prompts) -> list[list[int]]:
     return [plain(engine, p, 24, ()) for p in prompts]
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def module(request, target, engine, prompts, answers):
-    """A draft that has learnt some of the answers by heart, so that rounds accept some tokens and not others."""
-    name, config = CASES[request.param]
-    torch.manual_seed(0)
-    module = algorithms()[name](str(target), layer_ids=[1, 3, 4], draft_config={**SIZE, **config})
-    if len(module.draft.d2t) < 264:
-        module.draft.set_vocabulary(torch.tensor(sorted({t for a in answers for t in a} | set(range(100))))[:100])
-    texts = [[*p, *a] for p, a in zip(prompts[:4], answers[:4], strict=True)]
-    features = [{n: x.clone() for n, x in f.items()} for f in engine.capture(texts, module.spec.capture)]
-    head = module.target_head(torch.device("cpu"))
-    optimizer = torch.optim.Adam(module.draft.parameters(), lr=3e-3)
-    for _ in range(25):
-        for prompt, answer, tensors in zip(prompts, answers, features, strict=False):
-            optimizer.zero_grad()
-            output = module.training_loss(Reference(prompt, answer, tensors).batch(), head)
-            (output.loss / output.num_supervised).backward()
-            optimizer.step()
-    return module.eval()
+@pytest.fixture(scope="module")
+def trained(target, engine, prompts, answers) -> Callable[[str], BlockFamilyModule]:
+    """Drafts that have learnt some of the answers by heart, so that rounds accept some tokens and not others."""
+
+    @cache
+    def train(case: str) -> BlockFamilyModule:
+        name, config = CASES[case]
+        torch.manual_seed(0)
+        module = algorithms()[name](str(target), layer_ids=[1, 3, 4], draft_config={**SIZE, **config})
+        if len(module.draft.d2t) < 264:
+            module.draft.set_vocabulary(torch.tensor(sorted({t for a in answers for t in a} | set(range(100))))[:100])
+        memorise(module, engine, [[*p, *a] for p, a in zip(prompts[:4], answers[:4], strict=True)], steps=30)
+        return module.eval()
+
+    return train
+
+
+@pytest.fixture(params=list(CASES))
+def module(request, trained):
+    return trained(request.param)
 
 
 @pytest.mark.parametrize("gamma", [1, 4])

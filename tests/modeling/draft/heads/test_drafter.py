@@ -57,7 +57,7 @@ def make_drafter(module: DraftModule) -> Callable[[], Drafter]:
     return lambda: module.drafter(head, torch.float32)
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 4])
+@pytest.mark.parametrize("gamma", [1, 4])
 def test_greedy_output_is_the_targets_own_and_offline_tau_is_decoded_tau(engine, module, prompts, gamma):
     expected = [plain(engine, p, 24, ()) for p in prompts]
     ends = (expected[1][7], expected[3][2])
