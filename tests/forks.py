@@ -36,8 +36,8 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @contextmanager
 def session() -> Iterator[None]:
-    """While programs may be started; the processes that fork end with it."""
-    folder = tempfile.mkdtemp(prefix="forks-")
+    """While programs may be started; the processes that fork end with it, or with this process."""
+    folder = tempfile.mkdtemp(prefix=f"forks-{os.getpid()}-")
     os.environ[FOLDER] = folder
     try:
         yield
@@ -117,7 +117,8 @@ def _serve(program: Path, address: Path) -> int:
     os.write(1, b"ready\n")
     os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while address.exists():
+    session = Path("/proc", address.parent.name.split("-")[1])
+    while address.exists() and session.exists():
         if not select.select([starts], [], [], 1)[0]:
             continue
         connection = starts.accept()[0]
