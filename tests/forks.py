@@ -169,12 +169,14 @@ def _mind(pid: int, leads: bool, connection: socket.socket, lock: Path) -> NoRet
         os.setpgid(pid, pid)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # so that the whole group can be waited for
     process = os.pidfd_open(pid)
-    with suppress(BrokenPipeError):
+    with suppress(ConnectionError):
         _write(connection, pid)
     watched: list[int | socket.socket] = [process, connection]
     while process not in (ready := select.select(watched, [], [])[0]):
         assert ready == [connection]
-        number = connection.recv(1)
+        number = b""
+        with suppress(ConnectionResetError):  # it ended before it read everything
+            number = connection.recv(1)
         if not number:
             watched.remove(connection)
             fcntl.flock(os.open(lock, os.O_RDONLY), fcntl.LOCK_EX)  # to its end: the next one may need the same port
@@ -186,7 +188,7 @@ def _mind(pid: int, leads: bool, connection: socket.socket, lock: Path) -> NoRet
             kill(pid, signal.SIGKILL)
             while True:
                 os.waitpid(-pid, 0)
-    with suppress(BrokenPipeError):
+    with suppress(ConnectionError):
         _write(connection, status)
     os._exit(0)
 
