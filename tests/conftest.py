@@ -40,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first: an idle process takes half of the tests that are left, and repeats their fixtures."""
     lost = [i for i in items if i.get_closest_marker("ray") and not i.path.match("tests/test_cluster*.py")]
-    assert not lost, f"`make test` does not run {lost[0].nodeid}: tests marked `ray` are in tests/test_cluster*.py"
+    if lost:
+        raise pytest.UsageError(
+            f"{lost[0].nodeid}: `make test` runs tests marked `ray` from tests/test_cluster*.py only"
+        )
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

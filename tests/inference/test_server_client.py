@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -168,7 +169,10 @@ def test_a_stream_is_read_line_by_line_and_a_refusal_has_its_reason(server):
 @pytest.mark.parametrize("half", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"], ids=["nothing", "half"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_closing_ends_requests_that_wait_for_a_silent_server(half, streamed):
-    """A thread that reads from a socket does not notice that another one closes it."""
+    """A thread that reads from a socket does not notice that another one closes it.
+
+    Of many requests, the first ones read by the time that the last one arrives.
+    """
     ended = []
 
     def ask() -> None:
@@ -183,14 +187,15 @@ def test_closing_ends_requests_that_wait_for_a_silent_server(half, streamed):
             ask()
         ended.append(True)
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as connections:
         asking = ServerClient(f"http://127.0.0.1:{listening.getsockname()[1]}", patience=0)
-        thread = threading.Thread(target=fail, daemon=True)
-        thread.start()
-        connection, _ = listening.accept()
-        with connection:
+        threads = [threading.Thread(target=fail, daemon=True) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+            connection = connections.enter_context(listening.accept()[0])
             connection.recv(1 << 16)
             connection.sendall(half)
-            asking.close()
+        asking.close()
+        for thread in threads:
             thread.join(20)
-            assert ended
+        assert len(ended) == len(threads)
