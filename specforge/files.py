@@ -410,3 +410,28 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def weight_files(folder: Path) -> dict[str, Path] | None:
+    """The safetensors file of each tensor of a model; None if the folder has none.
+
+    As in transformers, a single file takes precedence over an index of several, and files that an index does not name
+    are not the model's.
+
+    Raises:
+        UserError: a file is damaged, or the index names one that is not there.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        with open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.exists():
+        return None
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index}: names {name!r}, which is not a file in the same folder")
+    return {tensor: folder / name for tensor, name in names.items()}

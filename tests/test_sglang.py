@@ -35,13 +35,15 @@ __all__ = ["deepseek", "small_target"]
 LLAMA = "LlamaForCausalLMEagle3"
 SMALL = {"draft_vocab_size": 64}
 BLOCKS = {"num_hidden_layers": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}
 SMALL_DOMINO = {"dflash_config": {"gru_hidden_dim": 16, "emb_dim": 8}}
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "eagle3": ("eagle3", SMALL),
     "eagle3.1": ("eagle3", {**SMALL, "fc_norm": True, "norm_output": True}),
-    "eagle3, norm before fc": ("eagle3", {**SMALL, "norm_before_fc": True}),
-    "eagle3, latent": ("eagle3", {**SMALL, **LATENT}),
-    "dflash": ("dflash", BLOCKS),
+    "eagle3, norm before fc": ("eagle3", {**SMALL, "norm_before_fc": True, **DEEPSEEK_YARN}),
+    "eagle3, latent": ("eagle3", {**SMALL, **LATENT, **DEEPSEEK_YARN}),
+    "dflash": ("dflash", {**BLOCKS, "rope_parameters": YARN}),
     "dflash2": ("dflash2", BLOCKS),
     "domino": ("domino", {**BLOCKS, **SMALL_DOMINO}),
     "dspark": ("dspark", BLOCKS),

@@ -30,7 +30,7 @@ from specforge.modeling.draft.servers import Proof
 from specforge.modeling.draft.standalone.drafter import StandaloneDrafter
 from tests import vllm_cpu
 from tests.lightning_modules.test_mtp_deepseek import memorise, write_deepseek
-from tests.test_sglang import as_rows, change_config, mimo, place
+from tests.test_sglang import DEEPSEEK_YARN, YARN, as_rows, change_config, mimo, place
 from tests.tiny import write_target
 
 GAMMA, END = 3, 256
@@ -41,6 +41,7 @@ EAGLE = {**LAYERS, "init_from": "target", "steps": GAMMA}
 SMALL = {"draft_vocab_size": 200}
 BLOCK = {"block_size": GAMMA + 1, "num_hidden_layers": 2}
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16, "use_sliding_window": True}
+SCALED = {"rope_parameters": {**YARN, "attention_factor": 0.9}}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {
     "architectures": ["Eagle3DeepseekV2ForCausalLM"],
@@ -64,10 +65,12 @@ class Form(NamedTuple):
 FORMS = {
     "eagle3": Form("eagle3", SMALL, EAGLE),
     "eagle3.1": Form("eagle3", {**SMALL, "fc_norm": True, "norm_output": True}, EAGLE),
-    "eagle3, other norms": Form("eagle3", {"norm_before_fc": True, "norm_before_residual": True}, EAGLE),
-    "eagle3, latent": Form("eagle3", {**SMALL, **LATENT}, {"layer_ids": [0, 1], "steps": GAMMA}, "deepseek"),
+    "eagle3, other norms": Form("eagle3", {"norm_before_fc": True, "norm_before_residual": True, **SCALED}, EAGLE),
+    "eagle3, latent": Form(
+        "eagle3", {**SMALL, **LATENT, **DEEPSEEK_YARN}, {"layer_ids": [0, 1], "steps": GAMMA}, "deepseek"
+    ),
     "peagle": Form("peagle", {**SMALL, "num_hidden_layers": 2}, LAYERS),
-    "dflash": Form("dflash", BLOCK, LAYERS),
+    "dflash": Form("dflash", {**BLOCK, **SCALED}, LAYERS),
     "dflash, draft vocabulary": Form("dflash", {**BLOCK, **SMALL}, LAYERS),
     "dflash, sliding": Form("dflash", {**BLOCK, **SLIDING}, LAYERS),
     "medusa": Form("medusa", {"num_draft_heads": GAMMA, "num_head_blocks": 2}),

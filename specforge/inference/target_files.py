@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from specforge.errors import UserError
-from specforge.files import first_line, open_safetensors, read_json
+from specforge.files import first_line, open_safetensors, read_json, weight_files
 from specforge.inference.float8_blocks import FLOAT8, SCALE, Block, dequantise
 
 _SAMPLE = 1 << 16
@@ -189,13 +189,10 @@ class TargetFiles:
 
     @cached_property
     def weight_files(self) -> dict[str, Path]:
-        """The safetensors file of each tensor; as in transformers, a single file takes precedence over an index."""
-        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
-        if single.exists():
-            with open_safetensors(single) as file:
-                return dict.fromkeys(file.keys(), single)
-        if index.exists():
-            return _indexed(index)
+        """The safetensors file of each tensor."""
+        files = weight_files(self.folder)
+        if files is not None:
+            return files
         pickles = sorted(p.name for p in self.folder.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which SpecForge never loads" if pickles else ""
         raise UserError(f"{self.folder}: no model.safetensors{hint}")
@@ -365,18 +362,6 @@ class TargetFiles:
 
 def _is_list(module: nn.Module, length: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == length
-
-
-def _indexed(index: Path) -> dict[str, Path]:
-    """The file of each tensor, from the index of a model in several files."""
-    found = read_json(index)
-    names = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise UserError(f"{index}: has no weight_map from tensors to files")
-    for file in sorted(set(names.values())):
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise UserError(f"{index}: names {file!r}, which is not a file in the same folder")
-    return {name: index.parent / file for name, file in names.items()}
 
 
 def learned_positions(model: Any, size: int | None) -> int | None:

@@ -227,6 +227,64 @@ def test_a_single_file_of_tensors_takes_precedence_over_shards(small, damaged, e
     make("eagle3", small, init_from=str(folder))
 
 
+def in_shards(folder: Path) -> dict[str, str]:
+    """Move a draft's tensors to two files; the index is returned and not written."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: x for name, x in tensors.items() if files[name] == file}, folder / file)
+    return files
+
+
+def test_shards_are_those_of_the_index(small, damaged):
+    folder = damaged("eagle3")
+    expected = load_file(folder / "model.safetensors")
+    files = in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    save_file(
+        {"fc.weight": torch.full((H, 3 * H), 7.0)}, folder / "model-00003-of-00003.safetensors"
+    )  # of an older one
+    loaded = make("eagle3", small, init_from=str(folder)).draft
+    assert torch.equal(loaded.fc.weight, expected["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (None, r"model.safetensors: no such file; a draft is config.json beside"),
+        ({"fc.weight": "gone.safetensors"}, r"index.json: names 'gone.safetensors', which is not a file"),
+        ({"fc.weight": "../part-0.safetensors"}, r"index.json: names '../part-0.safetensors', which is not a file"),
+        ({"fc.bias": "part-0.safetensors"}, r"part-0.safetensors: has no tensor fc.bias, which the index"),
+    ],
+)
+def test_an_index_that_is_wrong_is_refused_by_file(small, damaged, changes, words):
+    folder = damaged("eagle3")
+    files = in_shards(folder)
+    if changes is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**files, **changes}}))
+    with pytest.raises(UserError, match=words):
+        make("eagle3", small, init_from=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("eagle3", {"logit_scale": 0.5}, "logit_scale is 0.5, which LlamaForCausalLMEagle3 does not support"),
+        ("dflash", {}, "DFlashDraftModel is not a draft of eagle3"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_named_and_no_option(small, damaged, name, fields, words):
+    folder = damaged(name, fields)
+    with pytest.raises(UserError) as error:
+        make("eagle3", small, init_from=str(folder))
+    assert str(error.value) == f"{folder / 'config.json'}: {words}"
+    if fields:
+        with pytest.raises(UserError) as error:
+            load_module(folder, small)
+        assert str(error.value) == f"{folder / 'config.json'}: {words}"
+
+
 def test_a_missing_draft_is_refused_in_one_line(small, tmp_path):
     for name, start in (("eagle3", "nowhere"), ("dflash", "target"), ("medusa", "target_mtp")):
         with pytest.raises(UserError, match=f"{start}: no such checkpoint"):

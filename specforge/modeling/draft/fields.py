@@ -215,7 +215,7 @@ def check_fields(
         elif wanted is not None and not wanted.allows(value):
             raise ValueError(f"{found}; {what} expects {wanted.words}")
         elif wanted is None and not _is_harmless(name, value, config, defaults):
-            raise ValueError(f"{found}, which {what} does not support; leave it out")
+            raise ValueError(f"{found}, which {what} does not support")
 
 
 def without_ignored_fields(config: Mapping[str, Any], reads: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,11 +277,10 @@ def quoted(value: Any) -> str:
 def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rotary positions of a config in the form of transformers 5, as a new dict; None if it has none.
 
-    Older configs have ``rope_theta`` next to ``rope_scaling``. If each kind of layer has its own positions, as in
-    Gemma 3, those of the full-attention layers are returned.
+    Older configs have ``rope_theta`` next to ``rope_scaling``.
 
     Raises:
-        ValueError: two fields contradict each other.
+        ValueError: two fields contradict each other, or kinds of layers have different positions.
     """
     given = {name: config[name] for name in ROPE_SPELLINGS if config.get(name) is not None}
     if not given:
@@ -303,8 +302,11 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _standard(rope: Any, name: str) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name} is {quoted(rope)}, not an object")
-    if "full_attention" in rope:
-        return _standard(rope["full_attention"] or {}, f"{name}.full_attention")
+    kinds = [x for x in rope.values() if isinstance(x, Mapping)]
+    if kinds:
+        if any(x is not None and x != kinds[0] for x in rope.values()):
+            raise ValueError(f"{name} is {quoted(rope)}; drafts have the same positions in all layers")
+        return _standard(kinds[0], name)
     found = {("rope_type" if key == "type" else key): x for key, x in rope.items() if x is not None}
     if rope.get("type") and rope.get("rope_type"):
         found["rope_type"] = rope["rope_type"]
@@ -327,6 +329,16 @@ def check_rope(rope: Mapping[str, Any]) -> None:
     check_fields(rope, {**_ROPE[kind], **common}, f"rope_type {kind!r}", {}, "rope_parameters.")
 
 
+def target_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rotary positions of a target with this config, as :func:`rope_fields` gives them.
+
+    If each kind of layer has its own, as in Gemma 3, they are those of the layers with full attention.
+    """
+    rope = config.get("rope_parameters")
+    own = rope.get("full_attention") if isinstance(rope, Mapping) else None
+    return rope_fields({"rope_parameters": own or rope})
+
+
 def draft_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rotary positions of a draft derived from a target with this config; None if the target has none.
 
@@ -334,7 +346,7 @@ def draft_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     because a key in the draft's cache must stay valid as the text grows. Whole heads are rotated: servers' block
     drafters support nothing else.
     """
-    rope = rope_fields({"rope_parameters": config.get("rope_parameters")})
+    rope = target_rope(config)
     if rope is None:
         return None
     kind = rope["rope_type"] if rope["rope_type"] in ROPE_TYPES else "default"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specforge.errors import UserError
-from specforge.files import first_line, parse_json, read_json, write_folder
+from specforge.files import first_line, parse_json, read_json, weight_files, write_folder
 from specforge.modeling.draft.fields import (
     ANYTHING,
     Fields,
@@ -402,25 +402,32 @@ def read_draft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     where = str(folder / "config.json")
     config = canonical(read_json(folder / "config.json"), where)
-    single = folder / "model.safetensors"
-    shards = [single] if single.exists() else sorted(folder.glob("model-*.safetensors"))
-    if not shards:
+    files = weight_files(folder)
+    if files is None:
         pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}"))
         if pickles:
             raise UserError(
                 f"{folder / pickles[0]}: is a pickle, which SpecForge never loads; if you trust it, convert it once: "
                 f'safetensors.torch.save_file(torch.load("{pickles[0]}", weights_only=True), "model.safetensors")'
             )
-        raise UserError(f"{single}: no such file; a draft is config.json beside model.safetensors")
+        raise UserError(f"{folder / 'model.safetensors'}: no such file; a draft is config.json beside its tensors")
     tensors: dict[str, Tensor] = {}
-    for path in shards:
+    for path in sorted(set(files.values())):
         try:
-            tensors |= load_file(path)
+            tensors |= {name: x for name, x in load_file(path).items() if files.get(name) == path}
         except (SafetensorError, OSError, *LIBRARY_ERRORS) as error:
             raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
-    if config.get("architectures") == ["LlamaForCausalLM"] and _OF_EAGLE & tensors.keys():
+    lacking = sorted(files.keys() - tensors.keys())
+    if lacking:
+        raise UserError(f"{files[lacking[0]]}: has no tensor {lacking[0]}, which the index of the folder says it has")
+    if config.get("architectures") == ["LlamaForCausalLM"] and _OF_EAGLE & _plain(tensors):
         config = canonical(_named_by_tensors(config, tensors, where), where)
     return config, tensors
+
+
+def _plain(names: Iterable[str]) -> set[str]:
+    """Names of tensors without the prefix that some projects give them."""
+    return {name.removeprefix("model.") for name in names}
 
 
 # Tensors that drafts of the EAGLE code have, and language models have not.
@@ -433,7 +440,7 @@ def _named_by_tensors(config: dict[str, Any], tensors: Iterable[str], where: str
     Raises:
         UserError: it is not an EAGLE-3 draft.
     """
-    if not any(name.startswith("midlayer.") for name in tensors):
+    if not any(name.startswith("midlayer.") for name in _plain(tensors)):
         raise UserError(
             f"{where}: architectures is LlamaForCausalLM and there is a tensor fc.weight, as in drafts of EAGLE-1 and "
             "EAGLE-2, which SpecForge does not have"

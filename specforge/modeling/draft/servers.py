@@ -7,6 +7,7 @@ table in docs/user-guide.md, which a test compares with it.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ class Server(ABC):
         tested = self.forms[form]
         if isinstance(tested, str):
             raise UserError(f"export: {self.name} {tested}")
+        check_positions(config, self.name)
         if self.check_fields is not None:
             self.check_fields(config, target, self.name)
         return tested
@@ -131,3 +133,53 @@ def check_captured_layers(layers: list[int], target: TargetFiles, server: str) -
             f"export: layer {layers[-1]} is the last of {target.name}; SGLang captures the input of the layer above, "
             "so it cannot serve this draft"
         )
+
+
+def check_positions(config: Mapping[str, Any], server: str) -> None:
+    """Reject scaled rotary positions that a server computes in another way than transformers, and so than training.
+
+    For latent attention, both servers compute DeepSeek's YaRN whatever the type is, and read no ``attention_factor``
+    (but vLLM leaves the temperature of the scores out if that is 1). SGLang does not read it for other layers either.
+
+    Raises:
+        UserError: names the field, or both factors of cosine and sine.
+    """
+    rope, latent = config.get("rope_parameters") or {}, "kv_lora_rank" in config
+    kind = rope.get("rope_type", "default")
+    if latent and kind not in ("default", "yarn"):
+        raise UserError(
+            f"export: rope_type is {kind}; for latent attention, {server} would compute yarn; use default or yarn"
+        )
+    if kind != "yarn":
+        return
+    if latent and "attention_factor" in rope:
+        raise UserError(
+            f"export: attention_factor is {rope['attention_factor']}, which {server} does not read for latent "
+            "attention; use mscale and mscale_all_dim"
+        )
+    ours, theirs = _factor(rope), _factor(rope)
+    if latent:
+        theirs = _grown(rope, rope.get("mscale", 1)) / _grown(rope, rope.get("mscale_all_dim", 0))
+    elif server == SGLang.name:
+        both = "mscale" in rope and "mscale_all_dim" in rope
+        theirs = _grown(rope, rope["mscale"]) / _grown(rope, rope["mscale_all_dim"]) if both else _grown(rope, 1)
+    if not math.isclose(ours, theirs):
+        raise UserError(
+            f"export: the draft was trained with cosines and sines times {ours:.4g}, but {server} would multiply them "
+            f"by {theirs:.4g} (attention_factor, mscale and mscale_all_dim in rope_parameters)"
+            + ("; use --to vllm" if server == SGLang.name and not latent else "")
+        )
+
+
+def _factor(rope: Mapping[str, Any]) -> float:
+    """YaRN's factor of cosine and sine, as transformers computes it."""
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _grown(rope, rope["mscale"]) / _grown(rope, rope["mscale_all_dim"])
+    return _grown(rope, 1)
+
+
+def _grown(rope: Mapping[str, Any], mscale: float) -> float:
+    """``0.1 mscale ln(factor) + 1`` (YaRN, arXiv 2309.00071, with DeepSeek's ``mscale``)."""
+    return 0.1 * mscale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0

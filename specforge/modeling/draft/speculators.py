@@ -93,6 +93,9 @@ def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
         _required(fields, "sample_from_anchor", "speculators takes that as true, vLLM as false")
     elif fields.pop("sample_from_anchor", False):
         raise ValueError(f"sample_from_anchor is True, which {_KINDS[kind].architecture} does not support")
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, Mapping) and "sliding_attention" in rope:  # speculators has these in all layers of a draft
+        fields["rope_parameters"] = rope["sliding_attention"]
     nested = {name: fields.pop(name) for name in _IN_BLOCKS if name in fields}
     nested["target_layer_ids"] = outputs_of(fields.pop("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
     if sliding and whole:
@@ -103,6 +106,15 @@ def _blocks(fields: dict[str, Any], kind: str) -> dict[str, Any]:
 def _required(fields: Mapping[str, Any], name: str, why: str) -> None:
     if name not in fields:
         raise ValueError(f"{name} is missing: {why}")
+
+
+def verifier_of(config: Mapping[str, Any]) -> str | None:
+    """The target that a config in this form names; None if it names none."""
+    for field in ("speculators_config", "verifier"):
+        inner = config.get(field)
+        config = inner if isinstance(inner, Mapping) else {}
+    name = config.get("name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def outputs_of(inputs: Any, name: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from specforge.errors import UserError
 from specforge.files import read_json
 from specforge.inference.target_files import TargetFiles
 from specforge.modeling.draft.checks import check_borrowed, check_stored
-from specforge.modeling.draft.fields import draft_rope, quoted, rope_fields
+from specforge.modeling.draft.fields import draft_rope, quoted, target_rope
 from specforge.modeling.draft.format import DraftFormat
 from specforge.modeling.draft.registry import Draft, as_trained, canonical, config_fields, find_draft_config, read_draft
+from specforge.modeling.draft.speculators import verifier_of
 from specforge.modeling.layers.decoder_layer import ROPE_TYPES, RotaryTable
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "specforge"
 # Checkpoints without a version were written before drafts rejected fields that they do not read.
@@ -34,6 +38,12 @@ class SavedDraft(NamedTuple):
     tensors: dict[str, Tensor]  # its tensors as stored
     form: DraftFormat | None  # format of a folder; None for a checkpoint
     steps: int = 0  # optimizer steps of a checkpoint
+    verifier: str | None = None  # the target that a folder names
+
+    @property
+    def where(self) -> str:
+        """The file with its config, for error messages."""
+        return str(self.path if self.form is None else self.path / "config.json")
 
     @classmethod
     def read(cls, path: str | Path, form: DraftFormat) -> SavedDraft:
@@ -47,7 +57,7 @@ class SavedDraft(NamedTuple):
             config, tensors = read_draft(path)
             if "d2t" in tensors and tensors["d2t"].ndim == 1:
                 config.setdefault("draft_vocab_size", len(tensors["d2t"]))
-            return cls(path, config, tensors, form)
+            return cls(path, config, tensors, form, verifier=verifier_of(read_json(path / "config.json")))
         checkpoint = read_checkpoint(path)
         state = checkpoint["state_dict"].items()
         state = {name.removeprefix("draft."): x for name, x in state if name.startswith("draft.")}
@@ -92,12 +102,14 @@ def draft_config_for(
     Raises:
         UserError: the file cannot be read, or a field does not fit the target.
     """
-    if source is not None:
-        _name_layers(source.config, defaults)
+    if source is not None and _name_layers(source.config, defaults):
+        layers = source.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        logger.warning("%s names no captured layers; the draft reads %s, as in servers", source.where, list(layers))
     if isinstance(given, str):
         config, where = canonical(read_json(find_draft_config(given)), given), given
     else:
-        base, where = defaults if source is None else source.config, "model.draft_config"
+        base = defaults if source is None else source.config
+        where = "model.draft_config" if given or source is None else source.where
         config = _merged(canonical(base, where), given or {}, where)
     _name_layers(config, defaults)
     fits = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
@@ -115,11 +127,13 @@ def draft_config_for(
     return config, where
 
 
-def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Fill in the default captured layers of an EAGLE draft, as servers do."""
+def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Fill in the default captured layers of an EAGLE draft, as servers do; whether it named none."""
     own = config.get("eagle_config", {})
-    if "eagle_config" in defaults and isinstance(own, Mapping):
-        config["eagle_config"] = {**defaults["eagle_config"], **own}
+    if "eagle_config" not in defaults or not isinstance(own, Mapping):
+        return False
+    config["eagle_config"] = {**defaults["eagle_config"], **own}
+    return not defaults["eagle_config"].keys() <= own.keys()
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -239,7 +253,7 @@ def rotary_of_target(own: RotaryTable, config: Any, target: TargetFiles) -> Rota
 
     if table(draft_rope(target.config)) in (None, own):
         return own
-    return table(rope_fields({"rope_parameters": target.config.get("rope_parameters")})) or own
+    return table(target_rope(target.config)) or own
 
 
 def load_weights(
@@ -283,6 +297,8 @@ def load_weights(
     if source.form is not None and target is not None:
         borrowed = source.form.named(source.tensors, str(path)).items()
         check_borrowed({name: x for name, x in borrowed if name not in own}, target, draft.target_ids, str(path))
+        if source.verifier is not None and Path(source.verifier).name.lower() != Path(target.name).name.lower():
+            logger.warning("%s: its config names the target %s, not %s", path, source.verifier, target.name)
     draft.trained = source.steps > 0
 
 

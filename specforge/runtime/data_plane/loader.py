@@ -338,7 +338,7 @@ def check_samples(samples: Sequence[Sample], spec: StrategySpec) -> None:
         if AUX_HIDDEN_STATES in spec.features and captured.layer_ids != spec.capture.layer_ids:
             raise UserError(
                 f"features of sample {sample.sample_id} hold layers {list(captured.layer_ids)}, but {spec.algorithm} "
-                f"reads {list(spec.capture.layer_ids)}; set model.layer_ids, or capture with --recipe"
+                f"reads {list(spec.capture.layer_ids)}; capture with --recipe, or set model.layer_ids (for a new draft)"
             )
         missing = sorted({*spec.features, INPUT_IDS, LOSS_MASK} - {feature.name for feature in sample.features})
         if missing:

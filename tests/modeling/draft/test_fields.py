@@ -248,7 +248,7 @@ def test_positions_may_be_spelled_as_in_transformers_4_or_5(architecture, new, o
         {**plain, "rope_parameters": new},
         {**plain, **old},
         {**plain, **old, "rope_parameters": new},
-        {**plain, "rope_parameters": {"full_attention": new, "sliding_attention": {"rope_theta": 3.0}}},
+        {**plain, "rope_parameters": {"full_attention": new, "sliding_attention": new}},
     ]
     before = copy.deepcopy(configs)
     first, *others = (tables(build_draft({"architectures": [architecture], **config})) for config in configs)
@@ -257,14 +257,22 @@ def test_positions_may_be_spelled_as_in_transformers_4_or_5(architecture, new, o
     assert configs == before, "a config that was given is not edited"
 
 
+def test_positions_of_each_kind_of_layer_must_be_the_same():
+    rope = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}
+    for kinds in (rope, {**rope, "full_attention": {"rope_theta": 1e4}, "rope_theta": 2.0}):
+        with pytest.raises(UserError, match=r"rope_parameters is .*; drafts have the same positions in all layers"):
+            build("DFlashDraftModel", rope_parameters=kinds)
+
+
 def test_drafts_of_other_projects_are_recognised():
-    assert (
-        build(
-            "DFlashDraftModel",
-            dflash_config={**CONFIGS["DominoDraftModel"]["dflash_config"], "projector_type": "domino"},
-        ).architecture
-        == "DominoDraftModel"
-    )
+    domino = {**CONFIGS["DominoDraftModel"]["dflash_config"], "projector_type": "domino"}
+    explicit = {"shift_label": False, "pure_draft_prefix_len": 0}
+    draft = build("DFlashDraftModel", dflash_config={**domino, **explicit})
+    assert (draft.architecture, draft.shift, draft.prefix) == ("DominoDraftModel", 0, 0)
+    for name in explicit:  # other projects have other defaults
+        fields = {key: value for key, value in explicit.items() if key != name}
+        with pytest.raises(UserError, match=rf"dflash_config.{name} is missing"):
+            build("DFlashDraftModel", dflash_config={**domino, **fields})
     assert build("LlamaForCausalLMEagle3", ptd_token_id=3).architecture == "PEagleDraftModel"
     medusa = {"architectures": ["MedusaModel"], "num_heads": 2, "num_hidden_layers": 3, "hidden_size": 16}
     draft = build_draft({**medusa, "vocab_size": 48, "model_type": "medusa", "medusa_fc_bias": False})

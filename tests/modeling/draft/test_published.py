@@ -280,3 +280,43 @@ def test_a_run_continues_with_a_published_draft(target, features, tmp_path):
     assert module.draft.layer_ids == (1, 3, 4)
     moved = (module.draft.fc.weight - published.eagle()["fc.weight"]).abs().max()
     assert 0 < moved < 1e-2
+
+
+def test_speculators_has_the_positions_of_sliding_layers_in_all_layers_of_a_block_drafter(target, tmp_path):
+    draft = published.speculators_dflash()
+    layers = draft.config[LAYERS]
+    own = layers["rope_parameters"]
+    layers["rope_parameters"] = {"full_attention": {**own, "rope_theta": 77.0}, "sliding_attention": own}
+    module = specforge.load_draft(draft.write(tmp_path / "draft", target), target)
+    assert module.draft.config.rope_parameters["rope_theta"] == own["rope_theta"]
+
+
+def test_a_target_that_the_folder_does_not_name_is_used_with_a_warning(target, tmp_path, caplog):
+    draft = published.speculators_dflash()
+    folder = draft.write(tmp_path / "draft", target)
+    specforge.load_draft(folder, target)
+    assert caplog.messages == [f"{folder}: its config names the target org/target, not {target}"]
+    draft.config["speculators_config"]["verifier"]["name_or_path"] = f"org/{target.name}"
+    (folder / "config.json").write_text(json.dumps(draft.config))
+    caplog.clear()
+    specforge.load_draft(folder, target)
+    assert not caplog.messages
+
+
+def test_layers_that_a_folder_does_not_name_are_those_of_servers_with_a_warning(target, tmp_path, caplog):
+    draft = published.angelslim_eagle3()
+    del draft.config["aux_hidden_states_layer_ids"]
+    folder = draft.write(tmp_path / "draft", target)
+    assert specforge.load_draft(folder, target).draft.layer_ids == (1, 3, 4)  # of eight
+    words = "names no captured layers; the draft reads [1, 3, 4], as in servers"
+    assert caplog.messages == [f"{folder / 'config.json'} {words}"]
+
+
+def test_tensors_of_the_eagle_code_may_have_a_prefix(target, tmp_path):
+    draft = published.eagles_own()
+    folder = draft.write(tmp_path / "draft", target)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"model.{name}": x for name, x in tensors.items()}, folder / "model.safetensors")
+    module = specforge.load_draft(folder, target)
+    assert module.algorithm == "eagle3"
+    assert torch.equal(module.draft.target_ids, draft.target_ids())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -116,3 +117,48 @@ def test_export_shows_the_commands_of_every_server_that_can_serve_the_draft(targ
     assert f"python -m sglang.launch_server --model-path {module.target.name} --speculative-algorithm EAGLE3" in output
     assert main([*map(str, words), "--output", str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert "vllm serve" not in capsys.readouterr().out
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK = {
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "latent", "vllm", "sglang"),
+    [
+        ({}, False, None, None),
+        ({"mscale": 0.7, "mscale_all_dim": 0.5}, False, None, None),
+        ({"mscale": 0.7}, False, None, None),
+        ({"attention_factor": 0.1 * math.log(4) + 1}, False, None, None),
+        ({"attention_factor": 1.0}, False, None, "times 1, but SGLang would multiply them by 1.139 .*; use --to vllm"),
+        ({"mscale": 0.0, "mscale_all_dim": 1.0}, False, None, "times 1.139, but SGLang would multiply them by 0.8782"),
+        ({}, True, None, None),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, True, None, None),
+        ({"mscale": 1.0}, True, None, None),
+        ({"mscale": 0.5}, True, *["times 1.139, but {} would multiply them by 1.069"] * 2),
+        ({"mscale_all_dim": 1.0}, True, *["times 1.139, but {} would multiply them by 1 "] * 2),
+        ({"attention_factor": 1.0}, True, *["attention_factor is 1.0, which {} does not read for latent"] * 2),
+        ({"rope_type": "linear"}, True, *["rope_type is linear; for latent attention, {} would compute yarn"] * 2),
+        ({"rope_type": "linear"}, False, None, None),
+    ],
+)
+def test_positions_that_a_server_computes_in_another_way_are_refused(rope, latent, vllm, sglang, target, tmp_path):
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    positions = linear if rope == {"rope_type": "linear"} else {**YARN, **rope}
+    config = {"rope_parameters": positions, **(DEEPSEEK if latent else {})}
+    module = looks_trained("eagle3", target, draft_config=config)
+    form = module.export_format
+    for server, words, write in (("vLLM", vllm, form.to_vllm), ("SGLang", sglang, form.to_sglang)):
+        if words is None:
+            write(module.draft, module.target, tmp_path / server, "float32")
+        else:
+            with pytest.raises(UserError, match=words.format(server)):
+                write(module.draft, module.target, tmp_path / server, "float32")
+            assert not (tmp_path / server).exists()

@@ -99,9 +99,18 @@ class Domino(DFlash):
 
     @staticmethod
     def translate(config: dict[str, Any]) -> None:
-        """As in :class:`DFlash`; other projects also write ``emb_dim`` at the top level."""
+        """As in :class:`DFlash`; other projects also write ``emb_dim`` at the top level.
+
+        Raises:
+            ValueError: one of theirs lacks a field whose default is another one there.
+        """
         DFlash.translate(config)
-        move_fields(config, config.get("dflash_config"), {"emb_dim": "emb_dim"}, "in dflash_config")
+        nested = config.get("dflash_config")
+        move_fields(config, nested, {"emb_dim": "emb_dim"}, "in dflash_config")
+        if Domino.architecture not in config.get("architectures", [Domino.architecture]):
+            for name in ("shift_label", "pure_draft_prefix_len"):
+                if isinstance(nested, Mapping) and name not in nested:
+                    raise ValueError(f"dflash_config.{name} is missing: its default differs between projects")
 
     @property
     def shift(self) -> int:
