@@ -1,4 +1,4 @@
-"""Commands, options, links, YAML and error messages in the documentation exist."""
+"""Commands, options, links, YAML and error messages in the documentation exist, and commands fit each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from specforge.cli.main import COMMANDS, main
-from specforge.cli.recipes import recipes
+from specforge.cli.recipes import read_recipe, recipes
 from tests.tiny import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,34 @@ def test_training_commands_are_accepted(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*words, "--print_config"])
     assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def option(words: list[str], name: str, default: str) -> str:
+    return words[words.index(name) + 1] if name in words else default
+
+
+def servers_and_trainings() -> list[tuple[list[str], list[str]]]:
+    """Commands that start a server with fixed layers, each with the first training that follows it."""
+    found = []
+    for page in MARKDOWN:
+        following = commands(page)
+        while following:
+            words, *following = following
+            trained = next((later for later in following if later[0] == "fit"), None)
+            if words[:2] == ["target", "serve"] and "--engine" in words and "--plan" not in words and trained:
+                found.append((words, trained))
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize(("served", "trained"), servers_and_trainings())
+def test_documented_servers_capture_what_the_training_reads(served, trained):
+    content = read_recipe(option(trained, "--config", ""))
+    layers = content["model"]["init_args"].get("layer_ids")
+    assert yaml.safe_load(option(served, "--layer_ids", "null")) == layers
+    dtype = content["data"]["init_args"].get("dtype", "bfloat16")
+    assert option(served, "--dtype", "bfloat16") == option(trained, "--data.dtype", dtype)
+    assert option(served, "--target", "") == content["model"]["init_args"]["target"]
 
 
 def trainer_snippets() -> list[str]:
