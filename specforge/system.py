@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,26 @@ def interrupt_on_sigterm() -> None:
     """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that a service has one way to end."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_free(host: str, port: int, option: str) -> None:
+    """Check that a server can listen at an address; ``option`` names what chooses its port.
+
+    Raises:
+        UserError: another process does, or the address does not belong to this machine.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise cannot_listen(host, port, error, option) from error
+
+
+def cannot_listen(host: str, port: int, error: OSError, option: str = "--port") -> UserError:
+    """A one-line error for an address that a server cannot listen at; ``option`` names what chooses its port."""
+    other = f"port with {option}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "address with --host"
+    return UserError(f"{host}:{port}: cannot listen there ({error.strerror or error}); choose another {other}")
 
 
 def available_memory() -> int:

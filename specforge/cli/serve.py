@@ -26,7 +26,7 @@ from specforge.inference.target_engine import (
 from specforge.inference.target_files import TargetFiles
 from specforge.options import Dtype, NonNegativeInt, Port, PositiveFloat, PositiveInt
 from specforge.packages import install_hint
-from specforge.system import end_with_parent, interrupt_on_sigterm
+from specforge.system import check_free, end_with_parent, interrupt_on_sigterm
 
 
 def serve_target(
@@ -67,7 +67,7 @@ def serve_target(
         _say_plan(TargetFiles.find(target), dtype, engine, algorithm, layer_ids, device_memory)
         return
     open_engine, files = on_device(engine, device), TargetFiles.find(target)
-    _check_free(host, port)
+    check_free(host, port, "--port")
     policy = _policy(files, algorithm, layer_ids) if engine_class(engine).independent else None
     token = make_token(token_file)
     interrupt_on_sigterm()
@@ -145,8 +145,8 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
     spec = find_spec("mooncake")
     if spec is None or spec.origin is None:
         raise UserError(f"store: Mooncake is not installed: {install_hint('mooncake')}")
-    for number in (port, metrics_port):
-        _check_free(host, number)
+    check_free(host, port, "--port")
+    check_free(host, metrics_port, "--metrics_port")
     command = [
         str(Path(spec.origin).with_name("mooncake_master")),
         f"--rpc_address={host}",
@@ -175,15 +175,6 @@ def mooncake_master(host: str, port: int, metrics_port: int) -> Iterator[subproc
     finally:
         process.terminate()
         process.wait()
-
-
-def _check_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
 
 
 def store_up(

@@ -22,9 +22,9 @@ import specforge.stopping as stopping
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
-from specforge.system import end_with_parent
+from specforge.system import check_free, end_with_parent
 
-_POLL = 0.25
+_HOST, _POLL = "127.0.0.1", 0.25
 _SHUTDOWN_SECONDS = 35.0  # a little longer than a server writes what it has captured
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class EngineServer(ABC):
         process: its main process.
 
     Raises:
-        UserError: a layer does not exist, or the interpreter lacks a package.
+        UserError: a layer does not exist, the interpreter lacks a package, or another process has the port.
     """
 
     title: ClassVar[str]
@@ -74,12 +74,12 @@ class EngineServer(ABC):
     def __init__(
         self, target: TargetFiles, dtype: str, policy: CapturePolicy, store: str | None, options: ServerOptions
     ) -> None:
+        self.url, self._log = f"http://{_HOST}:{server_port(options.arguments)}", options.log
         self._folder = Path(tempfile.mkdtemp(prefix="specforge-server-"))
         if store is None:
             store = str(self._folder / "store")
             Path(store).mkdir()
         self.store = _absolute(store)
-        self.url, self._log = f"http://127.0.0.1:{_port(options.arguments)}", options.log
         try:
             arguments = self._arguments(target, dtype, policy)
             self._check_python(options.python)
@@ -188,15 +188,25 @@ def _absolute(store: str) -> str:
     return store if "://" in store else str(Path(store).expanduser().resolve())
 
 
-def _port(arguments: Sequence[str]) -> str:
-    """The port that the user's arguments name, or a free one."""
+def server_port(arguments: Sequence[str]) -> int:
+    """The port that the user's arguments name, or a free one.
+
+    Raises:
+        UserError: the arguments name no port, or one that another process has, which would answer for the server.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--port", default="")
-    return parser.parse_known_args(list(arguments))[0].port or str(_free_port())
+    parser.add_argument("--port", nargs="?")
+    named = parser.parse_known_args(list(arguments))[0].port
+    if named is None:
+        return _free_port()
+    if not named.isdecimal() or not 0 < int(named) < 1 << 16:
+        raise UserError(f"--engine.arguments: --port must be a port from 1 to 65535, not {named}")
+    check_free(_HOST, int(named), "--port in --engine.arguments")
+    return int(named)
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((_HOST, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -33,6 +33,7 @@ from specforge.inference.target_engine.base import TargetEngine, check_layers
 from specforge.inference.target_engine.http import CHECKSUM, ENGINE, PATH, body_checksum, printable, read_token
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
+from specforge.system import cannot_listen
 
 _BYTES_PER_TOKEN = 12  # a token id in JSON
 _AUTHORIZED, _UNAUTHORIZED = 64, 64  # maximum connections that have presented the token, and that have not
@@ -109,7 +110,7 @@ class TargetServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error})") from error
+            raise cannot_listen(host, port, error) from error
 
     def server_close(self) -> None:
         """Close the port, wait for a running forward pass, and start no more of them."""

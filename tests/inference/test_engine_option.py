@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,30 @@ def test_a_run_does_not_go_on_with_another_engine_unless_asked(target, prompts, 
     assert main(resumed) == 2
     assert "engine (transformers, now other 1.0) changed since the checkpoint" in capsys.readouterr().err
     assert main([*resumed, "--data.mix_engines", "true"]) == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "capture", "produce", "fit"])
+def test_nothing_is_begun_if_another_process_has_the_port_of_the_engine(
+    command, target, prompts, tmp_path, monkeypatch, capsys
+):
+    """It may even be another healthy server."""
+    monkeypatch.chdir(tmp_path)
+    data = {"class_path": "OnlineDataModule", "init_args": {"prompts": str(prompts), "batch_size": 2}}
+    path = recipe(target, prompts, tmp_path, data=data)
+    before = sorted(tmp_path.rglob("*"))
+    words = {
+        "serve": ["target", "serve", "--target", target, "--port", 0],
+        "capture": ["capture", "--target", target, "--prompts", prompts, "--output", "features"],
+        "produce": ["produce", "--target", target, "--store", "queue", "--metadata", "metadata.db"],
+        "fit": ["fit", "--config", path],
+    }[command]
+    prefix = "--data.engine" if command == "fit" else "--engine"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        engine = [prefix, "vllm", f"{prefix}.store", "store", f"{prefix}.arguments", f'["--port", "{port}"]']
+        assert main([*map(str, words), *engine]) == 2
+    assert f"127.0.0.1:{port}: cannot listen there" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -531,7 +531,8 @@ def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tm
         other = start(files.folder, path, int(url.rpartition(":")[2]))
         output, _ = other.communicate(timeout=60)
         assert other.returncode == 2
-        assert f"127.0.0.1:{url.rpartition(':')[2]}: cannot listen there (Address already in use)" in output
+        reason = "cannot listen there (Address already in use); choose another port with --port"
+        assert f"127.0.0.1:{url.rpartition(':')[2]}: {reason}" in output
     finally:
         process.send_signal(end)
         output, _ = process.communicate(timeout=60)

@@ -106,7 +106,7 @@ def engine_summary(engine: Engine) -> str:
 
 
 def on_device(engine: Engine, device: str, auto: str = "auto") -> Engine:
-    """An engine on the device that a command was given, unless its own options name one.
+    """An engine whose options are checked, on the device that a command was given, unless its own options name one.
 
     Args:
         engine: the engine.
@@ -114,9 +114,11 @@ def on_device(engine: Engine, device: str, auto: str = "auto") -> Engine:
         auto: what ``auto`` stands for.
 
     Raises:
-        UserError: this machine has no such device, or the engine does not run in this process.
+        UserError: this machine has no such device, the engine does not run in this process, or an option of it cannot
+            be used.
     """
     cls, options = _parts(engine)
+    cls.check_options(options)
     if "device" not in inspect.signature(cls).parameters:
         if device != "auto":
             raise UserError(f"device {device}: {cls.__name__} does not run in this process; leave the device out")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -61,6 +61,14 @@ class TargetEngine(ABC):
     def options(self) -> str:
         """Options of `specforge fit` that use the same server as this engine; empty if there is none."""
         return ""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027 - few engines have any to check
+        """Check what can be known of an engine's options before anything is created or started.
+
+        Raises:
+            UserError: an option cannot be used.
+        """
 
     def check_running(self) -> None:  # noqa: B027 - few engines start a server
         """Check a server that this engine has started.

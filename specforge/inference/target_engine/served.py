@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 import specforge.stopping as stopping
 from specforge.contracts import ENCODINGS, CapturePolicy, PromptTask, Provenance, Record, SampleRef
 from specforge.errors import UserError
-from specforge.inference.engine_server import EngineServer, ServerOptions
+from specforge.inference.engine_server import EngineServer, ServerOptions, server_port
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.openai_server import TokenServer
 from specforge.inference.server_client import RefusedError, ServerClient
@@ -170,6 +170,12 @@ class ServedTargetEngine(TargetEngine):
         except UserError as error:
             raise UserError(f"{error}; name the store that the server {url} was started with") from error
         self._connect(url, store, backend)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Check that a server of its own can listen on the port that its arguments name."""
+        if not options.get("url"):
+            server_port(options.get("arguments") or ())
 
     @staticmethod
     @abstractmethod
