@@ -62,8 +62,8 @@ class TargetEngine(ABC):
         """Options of `specforge fit` that use the same server as this engine; empty if there is none."""
         return ""
 
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027 - few engines have any to check
+    @classmethod  # noqa: B027 - few engines have options to check
+    def check_options(cls, options: Mapping[str, Any]) -> None:
         """Check what can be known of an engine's options before anything is created or started.
 
         Raises:
