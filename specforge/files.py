@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -327,7 +328,7 @@ def read_secret(path: Path, what: str, private: bool = False) -> str:
         raise UserError(f"{what} {path}: cannot be read ({first_line(error)})") from error
     # The owner of another user's file, such as a mounted secret, decides who may read it.
     if private and hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
-        raise UserError(f"{what} {path}: other users can read or write it; run chmod 600 {path}")
+        raise UserError(f"{what} {path}: other users can read or write it; run chmod 600 {shlex.quote(str(path))}")
     if not text:
         raise UserError(f"{what} {path}: is empty")
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def export(
     size = sum(p.stat().st_size for p in output.iterdir())
     say(f"{output}: {module.algorithm} draft of {module.target.name} for {to}, {size / 1e6:.1f} MB {dtype}")
     if to == "speculators":
-        say(f"serve it and its target: vllm serve {output}")
+        say(f"serve it and its target: vllm serve {shlex.quote(str(output))}")
     elif to != "hf":
         for line in form.served(module.draft, module.target, output):
             say(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -88,11 +89,11 @@ def serve_target(
 def _announce(url: str, engine: TargetEngine, token_file: Path, policy: CapturePolicy | None) -> None:
     """Print where the features are, and how to train on them."""
     target, captured = engine.target, "" if policy is None else f", {_captured(policy)}"
+    options = shlex.join(["--data.server", url, "--data.token_file", str(token_file)])
     print(
         f"{url}: features of {target.name} ({target.fingerprint[:8]}) in {engine.dtype}{captured}; token in "
         f"{token_file}\n"
-        f"train on them: specforge fit --config eagle3-online-smollm2.yaml --data.server {url} "
-        f"--data.token_file {token_file}",
+        f"train on them: specforge fit ... {options}",
         flush=True,
     )
     if engine.options:
@@ -203,9 +204,10 @@ def store_up(
         owner = connect(address, size)
         try:
             interrupt_on_sigterm()  # again: Mooncake installs handlers of its own
+            quoted = shlex.quote(str(address))
             print(
-                f"{address}: {size / 2**30:.1f} GiB; use it with `specforge fit --data.store '{address}'` and "
-                f"`specforge produce --store '{address}'`\n"
+                f"{address}: {size / 2**30:.1f} GiB; use it with `specforge fit --data.store {quoted}` and "
+                f"`specforge produce --store {quoted}`\n"
                 "Mooncake has no authentication, and its clients listen on all addresses: use a trusted network",
                 flush=True,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import signal
 import socket
 import ssl
@@ -108,10 +109,10 @@ def write_token(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o604, 0o620, 0o602, 0o660])
 def test_a_token_that_others_can_read_or_write_is_refused_by_server_and_client(files, tmp_path, mode):
-    path = write_token(tmp_path / "token", "x" * 20)
+    path = write_token(tmp_path / "my token", "x" * 20)
     path.chmod(mode)
     for use in (make_token, lambda path: HTTPTargetEngine(files, "bfloat16", "http://127.0.0.1:1", path)):
-        with pytest.raises(UserError, match=f"run chmod 600 {path}$"):
+        with pytest.raises(UserError, match=f"run chmod 600 '{path}'$"):
             use(path)
     path.chmod(0o400)
     assert make_token(path) == "x" * 20
@@ -523,10 +524,11 @@ def start(target: Path, token_file: Path, port: int = 0) -> Command:
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tmp_path, end):
-    path = tmp_path / "new" / "token"
+    path = tmp_path / "new folder" / "token"
     process = start(files.folder, path)
     try:
         url = process.stdout.readline().split()[0].rstrip(":")
+        assert shlex.split(process.stdout.readline())[-4:] == ["--data.server", url, "--data.token_file", str(path)]
         HTTPTargetEngine(files, "float32", url, path).check(POLICY)
         other = start(files.folder, path, int(url.rpartition(":")[2]))
         output, _ = other.communicate(timeout=60)

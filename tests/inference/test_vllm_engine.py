@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import socket
 import sys
@@ -43,6 +44,14 @@ def files(target):
 def engine(server, files, tmp_path):
     with VLLMTargetEngine(files, "float32", url=server.url, store=str(tmp_path / "store"), patience=10) as engine:
         yield engine
+
+
+def test_the_options_for_training_can_be_pasted(server, files, tmp_path):
+    store = tmp_path / "my store"
+    store.mkdir()
+    with VLLMTargetEngine(files, "float32", url=server.url, store=str(store)) as engine:
+        words = ["--data.engine", "vllm", "--data.engine.url", server.url, "--data.engine.store", str(store)]
+        assert shlex.split(engine.options) == words
 
 
 def stored(engine):
@@ -118,10 +127,10 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
         ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16"),
         (
             {"layers": [1, 2]},
-            r"does not capture layer 4, only layers \[1, 2\] and the last .*; restart it with `specforge target serve "
-            r"--target .* --dtype float32 --engine vllm --engine.store .* --layer_ids '\[4, 1\]'`$",
+            r"does not capture layer 4, only layers \[1, 2\] and the last .*; start it again with "
+            r"--layer_ids '\[4, 1\]'$",
         ),
-        ({"last_hidden_states": False}, "does not capture the last hidden states, only layers"),
+        ({"last_hidden_states": False}, r"does not capture the last hidden states, .*; start it again with the --alg"),
         ({"error": "malformed"}, "malformed"),
     ],
 )
@@ -133,7 +142,7 @@ def test_a_server_that_does_not_fit_is_refused(engine, server, changes, reason):
     assert isinstance(refused.value, UnavailableError) == ("error" not in changes)
 
 
-def test_layers_that_the_server_behind_target_serve_lacks_are_refused_with_the_command(engine, files, tmp_path):
+def test_layers_that_the_server_behind_target_serve_lacks_are_refused_with_the_option(engine, files, tmp_path):
     engine.check(POLICY)
     make_token(tmp_path / "token")
     with TargetServer(engine, files, (tmp_path / "token").read_text().strip()) as front:
@@ -141,9 +150,7 @@ def test_layers_that_the_server_behind_target_serve_lacks_are_refused_with_the_c
         thread.start()
         with (
             HTTPTargetEngine(files, "float32", front.url, tmp_path / "token") as client,
-            pytest.raises(
-                UserError, match=r"restart it with `specforge target serve .* --layer_ids '\[5\]'` .HTTP 400.$"
-            ),
+            pytest.raises(UserError, match=r"start it again with --layer_ids '\[5\]' .HTTP 400.$"),
         ):
             client.check(CapturePolicy((5,)))
         front.shutdown()

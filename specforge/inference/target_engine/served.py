@@ -7,6 +7,7 @@ attempt that was lost, with its server or its connection, cannot touch the next 
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import threading
 from abc import abstractmethod
@@ -202,7 +203,8 @@ class ServedTargetEngine(TargetEngine):
     @property
     def options(self) -> str:
         """Address and store of the server."""
-        return f"--data.engine {self.name} --data.engine.url {self.url} --data.engine.store {self.store}"
+        words = ["--data.engine", self.name, "--data.engine.url", self.url, "--data.engine.store", self.store]
+        return shlex.join(words)
 
     @property
     def description(self) -> str:
@@ -276,12 +278,10 @@ class ServedTargetEngine(TargetEngine):
         missing = sorted(set(policy.layer_ids) - set(found.layers))
         if missing or (policy.last_hidden_states and not found.last_hidden_states):
             what = f"layer {missing[0]}" if missing else "the last hidden states"
-            layers = f" --layer_ids '{list(policy.layer_ids)}'" if policy.layer_ids else ""
+            how = f"--layer_ids '{list(policy.layer_ids)}'" if missing else "the --algorithm that reads them"
             raise UserError(
                 f"server {self.url}: does not capture {what}, only layers {list(found.layers)}"
-                f"{' and the last hidden states' if found.last_hidden_states else ''}; restart it with "
-                f"`specforge target serve --target {self.target.name} --dtype {self.dtype} --engine {self.name} "
-                f"--engine.store {found.store}{layers}`"
+                f"{' and the last hidden states' if found.last_hidden_states else ''}; start it again with {how}"
             )
 
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:

@@ -134,7 +134,7 @@ def test_other_algorithms_have_no_such_form(name, target, tmp_path):
 def test_the_command_writes_it_and_says_how_it_is_served(target, tmp_path, capsys):
     module = trained("eagle3", target, SMALL)
     module.export_format.to_hf(module.draft, module.target, tmp_path / "draft", "float32")
-    words = ["export", "--draft", tmp_path / "draft", "--target", target, "--output", tmp_path / "out"]
+    words = ["export", "--draft", tmp_path / "draft", "--target", target, "--output", tmp_path / "my out"]
     for _ in range(2):  # an earlier export is replaced
         assert main([*map(str, words), "--to", "speculators"]) == 0
-    assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out.replace("\n", " ")
+    assert f"vllm serve '{tmp_path / 'my out'}'" in capsys.readouterr().out.replace("\n", " ")
