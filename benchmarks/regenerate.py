@@ -48,7 +48,7 @@ def measure(
 ) -> dict[str, float]:
     """Tokens, wall seconds and CPU seconds of answering some conversations."""
     with tempfile.TemporaryDirectory() as folder:
-        work = Regeneration(records, template, Path(folder) / "answers.jsonl", options, "benchmark", {})
+        work = Regeneration(records, template, Path(folder) / "answers.jsonl", options, "benchmark")
         before, start = seconds(), time.perf_counter()
         tokens = sum(count for _, count in work.run(engine))
         return {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu_seconds": seconds() - before}

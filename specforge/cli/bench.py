@@ -8,23 +8,25 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
 from lightning_modules.loading import load_module
+from specforge.checkpoints import read_checkpoint
 from specforge.console import console, progress_bar, say
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.eval.bench import Bench, BenchOptions, Level
 from specforge.eval.bench_report import PAGE, RESULTS, tables, write_page, write_results
-from specforge.eval.held_out import read_prompts
+from specforge.eval.held_out import read_prompts, read_source
 from specforge.eval.parity import Parity, describe
 from specforge.eval.served import Server, find_server
 from specforge.files import check_json, write_file
 from specforge.inference.server_client import ServerClient
 from specforge.inference.target_files import TargetFiles
+from specforge.modeling.draft import read_draft
 from specforge.options import Dtype, PositiveInt
 from specforge.system import interrupt_on_sigterm, pick_device
 
@@ -44,6 +46,14 @@ class ServerOptions:
     target: str | None = None
     num_prompts: PositiveInt | None = None
     api_key_file: Path | None = None
+
+
+class _Asked(NamedTuple):
+    """The target, its chat template, and the prompts of each set."""
+
+    target: TargetFiles
+    template: ChatTemplate
+    sets: dict[str, list[list[int]]]
 
 
 def bench(
@@ -70,6 +80,7 @@ def bench(
     check_json(output / RESULTS, "run", "levels")
     if (output / RESULTS).exists():
         say(f"{output / RESULTS}: is of an earlier bench; the first measurement replaces it")
+    known = _known(prompts, connection)
     interrupt_on_sigterm()
     connections = max(options.concurrency)
     with ExitStack() as stack:
@@ -77,8 +88,7 @@ def bench(
             None if url is None else _connect(stack, url, connection, connections) for url in (server, baseline)
         )
         assert served is not None
-        template = ChatTemplate.load(_target(served, connection.target))
-        sets = {name: read_prompts(Path(name), template) for name in prompts}
+        _, template, sets = known or _read(prompts, _target(served))
         bar = stack.enter_context(progress_bar("measurements"))
         task = bar.add_task("bench", total=None, rate="")
         run = Bench(served, plain, sorted(template.end_ids), options, str(time.time_ns()), connection.num_prompts)
@@ -132,12 +142,15 @@ def parity(
     if json is not None:
         check_json(json, "prompts", "trials")
     device = pick_device(device)
+    known = _known(prompts, connection)
+    module = None if known is None else load_module(draft, str(known.target.folder), algorithm)
+    if module is None:
+        (read_draft if draft.is_dir() else read_checkpoint)(draft)  # is it one?
     with ExitStack() as stack:
         served = _connect(stack, server, connection)
-        target = _target(served, connection.target)
-        module = load_module(draft, str(target.folder), algorithm).to(device).eval()
-        template = ChatTemplate.load(target)
-        texts = [p for name in prompts for p in read_prompts(Path(name), template)[: connection.num_prompts]]
+        target, template, sets = known or _read(prompts, _target(served))
+        module = (module or load_module(draft, str(target.folder), algorithm)).to(device).eval()
+        texts = [p for found in sets.values() for p in found[: connection.num_prompts]]
         check = Parity(served, module, sorted(template.end_ids), max_new_tokens, dtype, device, gamma, say)
         result = check.run(texts)
     for line in describe(result, str(served), module.algorithm):
@@ -153,11 +166,25 @@ def _connect(stack: ExitStack, url: str, options: ServerOptions, connections: in
     return find_server(stack.enter_context(client))
 
 
-def _target(server: Server, name: str | None) -> TargetFiles:
-    """The target's files, which have its tokenizer and end tokens."""
-    if name is None and not Path(server.folder).is_dir():
+def _known(prompts: Sequence[str], options: ServerOptions) -> _Asked | None:
+    """The files, checked before a server is asked, which may not answer; None if only the server names the target."""
+    if options.target is not None:
+        return _read(prompts, TargetFiles.find(options.target))
+    for name in prompts:
+        read_source(Path(name))
+    return None
+
+
+def _read(prompts: Sequence[str], target: TargetFiles) -> _Asked:
+    template = ChatTemplate.load(target)
+    return _Asked(target, template, {name: read_prompts(Path(name), template) for name in prompts})
+
+
+def _target(server: Server) -> TargetFiles:
+    """The files of the target that a server loaded, which have its tokenizer and end tokens."""
+    if not Path(server.folder).is_dir():
         raise UserError(f"{server}: its model {server.folder} is not a folder here; name the target with --target")
-    return TargetFiles.find(name or server.folder)
+    return TargetFiles.find(server.folder)
 
 
 def _report(output: Path, settings: dict[str, Any], levels: Sequence[Level]) -> None:

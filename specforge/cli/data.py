@@ -120,8 +120,9 @@ def regenerate(
     records = [parse_record(source, row) for path in paths for source, row in read_raw(path)]
     files = TargetFiles.find(target)
     template = ChatTemplate.load(files, chat_template)
+    work = Regeneration(records, template, output, options, files.fingerprint)
     writer, how = _writer(files, template, options, remote, engine, files.compute_dtype(dtype))
-    work = Regeneration(records, template, output, options, files.fingerprint, how)
+    work.answered_by(how)
     answered_before = len(records) - len(work.todo)
     answered, tokens, start = 0, 0, time.perf_counter()
     with progress_bar("conversations") as bar:

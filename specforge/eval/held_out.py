@@ -102,6 +102,23 @@ def with_prompt(tasks: Sequence[PromptTask], folder: Path, log: Callable[[str], 
     return found
 
 
+def read_source(source: Path) -> list[PromptTask] | list[DataRecord]:
+    """The samples with a prompt in a folder of prompt sets (the held-out part, if any), or a file's conversations.
+
+    Raises:
+        UserError: the source cannot be read, or has no prompts.
+    """
+    if source.is_dir():
+        folder = source / "heldout" if (source / "heldout").exists() else source
+        return with_prompt(PromptSet.load(folder).tasks, folder, lambda text: None)
+    if not source.exists():
+        raise UserError(f"prompts {source}: no such file or folder")
+    found = [parse_record(where, row) for where, row in read_raw(str(source))]
+    if not found:
+        raise UserError(f"{source}: has no prompts")
+    return found
+
+
 def read_prompts(source: Path, template: ChatTemplate) -> list[list[int]]:
     """Token ids of the prompts in a folder of prompt sets (the held-out part, if any), or in a file of conversations.
 
@@ -115,12 +132,7 @@ def read_prompts(source: Path, template: ChatTemplate) -> list[list[int]]:
     Raises:
         UserError: the source cannot be read, or has no prompts.
     """
-    if source.is_dir():
-        folder = source / "heldout" if (source / "heldout").exists() else source
-        return [_prompt(task) for task in with_prompt(PromptSet.load(folder).tasks, folder, lambda text: None)]
-    if not source.exists():
-        raise UserError(f"prompts {source}: no such file or folder")
-    found = [_asked(parse_record(where, row), template) for where, row in read_raw(str(source))]
+    found = [_prompt(x) if isinstance(x, PromptTask) else _asked(x, template) for x in read_source(source)]
     prompts = [prompt for prompt in found if prompt]
     if not prompts:
         raise UserError(f"{source}: has no prompts")

@@ -49,6 +49,8 @@ Writer = TargetEngine | TokenServer  # what continues token ids
 logger = logging.getLogger(__name__)
 
 _START = b'{"id": '
+_ENGINE = ("engine", "dtype", "server", "model")  # what the engine stores about itself
+_OTHER = "choose another --output"
 _BAD_REQUEST = (400, 413, 422)  # HTTP: the server refuses this conversation, not every request
 
 
@@ -143,15 +145,14 @@ class Regeneration:
         output: JSONL file; conversations with an id that it already contains are skipped.
         options: how answers are generated.
         target: fingerprint of the target.
-        engine: what the engine stores about itself, such as the compute dtype.
 
     Attributes:
         todo: the conversations that are not answered yet.
         refused: the conversations that a server refuses to answer in this run (file and line), and why.
 
     Raises:
-        UserError: the template rejects a conversation, two have the same id, or the file comes from another target,
-            template, options or conversations.
+        UserError: there is no conversation, the template rejects one, two have the same id, or the file comes from
+            another target, template, options or conversations.
     """
 
     def __init__(
@@ -161,7 +162,6 @@ class Regeneration:
         output: Path,
         options: RegenerateOptions,
         target: str,
-        engine: Mapping[str, str],
     ) -> None:
         if not template.end_ids:
             raise UserError(
@@ -169,7 +169,8 @@ class Regeneration:
                 "token, so answers would never end; set eos_token_id in generation_config.json"
             )
         self.template, self.output, self.options = template, output, options
-        self.made = {"target": target, "tokenizer": template.fingerprint, **engine, **options.recorded()}
+        self.made = {"target": target, "tokenizer": template.fingerprint, **options.recorded()}
+        self._answered_by: dict[str, tuple[str, dict[str, Any]]] = {}  # what the file names, and where it does first
         self.refused: dict[str, str] = {}
         self.questions: dict[str, _Question] = {}
         for record in records:
@@ -186,6 +187,19 @@ class Regeneration:
         # Render every first prompt now, so that a record that the template rejects is reported at once.
         lengths = {question.record.id: len(_Dialogue(question, template).prompt) for question in self.todo}
         self.todo.sort(key=lambda question: lengths[question.record.id])
+
+    def answered_by(self, engine: Mapping[str, str]) -> None:
+        """Name what answers; before :meth:`run`.
+
+        Args:
+            engine: what the engine stores about itself, such as the compute dtype.
+
+        Raises:
+            UserError: the file comes from another engine.
+        """
+        for where, before in self._answered_by.values():
+            _check_made(where, before, engine)
+        self.made = {key: self.made[key] for key in ("target", "tokenizer")} | dict(engine) | self.made
 
     def run(self, engine: Callable[[], Writer | ChatServer]) -> Iterator[tuple[int, int]]:
         """Answer, then sort the file into the order of the records.
@@ -314,27 +328,36 @@ class Regeneration:
         return done
 
     def _checked(self, where: str, line: bytes, done: set[str]) -> str:
-        """The id of a finished record, after checking that it was generated as this run would generate it."""
-        other = "choose another --output"
+        """The id of a finished record, after checking that it was generated as this run would generate it.
+
+        What answered is only noted, for :meth:`answered_by`.
+        """
         try:
             row = parse_json(line)
             made, id_ = row[REGENERATED], str(row["id"])
             asked, answers, messages = made["asked"], made["answers"], row["messages"]
             _ = len(answers), messages[-1].get("finish_reason"), _finish_reasons(row)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: does not name the target that answered; {other}") from error
-        for key in dict.fromkeys([*self.made, *made]):
-            before, now = made.get(key), self.made.get(key)
-            if key not in ("asked", "answers") and before != now:
-                raise UserError(f"{where}: was generated with {key} {short(before)}, not {short(now)}; {other}")
+            raise UserError(f"{where}: does not name the target that answered; {_OTHER}") from error
+        by = {key: made[key] for key in _ENGINE if key in made}
+        self._answered_by.setdefault(json.dumps(by), (where, by))
+        rest = {key: value for key, value in made.items() if key not in (*_ENGINE, "asked", "answers")}
+        _check_made(where, rest, self.made)
         if id_ in self.questions and asked != self.questions[id_].digest:
             raise UserError(
                 f"{where}: {short(id_)} answers different messages from those in "
-                f"{self.questions[id_].record.source}; {other}"
+                f"{self.questions[id_].record.source}; {_OTHER}"
             )
         if id_ in done:
-            raise UserError(f"{where}: has the same id {short(id_)} as an earlier line; {other}")
+            raise UserError(f"{where}: has the same id {short(id_)} as an earlier line; {_OTHER}")
         return id_
+
+
+def _check_made(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) != now.get(key):
+            values = f"{short(before.get(key))}, not {short(now.get(key))}"
+            raise UserError(f"{where}: was generated with {key} {values}; {_OTHER}")
 
 
 def _finish_reasons(row: dict[str, Any]) -> list[str]:

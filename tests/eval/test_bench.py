@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
+import socket
 import threading
+import time
 from itertools import product
 from pathlib import Path
 
@@ -269,6 +272,21 @@ def test_what_is_measured_before_a_bench_ends_early_is_kept(ending, target, prom
     assert kept == [json.loads((tmp_path / "out" / "bench.json").read_text())]
     (level,) = kept[0]["levels"]
     assert level["case"]["concurrency"] == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("command", ["bench", "parity"])
+def test_files_are_checked_before_the_server_is_asked(command, named, target, prompts, tmp_path, capsys):
+    """It may be down, which is waited for."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        more = ["--target", str(target)] if named else []
+        missing = [("--prompts", prompts / "x")] if command == "bench" else [("--prompts", prompts), ("--draft", "x")]
+        words = [str(word) for pair in missing for word in pair]
+        begun = time.monotonic()
+        assert main([command, f"http://127.0.0.1:{unused.getsockname()[1]}", *words, *more]) == 2
+    assert re.search("prompts .*x: no such file or folder|^specforge: x: ", capsys.readouterr().err)
+    assert time.monotonic() - begun < 25
 
 
 def test_a_target_elsewhere_must_be_named(prompts, tmp_path, capsys):

@@ -48,7 +48,9 @@ class Writes:
 
 def work(template, output: Path, *rows: dict, target: str = "t", dtype: str = "float32", **options) -> Regeneration:
     records = [parse_record(f"d.jsonl, line {i}", row) for i, row in enumerate(rows, 1)]
-    return Regeneration(records, template, output, RegenerateOptions(**options), target, {"dtype": dtype})
+    made = Regeneration(records, template, output, RegenerateOptions(**options), target)
+    made.answered_by({"dtype": dtype})
+    return made
 
 
 def answered(template, output: Path, rows: list[dict], *answers: list, **options) -> tuple[list[dict], Writes, dict]:

@@ -358,4 +358,23 @@ def test_a_template_that_rejects_a_conversation_is_named_before_it_is_answered(s
     data = write(tmp_path / "d.jsonl", {"messages": [says("user", "1"), says("user", "2")]})
     assert main(words(server, target, data, tmp_path / "a.jsonl")) == 2
     assert "line 1: the chat template rejects it" in " ".join(capsys.readouterr().err.split())
-    assert len(server.seen) == 1
+    assert not server.seen
+
+
+@pytest.mark.parametrize(
+    ("ids", "before", "reason"),
+    [
+        ([], "", "--data holds no conversations to answer"),
+        (["a", "a"], "", "line 2: has the same id 'a' as"),
+        (["a"], "{}", "a.jsonl: was not written by `specforge regenerate`; choose another --output"),
+    ],
+)
+def test_files_are_checked_before_the_server_is_asked(server, target, tmp_path, capsys, ids, before, reason):
+    """It may be down, which is waited for."""
+    server.stop()
+    data = write(tmp_path / "d.jsonl", *(talk("1?", "-", id=id_) for id_ in ids))
+    (tmp_path / "a.jsonl").write_text(before)
+    start = time.monotonic()
+    assert main(words(server, target, data, tmp_path / "a.jsonl")) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert time.monotonic() - start < 60
