@@ -382,7 +382,7 @@ def parse_json(text: bytes | str) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not usable JSON (nested too deeply)") from error
     except ValueError as error:

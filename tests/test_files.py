@@ -14,7 +14,7 @@ import torch
 from specforge import files
 from specforge.cli.main import main
 from specforge.errors import UserError
-from specforge.files import LineLog, check_json, staged_folder, write_file, write_folder
+from specforge.files import LineLog, check_json, parse_json, staged_folder, write_file, write_folder
 from specforge.modeling.draft import save_draft
 from tests.tiny import recipe
 
@@ -260,3 +260,10 @@ def test_an_address_is_no_folder_even_if_a_folder_is_named_so(tmp_path, monkeypa
     with pytest.raises(UserError, match="s3://bucket/run: is an address"), staged_folder(Path("s3://bucket/run")):
         pass
     assert list(tmp_path.rglob("*")) == [tmp_path / "s3:"]
+
+
+@pytest.mark.parametrize("text", ['{"a": "b\n"}', '{"a": "b'])
+def test_the_place_of_what_is_not_json_is_said_once(text):
+    with pytest.raises(ValueError, match=r"not valid JSON .*(?<! at) at column \d+") as found:
+        parse_json(text)
+    assert "at at" not in str(found.value)

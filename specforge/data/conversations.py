@@ -8,8 +8,8 @@ Accepted records (one JSON object per line in ``.jsonl``, or a list in ``.json``
   character ranges that the assistant wrote
 - tokenised: ``{"input_ids": [...], "loss_mask": [...]}``
 
-``id`` and ``split`` (``train`` or ``heldout``) are kept, and ``regenerated`` (the token ids that `specforge regenerate`
-stores) is used if present. Other fields are ignored. A null field counts as absent.
+``id`` (text or a whole number) and ``split`` (``train`` or ``heldout``) are kept, and ``regenerated`` (the token ids
+that `specforge regenerate` stores) is used if present. Other fields are ignored. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -207,8 +207,11 @@ def _record(source: str, row: Any) -> DataRecord:
     split = row.get("split")
     if split not in (None, "train", "heldout"):
         raise RecordError(source, f"split is {short(split)}; use train or heldout")
-    name = str(row.get("id", source.encode(errors="replace").decode()))
+    name = row.get("id", source.encode(errors="replace").decode())
+    if type(name) not in (str, int):
+        raise RecordError(source, f"id is {short(name)}; use text or a whole number")
     content = _content(source, row)
+    name = str(name)
     if not isinstance(content, Tokenised):
         _check_writable(source, [name, vars(content)])
     return DataRecord(content, source, name, split)

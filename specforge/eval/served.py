@@ -268,15 +268,12 @@ def find_server(client: ServerClient) -> Server:
         UserError: it does not answer, or is neither vLLM nor SGLang.
     """
     kinds = {cls.engine: cls for cls in (VLLMServer, SGLangServer)}
-    try:
-        model = client.get("/v1/models")["data"][0]
-        kind, name = kinds.get(model["owned_by"]), str(model["id"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"server {client.url}: /v1/models names no model") from error
+    model = client.models()[0]
+    kind, name = kinds.get(str(model.get("owned_by"))), str(model["id"])
     if kind is None:
+        owner = printable(str(model.get("owned_by")), 60)
         raise UserError(
-            f"server {client.url}: is neither vLLM nor SGLang but {printable(str(model['owned_by']), 60)!r}, which has "
-            "no counters of accepted tokens"
+            f"server {client.url}: is neither vLLM nor SGLang but {owner!r}, which has no counters of accepted tokens"
         )
     server, length = kind(client, name, str(model.get("root") or name)), model.get("max_model_len")
     server.max_length = length if isinstance(length, int) else None

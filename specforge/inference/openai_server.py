@@ -19,6 +19,7 @@ from specforge.data.conversations import RecordError, parse_record, rendered, sh
 from specforge.data.templates import ChatTemplate
 from specforge.errors import UserError
 from specforge.inference.server_client import RefusedError, ServerClient
+from specforge.inference.target_engine.base import UnavailableError
 from specforge.options import PositiveInt
 
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
@@ -104,13 +105,15 @@ class ServedModel:
             UserError: the server lists several models, or none, or does not respond.
         """
         try:
-            found = client.get("/v1/models")
-        except RefusedError:
-            if name is None:
+            cards = {str(x["id"]): x for x in client.models()}
+        except UnavailableError:
+            raise
+        except UserError as error:
+            if name is not None:
+                return cls(name)
+            if isinstance(error, RefusedError):
                 raise
-            return cls(name)
-        listed = found.get("data") if isinstance(found, dict) else None
-        cards = {str(x["id"]): x for x in listed or () if isinstance(x, dict) and "id" in x}
+            raise UserError(f"{error}; choose its model with --model NAME") from error
         if name is None and len(cards) != 1:
             raise UserError(f"server {client.url}: lists {short(list(cards))}; choose its model with --model NAME")
         name = name or next(iter(cards))

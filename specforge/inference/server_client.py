@@ -55,6 +55,7 @@ class ServerClient:
         patience: seconds to retry while the server does not answer.
         timeout: seconds to wait for one answer.
         connections: maximum number of requests at a time.
+        key_option: the option that names ``api_key_file``, for messages.
 
     Raises:
         UserError: the address is malformed, or the file cannot be read.
@@ -68,6 +69,7 @@ class ServerClient:
         patience: float = 300.0,
         timeout: float = 600.0,
         connections: int = 64,
+        key_option: str = "--api_key_file",
     ) -> None:
         try:
             parts = urlsplit(url)
@@ -79,6 +81,7 @@ class ServerClient:
             raise UserError(f"server {shown(url)}: must look like http://127.0.0.1:8000")
         key = None if api_key_file is None else read_secret(api_key_file, "api_key_file")
         self.url, self.patience = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}", patience
+        self._has_key, self._key_option = key is not None, key_option
         self._next_warning = 0.0  # when the next one may be logged: many threads may wait for the same server
         self._client = httpx.Client(
             base_url=f"{parts.scheme}://{parts.netloc}{path}",
@@ -122,6 +125,21 @@ class ServerClient:
         """
         return self._json(self._find(path), path)
 
+    def models(self) -> list[dict[str, Any]]:
+        """What the server lists at ``/v1/models``, at least one model.
+
+        Raises:
+            UserError: it is not a list of models in OpenAI's form, or as in :meth:`post`.
+        """
+        found = self.get("/v1/models")
+        listed = found.get("data") if isinstance(found, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(x, dict) and "id" in x for x in listed):
+            said = printable(str(found), 60)
+            raise UserError(f"server {self.url}: /v1/models is not a list of models in OpenAI's form but {said}")
+        if not listed:
+            raise UserError(f"server {self.url}: /v1/models lists no model")
+        return listed
+
     def text(self, path: str) -> str:
         """Text at a path.
 
@@ -155,7 +173,7 @@ class ServerClient:
             with self._client.stream("POST", path, json=body) as answer:
                 if answer.status_code != httpx.codes.OK:
                     answer.read()
-                    raise UserError(f"server {self.url}: {_reason(answer)} (HTTP {answer.status_code})")
+                    raise self._refusal(answer)
                 yield answer.iter_lines()
         except httpx.HTTPError as error:
             raise UserError(f"server {self.url}: no answer ({_name(error)})") from error
@@ -166,6 +184,7 @@ class ServerClient:
         deadline, pause, failures = float("inf"), _FIRST_PAUSE, 0
         while True:
             stopping.check()
+            left = ""
             try:
                 answer = self._client.request(method, path, json=body() if callable(body) else body)
             except (httpx.HTTPError, OSError) as error:
@@ -175,18 +194,29 @@ class ServerClient:
                 if answer.status_code == httpx.codes.OK:
                     return answer
                 reason = f"{_reason(answer)} (HTTP {answer.status_code})"
-                failures += answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+                if answer.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+                    failures += 1
+                    left = f"at most {_FAILURES - failures} more times"
                 if answer.status_code not in _BUSY and not 0 < failures < _FAILURES:
-                    raise RefusedError(f"server {self.url}: {reason}", answer.status_code)
+                    raise self._refusal(answer)
             deadline = min(deadline, time.monotonic() + self.patience)  # an answer may take longer than that
             if time.monotonic() + pause > deadline:
                 raise UnavailableError(f"server {self.url}: no answer for {self.patience:g} s ({reason})")
             if self._next_warning <= time.monotonic():
                 self._next_warning = time.monotonic() + _BETWEEN_WARNINGS
-                left = deadline - time.monotonic()
-                logger.warning("server %s: %s; trying for another %.0f s", self.url, reason, left)
+                left = left or f"for another {deadline - time.monotonic():.0f} s"
+                logger.warning("server %s: %s; trying %s", self.url, reason, left)
             stopping.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _refusal(self, answer: httpx.Response) -> RefusedError:
+        """The error for an answer that refuses a request."""
+        hint = ""
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            given = "it refuses the key in" if self._has_key else "no key was sent; name a file with it by"
+            hint = f"; {given} {self._key_option}"
+        reason = f"{_reason(answer)} (HTTP {answer.status_code}){hint}"
+        return RefusedError(f"server {self.url}: {reason}", answer.status_code)
 
     def _find(self, path: str) -> httpx.Response:
         try:

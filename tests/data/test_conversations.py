@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge.data.conversations import parse_record, read_raw
+from specforge.data.conversations import RecordError, parse_record, read_raw
 from specforge.errors import UserError
 from tests.data.chats import chat, says, talk
 from tests.fuzz import Fuzz, survives
@@ -165,3 +165,9 @@ def test_records_of_other_shapes_are_used_or_refused_in_one_line(fuzz: Fuzz):
     ]
     assert any(taken)
     assert not all(taken)
+
+
+@pytest.mark.parametrize("id_", [["a"], True, 1.5, {"a": 1}])
+def test_an_id_is_text_or_a_whole_number(id_):
+    with pytest.raises(RecordError, match=r"d.jsonl, line 3: id is .*; use text or a whole number"):
+        parse_record("d.jsonl, line 3", talk("Hi", "a", id=id_))

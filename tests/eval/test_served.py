@@ -119,8 +119,8 @@ class _Stream:
 @pytest.mark.parametrize(
     ("models", "reason"),
     [
-        ({"data": []}, "names no model"),
-        ([], "names no model"),
+        ({"data": []}, "lists no model$"),
+        ([], r"/v1/models is not a list of models in OpenAI's form but \[\]"),
         ({"data": [{"id": "m", "owned_by": "llamacpp"}]}, "is neither vLLM nor SGLang but 'llamacpp'"),
     ],
 )

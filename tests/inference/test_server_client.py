@@ -115,7 +115,6 @@ def test_a_server_that_stays_busy_is_not_reported_at_every_attempt(server, caplo
         (400, b'{"error": {"message": "too long"}}', "too long"),
         (400, b'{"object": "error", "message": "too long"}', "too long"),
         (422, b'{"detail": "too long"}', "too long"),
-        (401, b'{"error": "Unauthorized"}', "Unauthorized"),
         (404, b"", "Not Found"),
         (404, b"<!DOCTYPE HTML>\n<html>File not found", "Not Found"),
         (400, b"\x1b[31m red", " [31m red"),
@@ -128,6 +127,29 @@ def test_a_refusal_is_one_line_with_its_reason(server, status, answer, reason):
         made.post("/x", {})
     assert str(error.value) == f"server {made.url}: {reason} (HTTP {status})"
     assert len(server.seen) == (3 if status == 500 else 1)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_refused_key_is_named_with_its_option(server, tmp_path, status, streamed):
+    server.answers = [(status, b"no")]
+    (tmp_path / "key").write_text("secret\n")
+    options = {"key_option": "--engine.api_key_file"}
+    for more, reason in (
+        ({}, "no key was sent; name a file with it by --engine.api_key_file"),
+        ({"api_key_file": tmp_path / "key"}, "it refuses the key in --engine.api_key_file"),
+    ):
+        with client(server, **options, **more) as made, pytest.raises(RefusedError) as error:
+            made.stream("/x", {}).__enter__() if streamed else made.post("/x", {})
+        assert str(error.value) == f"server {made.url}: no (HTTP {status}); {reason}"
+
+
+def test_a_failing_server_is_asked_as_often_as_the_warning_says(server, caplog):
+    server.answers = [(500, b"broken")]
+    with client(server) as made, pytest.raises(RefusedError):
+        made.post("/x", {})
+    assert "broken (HTTP 500); trying at most 2 more times" in caplog.text
+    assert len(server.seen) == 3
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])

@@ -82,7 +82,8 @@ def test_options_of_a_server(files, monkeypatch):
         words = engine._start_options.arguments
     assert words == ("--tp-size", "2", "--context-length", "99", "--ep-size", "2", "--x")
     with pytest.raises(
-        UserError, match="engine sglang: --tp-size is for starting a server; leave out either it or url"
+        UserError,
+        match=r"engine sglang: --engine.tensor_parallel is for starting a server; leave out either it or --engine.url",
     ):
         SGLangTargetEngine(files, "float32", url="http://127.0.0.1:1", store="s", tensor_parallel=2)
 

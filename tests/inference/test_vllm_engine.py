@@ -278,6 +278,21 @@ def test_a_server_of_its_own_that_is_killed_is_reported_at_once(server, files, t
             proxy.serve_forever(poll_interval=0.01)
 
 
+@pytest.mark.parametrize("words", ["decrease `--gpu-memory-utilization`", "Decrease GPU memory utilization or"])
+def test_the_option_for_a_flag_of_the_server_is_named(files, words):
+    with VLLMTargetEngine(files, "float32") as engine, pytest.raises(UserError) as found, engine._own_names():
+        raise UserError(f"vLLM ended with status 1: {words}")
+    assert str(found.value).endswith(f"{words}; --gpu-memory-utilization is --engine.memory")
+
+
+@pytest.mark.parametrize("models", [{"data": []}, [], {"data": [7]}, {}])
+def test_what_is_no_list_of_models_is_one_line(engine, monkeypatch, models):
+    get = engine._client.get
+    monkeypatch.setattr(engine._client, "get", lambda path: models if path == "/v1/models" else get(path))
+    with pytest.raises(UserError, match=r"/v1/models (lists no model$|is not a list of models in OpenAI's form but )"):
+        engine.check(POLICY)
+
+
 def test_a_warning_is_not_why_a_server_ended(tmp_path):
     server = object.__new__(VLLMServer)
     server._log = tmp_path / "vllm.log"

@@ -7,12 +7,14 @@ attempt that was lost, with its server or its connection, cannot touch the next 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -38,6 +40,8 @@ _ATTEMPTS = 3  # at a request whose features do not arrive, for example because 
 _CHECK_SECONDS = 30.0  # for the features of two tokens to arrive
 # Relative distance of a state from transformers', by dtype; a wrong layer is several times farther away.
 _APART = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+_FLAGS = ("tensor_parallel", "quantization", "max_model_len", "memory")  # options that are flags of the server
 
 logger = logging.getLogger(__name__)
 _Out = TypeVar("_Out")
@@ -160,9 +164,12 @@ class ServedTargetEngine(TargetEngine):
         self._store, self._start_options = store, ServerOptions(python or sys.executable, tuple(words), log)
         if url is None:
             return
-        if python or words:
+        options: dict[str, Any] = dict(zip(_FLAGS, values, strict=True))
+        options |= {"python": python, "expert_parallel": expert_parallel, "arguments": arguments}
+        if starting := [name for name, value in options.items() if value]:
             raise UserError(
-                f"engine {self.name}: {python or words[0]} is for starting a server; leave out either it or url"
+                f"engine {self.name}: --engine.{starting[0]} is for starting a server; leave out either it or "
+                "--engine.url"
             )
         if store is None:
             raise UserError(f"engine {self.name}: no store; name the feature store that the server was started with")
@@ -184,7 +191,10 @@ class ServedTargetEngine(TargetEngine):
         """The server's flags for experts that are spread over devices."""
 
     def _connect(self, url: str, store: str, backend: SharedBackend) -> None:
-        self._client = ServerClient(url, self._key, patience=self._patience, connections=self.concurrency)
+        option = "--engine.api_key_file"
+        self._client = ServerClient(
+            url, self._key, patience=self._patience, connections=self.concurrency, key_option=option
+        )
         self.url, self.store = self._client.url, store
         self._handoff = Handoff(backend, self.url, min(self._patience, 120.0))
 
@@ -193,7 +203,8 @@ class ServedTargetEngine(TargetEngine):
         own = self.server(self.target, self.dtype, policy, self._store, self._start_options)
         try:
             backend = open_backend(own.store, create=True)  # before the server, whose output is in a file, says so
-            own.wait()
+            with self._own_names():
+                own.wait()
         except BaseException:
             own.close()
             raise
@@ -219,7 +230,20 @@ class ServedTargetEngine(TargetEngine):
     def check_running(self) -> None:
         """Check a server of its own, as :meth:`TargetEngine.check_running` specifies."""
         if self._own is not None:
-            self._own.check_running()
+            with self._own_names():
+                self._own.check_running()
+
+    @contextmanager
+    def _own_names(self) -> Iterator[None]:
+        """Name the option for a flag that the server's error is about."""
+        try:
+            yield
+        except UserError as error:
+            words = re.sub("[-_ ]", "", str(error).lower())
+            for flag, option in zip(self.flags, _FLAGS, strict=True):
+                if flag.replace("-", "") in words:
+                    raise UserError(f"{error}; {flag} is --engine.{option}") from error
+            raise
 
     def close(self) -> None:
         """Close all connections, and end a server of its own."""

@@ -26,8 +26,8 @@ class VLLMTargetEngine(ServedTargetEngine):
 
     def _prepare(self) -> None:
         self._check_version(str((self._client.get("/version") or {}).get("version", "")))
-        models = self._client.get("/v1/models")
-        self._model = next(card["id"] for card in models["data"] if not card.get("parent"))
+        models = self._client.models()
+        self._model = next((card["id"] for card in models if not card.get("parent")), models[0]["id"])
 
     def _post(self, ids: Sequence[int], ticket: Callable[[], dict[str, Any]]) -> Any:
         def body() -> dict[str, Any]:
