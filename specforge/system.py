@@ -9,8 +9,11 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from specforge.errors import UserError
@@ -86,6 +89,25 @@ def interrupt_on_sigterm() -> None:
     """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that a service has one way to end."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def say_on_sigterm() -> Iterator[None]:
+    """Within the block, this process says so if SIGTERM ends it. Has no effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"specforge: stopped by a signal\n")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_free(host: str, port: int, option: str) -> None:

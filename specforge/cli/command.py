@@ -14,7 +14,7 @@ from specforge.cli.arguments import environment_help, expand
 from specforge.cli.errors import explain
 from specforge.cli.help_format import HelpFormatter
 from specforge.errors import UserError
-from specforge.system import keep_freed_memory
+from specforge.system import keep_freed_memory, say_on_sigterm
 
 
 class CommandLine(NamedTuple):
@@ -72,7 +72,8 @@ def run(name: str, function: Callable[..., Any], words: list[str]) -> int:
     options = line.parser.instantiate(options)
     values = {key: options[key] for key in line.names}
     values |= {key: cls(**{field: options[field] for field in fields}) for key, (cls, fields) in line.groups.items()}
-    return int(function(**values) or 0)
+    with say_on_sigterm():
+        return int(function(**values) or 0)
 
 
 def _engine_options(line: CommandLine) -> list[str]:

@@ -266,7 +266,8 @@ def test_a_command_that_is_killed_loses_what_was_in_flight_at_most(server, targe
     process, output, answered = hanging
     assert answered >= 2
     process.send_signal(number)
-    process.wait(20)
+    assert process.wait(20) == -number
+    assert ("specforge: stopped by a signal\n" in process.stdout.read()) == (number == signal.SIGTERM)
     assert len(rows(output)) == answered
     server.answer, before = completion, len(server.seen)
     assert main(words(server, target, data, output, temperature=1)) == 0
