@@ -51,6 +51,9 @@ class Replay(pl.LightningDataModule):
     def durable(self, step: int) -> None:
         """Do nothing."""
 
+    def check(self) -> None:
+        """Do nothing."""
+
     def flow(self) -> dict[str, float]:
         """Return no figures."""
         return {}

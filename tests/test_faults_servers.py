@@ -24,7 +24,7 @@ from tests.runtime.data_plane.mooncake_store import free_ports, needs_mooncake
 from tests.runtime.data_plane.test_mooncake import is_open
 from tests.test_equivalence import features_alone, offline_run  # noqa: F401 - fixtures
 from tests.test_faults import PRODUCER, TRAINER, World, dying, expected  # noqa: F401 - fixtures
-from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
+from tests.test_training import assert_same_weights, fit, last_step, losses, start, wait_for_steps
 
 pytestmark = pytest.mark.faults
 
@@ -155,12 +155,13 @@ def test_a_run_whose_redis_server_dies_ends_in_one_line_and_goes_on(
         assert main(["fit", "--config", str(path)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("specforge: ")]
     assert "resume with --ckpt_path last" in line
+    assert last_step(tmp_path / "run") == 7  # the step that the server did not hear of
     server.start()
     with producers(target, where, 2):
         run = fit(path, "--ckpt_path", "last")
     assert losses(run) == losses(offline_run)
     assert_same_weights(run, offline_run)
-    assert_nothing_is_left(where, trained=18 * 4)
+    assert_nothing_is_left(where, trained=(18 - 1) * 4)
 
 
 class MooncakeServer:

@@ -16,6 +16,7 @@ import yaml
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from specforge.callbacks.checkpoint import step_of
 from specforge.cli.main import main
 from specforge.eval.report import read_history
 from tests.processes import Command
@@ -35,6 +36,11 @@ def start(path: Path, *options: object) -> Command:
 
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
+
+
+def last_step(run: Path) -> int:
+    """The step of the run's last checkpoint."""
+    return step_of((run / "checkpoints" / "last.ckpt").resolve())
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -67,6 +67,10 @@ class ExactResume(pl.Callback):
             for callback in _metrics(trainer):
                 callback.flow = flow
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report a store that has failed since the last batch was fetched."""
+        trainer.train_dataloader.check()
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

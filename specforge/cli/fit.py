@@ -390,8 +390,11 @@ def main(command: str, words: Sequence[str], cli: type[TrainingCLI] = TrainingCL
             raise KeyboardInterrupt from end
         raise
     except Exception as error:
+        mistake = mistake_behind(error)
+        if mistake is not None:
+            return preemption.fail(mistake)
         keys = inspect.signature(pl.Trainer).parameters
-        line = None if mistake_behind(error) else lightning_refusal(error, keys, stopping.began())
+        line = lightning_refusal(error, keys, stopping.began())
         if line is None:
             raise
         raise UserError(line) from error

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a run waits: saved and said at once, and it goes on from there.
+"""SIGTERM and Ctrl-C while a run waits, and data that stops coming: saved and said at once, and it goes on from there.
 
 Runs are in this process; another thread sends the signal when the run is where the test wants it.
 """
@@ -15,19 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from datamodules import OfflineDataModule
 from lightning_modules.eagle3 import Eagle3Module
 from specforge import stopping
 from specforge.cli.main import main
+from specforge.errors import UserError
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
+from specforge.runtime.data_plane.loader import FeatureDataLoader
+from specforge.runtime.data_plane.store import SampleStore
 from tests.disaggregated import disaggregated, places, producers
+from tests.fake_vllm import fake_vllm
 from tests.inference.test_target_server import serving
+from tests.ranks import train_on_ranks
 from tests.test_disaggregated import RANKS, second_rank
-from tests.test_training import assert_same_weights, fit, losses, start, wait_for_steps
+from tests.test_training import assert_same_weights, fit, last_step, losses, start, wait_for_steps
 from tests.tiny import recipe
 
 SECONDS = 2.0  # from the signal until the run is saved and has ended
@@ -285,3 +292,141 @@ def test_while_several_ranks_wait(target, prompts, tmp_path, which):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
     assert sorted(losses(tmp_path / "run"))[-1] == 8
+
+
+# Data that stops coming.
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, error: Exception) -> None:
+    """Let the n-th call of a method fail."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args: object, **options: object) -> object:
+        calls.append(name)
+        if len(calls) == call:
+            raise error
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+def test_a_server_that_stays_away_costs_no_step(target, prompts, tmp_path, capsys):
+    data = {
+        "class_path": "OnlineDataModule",
+        "init_args": {"prompts": str(prompts), "batch_size": 4, "dtype": "float32"},
+    }
+    calm, path = (recipe(target, prompts, tmp_path / name, **OPTIONS, data=data) for name in ("calm", "stopped"))
+    run = tmp_path / "stopped" / "run"
+    with fake_vllm(target, tmp_path / "store") as server:
+        words = ["--data.engine", "vllm", "--data.engine.url", server.url, "--data.engine.store"]
+        words += [str(tmp_path / "store"), "--data.engine.compare", "false"]
+        server.faults = [lambda body: None] * 25 + [hang_up] * 10_000
+        assert main(["fit", "--config", str(path), *words, "--data.engine.patience", "0.5"]) == 2
+        server.faults = []
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("specforge: ")]
+        step = last_step(run)
+        assert step >= 3
+        assert line.startswith(f"specforge: server {server.url}: no answer")
+        assert line.endswith(f"; training stopped after step {step}; resume with --ckpt_path last")
+        assert not server.sink._backend.stored()
+        fit(path, *words, "--ckpt_path", "last")
+    fit(calm)
+    assert losses(run) == losses(tmp_path / "calm" / "run")
+    assert_same_weights(run, tmp_path / "calm" / "run")
+
+
+def hang_up(body: object) -> None:
+    raise ConnectionAbortedError
+
+
+GONE, FULL = UserError("the store is gone"), OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("accumulate", "error", "prefetch"), [(1, GONE, 2), (3, GONE, 0), (3, FULL, 2)])
+def test_a_batch_that_cannot_be_fetched_costs_no_step(
+    target, features, tmp_path, monkeypatch, capsys, caplog, accumulate, error, prefetch
+):
+    options = {**OPTIONS, "trainer__accumulate_grad_batches": accumulate}
+    calm = fit(recipe(target, features, tmp_path / "calm", **options))
+    path = recipe(target, features, tmp_path, **options)
+    with monkeypatch.context() as patch:
+        fail_once(patch, FeatureDataLoader, "_load", 9, error)
+        words = ["fit", "--config", str(path), "--data.prefetch", str(prefetch)]
+        if isinstance(error, UserError):
+            assert main(words) == 2
+            assert "training stopped after step" in capsys.readouterr().err
+        else:
+            with pytest.raises(OSError, match="No space"):
+                main(words)
+            assert "resume with --ckpt_path last" in caplog.text
+    assert last_step(tmp_path / "run") > 0
+    run = fit(path, "--ckpt_path", "last")
+    assert losses(run) == losses(calm)
+    assert validations(run) == validations(calm)
+    assert_same_weights(run, calm)
+
+
+def test_an_error_of_a_step_saves_nothing(target, features, tmp_path, monkeypatch, capsys):
+    """The optimizer may have changed some weights and not others."""
+    fail_once(monkeypatch, Eagle3Module, "optimizer_step", 5, UserError("half a step"))
+    assert main(["fit", "--config", str(recipe(target, features, tmp_path, **OPTIONS))]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "specforge: half a step"
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_trainer_that_another_one_has_replaced_saves_nothing(target, features, tmp_path, monkeypatch, capsys):
+    fail_once(monkeypatch, FeatureDataLoader, "_load", 9, UserError("the store is gone"))
+    monkeypatch.setattr(FeatureDataLoader, "replaced", lambda self: True)
+    assert main(["fit", "--config", str(recipe(target, features, tmp_path, **OPTIONS))]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("another trainer has replaced this one")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_store_that_fails_after_the_last_step_is_reported(target, features, tmp_path, monkeypatch, capsys):
+    fail_once(monkeypatch, SampleStore, "durable", 1, UserError("the metadata is gone"))
+    assert main(["fit", "--config", str(recipe(target, features, tmp_path, **OPTIONS))]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "specforge: the metadata is gone"
+    assert last_step(tmp_path / "run") == 8
+
+
+class HalfGone(OfflineDataModule):
+    """Data that one rank cannot fetch from its seventh batch on."""
+
+    def __init__(self, gone_on: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.gone_on = gone_on
+
+    def train_dataloader(self) -> FeatureDataLoader:
+        loader = super().train_dataloader()
+        if self.trainer.global_rank == self.gone_on:
+            load = loader._load
+
+            def fail(samples: Any, cursor: dict[str, int]) -> Any:
+                if cursor["batch"] >= 7:
+                    raise UserError("the store is gone")
+                return load(samples, cursor)
+
+            loader._load = fail
+        return loader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_alone_cannot_fetch_stops_all_ranks(target, features, tmp_path, which):
+    data = {"features": str(features), "batch_size": 2}
+    options = {**OPTIONS, "trainer__devices": 2, "trainer__strategy": "ddp"}
+    options["data"] = {"class_path": "OfflineDataModule", "init_args": data}
+    calm, path = (recipe(target, features, tmp_path / name, **options) for name in ("calm", "stopped"))
+    run = tmp_path / "stopped" / "run"
+    options["data"] = {"class_path": f"{__name__}.HalfGone", "init_args": {**data, "gone_on": which}}
+    process = start(recipe(target, features, tmp_path / "gone", **options, trainer__default_root_dir=str(run)))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("specforge: ")]
+    rank = "rank 1: " * which
+    assert line == f"specforge: {rank}the store is gone; training stopped after step 6; resume with --ckpt_path last"
+    assert last_step(run) == 6
+    jobs = {"calm": ["--config", str(calm)], "resumed": ["--config", str(path), "--ckpt_path", "last"]}
+    train_on_ranks(jobs, 2)
+    assert losses(run) == losses(tmp_path / "calm" / "run")
+    assert_same_weights(run, tmp_path / "calm" / "run")

@@ -175,7 +175,7 @@ class HTTPTargetEngine(TargetEngine):
                 if time.monotonic() + pause > deadline:
                     raise UnavailableError(
                         f"server {self.url}: no answer for {self.patience:g} s ({error}); restart it with "
-                        "`specforge target serve` and resume with --ckpt_path last"
+                        "`specforge target serve`"
                     ) from error
                 if fresh:  # a server closes idle connections, which is not worth a warning
                     left = deadline - time.monotonic()

@@ -148,6 +148,11 @@ class TrainerClaim:
         found = self._claim()
         self._taken_by = None if found.holder == self._holder else found
 
+    @property
+    def lost(self) -> bool:
+        """Whether another trainer has replaced this one."""
+        return self._taken_by is not None
+
     def check(self) -> None:
         """Stop a trainer that another one has replaced.
 

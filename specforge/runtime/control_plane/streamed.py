@@ -298,12 +298,18 @@ class StreamedSamples(SampleStore[ExpectedSample]):
 
     def durable(self, step: int) -> None:
         """Record that the checkpoint of ``step`` is complete, and delete the features that it covers."""
-        if self.rank == 0:
-            self.controller.durable(step)
-            self.controller.remove_orphans()
-        self.barrier("the features that the checkpoint covers are deleted")
+        try:
+            if self.rank == 0:
+                self.controller.durable(step)
+                self.controller.remove_orphans()
+        finally:  # the other ranks wait for the first one, whatever happens to it
+            self.barrier("the features that the checkpoint covers are deleted")
         with self._lock:
             self._forget_held([key for key, trained in self._trained.items() if trained <= step])
+
+    def replaced(self) -> bool:
+        """Whether another trainer has taken over this rank's claim."""
+        return self.claim is not None and self.claim.lost
 
     def close(self) -> None:
         """Stop queueing, and delete trained features that are not to be kept."""

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, NamedTuple
 
@@ -134,6 +135,7 @@ class FeatureDataLoader(Generic[SampleT]):
         self._start = (0, 0)
         self._acknowledged = {"epoch": 0, "batch": 0}
         self._waited, self._since = 0.0, time.perf_counter()
+        self._failure: UserError | None = None  # of the store, since the last fetch
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -175,20 +177,55 @@ class FeatureDataLoader(Generic[SampleT]):
         self._waited, self._since = 0.0, time.perf_counter()
 
     def acknowledge(self, batch: TrainBatch, step: int) -> None:
-        """Record that optimizer step ``step`` uses a batch."""
+        """Record that optimizer step ``step`` uses a batch.
+
+        If the store fails, the next fetch raises its error, as the step has to be finished before it can be saved.
+
+        Raises:
+            UserError: another trainer has replaced this one.
+        """
         self._acknowledged = batch.cursor
-        self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
+        with self._raised_by_next_fetch():
+            self.store.trained(batch.sample_ids, batch.cursor["epoch"], step)
 
     def durable(self, step: int) -> None:
-        """Record that the checkpoint of ``step`` is complete; called on every rank."""
-        self.store.durable(step)
+        """Record that the checkpoint of ``step`` is complete; called on every rank.
+
+        If the store fails, the next fetch raises its error.
+        """
+        with self._raised_by_next_fetch():
+            self.store.durable(step)
+
+    def check(self) -> None:
+        """Raise what the next fetch would raise.
+
+        Raises:
+            UserError: the store has failed since the last fetch.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def replaced(self) -> bool:
+        """Whether another trainer has replaced this one, which must not save any more; the first rank knows."""
+        return self.store.replaced()
+
+    @contextmanager
+    def _raised_by_next_fetch(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            if self.replaced():
+                raise
+            self._failure = self._failure or error
 
     def flow(self) -> dict[str, float]:
         """Figures of the store since the last call, and ``wait``, the share of time spent waiting for batches.
 
         Empty for stores whose samples are not produced during training.
         """
-        found = self.store.flow()
+        found: dict[str, float] = {}
+        with self._raised_by_next_fetch():
+            found = self.store.flow()
         if found:
             now = time.perf_counter()
             found["wait"] = self._waited / max(now - self._since, 1e-9)
@@ -224,6 +261,7 @@ class FeatureDataLoader(Generic[SampleT]):
         torch.get_num_threads()  # fixes this thread's number before the fetching threads set their own
         if self.prefetch == 0:
             for samples, cursor in work:
+                self.check()
                 self.store.reserve(samples)
                 yield self._timed(partial(self._load, samples, cursor))
             return
@@ -231,13 +269,16 @@ class FeatureDataLoader(Generic[SampleT]):
         pool = ThreadPoolExecutor(self.store.readers, "features", initializer=_stay_single_threaded)
         try:
             while work or pending:
+                self.check()
                 while work and len(pending) <= self.prefetch:
                     # The next batch is fetched even if there is no space for it: space may never become free.
                     if not self.store.reserve(work[0][0]) and pending:
                         break
                     samples, cursor = work.popleft()
                     pending.append((samples, pool.submit(self._load, samples, cursor)))
-                batch = self._timed(pending[0][1].result)  # still pending, so that leaving this wait interrupts it
+                batch = self._timed(
+                    partial(self._wait, pending[0][1])
+                )  # still pending: leaving this wait interrupts it
                 pending.popleft()
                 yield batch
         finally:
@@ -246,6 +287,15 @@ class FeatureDataLoader(Generic[SampleT]):
             pool.shutdown(wait=not stopping.stop_requested(), cancel_futures=True)
             for samples, _ in pending:
                 self.store.release([sample.sample_id for sample in samples])
+
+    def _wait(self, fetched: Future[TrainBatch]) -> TrainBatch:
+        """Wait for a batch; outside the main thread, nothing but the callback ends that when the run stops."""
+        with stopping.call_on_stop(self.store.interrupt):
+            try:
+                return fetched.result()
+            except UserError:
+                stopping.check()
+                raise
 
     def _timed(self, wait: Callable[[], TrainBatch]) -> TrainBatch:
         start = time.perf_counter()

@@ -124,6 +124,10 @@ class SampleStore(ABC, Generic[SampleT]):
     def durable(self, step: int) -> None:
         """Record that the checkpoint of ``step`` is complete; called on every rank."""
 
+    def replaced(self) -> bool:
+        """Whether another trainer has replaced this one."""
+        return False
+
     def interrupt(self) -> None:
         """End every wait in :meth:`get`: nobody will use the samples."""
 
