@@ -110,6 +110,11 @@ class OnlineDataModule(PromptDataModule):
                 self._together = ThreadPoolExecutor(_TOGETHER, "produce")
         return self._engine
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the engine, so that nothing that was asked for stays in its server's store."""
+        if self._engine is not None:
+            self._engine.close()
+
     def teardown(self, stage: str) -> None:
         """Close the engine, and drop the samples that it would produce."""
         engine, self._engine, self._splits = self._engine, None, {}

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import pytest
 import torch
+
+from specforge.errors import UserError
 
 BOUND = 2e-5  # relative distance from transformers' states, in fp32
 
@@ -16,6 +22,22 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 def stored(engine) -> list[tuple[str, str]]:
     """What is in the store that an engine shares with its server."""
     return engine._handoff.backend.stored()
+
+
+def assert_a_closed_client_leaves_nothing(engine, server, prompts, policy) -> None:
+    """Close the engine in the middle of its requests; the store is empty then, and another client finds it so later."""
+    sent, post = threading.Semaphore(0), engine._post
+    engine._post = lambda *args: sent.release() or post(*args)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(engine.capture, prompts, policy)
+        for _ in range(engine.concurrency):
+            assert sent.acquire(timeout=60)
+        engine.close()
+        with pytest.raises((UserError, RuntimeError, CancelledError)):
+            found.result(60)
+    assert not stored(engine)
+    server.capture([[1, 2]], policy)  # read after whatever the server has not dropped
+    assert not stored(engine)
 
 
 def assert_close(found, expected) -> None:

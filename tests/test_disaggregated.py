@@ -270,7 +270,11 @@ def test_a_producer_with_another_address_creates_nothing(target, tmp_path, capsy
     words = ["--target", str(target), "--store", misspelt["store"], "--metadata", misspelt["metadata"]]
     assert main(["produce", *words, "--idle_seconds", "0.1"]) == 2
     kind = "metadata" if wrong == "metadata" else "store"
-    assert capsys.readouterr().err.startswith(f"specforge: {kind} {misspelt[kind]}: ")
+    line = capsys.readouterr().err
+    assert line.startswith(f"specforge: {kind} {misspelt[kind]}: ")
+    assert (wrong == "metadata") == line.endswith(
+        "; if no run uses the store, a killed command has left them: empty it\n"
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -26,7 +26,7 @@ from specforge.inference.sglang_server import SGLangServer
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.sglang import SGLangTargetEngine
 from specforge.inference.target_files import TargetFiles
-from tests.captured import assert_close, random_prompts, stored
+from tests.captured import assert_a_closed_client_leaves_nothing, assert_close, random_prompts, stored
 from tests.sglang_cpu import CAPTURE, LAUNCH, environment
 from tests.tiny import recipe, write_target
 
@@ -163,6 +163,10 @@ def test_a_run_from_no_features_at_all(engine, target, prompts, tmp_path):
     assert weights["hf"].keys() == weights["sglang"].keys()
     for name, x in weights["hf"].items():
         assert torch.allclose(weights["sglang"][name].float(), x.float(), rtol=1e-3, atol=1e-4), name
+
+
+def test_a_client_that_is_closed_during_its_requests_leaves_nothing(server, engine):
+    assert_a_closed_client_leaves_nothing(engine, server, random_prompts(*[150] * 48), POLICY)
 
 
 def test_a_server_that_is_killed_during_requests_and_started_again_loses_nothing(server, engine, files, monkeypatch):

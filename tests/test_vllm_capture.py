@@ -26,7 +26,7 @@ from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.vllm_server import VLLMServer
 from tests import vllm_cpu
-from tests.captured import assert_close, random_prompts, stored
+from tests.captured import assert_a_closed_client_leaves_nothing, assert_close, random_prompts, stored
 from tests.disaggregated import assert_nothing_is_left, disaggregated, places, producers
 from tests.tiny import recipe, write_target
 
@@ -209,6 +209,10 @@ def assert_weights_close(found, expected):
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         assert torch.allclose(found[name].float(), x.float(), rtol=1e-3, atol=1e-4), name
+
+
+def test_a_client_that_is_closed_during_its_requests_leaves_nothing(server, engine):
+    assert_a_closed_client_leaves_nothing(engine, server, random_prompts(*[250] * 48), POLICY)
 
 
 def test_a_server_that_is_killed_during_requests_and_started_again_loses_nothing(server, engine, files):

@@ -119,7 +119,10 @@ def capture(
         name = "target" if target is None else "output"
         raise UserError(f"capture: no {name}; set --{name}, or --recipe with a recipe that names it")
     algorithm = algorithm or "eagle3"
-    captured = api.capture(target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True)
+    with stopped_by_signals(_interrupt):
+        captured = api.capture(
+            target, prompts, output, options, algorithm=algorithm, layer_ids=layer_ids, progress=True
+        )
     for split in captured:
         size = f"{split.nbytes / 1e9:.2f} GB" if split.nbytes >= 1e8 else f"{split.nbytes / 1e6:.2f} MB"
         say(f"{split.folder}: {split.samples:,} samples, {size} ({split.tokens:,} tokens captured by this run)")
@@ -140,6 +143,10 @@ def produce(options: ProduceOptions, plan: bool = False) -> None:
         say("\n".join(describe_plan(options)))
     else:
         run_producers(options)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -216,7 +223,8 @@ def _check_places(options: ProduceOptions) -> None:
         if open_backend(options.store).stored() and not is_there(options.metadata):
             raise UserError(
                 f"metadata {options.metadata}: no such file, but store {options.store} holds features; name the "
-                "trainer's metadata, or start the trainer first"
+                "metadata of the run that they belong to; if no run uses the store, a killed command has left them: "
+                "empty it"
             )
     elif begun:
         raise UserError(

@@ -59,6 +59,7 @@ _FAILED = "failed"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SWITCH_INTERVAL = 1e-4  # seconds
 _FIRST_POLL, _LONGEST_POLL = 0.002, 0.05  # seconds between two looks into the store
+_LATE, _LATEST = 2.0, 10.0  # seconds for what a server still writes after its client has gone: each, and all together
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +279,9 @@ class Handoff:
     backend: SharedBackend  # the store that the server writes to
     server: str  # the server, in messages
     patience: float = 120.0  # seconds after the server's answer in which the features must be in the store
+    # Discarded tickets for which nothing has arrived yet, and when that was; copies of this object share them.
+    late: dict[Ticket, float] = field(default_factory=dict, repr=False)
+    closed: threading.Event = field(default_factory=threading.Event, repr=False)
     _store: FeatureStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -349,12 +353,14 @@ class Handoff:
             BadSampleError: they must not be used for training, for example because they contain NaN.
             StoreFullError: they do not fit into the store at the moment.
             NotDeliveredError: nothing arrives in time.
-            UserError: the server reports another reason.
+            UserError: the server reports another reason, or the client is closed.
         """
         end, pause = time.monotonic() + self.patience, _FIRST_POLL
         while not self.backend.holds(ticket.key, ticket.uri):
             if self.backend.holds(ticket.key, ticket.error_uri):
                 self._raise_error(ticket)
+            if self.closed.is_set():
+                raise UserError(f"server {self.server}: its client is closed")
             if time.monotonic() > end:
                 raise NotDeliveredError(
                     f"server {self.server}: it has answered, but after {self.patience:g} s the features are not in the "
@@ -376,9 +382,37 @@ class Handoff:
             self._store.delete(ref)
 
     def discard(self, ticket: Ticket) -> None:
-        """Delete whatever the server has written for a ticket."""
+        """Delete whatever the server has written for a ticket; if that is nothing, :meth:`clear` looks again."""
+        if not self._delete(ticket):
+            self.late[ticket] = time.monotonic()
+
+    def recent(self) -> list[Ticket]:
+        """Discarded tickets for which the server may still write something."""
+        now = time.monotonic()
+        return [ticket for ticket, since in list(self.late.items()) if now < since + _LATE]
+
+    def clear(self) -> None:
+        """Delete what arrives for discarded tickets, until nothing has arrived for a while; no ticket is in use."""
+        end, arrived = time.monotonic() + _LATEST, 0.0
+        try:
+            while True:
+                for ticket in list(self.late):
+                    if self._delete(ticket):
+                        del self.late[ticket]
+                        arrived = time.monotonic()
+                now = time.monotonic()
+                if not self.late or now > end or not (self.recent() or now < arrived + _LATE):
+                    return
+                time.sleep(_LONGEST_POLL)
+        except (OSError, UserError) as error:
+            logger.warning("server %s: what it wrote last may stay in the store: %s", self.server, first_line(error))
+
+    def _delete(self, ticket: Ticket) -> bool:
+        """Whether there was anything to delete."""
+        found = [uri for uri in (ticket.uri, ticket.error_uri) if self.backend.holds(ticket.key, uri)]
         for uri in (ticket.uri, ticket.error_uri):
             self.backend.remove(ticket.key, uri)
+        return bool(found)
 
     def _raise_error(self, ticket: Ticket) -> NoReturn:
         try:

@@ -29,6 +29,7 @@ _FAILURES = (
 )
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _BETWEEN_WARNINGS = 30.0  # seconds
+_TELL_SECONDS = 2.0  # for an answer that nobody needs
 _KEEP_ALIVE = 3.0  # seconds; vLLM and SGLang close connections that are idle for 5, maybe while a request is on its way
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,15 @@ class ServerClient:
             UserError: it answers something other than JSON.
         """
         return self._json(self._send("POST", path, body), path)
+
+    def tell(self, path: str, body: Mapping[str, Any]) -> bool:
+        """Send a body once, also after :meth:`close`; returns whether the server has answered."""
+        base, headers = self._client.base_url, self._client.headers
+        try:
+            httpx.post(base.join(path.lstrip("/")), json=body, headers=headers, timeout=_TELL_SECONDS, trust_env=False)
+        except (httpx.HTTPError, OSError):
+            return False
+        return True
 
     @contextmanager
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:

@@ -312,6 +312,8 @@ class Capture:
     def _hand_over(self, req: Any, prompt: _Prompt) -> None:
         assert self._sink is not None
         self._prompts[req] = None
+        if _is_aborted(req):  # nobody waits for anything
+            return
         length, policy = len(prompt.aux), prompt.ticket.capture
         if prompt.rows < length:
             self._sink.fail(prompt.ticket, f"only {prompt.rows} of {length} tokens were computed")
@@ -331,6 +333,11 @@ class Capture:
 
 def _asks(req: Any) -> bool:
     return req.return_hidden_states is True and _has_ticket(req)
+
+
+def _is_aborted(req: Any) -> bool:
+    """Whether a request has been aborted, for example because its client has gone."""
+    return type(req.finished_reason or req.to_finish).__name__ == "FINISH_ABORT"
 
 
 def _has_ticket(request: Any) -> bool:

@@ -38,6 +38,7 @@ from specforge.inference.vllm_server import FIELD, check_ids
 from specforge.runtime.addresses import open_backend
 
 _COPIES = 8  # prompts whose states are being copied from a GPU at a time
+_ABORTED = "FINISHED_ABORTED"  # vLLM's name for a request whose client has gone
 _DRAIN_SECONDS = 30.0  # to write what is queued when the server ends
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class SpecForgeConnector(KVConnectorBase_V1, SupportsHMA):
             ticket = Ticket.from_json(params[FIELD])
         except Exception as error:  # whatever a client sends, the engine goes on
             return False, {FIELD: {"error": f"malformed ticket: {first_line(error)}"}}
+        if request.status.name == _ABORTED:  # nobody waits for anything
+            return False, {FIELD: self._description}
         prompt = _Prompt(request.request_id, ticket, list(request.prompt_token_ids or ()), [])
         if request.num_output_tokens:
             prompt.blocks = list(block_ids[self._group])

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from specforge.contracts import AUX_HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATES, LOSS_MASK, CapturePolicy, Provenance
 from specforge.errors import UserError
+from specforge.inference import handoff as handoff_module
 from specforge.inference.handoff import FeatureSink, Handoff, Ticket, select_states
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane import shared_dir
@@ -231,3 +233,36 @@ def test_a_ticket_cannot_name_a_place_outside_the_store_or_another_sample(uri, t
     assert [uri for _, uri in backend.stored()] == [ticket.error_uri]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     sink.close()
+
+
+def test_what_arrives_after_its_client_has_gone_is_deleted_and_not_waited_for_long(address, sink, monkeypatch):
+    monkeypatch.setattr(handoff_module, "_LATE", 0.5)
+    handoff = Handoff(open_backend(address), "http://s")
+    tickets = [handoff.expect(IDS, FEATURES, provenance())[0] for _ in range(3)]
+    for ticket in tickets:
+        handoff.discard(ticket)
+    assert set(handoff.recent()) == set(tickets)
+    last = torch.ones(len(IDS), WIDTH).bfloat16()
+
+    def write() -> None:
+        sink.submit(tickets[0], IDS, captured(last), 0)
+        sink.fail(tickets[1], "too late")
+
+    threading.Timer(0.2, write).start()
+    started = time.monotonic()
+    handoff.clear()
+    assert sink.drain(10)
+    assert not handoff.backend.stored()
+    assert list(handoff.late) == [tickets[2]]
+    assert 0.5 <= time.monotonic() - started < 2
+    started = time.monotonic()
+    handoff.clear()  # nothing is expected any more
+    assert time.monotonic() - started < 0.3
+    assert not handoff.recent()
+
+
+def test_a_closed_client_waits_for_nothing(address):
+    handoff = Handoff(open_backend(address, create=True), "http://s")
+    handoff.closed.set()
+    with pytest.raises(UserError, match="its client is closed"):
+        handoff.wait(handoff.expect(IDS, FEATURES, provenance())[0])

@@ -35,6 +35,7 @@ class Request:
         params = None if ticket is None else {"specforge": ticket if isinstance(ticket, str) else json.dumps(ticket)}
         self.sampling_params = SimpleNamespace(custom_params=params)
         self.is_retracted, self.customized_info = False, None
+        self.finished_reason = self.to_finish = None
 
     @property
     def answer(self) -> Any:
@@ -130,6 +131,19 @@ def test_rows_are_copied_before_the_next_pass_reuses_their_memory(server):
     rows.zero_()
     server.handoff.wait(ticket)
     assert torch.equal(server.handoff.take(ref)["aux_hidden_states"], expected(before, 1))
+
+
+class FINISH_ABORT:
+    """As SGLang names it."""
+
+
+@pytest.mark.parametrize("field", ["to_finish", "finished_reason"])
+def test_a_request_whose_client_has_gone_leaves_nothing(server, field):
+    request = Request([1, 2, 3], server.ticket([1, 2, 3], (1,))[0].to_json())
+    setattr(request, field, FINISH_ABORT())
+    server.run([(request, states(3), True)])
+    server.sink.close()
+    assert not server.backend.stored()
 
 
 def test_a_retracted_request_starts_again(server):

@@ -96,11 +96,12 @@ class Server:
             self.workers.append(vllm.SpecForgeConnector(options, 2, None))
             self.workers[-1].register_kv_caches({"states": self.cache})
 
-    def finish(self, ticket, ids, blocks, read=True, groups=()):
+    def finish(self, ticket, ids, blocks, read=True, groups=(), status="FINISHED_LENGTH_CAPPED"):
         request = SimpleNamespace(
             request_id=f"r{blocks}",
             prompt_token_ids=ids,
             num_output_tokens=int(read),
+            status=SimpleNamespace(name=status),
             kv_transfer_params=None if ticket is None else {"specforge": ticket},
         )
         return self.scheduler.request_finished_all_groups(request, [*groups, blocks])
@@ -204,10 +205,21 @@ def test_only_the_first_worker_of_the_stage_with_the_states_exports(vllm, target
     assert early.get_finished(set()) == (None, None)
 
 
-def test_a_request_that_was_aborted_is_answered_in_the_store(vllm, target, tmp_path):
+def test_a_request_whose_client_has_gone_leaves_nothing(vllm, target, tmp_path):
     server = Server(vllm, target, tmp_path)
     handoff, ticket, _ = expect(tmp_path, [1, 2])
-    held, _ = server.finish(ticket.to_json(), [1, 2], [], read=False)
+    for read in (False, True):
+        held, _ = server.finish(ticket.to_json(), [1, 2], [4], read=read, status="FINISHED_ABORTED")
+        assert not held
+    assert server.step() == [None]
+    server.workers[0]._exporter.sink.close()
+    assert not handoff.backend.stored()
+
+
+def test_a_request_that_ended_early_is_answered_in_the_store(vllm, target, tmp_path):
+    server = Server(vllm, target, tmp_path)
+    handoff, ticket, _ = expect(tmp_path, [1, 2])
+    held, _ = server.finish(ticket.to_json(), [1, 2], [], read=False, status="FINISHED_IGNORED")
     assert not held
     assert server.step() == [None]
     with pytest.raises(UserError, match="the request ended before its prompt was read"):

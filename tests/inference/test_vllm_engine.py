@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from specforge.inference.target_server import TargetServer, make_token
 from specforge.inference.vllm_server import VLLMServer
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.fake_vllm import fake_vllm
-from tests.tiny import write_target
+from tests.processes import Command
+from tests.tiny import recipe, write_target
 
 POLICY = CapturePolicy((4, 1))
 PROMPTS = [[5, 3, 8], list(range(60)), [7], list(range(100, 120))]
@@ -181,6 +183,62 @@ def test_a_store_that_is_not_the_servers_is_named(server, files, tmp_path):
     engine = VLLMTargetEngine(files, "float32", url=server.url, store=other, patience=0.2)
     with engine, pytest.raises(UnavailableError, match=f"do not arrive in {other}; it writes to {own}, which must"):
         engine.check(POLICY)
+    server.sink.drain()
+    assert not server.sink._backend.stored()
+    assert not stored(engine)
+
+
+def test_what_a_stopped_client_has_asked_for_does_not_stay(engine, server):
+    """The server answers some requests before the client goes, and does not hear of that while it reads others."""
+    engine.check(POLICY)
+    began, gone = threading.Semaphore(0), threading.Event()
+
+    def answer_late(body):
+        began.release()
+        gone.wait(30)
+
+    server.faults = [answer_late, lambda body: None] * 4
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(engine.capture, [[i, 2, 3] for i in range(8)], POLICY)
+        for _ in range(4):
+            assert began.acquire(timeout=30)
+        threading.Timer(0.5, gone.set).start()
+        engine.close()
+        with pytest.raises((UserError, RuntimeError, CancelledError)):
+            found.result(30)
+    assert gone.is_set()
+    server.sink.drain()
+    assert not stored(engine)
+
+
+def test_a_stopped_fit_and_a_stopped_capture_leave_nothing_in_the_servers_store(target, prompts, tmp_path):
+    data = {
+        "class_path": "OnlineDataModule",
+        "init_args": {"prompts": str(prompts), "batch_size": 4, "dtype": "float32"},
+    }
+    path = recipe(target, prompts, tmp_path, data=data)
+    with fake_vllm(target, tmp_path / "store") as server:
+        options = ["vllm", "url", server.url, "store", str(tmp_path / "store"), "compare", "false"]
+        for command, number in [("fit", signal.SIGTERM), ("capture", signal.SIGTERM), ("capture", signal.SIGINT)]:
+            began, gone = threading.Event(), threading.Event()
+            server.faults = [lambda body: None] * 3 + [
+                lambda body, b=began, g=gone: b.set() or (g.wait(30) and None)
+            ] * 99
+            words = ["--config", str(path)] if command == "fit" else []
+            prefix = "--data.engine" if command == "fit" else "--engine"
+            words += [prefix, options[0]]
+            words += [x for key, y in zip(options[1::2], options[2::2], strict=True) for x in (f"{prefix}.{key}", y)]
+            if command == "capture":
+                words += ["--target", str(target), "--prompts", str(prompts), "--output", str(tmp_path / "features")]
+                words += ["--dtype", "float32", "--layer_ids", "[1,3,4]"]
+            process = Command(command, *words)
+            assert began.wait(60), process.communicate(timeout=1)
+            process.send_signal(number)
+            threading.Timer(0.5, gone.set).start()
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == (143 if command == "fit" else 130), output
+            server.sink.drain()
+            assert not server.sink._backend.stored(), command
 
 
 def test_states_that_are_not_the_targets_are_noticed(server, files, tmp_path, tmp_path_factory):

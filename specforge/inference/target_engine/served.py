@@ -14,7 +14,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -229,9 +229,10 @@ class ServedTargetEngine(TargetEngine):
 
     def check_running(self) -> None:
         """Check a server of its own, as :meth:`TargetEngine.check_running` specifies."""
-        if self._own is not None:
+        own = self._own
+        if own is not None:
             with self._own_names():
-                self._own.check_running()
+                own.check_running()
 
     @contextmanager
     def _own_names(self) -> Iterator[None]:
@@ -246,12 +247,22 @@ class ServedTargetEngine(TargetEngine):
             raise
 
     def close(self) -> None:
-        """Close all connections, and end a server of its own."""
-        if hasattr(self, "_client"):
+        """Close all connections, end a server of its own, and delete what was asked for and not taken."""
+        connected = hasattr(self, "_client")
+        if connected:
+            self._handoff.closed.set()
             self._client.close()
         self._pool.shutdown(cancel_futures=True)
-        if self._own is not None:
-            self._own.close()
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
+        if connected:
+            if own is None:
+                self._abort(self._handoff.recent())
+            self._handoff.clear()
+
+    def _abort(self, tickets: Sequence[Ticket]) -> None:
+        """Have the server drop requests whose connections were closed; vLLM does so by itself."""
 
     def check(self, policy: CapturePolicy) -> None:
         """Check the server's version, target, dtype and layers, and capture two tokens."""
@@ -269,6 +280,7 @@ class ServedTargetEngine(TargetEngine):
         try:
             features = self._capture_one(ids, policy, handoff)
         except NotDeliveredError as error:
+            self._clear_other_store(found.store)
             raise UnavailableError(
                 f"server {self.url}: its features do not arrive in {self.store}; it writes to {found.store}, which "
                 "must be the same store"
@@ -276,6 +288,11 @@ class ServedTargetEngine(TargetEngine):
         if self._compare and not self._compared:
             self._compare_with_transformers(ids, policy, features)
             self._compared = True
+
+    def _clear_other_store(self, store: str) -> None:
+        """Delete what the server has written to its own store, if this process can reach that."""
+        with suppress(UserError):
+            replace(self._handoff, backend=open_backend(store)).clear()
 
     def _prepare(self) -> None:
         """Learn from the server what requests must contain."""
@@ -371,7 +388,9 @@ class ServedTargetEngine(TargetEngine):
         try:
             with stopping.call_on_stop(self._client.close):
                 return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # the process ends
+                self._client.close()
             for future in futures:
                 if not future.cancel() and future.exception() is None and undo is not None:
                     undo(future.result())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specforge.errors import UserError
+from specforge.inference.handoff import Ticket
 from specforge.inference.sglang_plugin import KEY, VERSIONS
 from specforge.inference.sglang_server import SGLangServer
 from specforge.inference.target_engine.served import ServedTargetEngine
@@ -28,8 +29,10 @@ class SGLangTargetEngine(ServedTargetEngine):
     def _post(self, ids: Sequence[int], ticket: Callable[[], dict[str, Any]]) -> Any:
         def body() -> dict[str, Any]:
             # A ticket travels as text, because SGLang passes no nested values on.
-            sampling = {"temperature": 0, "max_new_tokens": 1, "custom_params": {KEY: json.dumps(ticket())}}
+            fields = ticket()
+            sampling = {"temperature": 0, "max_new_tokens": 1, "custom_params": {KEY: json.dumps(fields)}}
             return {
+                "rid": fields.get("uri"),  # for :meth:`_abort`
                 "input_ids": list(ids),
                 "sampling_params": sampling,
                 "return_hidden_states": True,
@@ -47,3 +50,9 @@ class SGLangTargetEngine(ServedTargetEngine):
         if read != list(ids):
             raise UserError(f"server {self.url}: has read other tokens than it was sent")
         return found[0] if found else None
+
+    def _abort(self, tickets: Sequence[Ticket]) -> None:
+        """Have the server drop requests at once; it looks every few seconds whether their clients have gone."""
+        for ticket in tickets:
+            if not self._client.tell("/abort_request", {"rid": ticket.uri}):
+                return

@@ -42,6 +42,8 @@ class VLLMTargetEngine(ServedTargetEngine):
 
         answer = self._client.post("/v1/completions", body)
         try:
+            if answer["choices"][0].get("finish_reason") == "abort":
+                raise UserError(f"server {self.url}: the request was aborted")
             read, found = answer["choices"][0]["prompt_token_ids"], (answer["kv_transfer_params"] or {}).get(FIELD)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"server {self.url}: its answer is not that of a vLLM server") from error
