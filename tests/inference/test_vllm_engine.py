@@ -297,6 +297,7 @@ def test_what_a_store_refuses_is_reported_per_sample(engine, server, files, monk
     assert isinstance(full, StoreFullError)
     assert isinstance(bad, BadSampleError)
     assert [key for key, _ in stored(engine)] == ["a.1"]
+    assert not engine._handoff.late
 
 
 def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, files):

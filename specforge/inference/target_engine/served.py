@@ -432,6 +432,9 @@ class ServedTargetEngine(TargetEngine):
             handoff.wait(sent[-1][0])
             _, ref = sent.pop()
             return ref
+        except (BadSampleError, StoreFullError):
+            sent.pop()  # this is the server's last word
+            raise
         finally:
             for lost, _ in sent:
                 handoff.discard(lost)
