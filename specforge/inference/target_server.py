@@ -85,7 +85,7 @@ class TargetServer(ThreadingHTTPServer):
         UserError: the address is in use or does not belong to this machine.
     """
 
-    daemon_threads = True
+    daemon_threads = False  # a thread that the interpreter ends within torch aborts the process
     request_queue_size = 64
 
     def __init__(
@@ -107,15 +107,21 @@ class TargetServer(ThreadingHTTPServer):
         self._unauthorized: dict[socket.socket, None] = {}  # oldest first
         self._authorized: set[socket.socket] = set()
         self._refused, self._quiet_until = 0, 0.0
+        self._closing = False
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise cannot_listen(host, port, error) from error
 
     def server_close(self) -> None:
-        """Close the port, wait for a running forward pass, and start no more of them."""
-        super().server_close()
-        self._one_at_a_time.acquire()
+        """Close the port and all connections, wait for a running forward pass, and start no more of them."""
+        with self._lock:
+            self._closing = True
+            connections = [*self._unauthorized, *self._authorized]
+        for connection in connections:
+            with suppress(OSError):  # it is closed
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()  # waits for the connections' threads
 
     @property
     def url(self) -> str:
@@ -150,9 +156,13 @@ class TargetServer(ThreadingHTTPServer):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
         try:
             with self._one_at_a_time:
+                if self._closing:
+                    raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping")
                 features = self.engine.capture(input_ids, policy)
         except UserError as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
+        except _RefusedError:
+            raise
         except Exception as error:
             logger.exception("the target failed")
             raise _RefusedError(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -541,3 +542,46 @@ def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tm
     assert process.returncode == 0
     assert output.endswith("stopped\n")
     assert "Traceback" not in output
+
+
+def test_a_closed_server_has_no_thread_left_in_torch(engine, files, token_file, monkeypatch):
+    """The end of the interpreter would abort the process: one client is idle, one answer is written, one has to wait."""
+    before, captures, writes, go_on = (
+        set(threading.enumerate()),
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def capture(input_ids, policy):
+        captures.set()
+        assert go_on.wait(30)
+        return engine.capture(input_ids, policy)
+
+    def save(tensors):
+        writes.set()
+        time.sleep(0.5)
+        return b""
+
+    def ask(remote):
+        with suppress(UserError):
+            remote.capture([[1]], POLICY)
+
+    with serving(TargetServer(engine, files, make_token(token_file))) as server:
+        idle, *busy = (client(server, token_file, patience=0.0) for _ in range(3))
+        idle.capture([[1]], POLICY)
+        monkeypatch.setattr(
+            server,
+            "engine",
+            SimpleNamespace(capture=capture, dtype="float32", description="", check_running=lambda: None),
+        )
+        monkeypatch.setattr(target_server, "save", save)
+        threads = [threading.Thread(target=ask, args=[x]) for x in busy]
+        for thread in threads:
+            thread.start()
+            assert captures.wait(30)
+        go_on.set()
+        assert writes.wait(30)
+    assert set(threading.enumerate()) - before <= set(threads)
+    for thread in threads:
+        thread.join()
