@@ -214,7 +214,12 @@ class FeatureSink:
         except Exception as error:
             reason = error.reason if isinstance(error, BadSampleError) else first_line(error)
             logger.warning("sample %s: cannot be stored: %s", ticket.key, reason)
-            self._put(ticket, {_ERROR: _padded(f"{_kind(error)} {reason}")}, ticket.error_uri)
+            try:
+                self._put(ticket, {_ERROR: _padded(f"{_kind(error)} {reason}")}, ticket.error_uri)
+            except Exception as again:
+                if _kind(again) != "full":
+                    raise
+                self._put(ticket, {}, ticket.error_uri)
 
     def _put(self, ticket: Ticket, group: dict[str, Tensor], uri: str) -> None:
         try:
@@ -370,14 +375,14 @@ class Handoff:
             pause = min(2 * pause, _LONGEST_POLL)
 
     def take(self, ref: SampleRef) -> dict[str, Tensor]:
-        """Read the features and delete them from the store.
+        """Copy the features and delete them from the store; a view of a mapped file would keep its space in use.
 
         Raises:
             BadSampleError: they are damaged, or not what was asked for.
         """
         self._store.adopt([ref])
         try:
-            return self._store.get(ref)
+            return {name: x.clone() for name, x in self._store.get(ref).items()}
         finally:
             self._store.delete(ref)
 
@@ -416,7 +421,8 @@ class Handoff:
 
     def _raise_error(self, ticket: Ticket) -> NoReturn:
         try:
-            text = bytes(self.backend.read(ticket.key, ticket.error_uri)[_ERROR].numpy()).decode(errors="replace")
+            group = self.backend.read(ticket.key, ticket.error_uri)
+            text = bytes(group[_ERROR].numpy()).decode(errors="replace") if group else "full no space left in the store"
         except (KeyError, OSError) as error:
             text = f"{_FAILED} the reason cannot be read ({first_line(error)})"
         finally:

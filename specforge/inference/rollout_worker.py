@@ -25,6 +25,7 @@ from specforge.contracts import (
     SampleRef,
     content_id,
 )
+from specforge.errors import UserError
 from specforge.inference.target_engine import TargetEngine
 from specforge.inference.target_engine.base import feature_widths
 from specforge.inference.target_files import torch_dtype
@@ -118,8 +119,12 @@ def capture_one(engine: TargetEngine, store: FeatureStore, task: PromptTask, pro
     Raises:
         BadSampleError: the features must not be stored, for example because they contain NaN.
         StoreFullError: they do not fit.
+        UserError: the engine's server has no space for them.
     """
-    (tensors,) = engine.capture([task.input_ids], provenance.capture)
+    try:
+        (tensors,) = engine.capture([task.input_ids], provenance.capture)
+    except StoreFullError as error:  # of the engine's server
+        raise UserError(str(error)) from error
     return put(store, Captured(sample_id(task, provenance), task, tensors), provenance)
 
 
@@ -153,7 +158,14 @@ class RolloutWorker:
             UserError: the store cannot be written.
         """
         for batch in plan_batches(tasks, batch_tokens):
-            captured = self.capture(batch)
+            try:
+                captured = self.capture(batch)
+            except UserError as error:
+                self.flush()  # what was captured is kept
+                if not isinstance(error, StoreFullError) or len(batch) == 1:
+                    raise
+                yield from self.produce(batch, 1)  # what fits is kept, up to the first prompt that does not
+                continue
             self.put(captured)
             tokens = sum(len(sample.task.input_ids) for sample in captured)
             yield Progress(len(captured), tokens, len(batch) - len(captured))

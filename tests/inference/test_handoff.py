@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,33 @@ def test_a_disk_without_space_is_a_full_store(tmp_path, monkeypatch, number):
     with pytest.raises(StoreFullError, match=os.strerror(number)):
         handoff.wait(ticket)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    sink.close()
+
+
+def test_a_disk_without_space_even_for_the_reason_is_reported_as_a_full_store(tmp_path, monkeypatch):
+    backend = open_backend(str(tmp_path))
+    handoff, sink = Handoff(backend, "http://s", patience=5.0), FeatureSink(backend)
+
+    def full(path, tensors, *, sync):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shared_dir, "write_flat", full)
+    ticket, _ = handoff.expect(IDS, FEATURES, provenance())
+    sink.submit(ticket, IDS, captured(states()[0]), 1)
+    with pytest.raises(StoreFullError, match="server http://s: no space left in the store"):
+        handoff.wait(ticket)
+    assert not backend.stored()
+    sink.close()
+
+
+def test_features_that_were_taken_use_no_space_of_the_store(tmp_path):
+    handoff, sink = Handoff(open_backend(str(tmp_path)), "http://s"), FeatureSink(open_backend(str(tmp_path)))
+    ticket, ref = handoff.expect(IDS, FEATURES, provenance())
+    sink.submit(ticket, IDS, captured(states()[0]), 1)
+    handoff.wait(ticket)
+    found = handoff.take(ref)
+    assert found[INPUT_IDS].tolist() == IDS
+    assert ticket.key not in Path("/proc/self/maps").read_text()
     sink.close()
 
 

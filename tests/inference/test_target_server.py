@@ -545,7 +545,7 @@ def test_the_command_serves_until_it_is_stopped_and_names_a_taken_port(files, tm
 
 
 def test_a_closed_server_has_no_thread_left_in_torch(engine, files, token_file, monkeypatch):
-    """The end of the interpreter would abort the process: one client is idle, one answer is written, one has to wait."""
+    """The end of the interpreter would abort the process; one client is idle, one answer is written, one waits."""
     before, captures, writes, go_on = (
         set(threading.enumerate()),
         threading.Event(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import socket
 import sys
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import torch
 from specforge.contracts import CapturePolicy, PromptTask, Provenance
 from specforge.errors import UserError
 from specforge.inference.handoff import NotDeliveredError
+from specforge.inference.rollout_worker import RolloutWorker, capture_one
+from specforge.inference.target_engine import served
 from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.hf import HFTargetEngine
 from specforge.inference.target_engine.http import HTTPTargetEngine
@@ -22,6 +26,8 @@ from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
 from specforge.inference.vllm_server import VLLMServer
+from specforge.runtime.data_plane import shared_dir
+from specforge.runtime.data_plane.local import MemoryBackend
 from specforge.runtime.data_plane.store import BadSampleError, FeatureStore, StoreFullError
 from tests.fake_vllm import fake_vllm
 from tests.processes import Command
@@ -298,6 +304,54 @@ def test_what_a_store_refuses_is_reported_per_sample(engine, server, files, monk
     assert isinstance(bad, BadSampleError)
     assert [key for key, _ in stored(engine)] == ["a.1"]
     assert not engine._handoff.late
+
+
+@pytest.fixture
+def full(server, tmp_path, monkeypatch):
+    """A disk with space for some number of bytes."""
+    room, write = SimpleNamespace(bytes=1 << 30), shared_dir.write_flat
+
+    def limited(path, tensors, *, sync):
+        held = sum(x.stat().st_size for x in (tmp_path / "store").rglob("*.safetensors"))
+        if held + sum(x.nbytes for x in tensors.values()) > room.bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors, sync=sync)
+
+    monkeypatch.setattr(shared_dir, "write_flat", limited)
+    return room
+
+
+def bytes_per_token(engine):
+    (features,) = engine.capture([[1] * 100], POLICY)
+    return sum(x.nbytes for x in features.values()) / 100
+
+
+def test_a_capture_waits_for_space_and_says_so_once(engine, full, caplog):
+    engine.check(POLICY)
+    prompts = [[i] * 20 for i in range(1, 9)]
+    some = 2.5 * 20 * bytes_per_token(engine)
+    full.bytes = 600  # the reason
+    threading.Timer(0.3, setattr, (full, "bytes", some)).start()
+    found = engine.capture(prompts, POLICY)
+    assert [len(x["aux_hidden_states"]) for x in found] == [20] * 8
+    assert [x.getMessage()[:20] for x in caplog.records if x.name.endswith("served")] == ["the store is full (s"]
+    assert not stored(engine)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+def test_a_capture_into_a_store_that_stays_full_keeps_what_fits(engine, full, files, monkeypatch, batch_tokens):
+    engine.check(POLICY)
+    monkeypatch.setattr(served, "_FULL_SECONDS", 0.3)
+    tasks = [PromptTask(f"t{n}", (1,) * n, (1,) * n) for n in (2, 3, 100)]
+    full.bytes, committed = 20 * bytes_per_token(engine), []
+    provenance = Provenance("tiny", files.fingerprint, "t", POLICY, "float32")
+    worker = RolloutWorker(engine, FeatureStore(MemoryBackend()), committed.extend, provenance)
+    with pytest.raises(StoreFullError, match=r"the store .* was full for 0\.3 s"):
+        list(worker.produce(tasks, batch_tokens))
+    assert [ref.num_tokens for ref in committed] == [2, 3]
+    with pytest.raises(UserError, match="was full for") as found:
+        capture_one(engine, worker.store, tasks[2], provenance)
+    assert not isinstance(found.value, StoreFullError)  # which would be the trainer's memory
 
 
 def test_if_one_request_is_refused_the_others_leave_nothing(engine, server, files):

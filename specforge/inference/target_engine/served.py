@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,8 @@ from specforge.runtime.data_plane.store import BadSampleError, SharedBackend, St
 from specforge.system import available_memory
 
 _ATTEMPTS = 3  # at a request whose features do not arrive, for example because the server was killed after its answer
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two attempts while the store is full
+_FULL_SECONDS = 30.0  # without space for any sample, after which the store stays full
 _CHECK_SECONDS = 30.0  # for the features of two tokens to arrive
 # Relative distance of a state from transformers', by dtype; a wrong layer is several times farther away.
 _APART = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -155,6 +158,7 @@ class ServedTargetEngine(TargetEngine):
         self._own: EngineServer | None = None
         self._answers: TokenServer | None = None
         self._described: ServerDescription | None = None
+        self._told_full, self._had_space = False, 0.0
         values = (tensor_parallel if tensor_parallel > 1 else None, quantization, max_model_len, memory)
         given = zip(self.flags, values, strict=True)
         words = [word for flag, value in given if value is not None for word in (flag, str(value))]
@@ -328,7 +332,8 @@ class ServedTargetEngine(TargetEngine):
     def capture(self, input_ids: Sequence[Sequence[int]], policy: CapturePolicy) -> list[dict[str, Tensor]]:
         """Features of each sequence, as :meth:`TargetEngine.capture` specifies."""
         self._check_layers(self._known, policy)  # a `target serve` in between passes on what others ask for
-        return self._together(lambda ids: self._capture_one(ids, policy, self._handoff), input_ids)
+        self._had_space = time.monotonic()
+        return self._together(lambda ids: self._capture_with_space(ids, policy), input_ids)
 
     def generate(
         self,
@@ -395,6 +400,25 @@ class ServedTargetEngine(TargetEngine):
                 if not future.cancel() and future.exception() is None and undo is not None:
                     undo(future.result())
             raise
+
+    def _capture_with_space(self, ids: Sequence[int], policy: CapturePolicy) -> dict[str, Tensor]:
+        """Capture one prompt; while the store is full, others are taken out of it."""
+        pause, limit = _FIRST_PAUSE, min(_FULL_SECONDS, self._patience)
+        while True:
+            try:
+                found = self._capture_one(ids, policy, self._handoff)
+            except StoreFullError as error:
+                with self._lock:
+                    told, self._told_full = self._told_full, True
+                if not told:
+                    logger.warning("the store is full (%s); waiting for space", error)
+                if time.monotonic() - self._had_space > limit:
+                    raise StoreFullError(f"{error}; the store {self.store} was full for {limit:g} s") from error
+                stopping.pause(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._had_space = time.monotonic()
+                return found
 
     def _capture_one(self, ids: Sequence[int], policy: CapturePolicy, handoff: Handoff) -> dict[str, Tensor]:
         target = self.target

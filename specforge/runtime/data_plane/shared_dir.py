@@ -49,7 +49,10 @@ class SharedDirBackend:
         try:
             self._path(key, uri)
             path.parent.mkdir(exist_ok=True)
-            write_flat(temporary, tensors, sync=False)
+            if tensors:
+                write_flat(temporary, tensors, sync=False)
+            else:
+                temporary.touch()  # a full disk has no space for a header
             os.replace(temporary, path)
         except OSError as error:
             if not (isinstance(error, FileNotFoundError) and path.parent.exists()):
@@ -62,7 +65,10 @@ class SharedDirBackend:
     def read(self, key: str, uri: str) -> dict[str, Tensor]:
         """Return views into the memory-mapped file."""
         try:
-            file = FlatTensors.map(self._path(key, uri), SAMPLE_HEADER)
+            path = self._path(key, uri)
+            if path.stat().st_size == 0:
+                return {}
+            file = FlatTensors.map(path, SAMPLE_HEADER)
         except FileNotFoundError as error:
             raise KeyError(key) from error
         return {name: file[name] for name in file}
