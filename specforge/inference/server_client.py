@@ -19,7 +19,7 @@ import specforge.stopping as stopping
 from specforge.errors import UserError
 from specforge.files import read_secret
 from specforge.inference.target_engine.base import UnavailableError
-from specforge.inference.target_engine.http import printable
+from specforge.inference.target_engine.http import SERVED_BY, printable
 from specforge.runtime.addresses import shown
 
 _BUSY = (429, 502, 503, 504, *range(520, 528))  # worth another attempt for as long as patience lasts
@@ -44,7 +44,8 @@ class RefusedError(UserError):
 
     def if_absent(self, hint: str) -> RefusedError:
         """The same, with a hint if the server has no such endpoint."""
-        return RefusedError(f"{self}; {hint}", self.status) if self.status in _ABSENT else self
+        unknown = self.status in _ABSENT and SERVED_BY not in str(self)
+        return RefusedError(f"{self}; {hint}", self.status) if unknown else self
 
 
 class ServerClient:

@@ -30,7 +30,15 @@ from specforge.contracts import ENCODINGS, CapturePolicy
 from specforge.errors import UserError
 from specforge.files import first_line
 from specforge.inference.target_engine.base import TargetEngine, check_layers
-from specforge.inference.target_engine.http import CHECKSUM, ENGINE, PATH, body_checksum, printable, read_token
+from specforge.inference.target_engine.http import (
+    CHECKSUM,
+    ENGINE,
+    PATH,
+    SERVED_BY,
+    body_checksum,
+    printable,
+    read_token,
+)
 from specforge.inference.target_files import TargetFiles
 from specforge.runtime.data_plane.encoding import encode
 from specforge.system import cannot_listen
@@ -40,6 +48,7 @@ _AUTHORIZED, _UNAUTHORIZED = 64, 64  # maximum connections that have presented t
 _HEADER_SECONDS = 10.0  # time in which a new connection must present the token
 _SLOWEST = 64 << 10  # bytes per second; slower requests and responses are aborted
 _PIECE, _LINGER = 1 << 20, 64
+_WHAT_IT_IS = f"this is {SERVED_BY}, which only `--engine http` can use"
 _QUIET_SECONDS = 10.0  # between two log lines about rejected tokens
 
 logger = logging.getLogger(__name__)
@@ -310,15 +319,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, "application/octet-stream", answer)
 
     def do_GET(self) -> None:
-        self._refuse(HTTPStatus.NOT_FOUND, "this is `specforge target serve`, which only `--engine http` can use")
+        self._refuse(HTTPStatus.NOT_FOUND, _WHAT_IT_IS)
 
     def _body(self) -> bytes:
+        if self.path != PATH:
+            raise _RefusedError(HTTPStatus.NOT_FOUND, _WHAT_IT_IS)
         if not self.server.is_authorized(self.headers.get("Authorization")):
             self.server.note_refusal(self.client_address[0])
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "the token is not this server's")
         self.server.admit(self.connection)
-        if self.path != PATH:
-            raise _RefusedError(HTTPStatus.NOT_FOUND, f"there is only {PATH}")
         size = self.headers.get("Content-Length", "")
         if not (size.isascii() and size.isdigit() and len(size) < 16):
             raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "Content-Length must be given")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import shlex
 import signal
@@ -26,6 +27,8 @@ from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine import HFTargetEngine, HTTPTargetEngine
 from specforge.inference.target_engine.base import UnavailableError
 from specforge.inference.target_engine.http import CHECKSUM, PATH, body_checksum
+from specforge.inference.target_engine.sglang import SGLangTargetEngine
+from specforge.inference.target_engine.vllm import VLLMTargetEngine
 from specforge.inference.target_files import TargetFiles
 from specforge.inference.target_server import TargetServer, make_token
 from tests.fuzz import survives
@@ -177,7 +180,7 @@ def test_without_the_token_nothing_is_answered(server):
     body = json.dumps(good(server)).encode()
     for token in ("", "x" * 43, "ä" * 20):
         assert request(server, token.encode().decode("latin-1"), body)[0] == 401
-    assert request(server, "x" * 43, body, "/")[0] == 401
+    assert request(server, "x" * 43, body, "/")[0] == 404
     assert request(server, "x" * 43, b"", method="GET")[0] == 404
 
 
@@ -236,6 +239,49 @@ def test_a_wrong_token_is_said_by_the_client(server, tmp_path):
     path = write_token(tmp_path / "token", "x" * 20)
     with pytest.raises(UserError, match=r"the token is not this server's .HTTP 401"):
         client(server, path).check(POLICY)
+
+
+@pytest.mark.parametrize("engine_class", [SGLangTargetEngine, VLLMTargetEngine])
+def test_engines_that_share_a_store_are_told_what_this_server_is(server, files, tmp_path, engine_class):
+    (tmp_path / "store").mkdir()
+    words = f"server {server.url}: this is `specforge target serve`, which only `--engine http` can use .HTTP 404.$"
+    with (
+        engine_class(files, "float32", url=server.url, store=str(tmp_path / "store")) as remote,
+        pytest.raises(UserError, match=words),
+    ):
+        remote.check(POLICY)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "words"),
+    [
+        ("/version", {"version": "0.32.0"}, "a server of --engine vllm; use that engine, or the address that"),
+        ("/get_model_info", {"model_path": "m"}, "a server of --engine sglang; use that engine, or the address that"),
+        ("/nothing", {}, "not `specforge target serve`; use the address that"),
+    ],
+)
+def test_another_server_at_the_address_is_named(files, token_file, path, answer, words):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps(answer if self.path == path else {"detail": "Not Found"}).encode()
+            self.send_response(200 if self.path == path else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, args=[0.01]).start()
+        try:
+            remote = HTTPTargetEngine(files, "float32", f"http://127.0.0.1:{other.server_port}", token_file)
+            with pytest.raises(UserError, match=f"this is {words} `specforge target serve` prints first"):
+                remote.check(POLICY)
+        finally:
+            other.shutdown()
 
 
 def test_a_server_that_stays_away_is_reported(server, token_file, caplog):

@@ -34,9 +34,13 @@ from specforge.runtime.addresses import shown
 from specforge.runtime.data_plane.encoding import decode, encode
 
 PATH = "/v1/features"
+SERVED_BY = "`specforge target serve`"
 CHECKSUM, ENGINE = "X-Checksum", "X-Engine"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LONGEST_REASON = 4096
+_ABSENT = (404, 405, 501)  # no such endpoint
+_OTHERS = {"sglang": ("/get_model_info", "model_path"), "vllm": ("/version", "version")}  # what only they answer
+_SECONDS = 2.0  # for such an answer
 _TEMPORARY = (502, 503, 504, *range(520, 528))  # a proxy does not reach the server, or the server is busy
 
 logger = logging.getLogger(__name__)
@@ -234,7 +238,29 @@ class HTTPTargetEngine(TargetEngine):
         self._connection.close()
         if answer.status in _TEMPORARY:
             raise _NoAnswerError(f"{reason or answer.reason}, HTTP {answer.status}")
+        if not reason and answer.status in _ABSENT:
+            other = self._other()
+            hint = f"a server of --engine {other}; use that engine, or" if other else f"not {SERVED_BY}; use"
+            where = f"server {self.url}: refused (HTTP {answer.status})"
+            raise UserError(f"{where}; this is {hint} the address that {SERVED_BY} prints first")
         raise UserError(f"server {self.url}: {reason or 'refused'} (HTTP {answer.status})")
+
+    def _other(self) -> str:
+        """The engine whose server answers at this address; empty if it is unknown."""
+        for name, (path, key) in _OTHERS.items():
+            try:
+                self._connection.connect()
+                self._connection.sock.settimeout(_SECONDS)
+                self._connection.request("GET", path)
+                with self._connection.getresponse() as answer:
+                    found = json.loads(answer.read(_LONGEST_REASON))
+                if isinstance(found, dict) and key in found:
+                    return name
+            except (OSError, http.client.HTTPException, ValueError, RecursionError):
+                continue
+            finally:
+                self._connection.close()
+        return ""
 
 
 def _reason(body: bytes) -> str:
