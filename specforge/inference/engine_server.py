@@ -22,6 +22,7 @@ import specforge.stopping as stopping
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference.target_files import TargetFiles
+from specforge.options import option
 from specforge.system import check_free, end_with_parent
 
 _HOST, _POLL = "127.0.0.1", 0.25
@@ -176,11 +177,11 @@ class EngineServer(ABC):
                 [python, "-P", "-c", code], capture_output=True, text=True, check=True
             ).stdout.split()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"python {python}: cannot be run ({error})") from error
+            raise UserError(f"python {python}: cannot be run ({error}); {option('engine.python', 'FILE')}") from error
         if found:
             raise UserError(
                 f"python {python}: has no package {found[0]}; install {' and '.join(found)} there, or name the "
-                f"interpreter of {self.title}'s environment (--engine.python)"
+                f"interpreter of {self.title}'s environment: {option('engine.python', 'FILE')}"
             )
 
 

@@ -70,7 +70,7 @@ def test_the_last_layer_is_refused_before_a_server_starts(files, tmp_path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(UserError, match=r"layer 7: SGLang captures the output of every layer but the last"):
         SGLangServer(files, "float32", CapturePolicy((1, 7)), None, ServerOptions("/no/such/python"))
-    with pytest.raises(UserError, match=r"python /no/such/python: cannot be run"):
+    with pytest.raises(UserError, match=r"python /no/such/python: cannot be run .*; set --engine.python FILE"):
         SGLangServer(files, "float32", CapturePolicy((1,)), None, ServerOptions("/no/such/python"))
     assert not list(tmp_path.iterdir())
 

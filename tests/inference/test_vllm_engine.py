@@ -132,7 +132,7 @@ def test_a_server_that_does_not_come_back_is_unavailable(target, files, tmp_path
     ("changes", "reason"),
     [
         ({"target_fingerprint": "0" * 32}, "serves another target than .*fingerprints 00000000 and"),
-        ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16"),
+        ({"dtype": "bfloat16"}, "computes in bfloat16, not float32; set --dtype bfloat16 .in `fit`: --data.dtype"),
         (
             {"layers": [1, 2]},
             r"does not capture layer 4, only layers \[1, 2\] and the last .*; start it again with "
@@ -172,6 +172,11 @@ def test_a_misspelt_store_of_a_running_server_is_refused_and_not_created(server,
     ):
         VLLMTargetEngine(files, "float32", url=server.url, store=str(store))
     assert not store.exists()
+
+
+def test_a_missing_store_is_named_by_its_option(files):
+    with pytest.raises(UserError, match=r"no store; set --engine\.store STORE .in `fit`: --data\.engine\.store"):
+        VLLMTargetEngine(files, "float32", url="http://127.0.0.1:1")
 
 
 def test_versions_and_servers_without_the_connector_are_refused_by_name(engine, server):

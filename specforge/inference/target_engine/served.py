@@ -32,7 +32,7 @@ from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine.base import TargetEngine, UnavailableError, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
-from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
+from specforge.options import PositiveInt, PositiveSeconds, PositiveShare, option
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane.store import BadSampleError, SharedBackend, StoreFullError
 from specforge.system import available_memory
@@ -176,7 +176,10 @@ class ServedTargetEngine(TargetEngine):
                 "--engine.url"
             )
         if store is None:
-            raise UserError(f"engine {self.name}: no store; name the feature store that the server was started with")
+            raise UserError(
+                f"engine {self.name}: no store; {option('engine.store', 'STORE')} to the feature store that the server "
+                "was started with"
+            )
         try:
             backend = open_backend(store)
         except UserError as error:
@@ -316,7 +319,7 @@ class ServedTargetEngine(TargetEngine):
                 f"{found.target_fingerprint[:8]} and {self.target.fingerprint[:8]})"
             )
         if found.dtype != self.dtype:
-            raise UserError(f"{where}: computes in {found.dtype}, not {self.dtype}; set --dtype {found.dtype}")
+            raise UserError(f"{where}: computes in {found.dtype}, not {self.dtype}; {option('dtype', found.dtype)}")
         self._check_layers(found, policy)
 
     def _check_layers(self, found: ServerDescription, policy: CapturePolicy) -> None:
