@@ -224,10 +224,14 @@ def test_status_reads_over_damaged_records(tmp_path, capsys, caplog):
 def test_the_bottleneck_is_named():
     empty = dict.fromkeys(STATES, 0)
     assert "no producer takes" in bottleneck({**empty, State.QUEUED: 3}, 0.0)
-    assert "producers are the bottleneck: 2 prompts leased" in bottleneck({**empty, State.LEASED: 2}, 1.0)
-    assert "the store, or a server that writes to it, is the bottleneck, with 1 sample" in bottleneck(
-        {**empty, State.LEASED: 2}, 1.0, 1
-    )
+    begun = {**empty, State.LEASED: 2, State.DURABLE: 1}
+    assert "producers are the bottleneck: 2 prompts leased" in bottleneck(begun, 1.0)
+    assert "writes to it, is the bottleneck, with 1 of 2 leased samples unfinished" in bottleneck(begun, 1.0, 1)
+    for counts in ({State.LEASED: 2}, {State.LEASED: 2, State.COMMITTED: 1}):
+        for unfinished in (0, 1):
+            found = bottleneck({**empty, **counts}, 1.0, unfinished)
+            assert found.startswith("nothing is trained yet: 2 prompts leased, 0 queued")
+            assert "bottleneck" not in found
     assert "a producer has stopped responding (2 prompts leased)" in bottleneck({**empty, State.LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, State.COMMITTED: 3}, 0.0)
     assert "no trainer is running, or it has finished" in bottleneck({**empty, State.DURABLE: 3}, 0.0)

@@ -464,6 +464,11 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
         stalled: leased prompts whose leases have expired.
     """
     queued, leased = counts[State.QUEUED], counts[State.LEASED]
+    if leased and not stalled and not counts[State.TRAINED] + counts[State.DURABLE]:
+        return (
+            f"nothing is trained yet: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; if this "
+            "lasts, see what the producers report"
+        )
     match limit(counts, unfinished, stalled):
         case Limit.DEAD_PRODUCER:
             return (
@@ -471,7 +476,10 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
                 f"store; another producer will take them over; {queued} are queued, {rate:.1f} samples/s produced"
             )
         case Limit.STORE:
-            cause = f"the store, or a server that writes to it, is the bottleneck, with {unfinished} samples unfinished"
+            cause = (
+                "the store, or a server that writes to it, is the bottleneck, with "
+                f"{unfinished} of {leased} leased samples unfinished"
+            )
             remedy = "see what the producers report, or use a faster disk"
         case Limit.PRODUCERS:
             cause, remedy = "the producers are the bottleneck", "start more of them"
