@@ -276,9 +276,8 @@ class FeatureDataLoader(Generic[SampleT]):
                         break
                     samples, cursor = work.popleft()
                     pending.append((samples, pool.submit(self._load, samples, cursor)))
-                batch = self._timed(
-                    partial(self._wait, pending[0][1])
-                )  # still pending: leaving this wait interrupts it
+                # It is still pending, so that leaving this wait interrupts it.
+                batch = self._timed(partial(self._wait, pending[0][1]))
                 pending.popleft()
                 yield batch
         finally:
