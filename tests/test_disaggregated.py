@@ -230,7 +230,8 @@ def test_the_bottleneck_is_named():
     for counts in ({State.LEASED: 2}, {State.LEASED: 2, State.COMMITTED: 1}):
         for unfinished in (0, 1):
             found = bottleneck({**empty, **counts}, 1.0, unfinished)
-            assert found.startswith("nothing is trained yet: 2 prompts leased, 0 queued")
+            words = f"nothing is trained yet: 2 prompts leased, {unfinished} of them partly written, 0 queued"
+            assert found.startswith(words)
             assert "bottleneck" not in found
     assert "a producer has stopped responding (2 prompts leased)" in bottleneck({**empty, State.LEASED: 2}, 1.0, 0, 2)
     assert "the trainer is the bottleneck" in bottleneck({**empty, State.COMMITTED: 3}, 0.0)

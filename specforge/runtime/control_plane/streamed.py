@@ -466,8 +466,8 @@ def bottleneck(counts: Mapping[str, int], rate: float, unfinished: int = 0, stal
     queued, leased = counts[State.QUEUED], counts[State.LEASED]
     if leased and not stalled and not counts[State.TRAINED] + counts[State.DURABLE]:
         return (
-            f"nothing is trained yet: {leased} prompts leased, {queued} queued, {rate:.1f} samples/s produced; if this "
-            "lasts, see what the producers report"
+            f"nothing is trained yet: {leased} prompts leased, {unfinished} of them partly written, {queued} queued, "
+            f"{rate:.1f} samples/s produced; if this lasts, see what the producers report"
         )
     match limit(counts, unfinished, stalled):
         case Limit.DEAD_PRODUCER:

@@ -195,7 +195,7 @@ def test_a_disk_that_stalls_is_named(tmp_path, caplog):
         if not hanging:
             leased = samples.controller.lease("w", 2)
             hanging.append((leased[0].key, put(samples.controller.features, leased[0].sample_id)))
-        elif "with 1 samples unfinished: 2 prompts leased, 6 queued" in caplog.text:
+        elif "2 prompts leased, 1 of them partly written, 6 queued" in caplog.text:
             samples.controller.commit(hanging)
 
     samples = stream(max_samples=8, wait=wait, stall_seconds=0.01)
