@@ -20,3 +20,8 @@ def mistake_behind(error: BaseException | None) -> UserError | None:
 def escaped(text: str) -> str:
     """Text that is safe to print: control characters, which foreign files may contain, are written as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def option(name: str, value: str) -> str:
+    """How a user sets an option of a target's engine, in `fit` and in the other commands."""
+    return f"set --{name} {value} (in `fit`: --data.{name})"

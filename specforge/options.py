@@ -12,11 +12,6 @@ from typing import TYPE_CHECKING, Literal
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]  # compute dtype of a target; auto: its files'
 
 
-def option(name: str, value: str) -> str:
-    """How a user sets an option of a target's engine, in `fit` and in the other commands."""
-    return f"set --{name} {value} (in `fit`: --data.{name})"
-
-
 if TYPE_CHECKING:
     # One line each, because mypy treats chained assignments as a variable.
     PositiveInt = int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def modules() -> Iterator[tuple[str, Path]]:
             yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(where: Path | ast.AST) -> Iterator[str]:
+    """Everything that a file, or a part of one, imports."""
+    for node in ast.walk(ast.parse(where.read_text()) if isinstance(where, Path) else where):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -96,6 +98,35 @@ def test_lightning_is_imported_only_where_training_is():
             continue
         found = [name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")]
         assert not found, f"{module} imports {found}"
+
+
+def when_imported(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported, without what is for type checkers."""
+    for node in body:
+        if isinstance(node, ast.If):
+            is_for_types = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+            yield from when_imported([] if is_for_types else node.body)
+            yield from when_imported(node.orelse)
+        elif isinstance(node, ast.Try | ast.With):
+            yield from when_imported(node.body)
+        elif not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node
+
+
+def test_what_runs_in_servers_needs_no_package_that_they_lack():
+    """The environments of vLLM and SGLang have those that are named here (docs/servers.md)."""
+    paths, seen, found = dict(modules()), set(), set()
+    waiting = ["specforge.inference.vllm_connector", "specforge.inference.sglang_plugin"]
+    while waiting:
+        module = waiting.pop()
+        parents = [".".join([*module.split(".")[:n], "__init__"]) for n in range(1, module.count(".") + 2)]
+        for name in {module, *parents} & paths.keys() - seen:
+            seen.add(name)
+            for imported in imports(ast.Module([*when_imported(ast.parse(paths[name].read_text()).body)], [])):
+                (waiting.append if imported.startswith("specforge") else found.add)(imported)
+    assert "specforge.inference.handoff" in seen
+    others = {name.split(".")[0] for name in found} - sys.stdlib_module_names
+    assert others <= {"httpx", "huggingface_hub", "numpy", "safetensors", "torch", "transformers", "vllm", "xxhash"}
 
 
 def test_only_the_cluster_knows_ray_and_nothing_knows_the_cluster():

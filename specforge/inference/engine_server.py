@@ -20,9 +20,8 @@ from typing import ClassVar
 
 import specforge.stopping as stopping
 from specforge.contracts import CapturePolicy
-from specforge.errors import UserError
+from specforge.errors import UserError, option
 from specforge.inference.target_files import TargetFiles
-from specforge.options import option
 from specforge.system import check_free, end_with_parent
 
 _HOST, _POLL = "127.0.0.1", 0.25

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import specforge.stopping as stopping
 from specforge.contracts import ENCODINGS, CapturePolicy, PromptTask, Provenance, Record, SampleRef
-from specforge.errors import UserError
+from specforge.errors import UserError, option
 from specforge.inference.engine_server import EngineServer, ServerOptions, server_port
 from specforge.inference.handoff import Handoff, NotDeliveredError, Ticket
 from specforge.inference.openai_server import TokenServer
@@ -32,7 +32,7 @@ from specforge.inference.server_client import RefusedError, ServerClient
 from specforge.inference.target_engine.base import TargetEngine, UnavailableError, check_layers, feature_widths
 from specforge.inference.target_engine.http import printable
 from specforge.inference.target_files import TargetFiles
-from specforge.options import PositiveInt, PositiveSeconds, PositiveShare, option
+from specforge.options import PositiveInt, PositiveSeconds, PositiveShare
 from specforge.runtime.addresses import open_backend
 from specforge.runtime.data_plane.store import BadSampleError, SharedBackend, StoreFullError
 from specforge.system import available_memory
