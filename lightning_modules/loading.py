@@ -125,7 +125,7 @@ def load_module(draft: Path, target: str | None, algorithm: str | None = None) -
     if not matches:
         raise UserError(f"{draft}: is not a draft of {cls.algorithm}, the algorithm given by --algorithm")
     try:
-        return cls(target=target, init_from=str(draft))
+        return cls(target=target, draft_config=dict(config), init_from=str(draft))
     except UserError as error:
         if str(draft) in str(error):  # it is about the draft's own files
             raise

@@ -109,7 +109,7 @@ def draft_config_for(
         config, where = canonical(read_json(find_draft_config(given)), given), given
     else:
         base = defaults if source is None else source.config
-        where = "model.draft_config" if given or source is None else source.where
+        where = "model.draft_config" if source is None or _changes(base, given or {}) else source.where
         config = _merged(canonical(base, where), given or {}, where)
     _name_layers(config, defaults)
     fits = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
@@ -125,6 +125,11 @@ def draft_config_for(
             f"{target.name}, whose width is {target.hidden_size}"
         )
     return config, where
+
+
+def _changes(base: Mapping[str, Any], given: Any) -> bool:
+    """Whether what is given differs from the config that it is to change."""
+    return not isinstance(given, Mapping) or any(base.get(key) != value for key, value in given.items())
 
 
 def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
