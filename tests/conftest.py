@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 import specforge.callbacks.report
 from specforge.cli.main import main
-from tests import forks, processes
+from tests import forks, processes, ray_workers
 from tests.fuzz import Fuzz
 from tests.tiny import write_conversations, write_target
 
@@ -97,3 +98,10 @@ def features(tmp_path_factory: pytest.TempPathFactory, target: Path, prompts: Pa
     command = ["capture", "--target", target, "--prompts", prompts, "--output", folder, "--dtype", "float32"]
     assert main([str(word) for word in command]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of Ray start quickly (tests/ray_workers.py)."""
+    with ray_workers.forked_workers(tmp_path_factory.mktemp("workers") / "socket"):
+        yield

@@ -1,9 +1,8 @@
-"""What processes of `specforge` and workers of Ray import, for forks of one that has (``tests/forks.py``)."""
+"""What processes of `specforge` import, for forks of one that has (``tests/forks.py``)."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -15,9 +14,6 @@ import specforge.cli.fit  # noqa: E402
 import specforge.inference.producer  # noqa: E402
 import specforge.inference.target_server  # noqa: E402, F401
 from tests import processes  # noqa: E402
-
-with suppress(ImportError):  # installed with Ray, whose workers need it; Ray reads its environment when it is imported
-    import pandas  # noqa: F401
 
 
 def main(words: list[str]) -> int:

@@ -46,7 +46,7 @@ PROCESSES = ("ray::Board", "ray::Producer", "ray::RedisServer", "ray::Train", "r
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[pytest.MonkeyPatch]:
+def environment(workers) -> Iterator[pytest.MonkeyPatch]:
     """Of the clusters and what runs on them."""
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_enable_worker_prestart", "0")  # a process for each CPU, most of which are not needed
