@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -127,7 +127,18 @@ def write(level: str, message: str, **who: object) -> None:
         **who: ``role`` and ``rank``, if another process has said it.
     """
     assert _Log.output is not None
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": time, "level": level, **_Log.who, **who, "message": message})
-    _Log.output.write(line + "\n")
+    _Log.output.write(_line(level, message, who))
     _Log.output.flush()
+
+
+def write_last(message: str) -> None:
+    """Print a line, JSON if asked for, from a handler of a signal that ends the process: nothing is buffered."""
+    if _Log.output is None:
+        os.write(2, f"specforge: {message}\n".encode())
+    else:
+        os.write(_Log.output.fileno(), _line("error", f"specforge: {message}", {}).encode())
+
+
+def _line(level: str, message: str, who: Mapping[str, object]) -> str:
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": time, "level": level, **_Log.who, **who, "message": message}) + "\n"

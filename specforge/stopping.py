@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from specforge.logs import write_last
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NUDGE = signal.SIGURG  # ignored by default, and rarely used
 _POLL = 0.1  # seconds
@@ -210,7 +212,7 @@ def _watch(reader: int) -> None:
             end = time.monotonic() + _UNRESPONSIVE
             while not (_State.interrupted if interrupts > 1 else _State.stop_requested):
                 if time.monotonic() > end and (interrupts > 1 or not _State.began):
-                    os.write(2, b"specforge: stopped by a signal\n")
+                    write_last("stopped by a signal")
                     os._exit(130 if interrupts > 1 else 143)
                 signal.pthread_kill(main, _NUDGE)
                 time.sleep(_POLL)

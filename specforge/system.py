@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from specforge.errors import UserError
+from specforge.logs import write_last
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def say_on_sigterm() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"specforge: stopped by a signal\n")
+        write_last("stopped by a signal")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

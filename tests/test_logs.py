@@ -71,3 +71,14 @@ def test_another_form_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("SPECFORGE_LOG", "xml")
     assert main(["recipes"]) == 2
     assert capsys.readouterr().err == "specforge: SPECFORGE_LOG: must be plain or json, not 'xml'\n"
+
+
+def test_the_last_line_of_a_process_that_a_signal_ends_is_json_too(monkeypatch, capfd):
+    logs.write_last("stopped by a signal")
+    assert capfd.readouterr() == ("", "specforge: stopped by a signal\n")
+    monkeypatch.setenv("SPECFORGE_LOG", "json")
+    with logs.structured("regenerate"):
+        logs.write_last("stopped by a signal")
+    (line,) = printed(capfd)
+    assert (line["level"], line["role"]) == ("error", "regenerate")
+    assert line["message"] == "specforge: stopped by a signal"

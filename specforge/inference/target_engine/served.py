@@ -198,9 +198,9 @@ class ServedTargetEngine(TargetEngine):
         """The server's flags for experts that are spread over devices."""
 
     def _connect(self, url: str, store: str, backend: SharedBackend) -> None:
-        option = "--engine.api_key_file"
+        key_option = "--engine.api_key_file"
         self._client = ServerClient(
-            url, self._key, patience=self._patience, connections=self.concurrency, key_option=option
+            url, self._key, patience=self._patience, connections=self.concurrency, key_option=key_option
         )
         self.url, self.store = self._client.url, store
         self._handoff = Handoff(backend, self.url, min(self._patience, 120.0))
@@ -248,9 +248,9 @@ class ServedTargetEngine(TargetEngine):
             yield
         except UserError as error:
             words = re.sub("[-_ ]", "", str(error).lower())
-            for flag, option in zip(self.flags, _FLAGS, strict=True):
+            for flag, name in zip(self.flags, _FLAGS, strict=True):
                 if flag.replace("-", "") in words:
-                    raise UserError(f"{error}; {flag} is --engine.{option}") from error
+                    raise UserError(f"{error}; {flag} is --engine.{name}") from error
             raise
 
     def close(self) -> None:

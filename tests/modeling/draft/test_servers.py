@@ -15,6 +15,7 @@ from specforge.cli.main import main
 from specforge.errors import UserError
 from specforge.modeling.draft.servers import VLLM, Proof, SGLang
 from tests.families import write_family
+from tests.modeling.draft.eagle3.test_export import LATENT
 
 GUIDE = Path(__file__).parents[3] / "docs" / "user-guide.md"
 
@@ -120,14 +121,6 @@ def test_export_shows_the_commands_of_every_server_that_can_serve_the_draft(targ
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-DEEPSEEK = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
-    "q_lora_rank": 12,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +145,7 @@ DEEPSEEK = {
 def test_positions_that_a_server_computes_in_another_way_are_refused(rope, latent, vllm, sglang, target, tmp_path):
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     positions = linear if rope == {"rope_type": "linear"} else {**YARN, **rope}
-    config = {"rope_parameters": positions, **(DEEPSEEK if latent else {})}
+    config = {"rope_parameters": positions, **(LATENT if latent else {})}
     module = looks_trained("eagle3", target, draft_config=config)
     form = module.export_format
     for server, words, write in (("vLLM", vllm, form.to_vllm), ("SGLang", sglang, form.to_sglang)):

@@ -13,19 +13,12 @@ import specforge
 from lightning_modules import algorithms
 from specforge.cli.main import main
 from specforge.errors import UserError
+from tests.modeling.draft.eagle3.test_export import LATENT
 
 SMALL = {"draft_vocab_size": 64}
 BLOCK = {"num_hidden_layers": 2, "block_size": 5}
 SLIDING = {**BLOCK, "layer_types": ["sliding_attention"] * 2, "sliding_window": 8, "use_sliding_window": True}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
-LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
-    "q_lora_rank": 12,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-}
 FORMS = {
     "eagle3": ("eagle3", SMALL),
     "eagle3 of the whole vocabulary": ("eagle3", {"draft_vocab_size": 264, "norm_before_residual": True}),

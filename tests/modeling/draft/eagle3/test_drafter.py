@@ -20,6 +20,7 @@ from specforge.eval.offline import draft_rounds
 from specforge.eval.tau import Rounds
 from specforge.inference.target_engine import HFTargetEngine
 from specforge.inference.target_files import TargetFiles
+from tests.modeling.draft.eagle3.test_export import LATENT
 
 SMALL = {"draft_vocab_size": 200}
 OPTIONAL = {"norm_before_residual": True, "attention_bias": True}
@@ -35,14 +36,6 @@ MAKERS: dict[str, Callable[[str], EagleFamilyModule]] = {
     ),
 }
 GAMMA = 4
-LATENT = {
-    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
-    "q_lora_rank": 12,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-}
 
 
 @pytest.fixture(scope="module")
