@@ -138,7 +138,7 @@ def _name_layers(config: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
     if "eagle_config" not in defaults or not isinstance(own, Mapping):
         return False
     config["eagle_config"] = {**defaults["eagle_config"], **own}
-    return not defaults["eagle_config"].keys() <= own.keys()
+    return "eagle_aux_hidden_state_layer_ids" not in own
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -305,6 +305,8 @@ def test_a_target_that_the_folder_does_not_name_is_used_with_a_warning(target, t
 
 def test_layers_that_a_folder_does_not_name_are_those_of_servers_with_a_warning(target, tmp_path, caplog):
     draft = published.angelslim_eagle3()
+    specforge.load_draft(draft.write(tmp_path / "named", target), target)
+    assert not caplog.messages
     del draft.config["aux_hidden_states_layer_ids"]
     folder = draft.write(tmp_path / "draft", target)
     assert specforge.load_draft(folder, target).draft.layer_ids == (1, 3, 4)  # of eight
