@@ -96,7 +96,8 @@ class ServerClient:
             trust_env=False,
         )
         self._sockets: WeakSet[socket.socket] = WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the handler of a signal may close the client
+        self._closed, self._requests = False, 0  # requests that threads make at the moment
 
     def __enter__(self) -> Self:
         return self
@@ -105,19 +106,54 @@ class ServerClient:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; requests that wait for an answer fail."""
+        """End all requests, which fail in their threads; there are no others."""
         with self._lock:
+            self._closed = True
             sockets = list(self._sockets)
         for connected in sockets:
-            with suppress(OSError):  # it is closed
-                connected.shutdown(socket.SHUT_RDWR)  # closing it would not wake a thread that reads from it
-        self._client.close()
+            _hang_up(connected)
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        """Close the connections of a closed client once no thread reads from them.
+
+        Otherwise such a thread might go on with the next file or connection that gets the same descriptor.
+        """
+        with self._lock:
+            unused = self._closed and not self._requests
+        if unused:
+            self._client.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[httpx.Client]:
+        """The client, for one request of this thread.
+
+        Raises:
+            UserError: it is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            self._requests += 1
+        try:
+            yield self._client
+        finally:
+            with self._lock:
+                self._requests -= 1
+            self._close_if_unused()
+
+    def _closed_error(self) -> UserError:
+        return UserError(f"server {self.url}: no answer; its client is closed")
 
     def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Remember what connections read from, as httpcore reports them."""
+        """Remember what connections read from, as httpcore reports them; one that comes too late is of no use."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connected = info["return_value"].get_extra_info("socket")
             with self._lock:
-                self._sockets.add(info["return_value"].get_extra_info("socket"))
+                self._sockets.add(connected)
+                closed = self._closed
+            if closed:
+                _hang_up(connected)
 
     def get(self, path: str) -> Any:
         """JSON at a path.
@@ -181,7 +217,7 @@ class ServerClient:
             UserError: the server refuses the request, does not answer, or breaks off.
         """
         try:
-            with self._client.stream("POST", path, json=body) as answer:
+            with self._open() as client, client.stream("POST", path, json=body) as answer:
                 if answer.status_code != httpx.codes.OK:
                     answer.read()
                     raise self._refusal(answer)
@@ -197,9 +233,12 @@ class ServerClient:
             stopping.check()
             left = ""
             try:
-                answer = self._client.request(method, path, json=body() if callable(body) else body)
+                with self._open() as client:
+                    answer = client.request(method, path, json=body() if callable(body) else body)
             except (httpx.HTTPError, OSError) as error:
                 stopping.check()  # the client was closed because of a stop
+                if self._closed:
+                    raise self._closed_error() from error
                 reason = _name(error)
             else:
                 if answer.status_code == httpx.codes.OK:
@@ -240,6 +279,12 @@ class ServerClient:
             return answer.json() if answer.content else None
         except (ValueError, RecursionError) as error:
             raise UserError(f"server {self.url}: the answer of {path} is not JSON") from error
+
+
+def _hang_up(connected: socket.socket) -> None:
+    """Wake a thread that reads from a socket; closing it would not."""
+    with suppress(OSError):  # it is closed
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _name(error: Exception) -> str:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -221,3 +222,48 @@ def test_closing_ends_requests_that_wait_for_a_silent_server(half, streamed):
         for thread in threads:
             thread.join(20)
         assert len(ended) == len(threads)
+
+
+def test_a_connection_that_is_made_while_the_client_is_closed_is_given_up(monkeypatch):
+    """The server answers nothing, and closing does not know the connection yet."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asking, ended = ServerClient(f"http://127.0.0.1:{listening.getsockname()[1]}"), threading.Event()
+        trace = asking._trace
+
+        def close_first(event, info):
+            if event == "connection.connect_tcp.complete":
+                closing = threading.Thread(target=asking.close)
+                closing.start()
+                closing.join()
+            trace(event, info)
+
+        def ask() -> None:
+            with pytest.raises(UserError, match="no answer; its client is closed"):
+                asking.post("/", {})
+            ended.set()
+
+        monkeypatch.setattr(asking, "_trace", close_first)
+        threading.Thread(target=ask, daemon=True).start()
+        assert ended.wait(20)
+        with pytest.raises(UserError, match="its client is closed"):
+            asking.get("/")
+
+
+def test_descriptors_stay_open_while_a_thread_reads_from_them(monkeypatch):
+    """Otherwise it would read from the next connection that gets the same one."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        asking, hung_up, closed = ServerClient(f"http://127.0.0.1:{listening.getsockname()[1]}"), [], threading.Event()
+        close = asking._client.close
+        monkeypatch.setattr(server_client, "_hang_up", hung_up.append)
+        monkeypatch.setattr(asking._client, "close", lambda: (closed.set(), close()))
+        asked = pool.submit(asking.post, "/", {})
+        connection = listening.accept()[0]
+        connection.recv(1 << 16)
+        asking.close()
+        (connected,) = hung_up
+        assert connected.fileno() >= 0
+        assert not closed.is_set()
+        connection.close()
+        assert isinstance(asked.exception(20), UserError)
+        assert connected.fileno() < 0
+        assert closed.is_set()

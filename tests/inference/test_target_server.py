@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import specforge.stopping as stopping
 from specforge.contracts import CapturePolicy
 from specforge.errors import UserError
 from specforge.inference import target_server
@@ -555,6 +556,24 @@ def test_a_certificate_that_is_not_trusted_ends_at_once(files, token_file, tmp_p
         HTTPTargetEngine(files, "bfloat16", url, token_file, patience=60.0).capture([[1]], POLICY)
     thread.join()
     listener.close()
+
+
+def test_a_stop_ends_a_request_whose_connection_is_just_being_made(files, token_file, monkeypatch):
+    """The server answers nothing."""
+    for name in ("stop_requested", "signal_arrived"):
+        monkeypatch.setattr(stopping._State, name, False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        engine = HTTPTargetEngine(files, "float32", f"http://127.0.0.1:{listening.getsockname()[1]}", token_file)
+        connect, ended = engine._connection.connect, threading.Event()
+        monkeypatch.setattr(engine._connection, "connect", lambda: (stopping.request(), connect()))
+
+        def ask() -> None:
+            with pytest.raises(stopping.Stopped):
+                engine.capture([[1]], POLICY)
+            ended.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        assert ended.wait(20)
 
 
 def free_port() -> int:

@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+import time
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,23 @@ def test_a_stopped_fit_and_a_stopped_capture_leave_nothing_in_the_servers_store(
             assert not server.sink._backend.stored(), command
 
 
+def test_an_interrupted_capture_does_not_wait_for_features(engine, server, monkeypatch):
+    engine.check(POLICY)
+    looked, holds = threading.Event(), engine._handoff.backend.holds
+
+    def interrupt(future: Future) -> None:
+        assert looked.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.sink, "submit", lambda *_: None)  # it answers, but stores nothing
+    monkeypatch.setattr(engine._handoff.backend, "holds", lambda *where: looked.set() or holds(*where))
+    monkeypatch.setattr(Future, "result", interrupt)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        engine.capture([[1]], POLICY)
+    assert time.monotonic() - began < engine._handoff.patience / 2
+
+
 def test_states_that_are_not_the_targets_are_noticed(server, files, tmp_path, tmp_path_factory):
     server.engine = HFTargetEngine(TargetFiles.find(str(write_target(tmp_path / "x", seed=1))), "float32")
     options = {"url": server.url, "store": str(tmp_path / "store")}
@@ -273,6 +291,8 @@ def test_a_server_that_was_restarted_as_another_is_refused(engine, server):
     server.description |= {"target_fingerprint": "1"}
     with pytest.raises(UserError, match="was restarted with another target_fingerprint"):
         engine.capture([[1, 2]], POLICY)
+    server.sink.drain()  # it may write what it has answered
+    engine.close()
     assert not stored(engine)
 
 

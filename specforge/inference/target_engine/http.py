@@ -198,6 +198,9 @@ class HTTPTargetEngine(TargetEngine):
     def _post(self, body: bytes, limit: int) -> dict[str, Tensor]:
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         try:
+            if self._connection.sock is None:
+                self._connection.connect()
+                stopping.check()  # there was nothing to hang up before
             self._connection.request("POST", PATH, body, headers)
             with self._connection.getresponse() as answer:
                 if answer.status != http.client.OK:

@@ -257,8 +257,7 @@ class ServedTargetEngine(TargetEngine):
         """Close all connections, end a server of its own, and delete what was asked for and not taken."""
         connected = hasattr(self, "_client")
         if connected:
-            self._handoff.closed.set()
-            self._client.close()
+            self._give_up()
         self._pool.shutdown(cancel_futures=True)
         own, self._own = self._own, None
         if own is not None:
@@ -267,6 +266,11 @@ class ServedTargetEngine(TargetEngine):
             if own is None:
                 self._abort(self._handoff.recent())
             self._handoff.clear()
+
+    def _give_up(self) -> None:
+        """End all requests in flight, and wait for no more features; other threads do the same soon."""
+        self._handoff.closed.set()
+        self._client.close()
 
     def _abort(self, tickets: Sequence[Ticket]) -> None:
         """Have the server drop requests whose connections were closed; vLLM does so by itself."""
@@ -394,11 +398,11 @@ class ServedTargetEngine(TargetEngine):
         """Call a function for each item, in several threads; if one fails, the results of the others are undone."""
         futures = [self._pool.submit(function, item) for item in items]
         try:
-            with stopping.call_on_stop(self._client.close):
+            with stopping.call_on_stop(self._give_up):
                 return [future.result() for future in futures]
         except BaseException as error:
             if not isinstance(error, Exception):  # the process ends
-                self._client.close()
+                self._give_up()
             for future in futures:
                 if not future.cancel() and future.exception() is None and undo is not None:
                     undo(future.result())
