@@ -106,7 +106,7 @@ class ServerClient:
         self.close()
 
     def close(self) -> None:
-        """End all requests, which fail in their threads; there are no others."""
+        """End all requests, which fail in their threads, and allow no others."""
         with self._lock:
             self._closed = True
             sockets = list(self._sockets)
