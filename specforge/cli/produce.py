@@ -139,10 +139,22 @@ def produce(options: ProduceOptions, plan: bool = False) -> None:
         plan: print the processes and estimates of memory and bandwidth, and start nothing.
     """
     options = replace(options, engine=on_device(options.engine, options.device), device="auto")
+    _check_workers(options)
     if plan:
         say("\n".join(describe_plan(options)))
     else:
         run_producers(options)
+
+
+def _check_workers(options: ProduceOptions) -> None:
+    """Reject several processes that would each start a server, on the same devices and with the same log."""
+    starts_server = hasattr(engine_class(options.engine), "server")
+    if options.workers > 1 and starts_server and not engine_config(options.engine)["init_args"].get("url"):
+        raise UserError(
+            f"produce: --workers {options.workers} would start as many servers on the same devices, though one answers "
+            "many requests at a time; leave out --workers, or start a server with `specforge target serve` and name it "
+            "by --engine.url"
+        )
 
 
 def _interrupt() -> None:
