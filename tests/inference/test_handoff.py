@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -263,30 +262,44 @@ def test_a_ticket_cannot_name_a_place_outside_the_store_or_another_sample(uri, t
     sink.close()
 
 
+class Clock:
+    """Stands in for ``time``; ``event`` is called once, when ``at`` is reached."""
+
+    def __init__(self, at: float, event: Callable[[], object]) -> None:
+        self.now, self._at, self._event = 0.0, at, event
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        before, self.now = self.now, self.now + seconds
+        if before < self._at <= self.now:
+            self._event()
+
+
 def test_what_arrives_after_its_client_has_gone_is_deleted_and_not_waited_for_long(address, sink, monkeypatch):
-    monkeypatch.setattr(handoff_module, "_LATE", 0.5)
     handoff = Handoff(open_backend(address), "http://s")
     tickets = [handoff.expect(IDS, FEATURES, provenance())[0] for _ in range(3)]
-    for ticket in tickets:
-        handoff.discard(ticket)
-    assert set(handoff.recent()) == set(tickets)
     last = torch.ones(len(IDS), WIDTH).bfloat16()
 
     def write() -> None:
         sink.submit(tickets[0], IDS, captured(last), 0)
         sink.fail(tickets[1], "too late")
+        assert sink.drain(10)
 
-    threading.Timer(0.2, write).start()
-    started = time.monotonic()
+    clock = Clock(1.5, write)
+    monkeypatch.setattr(handoff_module, "time", clock)
+    for ticket in tickets:
+        handoff.discard(ticket)
+    assert set(handoff.recent()) == set(tickets)
     handoff.clear()
-    assert sink.drain(10)
     assert not handoff.backend.stored()
     assert list(handoff.late) == [tickets[2]]
-    assert 0.5 <= time.monotonic() - started < 2
-    started = time.monotonic()
-    handoff.clear()  # nothing is expected any more
-    assert time.monotonic() - started < 0.3
+    assert clock.now == pytest.approx(1.5 + handoff_module._LATE, abs=0.1)
     assert not handoff.recent()
+    before = clock.now
+    handoff.clear()  # nothing is expected any more
+    assert clock.now == before
 
 
 def test_a_closed_client_waits_for_nothing(address):
