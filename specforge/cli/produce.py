@@ -54,7 +54,7 @@ class ProduceOptions:
         device: cpu, cuda, cuda:N or auto, for an engine in this process.
         engine: what runs the target: hf (transformers, in this process), vllm, sglang, http (`specforge target serve`),
             or the class path of your own; its options are --engine.NAME (see --engine.help hf).
-        workers: number of processes; each opens the engine.
+        workers: number of processes, each of which opens the engine; 1 if the engine starts a server.
         name: stable name of this producer; after a restart under the same name it releases the prompts it had leased
             (default: generated).
         max_prompts: maximum number of prompts that a process leases at a time (default: 8, or 64 for a server).
