@@ -127,7 +127,7 @@ def test_several_processes_produce_and_end_when_nothing_comes(target, tmp_path):
 def test_several_processes_do_not_start_a_server_each(target, tmp_path, capsys, engine):
     where = places(tmp_path)
     words = ["--target", str(target), "--store", where["store"], "--metadata", where["metadata"], "--workers", "2"]
-    assert main(["produce", *words, "--engine", engine]) == 2
+    assert main(["produce", *words, "--engine", engine, "--idle_seconds", "0.2"]) == 2
     assert "--workers 2 would start as many servers on the same devices" in capsys.readouterr().err
     assert not any(Path(where[name]).exists() for name in ("store", "metadata"))
 
